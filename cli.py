@@ -1,0 +1,42 @@
+"""What all commands share: one line for an error, the device, the number type."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command. What the user can mend (files, values, memory of the disk) ends in one line and exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:  # WeightsError and ImageError are ValueErrors
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU where there is one. Under torchrun each process takes the GPU of its local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: this torch sees no GPU")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def make_folder(path: Path) -> Path:
+    """Create a folder for output. OSError where it cannot be created or written."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise OSError(f"{path}: no permission to write there")
+    return path

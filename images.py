@@ -1,0 +1,87 @@
+"""Pictures before they are tensors: safe decoding, square padding, resizing. Used by data, components and scripts.
+
+The released code resizes with torchvision on Pillow images; only Pillow does arithmetic there, so these few lines give
+the same bytes.
+"""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 64_000_000  # a picture that claims more is refused before its pixels are decoded
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; `reason` is a short name to count it under."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_image(source: bytes | str | Path) -> Image.Image:
+    """Bytes or a path -> an upright RGB picture, transparent parts on white. Raises ImageError with one line."""
+    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError("too large", f"{name}: {image.width}x{image.height} is over {MAX_PIXELS:,} pixels")
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):  # 16-bit grey: convert() would only clip it
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ImageError("no file", f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError("not an image", f"{name}: not an image") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError("too large", f"{name}: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, KeyError, IndexError, TypeError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError("broken image", f"{name}: broken image ({error})") from None  # Pillow's decoders raise many
+
+
+def resize_and_crop(image: Image.Image, size: int, pad: bool) -> Image.Image:
+    """RGB picture -> size x size: the short side bilinearly to `size`, then the centre.
+
+    `pad` first sets the whole picture in the middle of a white square, so that nothing is cropped.
+    """
+    if pad:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), "white")
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    short = min(image.size)
+    width, height = size * image.width // short, size * image.height // short
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB picture -> float32 (3, height, width) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """(3, height, width) in [-1, 1], clamped -> RGB picture."""
+    array = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray((array * 255).round().astype(np.uint8))
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG under a temporary name, then rename it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, "PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""Published weights into modules: sizes from config.json, tensors from safetensors, nothing guessed.
+
+Every part of the stack loads in the same three lines:
+
+    config = read_config(UNetConfig, folder / "config.json")
+    with torch.device("meta"):
+        unet = UNet(config)                                # shapes only, no memory
+    fill(unet, tensor_files(folder), dtype=torch.bfloat16)  # memory-mapped tensors become the parameters
+
+A module's attribute paths are the published names, so filling is `load_state_dict(strict, assign)`: a frozen weight
+whose type already fits is never copied, it stays a view of the file until something moves it to a GPU.
+All errors are `WeightsError` with a one-line message that names the file, the key and the shapes.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used. The message is one line: what, where, what to do; `problems` lists all of them."""
+
+    def __init__(self, message: str, problems: Iterable[str] = ()):
+        super().__init__(message)
+        self.problems = list(problems) or [message]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: bad JSON and bad UTF-8 alike
+        raise WeightsError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_config(cls, path: Path, *nested: str):
+    """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it.
+
+    Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the
+    published model's value: published files leave defaults out.
+    """
+    values = read_json(path)
+    for key in nested:
+        values = values.get(key) or {}
+    known = {}
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name)
+        if value is None:
+            continue
+        expected = type(field.default if field.default is not dataclasses.MISSING else field.default_factory())
+        value = tuple(value) if isinstance(value, list) else value
+        value = float(value) if expected is float and type(value) is int else value
+        if type(value) is not expected:
+            raise WeightsError(f"{path}: {field.name} should be {expected.__name__}, found {value!r}")
+        known[field.name] = value
+    return cls(**known)
+
+
+def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
+    """The safetensors files of `folder` that hold keys starting with one of `wanted`, through the index where there is
+    one. Half-precision variants (`*.fp16.safetensors`) and adapters beside the model are passed over."""
+    folder, wanted = Path(folder), tuple(wanted)
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        weight_map = read_json(index).get("weight_map", {})
+        return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
+    files = sorted(f for f in folder.glob("*.safetensors") if len(f.suffixes) == 1)
+    if not files:
+        raise WeightsError(f"{folder}: no .safetensors file")
+    return files
+
+
+def open_safetensors(path: Path):
+    """`safetensors.safe_open` on the CPU (memory-mapped), with errors in one line."""
+    try:
+        return safetensors.safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: no such file") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def stored(files: Iterable[Path], rename: Callable[[str], str | None] | None = None) -> Iterator[tuple]:
+    """(our name, published name, file, slice) for every stored tensor that `rename` keeps (None drops a tensor).
+
+    A slice has get_shape() and get_dtype() without reading any tensor data, and slice[:] is the memory-mapped tensor.
+    """
+    for path in files:
+        with open_safetensors(path) as file:
+            for key in file.keys():  # noqa: SIM118, a file is no dictionary
+                name = rename(key) if rename else key
+                if name is not None:
+                    yield name, key, path, file.get_slice(key)
+
+
+def compare(model: nn.Module, files: Iterable[Path], rename: Callable | None = None) -> list[str]:
+    """What stops `files` from filling `model`, one line a problem: unexpected, wrong shape, twice, missing."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems, seen = [], {}
+    files = list(files)
+    for name, key, path, tensor in stored(files, rename):
+        if name not in expected:
+            problems.append(f"{path}: unexpected tensor {key}")
+        elif name in seen:
+            problems.append(f"{path}: {key} is already in {seen[name]}")
+        elif tuple(tensor.get_shape()) != expected[name]:
+            problems.append(f"{path}: {key} has shape {tuple(tensor.get_shape())}, expected {expected[name]}")
+        seen[name] = path
+    where = files[0] if len(files) == 1 else files[0].parent if files else "no file"
+    problems += [f"{where}: tensor {name} {shape} is missing" for name, shape in expected.items() if name not in seen]
+    return problems
+
+
+def fill(
+    model: nn.Module,
+    files: Iterable[Path],
+    rename: Callable[[str], str | None] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Give the meta-device `model` the tensors of `files`, each cast and moved once; frozen, in eval mode.
+
+    `rename` maps a published key to ours, None for a key to leave out. Any other difference between the two sets of
+    names and shapes is an error: the first problem and how many more there are.
+    """
+    files = list(files)
+    problems = compare(model, files, rename)
+    if problems:
+        more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
+        raise WeightsError(problems[0] + more, problems)
+    state = {name: tensor[:].to(device, dtype) for name, _, _, tensor in stored(files, rename)}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write atomically: a temporary name beside `path`, flushed to the disk, then renamed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors makes its files readable by the owner alone
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: not written ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
