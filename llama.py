@@ -1,0 +1,318 @@
+"""Vicuna, the frozen language model, and the new rows that MiniGPT-5 adds to its vocabulary.
+
+The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. `load_llama` reads any
+Vicuna-7B in the Hugging Face layout. What trains in this file is `Vokens` alone: the input and output embedding rows of
+the generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section 3.2.1). They are parameters of their
+own, so the frozen tables are neither copied nor touched by an optimiser. Left out: grouped-query attention and scaled
+rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
+
+    ids            (B, T)      token ids, vokens and placeholder above the base vocabulary
+    embeddings     (B, T, D)   Vokens.embed, then pictures may be written over placeholders
+    hidden         (B, T, D)   Llama.forward, after the final norm
+    logits         (B, T, V')  Vokens.logits, V' = V + n + 1
+    KV cache       (B, S, H, Dh) a layer, S slots allocated once
+
+B batch, T tokens, S cache slots, D width, H heads, Dh head width, V vocabulary, n vokens of a picture.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from loading import WeightsError, fill, read_config, read_json, tensor_files
+
+
+@dataclass
+class LlamaConfig:
+    """Fields of the published config.json; the defaults are Vicuna-7B v0's."""
+
+    vocab_size: int = 32000  # rows of the published tables; v0 has one more, an old padding token
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6  # v1.5 has 1e-5
+    rope_theta: float = 10000.0
+
+
+def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """positions (B, T) -> cos and sin (B, T, 1, Dh) in float32, the Dh/2 angles written twice."""
+    frequencies = theta ** (-torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
+    angles = positions[..., None].float() * frequencies  # (B, T, Dh/2)
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, Dh)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (B, T, H, Dh). Channel i turns with i + Dh/2, as in Hugging Face's files, not with i + 1."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class KVCache:
+    """Keys and values of every layer in slots allocated once, so that decoding has static shapes.
+
+    A token's slot is its position. Rows may have different lengths: each writes at its own next positions. Padding is
+    written to the last slot, which no real token may reach, hence the one slot more.
+    """
+
+    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
+        head_width = config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, batch, slots + 1, config.num_attention_heads, head_width)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.slots = torch.arange(slots + 1, device=device)
+
+    def positions(self, attention_mask: Tensor) -> Tensor:
+        """Reserve slots for the real tokens of (B, T); returns the positions of all, the last slot's for padding."""
+        positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1  # (B, T)
+        self.lengths += attention_mask.sum(-1)
+        return torch.where(attention_mask.bool(), positions, self.slots[-1])
+
+    def update(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key, value (B, T, H, Dh) at `positions` (B, T); returns all slots of the layer (B, S, H, Dh)."""
+        self.keys[layer, self.rows, positions] = key
+        self.values[layer, self.rows, positions] = value
+        return self.keys[layer], self.values[layer]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        D = config.hidden_size
+        self.layer, self.heads = layer, config.num_attention_heads
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, D, bias=False)
+        self.v_proj = nn.Linear(D, D, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = (project(x).view(B, T, self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, T, H, Dh)
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v)  # (B, S, H, Dh)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, *attention) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The published file's `model.*`: the embedding table, the blocks, the final norm."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """embeddings (B, T, D) -> hidden states after the final norm (B, T, D).
+
+        attention_mask (B, T): 1 on tokens, 0 on padding at either side; hidden states of padding mean nothing. A batch
+        padded on the right needs none: under the causal mask no token sees what follows. With a cache the T tokens
+        continue what the cache holds, and are stored in it.
+        """
+        B, T, _ = embeddings.shape
+        device = embeddings.device
+        if cache is not None:
+            if attention_mask is None:
+                attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
+            positions = cache.positions(attention_mask)  # (B, T)
+            mask = cache.slots <= positions[:, None, :, None]  # (B, 1, T, S)
+        elif attention_mask is not None:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+            itself = torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself: an empty row would give NaN
+            mask = causal & attention_mask.bool()[:, None, None] | itself  # (B, 1, T, T)
+        else:
+            positions, mask = torch.arange(T, device=device).expand(B, T), None
+
+        head_width = self.config.hidden_size // self.config.num_attention_heads
+        table = rotary_table(positions, head_width, self.config.rope_theta)
+        rotary = tuple(t.to(embeddings.dtype) for t in table)
+        x = embeddings
+        for block in self.model.layers:
+            x = block(x, rotary, positions, mask, cache)
+        return self.model.norm(x)
+
+
+class Vokens(nn.Module):
+    """The trained rows: n vokens, then the image placeholder, in the input and in the output embedding.
+
+    Token ids count on from the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
+    have more rows than the tokenizer has pieces (Vicuna v0's padding token); what lies beyond V is never used.
+    """
+
+    def __init__(self, vokens: int, base_vocabulary: int, width: int):
+        super().__init__()
+        self.base = base_vocabulary
+        self.input = nn.Parameter(torch.empty(vokens + 1, width))
+        self.output = nn.Parameter(torch.empty(vokens + 1, width))
+
+    @torch.no_grad()
+    def start_from_mean(self, llama: Llama) -> None:
+        """New rows start as the mean of the old ones."""
+        for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
+            rows.copy_(table[: self.base].mean(0, dtype=torch.float32).expand_as(rows))
+
+    def embed(self, llama: Llama, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, D) in the frozen table's type."""
+        old = F.embedding(ids.clamp(max=self.base - 1), llama.model.embed_tokens.weight)
+        new = F.embedding((ids - self.base).clamp(min=0), self.input).to(old.dtype)
+        return torch.where((ids >= self.base)[..., None], new, old)
+
+    def logits(self, llama: Llama, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> scores of all V + n + 1 tokens in float32: every new row takes part in the softmax."""
+        old = F.linear(hidden, llama.lm_head.weight[: self.base])
+        new = F.linear(hidden, self.output.to(hidden.dtype))
+        return torch.cat([old, new], dim=-1).float()
+
+
+class Tokenizer:
+    """Vicuna's sentencepiece model with the vokens and the image placeholder added, as the released code adds them.
+
+    Legacy splitting: text is cut at special tokens and every piece between them is encoded on its own, so each gets
+    sentencepiece's leading space. The added tokens swallow the white space around them; <s>, </s> and <unk> do not. No
+    token is added at either end.
+    """
+
+    unk_id, bos_id, eos_id = 0, 1, 2
+
+    def __init__(self, path: Path, vokens: int = 8):
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())})") from None
+        self.base_vocabulary = self.pieces.get_piece_size()
+        self.voken_ids = list(range(self.base_vocabulary, self.base_vocabulary + vokens))
+        self.image_id = self.base_vocabulary + vokens
+        added = [f"[IMG{i}]" for i in range(vokens)] + ["<ImageHere>"]
+        self.added = dict(zip(added, [*self.voken_ids, self.image_id], strict=True))
+        self.special = {"<unk>": self.unk_id, "<s>": self.bos_id, "</s>": self.eos_id, **self.added}
+        self.names = {i: name for name, i in self.special.items()}
+        added_pattern = r"\s*(?:" + "|".join(map(re.escape, self.added)) + r")\s*"
+        self.pattern = re.compile(f"({added_pattern}|<unk>|<s>|</s>)")
+        # An answer ends with </s> or "###", which is other pieces at the start of a run than after a word.
+        after_word = self.pieces.encode("a###")[len(self.pieces.encode("a")) :]
+        self.stops = [[self.eos_id], self.pieces.encode("###"), after_word]
+
+    def __len__(self) -> int:
+        return self.image_id + 1
+
+    def voken_text(self) -> str:
+        """What the model says where a picture belongs: [IMG0][IMG1]... without spaces."""
+        return "".join(self.names[i] for i in self.voken_ids)
+
+    def ends(self, ids: list[int]) -> bool:
+        """Whether `ids` end with a stop sequence."""
+        return any(ids[-len(stop) :] == stop for stop in self.stops)
+
+    def plain(self, text: str) -> str:
+        """`text` with a space set into whatever would be read as a special token: for text of the outside world."""
+        return re.sub("|".join(map(re.escape, self.special)), lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for i, part in enumerate(self.pattern.split(text)):
+            if i % 2:  # the odd parts are the separators
+                ids.append(self.special[part.strip()])
+            elif part:
+                ids += self.pieces.encode(part)
+        return ids
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Text of `ids`. Added tokens stand between single spaces; the spaces around <s>, </s>, <unk> follow the
+        reference tokenizer's irregular rule."""
+        parts, run = [], []
+        for i in ids:
+            if skip_special and i in self.names:
+                continue
+            if i >= self.base_vocabulary:
+                parts += [self._decode_run(run)] if run else []
+                parts.append(self.names[i])
+                run = []
+            else:
+                run.append(i)
+        parts += [self._decode_run(run)] if run else []
+        return " ".join(parts)
+
+    def _decode_run(self, ids: list[int]) -> str:
+        text, run, after_special = "", [], False
+        for n, i in enumerate(ids):
+            if i in self.names:
+                text += (" " if n and not after_special else "") + self.pieces.decode(run) + self.names[i]
+                run = []
+            else:
+                run.append(i)
+            after_special = i in self.names
+        return text + self.pieces.decode(run)
+
+
+def load_llama(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
+    """The frozen decoder of `folder` (config.json, *.safetensors), memory-mapped where `dtype` is the stored one."""
+    config = read_config(LlamaConfig, folder / "config.json")
+    if read_json(folder / "config.json").get("rope_scaling"):
+        raise WeightsError(f"{folder / 'config.json'}: rope_scaling is not supported")
+    with torch.device("meta"):
+        llama = Llama(config)
+    return fill(llama, tensor_files(folder), published_name, dtype, device)
+
+
+def published_name(key: str) -> str | None:
+    """Old files carry the rotary frequencies as buffers; they follow from the configuration."""
+    return None if key.endswith("rotary_emb.inv_freq") else key
