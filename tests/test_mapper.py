@@ -1,0 +1,51 @@
+"""The voken feature mapper against torch.nn.Transformer."""
+
+import torch
+from common import assert_close, randomise, shapes
+from torch import nn
+
+from loading import fill, save_safetensors
+from mapper import VokenMapper
+
+
+class Reference(nn.Module):
+    """The mapper as the released code writes it."""
+
+    def __init__(self, llm_width: int, width: int):
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(llm_width, width), nn.GELU(), nn.Linear(width, width))
+        self.llm_to_t2i_mapping = nn.Transformer(
+            width, 8, 4, 4, dim_feedforward=4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.t2i_decoder_prompt = nn.Parameter(torch.randn(1, 77, width))
+
+    def forward(self, features):
+        queries = self.t2i_decoder_prompt.expand(len(features), -1, -1)
+        return self.llm_to_t2i_mapping(self.fc(features), queries)
+
+
+def test_forward_and_gradients(tmp_path):
+    reference = randomise(Reference(48, 32), scale=0.3)
+    save_safetensors(reference.state_dict(), tmp_path / "mapper.safetensors")
+    with torch.device("meta"):
+        ours = VokenMapper(48, 32, 77)
+    fill(ours, [tmp_path / "mapper.safetensors"]).requires_grad_(True)
+    features = torch.randn(3, 8, 48, generator=torch.Generator().manual_seed(1))
+    features[1] = 0  # the unconditional branch
+    towards = torch.randn(3, 77, 32, generator=torch.Generator().manual_seed(2))
+    output, expected = ours(features), reference(features)
+    assert_close(output, expected, 1e-5, "conditioning")
+    (output * towards).sum().backward()
+    (expected * towards).sum().backward()
+    expected_gradients = dict(reference.named_parameters())
+    for name, parameter in ours.named_parameters():
+        ratio = (parameter.grad - expected_gradients[name].grad).norm() / expected_gradients[name].grad.norm()
+        assert ratio <= 1e-4, f"gradient of {name}: {ratio:.1e}"
+
+
+def test_full_size_names():
+    with torch.device("meta"):
+        ours, reference = VokenMapper(), Reference(4096, 1024)
+    assert shapes(ours) == shapes(reference)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (ours.llm_to_t2i_mapping, ours.fc)]
+    assert [round(size / 1e6, 1) for size in sizes] == [117.6, 5.2]
