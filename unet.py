@@ -1,0 +1,349 @@
+"""Stable Diffusion 2.1's UNet: noisy latents, a timestep and conditioning tokens -> the noise (or velocity) in them.
+
+Paper: MiniGPT-5, section 3.2: epsilon_theta of Eq. 3. It stays frozen; the mapper's features take the place of the text
+encoder's and gradients flow through `encoder_hidden_states`. Loads stable-diffusion/unet of the published
+SD 2.1-base and 2.1. Left out: SD 1's convolutional projections, class and size embeddings, control inputs.
+
+    sample (B, 4, 64, 64), timesteps (B,), encoder_hidden_states (B, 77, 1024)
+    conv_in                         (B, 320, 64, 64)
+    down_blocks, four levels        (B, 320, 32, 32) (B, 640, 16, 16) (B, 1280, 8, 8) (B, 1280, 8, 8)
+    mid_block                       (B, 1280, 8, 8)
+    up_blocks                       (B, 1280, 16, 16) (B, 1280, 32, 32) (B, 640, 64, 64) (B, 320, 64, 64)
+    conv_out                        (B, 4, 64, 64)
+
+B batch, C channels, h w latent size, T = h*w tokens, S conditioning tokens, D width, H heads, Dh head width.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from loading import WeightsError, fill, read_config, read_json, tensor_files
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    sample_size: int = 64  # latent height and width that the model was trained at; 96 in the 768-pixel model
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    cross_attention_dim: int = 1024
+    attention_head_dim: tuple[int, ...] | int = (5, 10, 20, 20)  # the NUMBER of heads a level; misnamed at its source
+    use_linear_projection: bool = True  # false (SD 1) is refused
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+
+
+@dataclass(frozen=True)
+class EqualHeadsConfig(UNetConfig):
+    """The other published form: one number of heads for all levels."""
+
+    attention_head_dim: int = 8
+
+
+def timestep_embedding(timesteps: torch.Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> torch.Tensor:
+    """(B,) -> float32 (B, width): waves of geometrically falling frequency, cosines first if `flip_sin_to_cos`."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
+    angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponent)
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(waves, dim=-1)
+
+
+class TimeMLP(nn.Module):
+    def __init__(self, width: int, time_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, channels_in, config.norm_eps)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], channels)
+        self.norm2 = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = y + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.conv_shortcut(x) + y
+
+
+class Attention(nn.Module):
+    """Self-attention (context = x) or cross-attention. Only the output projection has a bias."""
+
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        B, T, D = x.shape
+        q = self.to_q(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, Dh)
+        k = self.to_k(context).view(B, context.shape[1], self.heads, -1).transpose(1, 2)  # (B, H, S, Dh)
+        v = self.to_v(context).view(B, context.shape[1], self.heads, -1).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(y.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # 1 was a dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int, context_width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the h*w places of a feature map; the only way in for the conditioning."""
+
+    def __init__(self, config: UNetConfig, channels: int, heads: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not norm_eps: fixed where it was trained
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config.cross_attention_dim, heads)])
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        B, C, h, w = x.shape
+        y = self.norm(x).permute(0, 2, 3, 1).reshape(B, h * w, C)  # (B, T, C)
+        y = self.proj_in(y)
+        for block in self.transformer_blocks:
+            y = block(y, context)
+        y = self.proj_out(y)
+        return x + y.reshape(B, h, w, C).permute(0, 3, 1, 2)  # (B, C, h, w)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    """One level on the way down; `heads` 0 is a level without attention. Returns x and what the way up will need."""
+
+    def __init__(self, config: UNetConfig, channels_in: int, channels: int, heads: int, downsample: bool):
+        super().__init__()
+        widths = [channels_in] + [channels] * (config.layers_per_block - 1)
+        self.resnets = nn.ModuleList(ResBlock(config, width, channels) for width in widths)
+        self.attentions = nn.ModuleList(SpatialTransformer(config, channels, heads) for _ in widths if heads)
+        self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
+
+    def forward(
+        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    def __init__(self, config: UNetConfig, channels: int, heads: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(config, channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([SpatialTransformer(config, channels, heads)])
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: every ResBlock first takes in one map that the way down has kept."""
+
+    def __init__(
+        self, config: UNetConfig, channels_in: int, skipped: list[int], channels: int, heads: int, upsample: bool
+    ):
+        super().__init__()
+        widths = [channels_in] + [channels] * (len(skipped) - 1)
+        self.resnets = nn.ModuleList(
+            ResBlock(config, width + skip, channels) for width, skip in zip(widths, skipped, strict=True)
+        )
+        self.attentions = nn.ModuleList(SpatialTransformer(config, channels, heads) for _ in widths if heads)
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+
+    def forward(
+        self, x: torch.Tensor, skips: list[torch.Tensor], time: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips[i]], dim=1), time)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for upsample in self.upsamplers:
+            x = upsample(x)
+        return x
+
+
+class UNet(nn.Module):
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, levels, layers = config.block_out_channels, len(config.block_out_channels), config.layers_per_block
+        heads = config.attention_head_dim
+        heads = (heads,) * levels if isinstance(heads, int) else heads
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimeMLP(channels[0], 4 * channels[0])
+
+        self.down_blocks = nn.ModuleList()
+        width, kept = channels[0], [channels[0]]  # kept: channels of every map that the way up takes in again
+        for level, kind in enumerate(config.down_block_types):
+            level_heads = heads[level] if kind == "CrossAttnDownBlock2D" else 0
+            downsample = level < levels - 1
+            self.down_blocks.append(DownBlock(config, width, channels[level], level_heads, downsample))
+            width = channels[level]
+            kept += [width] * (layers + downsample)
+        self.mid_block = MidBlock(config, width, heads[-1])
+
+        self.up_blocks = nn.ModuleList()
+        for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
+            level_heads = heads[level] if kind == "CrossAttnUpBlock2D" else 0
+            skipped = [kept.pop() for _ in range(layers + 1)]
+            self.up_blocks.append(UpBlock(config, width, skipped, channels[level], level_heads, upsample=level > 0))
+            width = channels[level]
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, encoder_hidden_states (B, S, D)
+        -> (B, C, h, w): epsilon or v, as the schedule's prediction_type says. h and w are multiples of 2^(levels - 1).
+        """
+        config = self.config
+        B, C, h, w = sample.shape
+        factor = 2 ** (len(self.down_blocks) - 1)
+        assert (C, h % factor, w % factor) == (config.in_channels, 0, 0), tuple(sample.shape)
+        assert encoder_hidden_states.shape[-1] == config.cross_attention_dim, tuple(encoder_hidden_states.shape)
+
+        time = timestep_embedding(  # in float32 always: half precision cannot tell large timesteps apart
+            timesteps.expand(B), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+        )
+        time = self.time_embedding(time.to(sample.dtype))
+
+        x = self.conv_in(sample)
+        kept = [x]
+        for block in self.down_blocks:
+            x, skips = block(x, time, encoder_hidden_states)
+            kept += skips
+        x = self.mid_block(x, time, encoder_hidden_states)
+        for block in self.up_blocks:
+            skips = [kept.pop() for _ in block.resnets]
+            x = block(x, skips, time, encoder_hidden_states)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# Published settings that change the result without changing a tensor's name or shape, so that `fill` would not notice,
+# and the values that this file computes. None: left out. use_linear_projection must be there: left out, it means false.
+SUPPORTED = {
+    "use_linear_projection": (True,),
+    "act_fn": ("silu", None),
+    "center_input_sample": (False, None),
+    "downsample_padding": (1, None),
+    "mid_block_scale_factor": (1, None),
+    "only_cross_attention": (False, None),
+    "dual_cross_attention": (False, None),
+    "resnet_skip_time_act": (False, None),
+    "resnet_out_scale_factor": (1, None),
+    "time_embedding_act_fn": (None,),
+    "timestep_post_act": (None,),
+}
+
+
+def read_unet_config(path: Path) -> UNetConfig:
+    """A published unet/config.json. WeightsError for a setting that would be computed wrongly."""
+    published = read_json(path)
+    for name, values in SUPPORTED.items():
+        if published.get(name) not in values:
+            raise WeightsError(f"{path}: {name} {published.get(name)!r} is not supported, only {values[0]!r}")
+    one_number = isinstance(published.get("attention_head_dim"), int)
+    config = read_config(EqualHeadsConfig if one_number else UNetConfig, path)
+    levels = len(config.block_out_channels)
+    for name in ("down_block_types", "up_block_types", *(() if one_number else ("attention_head_dim",))):
+        if len(getattr(config, name)) != levels:
+            raise WeightsError(f"{path}: {name} should have {levels} entries, as block_out_channels has")
+    heads = (config.attention_head_dim,) * levels if one_number else config.attention_head_dim
+    if any(number < 1 or channels % number for channels, number in zip(config.block_out_channels, heads, strict=True)):
+        raise WeightsError(f"{path}: attention_head_dim should divide block_out_channels, found {heads}")
+    known = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
+    if unknown := {*config.down_block_types, *config.up_block_types} - known:
+        raise WeightsError(f"{path}: block type {min(unknown)} is not supported")
+    return config
+
+
+def load_unet(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> UNet:
+    """stable-diffusion/unet -> frozen UNet in eval mode. Raises WeightsError."""
+    folder = Path(folder)
+    config = read_unet_config(folder / "config.json")
+    with torch.device("meta"):
+        unet = UNet(config)
+    return fill(unet, tensor_files(folder), dtype=dtype, device=device)
