@@ -1,0 +1,250 @@
+"""Stable Diffusion 2.1's autoencoder: pictures <-> latents an eighth of their size, and a picture's way to its input.
+
+Paper: MiniGPT-5, section 3.2: the encoder makes the latents z of Eq. 3, the decoder draws what the UNet has denoised.
+It stays frozen. Loads stable-diffusion/vae of the published SD 2.1 (AutoencoderKL), with the attention's old or new
+names. Left out: tiling, slicing, autoencoders without quant_conv or with a latent shift.
+
+    pixels (B, 3, 512, 512) in [-1, 1]
+    encoder.down_blocks             (B, 128, 256, 256) (B, 256, 128, 128) (B, 512, 64, 64) (B, 512, 64, 64)
+    quant_conv                      (B, 8, 64, 64): mean and log variance
+    sample: scaled latents          (B, 4, 64, 64)
+    decode                          (B, 3, 512, 512) about [-1, 1]
+
+Latents are *scaled* (times scaling_factor, so that their variance is about 1) wherever the UNet or the noise schedule
+sees them: `sample` returns and `decode` takes scaled latents. `encode` returns the posterior of unscaled ones.
+B batch, C channels, h w latent height and width, T = h*w tokens.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from images import resize_and_crop, to_tensor
+from loading import WeightsError, fill, read_config, read_json, stored, tensor_files
+
+EPS = 1e-6  # of every group norm; no published config names it
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2  # of the encoder; the decoder has one more
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215  # brings the latents' variance to about 1; early files leave it out
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to a latent, along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> torch.Tensor:
+    """A picture to be drawn -> float32 (3, size, size) in [-1, 1], squared with white (`pad`) or by cropping.
+
+    [-1, 1] is what the autoencoder was trained on; the released code's precomputed latents came from [0, 1].
+    """
+    return to_tensor(resize_and_crop(image, size, pad)) * 2 - 1
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels_in, EPS)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels, EPS)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.conv_shortcut(x) + y
+
+
+class Attention(nn.Module):
+    """Self-attention over all places of a feature map, one head as wide as the map has channels."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, C, h, w = x.shape
+        y = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, 1, h * w, C)  # (B, 1, T, C)
+        y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
+        y = self.to_out(y)
+        return x + y.reshape(B, h, w, C).permute(0, 3, 1, 2)  # (B, C, h, w)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, unlike the UNet
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, layers: int, groups: int, downsample: bool):
+        super().__init__()
+        widths = [channels_in] + [channels] * (layers - 1)
+        self.resnets = nn.ModuleList(ResBlock(width, channels, groups) for width in widths)
+        self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, layers: int, groups: int, upsample: bool):
+        super().__init__()
+        widths = [channels_in] + [channels] * (layers - 1)
+        self.resnets = nn.ModuleList(ResBlock(width, channels, groups) for width in widths)
+        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(width_in, width, layers, groups, downsample=level < len(channels) - 1)
+            for level, (width_in, width) in enumerate(pairwise(channels[:1] + channels))
+        )
+        self.mid_block = MidBlock(channels[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        channels, layers, groups = config.block_out_channels[::-1], config.layers_per_block + 1, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = MidBlock(channels[0], groups)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(width_in, width, layers, groups, upsample=level < len(channels) - 1)
+            for level, (width_in, width) in enumerate(pairwise(channels[:1] + channels))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        x = self.mid_block(x)
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels (B, 3, 8h, 8w) in [-1, 1] -> mean and log variance of the unscaled latents, each (B, C, h, w)."""
+        factor = self.config.downsampling
+        assert pixels.shape[-2] % factor == 0 and pixels.shape[-1] % factor == 0, tuple(pixels.shape)
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def sample(self, mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Unscaled posterior and standard normal noise, each (B, C, h, w) -> scaled latents (B, C, h, w)."""
+        return (mean + torch.exp(0.5 * logvar) * noise) * self.config.scaling_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
+        assert latents.shape[1] == self.config.latent_channels, tuple(latents.shape)
+        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+
+
+# The published file was written when the attention had other names.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def rename(key: str) -> str:
+    """A published key -> ours."""
+    for old, new in OLD_NAMES.items():
+        key = key.replace(old, new)
+    return key
+
+
+def read_vae_config(path: Path) -> VAEConfig:
+    """A published vae/config.json. WeightsError for a setting that would be computed wrongly without being noticed."""
+    published = read_json(path)
+    for name, values in {"act_fn": ("silu", None), "shift_factor": (None,), "latents_mean": (None,)}.items():
+        if published.get(name) not in values:
+            raise WeightsError(f"{path}: {name} {published.get(name)!r} is not supported, only {values[0]!r}")
+    return read_config(VAEConfig, path)
+
+
+def load_vae(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> VAE:
+    """stable-diffusion/vae -> frozen VAE in eval mode. Raises WeightsError."""
+    folder = Path(folder)
+    config = read_vae_config(folder / "config.json")
+    with torch.device("meta"):
+        vae = VAE(config)
+    files = tensor_files(folder)
+    # Some files hold the attention's linear layers as 1x1 convolutions: take them in at that shape, then drop the 1x1.
+    linear = {f"{name}.weight": module for name, module in vae.named_modules() if isinstance(module, nn.Linear)}
+    as_convolution = [
+        linear[name] for name, _, _, tensor in stored(files, rename) if name in linear and len(tensor.get_shape()) == 4
+    ]
+    for module in as_convolution:
+        module.weight = nn.Parameter(module.weight[:, :, None, None])
+    fill(vae, files, rename, dtype, device)
+    for module in as_convolution:
+        module.weight = nn.Parameter(module.weight[:, :, 0, 0], requires_grad=False)
+    return vae
