@@ -1,0 +1,224 @@
+"""Diffusion time: how much noise a timestep means, the noise added in training, and three samplers that remove it.
+
+Paper: MiniGPT-5, Eq. 3 (training noise); sampling is Stable Diffusion's. Reads stable-diffusion/scheduler of the
+published SD 2.1-base (epsilon prediction) and 2.1 (v prediction). Left out: samplers that add noise, timestep spacings
+other than "leading" (also what a file without that setting gets), PNDM's Runge-Kutta start.
+
+    latents, noise (B, C, h, w), t (B,) -> add_noise, target    (B, C, h, w)
+    snr, snr_weight                                             (B,)
+    sampler.timesteps                                           (calls of the UNet,), the order visited
+    sampler.step(model_output, index, latents)                  (B, C, h, w)
+
+A sampling loop; nothing in it waits for the GPU, the coefficients are Python floats:
+
+    sampler = SAMPLERS["pndm"](schedule, steps=50)
+    for index, t in enumerate(sampler.timesteps):
+        latents = sampler.step(unet(latents, t, condition), index, latents)
+
+With a = alphas_cumprod[t]: x_t = sqrt(a) x_0 + sqrt(1 - a) epsilon, and v = sqrt(a) epsilon - sqrt(1 - a) x_0.
+Latents are scaled ones. B batch, C channels, h w latent height and width.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loading import WeightsError, read_config, read_json
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
+    prediction_type: str = "epsilon"  # SD 2.1-base; or "v_prediction", SD 2.1
+    set_alpha_to_one: bool = False  # what lies before timestep 0: no noise at all, or (false) as much as at timestep 0
+    steps_offset: int = 1
+    timestep_spacing: str = "leading"  # the only one here
+    skip_prk_steps: bool = True  # the only one here
+
+
+class NoiseSchedule:
+    """The forward process. `alphas_cumprod` (num_train_timesteps,) float32: the share of signal in a noisy latent."""
+
+    def __init__(self, config: ScheduleConfig):
+        self.config = config
+        power = {"linear": 1.0, "scaled_linear": 2.0}[config.beta_schedule]
+        start, end = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
+        betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float32) ** power
+        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+
+    def to(self, device: str | torch.device) -> "NoiseSchedule":
+        self.alphas_cumprod = self.alphas_cumprod.to(device)
+        return self
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' type."""
+        signal, spread = self._shares(t, latents.dtype)
+        return signal * latents + spread * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the UNet should predict from add_noise(latents, noise, t): the noise, or v."""
+        if self.config.prediction_type == "epsilon":
+            return noise
+        signal, spread = self._shares(t, latents.dtype)
+        return signal * noise - spread * latents
+
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio a / (1 - a) at timesteps t (B,) -> (B,)."""
+        a = self.alphas_cumprod[t]
+        return a / (1 - a)
+
+    def snr_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Min-SNR weight of a sample's loss, (B,) -> (B,) (Hang et al. 2023, gamma 5 there); gamma <= 0: all ones."""
+        snr = self.snr(t)
+        if gamma <= 0:
+            return torch.ones_like(snr)
+        # A loss on epsilon is the loss on x_0 times SNR, a loss on v times SNR + 1; min(SNR, gamma) is wanted of both.
+        return snr.clamp(max=gamma) / (snr if self.config.prediction_type == "epsilon" else snr + 1)
+
+    def _shares(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        a = self.alphas_cumprod[t][:, None, None, None]  # (B, 1, 1, 1)
+        return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
+
+
+def leading_timesteps(config: ScheduleConfig, steps: int, below: int = 0) -> tuple[list[int], int]:
+    """`steps` evenly spaced timesteps, from high to low, and their spacing; `below` more would reach steps_offset."""
+    most = config.num_train_timesteps - config.steps_offset - below
+    if not 1 <= steps <= most:
+        raise ValueError(f"cannot sample in {steps} steps: 1 to {most} are possible")
+    spacing = config.num_train_timesteps // (steps + below)
+    return [spacing * (k + below) + config.steps_offset for k in reversed(range(steps))], spacing
+
+
+def transfer(a: float, a_next: float, prediction_type: str) -> tuple[float, float]:
+    """Coefficients (p, q) of x_next = p x + q model_output: DDIM's step without noise from signal share a to a_next.
+
+    DDIM (Song et al. 2021) Eq. 12, sigma = 0; PNDM's Eq. 11 (Liu et al. 2022) is the same map.
+    """
+    if prediction_type == "epsilon":
+        return math.sqrt(a_next / a), math.sqrt(1 - a_next) - math.sqrt(a_next * (1 - a) / a)
+    return (  # the rotation that v prediction makes of it
+        math.sqrt(a_next * a) + math.sqrt((1 - a_next) * (1 - a)),
+        math.sqrt((1 - a_next) * a) - math.sqrt(a_next * (1 - a)),
+    )
+
+
+def leading_transfers(schedule: NoiseSchedule, steps: int) -> tuple[list[int], list[tuple[float, float]]]:
+    """The timesteps of `steps` equal steps and the transfer from each to the next."""
+    config, a = schedule.config, schedule.alphas_cumprod.tolist()
+    before_first = 1.0 if config.set_alpha_to_one else a[0]
+    timesteps, spacing = leading_timesteps(config, steps)
+    shares = [(a[t], a[t - spacing] if t >= spacing else before_first) for t in timesteps]
+    return timesteps, [transfer(*pair, config.prediction_type) for pair in shares]
+
+
+class DDIM:
+    """Deterministic DDIM (eta 0): one transfer a step."""
+
+    def __init__(self, schedule: NoiseSchedule, steps: int):
+        timesteps, self.transfers = leading_transfers(schedule, steps)
+        self.timesteps = torch.tensor(timesteps, device=schedule.alphas_cumprod.device)
+
+    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents."""
+        p, q = self.transfers[index]
+        return (p * latents.float() + q * model_output.float()).to(latents.dtype)
+
+
+# Adams-Bashforth weights for 1 to 4 model outputs, the newest first.
+MULTISTEP = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+class PNDM:
+    """PNDM as Stable Diffusion runs it, the published default: linear multistep without the Runge-Kutta start.
+
+    The first step is made twice, the second time with the mean of the outputs at its two ends; so n steps call the
+    UNet n + 1 times (but 1 step once).
+    """
+
+    def __init__(self, schedule: NoiseSchedule, steps: int):
+        timesteps, transfers = leading_transfers(schedule, steps)
+        self.timesteps = torch.tensor(timesteps[:2] + timesteps[1:], device=schedule.alphas_cumprod.device)
+        self.transfers = transfers[:1] + transfers
+
+    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents.
+
+        Indices must come in order: the step uses up to three outputs before this one; index 0 forgets them.
+        """
+        model_output, start = model_output.float(), latents.float()
+        if index == 0:
+            self.outputs, self.first = [], start
+        if index == 1:
+            start, combined = self.first, (model_output + self.outputs[0]) / 2
+        else:
+            self.outputs = [model_output, *self.outputs[:3]]
+            weights = MULTISTEP[len(self.outputs) - 1]
+            combined = sum(weight * output for weight, output in zip(weights, self.outputs, strict=True))
+        p, q = self.transfers[index]
+        return (p * start + q * combined).to(latents.dtype)
+
+
+class DPMSolver:
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2, midpoint): good pictures in 20 to 25 steps.
+
+    The last step ends without noise, whatever set_alpha_to_one says, and is of first order, as the first one is.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, steps: int):
+        v_prediction, a = schedule.config.prediction_type == "v_prediction", schedule.alphas_cumprod.tolist()
+        timesteps, _ = leading_timesteps(schedule.config, steps, below=1)  # the lowest gives its place to "no noise"
+        self.timesteps = torch.tensor(timesteps, device=schedule.alphas_cumprod.device)
+        alphas = [math.sqrt(a[t]) for t in timesteps] + [1.0]
+        sigmas = [math.sqrt(1 - a[t]) for t in timesteps] + [0.0]
+        lambdas = [math.log(alphas[i] / sigmas[i]) for i in range(steps)]
+        self.coefficients = []
+        for i in range(steps):
+            alpha, sigma = alphas[i], sigmas[i]
+            to_clean = (alpha, -sigma) if v_prediction else (1 / alpha, -sigma / alpha)
+            keep = sigmas[i + 1] / sigma
+            between = 0 < i < steps - 1
+            slope = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1]) / 2 if between else 0.0
+            self.coefficients.append((*to_clean, keep, alphas[i + 1] - keep * alpha, slope))
+
+    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+        """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents.
+
+        Indices must come in order: the step uses the clean latents predicted by the one before.
+        """
+        p, q, keep, move, slope = self.coefficients[index]
+        x = latents.float()
+        clean = p * x + q * model_output.float()
+        ahead = clean + slope * (clean - self.previous) if slope else clean  # extrapolated to the middle of the step
+        self.previous = clean
+        return (keep * x + move * ahead).to(latents.dtype)
+
+
+SAMPLERS = {"pndm": PNDM, "ddim": DDIM, "dpm": DPMSolver}
+
+# Published settings and the values that this file computes; None: left out. Any other value stops the load.
+SUPPORTED = {
+    "beta_schedule": ("scaled_linear", "linear", None),
+    "prediction_type": ("epsilon", "v_prediction", None),
+    "timestep_spacing": ("leading", None),
+    "skip_prk_steps": (True, None),
+    "trained_betas": (None,),
+    "clip_sample": (False, None),
+    "thresholding": (False, None),
+    "rescale_betas_zero_snr": (False, None),
+}
+
+
+def load_schedule(folder: Path) -> NoiseSchedule:
+    """stable-diffusion/scheduler -> NoiseSchedule. Raises WeightsError."""
+    path = Path(folder) / "scheduler_config.json"
+    published = read_json(path)
+    for name, values in SUPPORTED.items():
+        if published.get(name) not in values:
+            known = " or ".join(repr(value) for value in values if value is not None) or "null"
+            raise WeightsError(f"{path}: {name} {published.get(name)!r} is not supported, only {known}")
+    return NoiseSchedule(read_config(ScheduleConfig, path))
