@@ -42,10 +42,10 @@ def read_image(source: bytes | str | Path) -> Image.Image:
         raise ImageError("not an image", f"{name}: not an image") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too large", f"{name}: {error}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, KeyError, IndexError, TypeError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError("broken image", f"{name}: broken image ({error})") from None  # Pillow's decoders raise many
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over: struct.error, zlib.error ...
+        raise ImageError("broken image", f"{name}: broken image ({error})") from None
 
 
 def resize_and_crop(image: Image.Image, size: int, pad: bool) -> Image.Image:

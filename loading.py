@@ -123,14 +123,10 @@ def compare(model: nn.Module, files: Iterable[Path], rename: Callable | None = N
     return problems
 
 
-def fill(
-    model: nn.Module,
-    files: Iterable[Path],
-    rename: Callable[[str], str | None] | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-) -> nn.Module:
-    """Give the meta-device `model` the tensors of `files`, each cast and moved once; frozen, in eval mode.
+def matched(
+    model: nn.Module, files: Iterable[Path], rename: Callable[[str], str | None] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of `files` under `model`'s names, memory-mapped.
 
     `rename` maps a published key to ours, None for a key to leave out. Any other difference between the two sets of
     names and shapes is an error: the first problem and how many more there are.
@@ -140,7 +136,19 @@ def fill(
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise WeightsError(problems[0] + more, problems)
-    state = {name: tensor[:].to(device, dtype) for name, _, _, tensor in stored(files, rename)}
+    return {name: tensor[:] for name, _, _, tensor in stored(files, rename)}
+
+
+def fill(
+    model: nn.Module,
+    files: Iterable[Path],
+    rename: Callable[[str], str | None] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Make the tensors of `files` the parameters of the meta-device `model`, each cast and moved once. The model is
+    then frozen and in eval mode. `rename` and errors are those of `matched`."""
+    state = {name: tensor.to(device, dtype) for name, tensor in matched(model, files, rename).items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
