@@ -1,0 +1,397 @@
+"""Caption-picture tars into batches for stage 1 (UAS, section 3.3 of the paper, on CC3M).
+
+The training order is one endless row of positions, epoch after epoch, each epoch a permutation of all pairs; at every
+step the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten pairs:
+
+    position   0 1 2 3   4 5 6 7   8 9 | 10 11   ...      rank 0 gets positions 0 1, then 4 5, then 8 9 ...
+    pair       7 0 3 9   1 8 2 4   6 5 |  3  8   ...      rank 1 gets positions 2 3, then 6 7, then 10 11 ...
+
+A broken pair's place is filled by another one, drawn by (seed, position). So every batch is full, has the same shape
+and is a function of (seed, position) alone: equal for any number of workers, ranks in step, and one number is enough
+to resume, even with another number of ranks. The price: a good pair is seen twice for each broken one.
+Tars behind http(s) cannot be read at random: `StreamBatches` reads them through a shuffle buffer.
+
+    batches = open_batches(["cc3m-train-{0000..0575}.tar"], partial(vae.preprocess_output, size=512), batch_size=48)
+    batch = next(batches)
+
+    batch["pixels"]        (B, 3, size, size) float32 in [-1, 1]
+    batch["captions"]      B strings, cleaned; batch["keys"] beside them
+    batch["instructions"]  B times None or the number of a request phrasing, for `uas_texts`
+    batch["bad"]           Counter of the reasons of broken samples met for the first time
+
+Left out: the released code's random horizontal flip of pictures.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from images import ImageError, read_image
+from tars import JSON, PICTURE, TEXT, Unusable, expand, is_url, read_index, read_member, shuffled, stream_tars, streamed
+
+MAX_SIDE = 10_000  # pixels: pictures are padded to a square, so a long thin one would take side x side
+BAD_FROM = 1000  # samples seen before max_bad is looked at: two broken pairs of four need not stop a trial
+TRIES = 1000  # broken samples in a row before the data counts as unusable
+
+SYSTEM = "You will be able to generate image according to command."
+REQUESTS = (
+    "draw this for me:",
+    "please make a picture of",
+    "show me what this looks like:",
+    "I would like to see an image of",
+    "paint the following scene:",
+    "create a photo that fits these words:",
+    "turn this description into an image:",
+)
+
+
+# ---- texts
+
+
+def clean_caption(text: str) -> str:
+    """The released code's cleaning: lower case, .!"()*#:;~ to spaces, white space to single spaces."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
+
+
+def uas_texts(caption: str, vokens: int = 8, instruction: int | None = None) -> tuple[str, str]:
+    """Caption -> (source, target) of stage 1; `instruction` is the number of a request phrasing, None the bare caption.
+
+    What looks like a voken inside the caption is kept: the tokenizer has to take a caption as plain text.
+    """
+    source = caption
+    if instruction is not None:
+        source = f"{SYSTEM}###Human: {REQUESTS[instruction]} {caption} ###Assistant:"
+    return source, "".join(f"[IMG{i}]" for i in range(vokens)) + " ###"
+
+
+# ---- random numbers: raw PCG64 output only, which numpy promises to keep from version to version
+
+
+def random_bits(purpose: int, *place: int) -> np.random.PCG64:
+    return np.random.PCG64(np.random.SeedSequence([purpose, *place]))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of range(n) of that epoch: int64 (n,), read-only."""
+    order = np.argsort(random_bits(0, seed, epoch).random_raw(n), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def draw_instruction(bits: np.random.PCG64) -> int | None:
+    """One sample in 100 becomes an instruction, in one of the phrasings."""
+    chosen, phrase = bits.random_raw() % 100 == 0, bits.random_raw() % len(REQUESTS)
+    return phrase if chosen else None
+
+
+# ---- samples
+
+
+class Broken(NamedTuple):
+    """A sample that cannot be used; `reason` is a short name to count it under."""
+
+    key: str
+    reason: str
+
+
+def make_sample(key: str, read: Callable[[int], bytes | None], transform: Callable) -> dict | Broken:
+    """{"key", "caption", "pixels"} from read(PICTURE | TEXT | JSON) -> bytes, None where there is no such member."""
+    try:
+        picture = read(PICTURE)
+        if not picture:
+            raise Unusable("no picture" if picture is None else "empty picture")
+        caption = clean_caption(read_caption(read))
+        if not caption:
+            raise Unusable("empty caption")
+        image = read_image(picture)
+        if max(image.size) > MAX_SIDE:
+            raise Unusable("too large")
+    except Unusable as error:
+        return Broken(key, str(error))
+    except ImageError as error:
+        return Broken(key, error.reason)
+    except OSError:  # of the tar: read_image turns its own into an ImageError
+        return Broken(key, "tar not readable")
+    return {"key": key, "caption": caption, "pixels": transform(image)}
+
+
+def read_caption(read: Callable[[int], bytes | None]) -> str:
+    text, content = read(TEXT), None
+    try:
+        if text is not None:
+            return text.decode("utf-8-sig")
+        content = json.loads(read(JSON) or b"{}")
+    except UnicodeDecodeError:
+        raise Unusable("caption not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise Unusable("broken JSON") from None
+    if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
+        raise Unusable("no caption")
+    return content["caption"]
+
+
+def describe(bad: dict[str, int]) -> str:
+    """Counts by reason in words, the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(bad).most_common()) or "none"
+
+
+def collate(samples: list[tuple[dict, int | None]], bad: Counter, seen: int, cursor: object = None) -> dict:
+    return {
+        "captions": [sample["caption"] for sample, _ in samples],
+        "keys": [sample["key"] for sample, _ in samples],
+        "instructions": [instruction for _, instruction in samples],
+        "pixels": torch.stack([sample["pixels"] for sample, _ in samples]),
+        "bad": dict(bad),  # a Counter would be doubled by DataLoader's pinning, which calls its update()
+        "seen": seen,
+        "cursor": cursor,
+    }
+
+
+# ---- local tars
+
+
+class PairData(Dataset):
+    """Local tars as one list of samples {"key", "caption", "pixels"}; a broken one is a `Broken`, never an exception.
+
+    transform: RGB picture -> (3, size, size) float32 in [-1, 1]. Holds no open file: it may be forked and pickled.
+    `notes` says which tars are damaged. ValueError for a tar that cannot be read and where there is no sample at all.
+    With several ranks on a machine let one build it first: the others then find the cached indices.
+    """
+
+    def __init__(self, tars: list[str], transform: Callable):
+        self.tars, self.transform = list(tars), transform
+        self.indices = [read_index(tar) for tar in tqdm(self.tars, "index", leave=False, delay=2, unit="tar")]
+        self.ends = np.cumsum([len(index.table) for index in self.indices])
+        self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
+        if not len(self):
+            raise ValueError(f"{self.name}: no picture and no caption in it")
+        notes = zip(self.tars, (index.note.tobytes().decode() for index in self.indices), strict=True)
+        self.notes = [f"{tar}: {note}" for tar, note in notes if note]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> dict | Broken:
+        tar = int(np.searchsorted(self.ends, i, side="right"))
+        index = self.indices[tar]
+        row = i - int(self.ends[tar]) + len(index.table)
+        return make_sample(index.key(row), partial(read_member, self.tars[tar], index.table[row]), self.transform)
+
+
+class WholeBatches(Dataset):
+    """What a worker runs: [(position, pair), ...] -> one full batch."""
+
+    def __init__(self, pairs: PairData, seed: int):
+        self.pairs, self.seed = pairs, seed
+
+    def __getitem__(self, places: list[tuple[int, int]]) -> dict:
+        n, samples, bad, seen = len(self.pairs), [], Counter(), 0
+        for position, pair in places:
+            bits, sample, tries = random_bits(1, self.seed, position), self.pairs[pair], 0
+            instruction = draw_instruction(bits)
+            if position < n:
+                seen += 1
+                bad.update([sample.reason] if isinstance(sample, Broken) else [])
+            while isinstance(sample, Broken):
+                tries += 1
+                if tries > TRIES:
+                    return {"error": self.no_pair(), "bad": dict(bad), "seen": seen}
+                sample = self.pairs[bits.random_raw() % n]
+            samples.append((sample, instruction))
+        return collate(samples, bad, seen)
+
+    def no_pair(self) -> str:
+        samples = (self.pairs[i] for i in range(min(len(self.pairs), TRIES)))
+        bad = Counter(sample.reason for sample in samples if isinstance(sample, Broken))
+        return f"no usable pair in {self.pairs.name}: {describe(bad)}"
+
+
+class Batches:
+    """Endless full batches of one rank, made by `workers` processes (0: in this one). The file's head has the order.
+
+    `bad` and `seen` count this rank's share of the first pass over the data: a broken pair counts once, on one rank.
+    ValueError where over `max_bad` of them are broken, from BAD_FROM seen on, and where no pair can be used at all.
+    """
+
+    def __init__(self, dataset, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01):
+        self.dataset, self.batch_size, self.seed, self.max_bad = dataset, batch_size, seed, max_bad
+        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.size, self.bad, self.seen, self.loaded = len(dataset), Counter(), 0, None
+        self.go_to({"epoch": 0, "position": 0})
+
+    def __iter__(self) -> Iterator[dict]:
+        return self
+
+    def __next__(self) -> dict:
+        if self.loaded is None:
+            options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+            self.loaded = iter(DataLoader(**self.source(), batch_size=None, **options))
+        batch = next(self.loaded)
+        batch["bad"] = Counter(batch["bad"])
+        self.bad.update(batch["bad"])
+        self.seen += batch.pop("seen")
+        error, broken = batch.get("error"), sum(self.bad.values())
+        if error is None and self.seen >= BAD_FROM and broken > self.max_bad * self.seen:
+            what = f"{broken:,} of {self.seen:,} samples are broken, over --max-bad {self.max_bad:g}"
+            error = f"{what}: {describe(self.bad)}"
+        if error:
+            self.close()
+            raise ValueError(error)
+        self.advance(batch.pop("cursor"))
+        return batch
+
+    def close(self) -> None:
+        """End the workers. The next batch, if one is asked for, starts new ones where this one stopped."""
+        self.loaded = None
+
+    def state_dict(self) -> dict:
+        """Where to go on after the last batch handed out, whatever the workers have prefetched: plain values.
+
+        "epoch" and "position" are the same on all ranks, "bad" and "seen" are this rank's. Sum these two over the ranks
+        before saving: in loading, rank 0 takes them over and the others start from zero.
+        """
+        return {"seed": self.seed, "size": self.size, **self.place(), "bad": dict(self.bad), "seen": self.seen}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on exactly there; batch_size, world_size and workers may be others. ValueError for other data or seed."""
+        for name, ours in (("seed", self.seed), ("size", self.size)):
+            if state[name] != ours:
+                raise ValueError(f"cannot resume: the checkpoint's data has {name} {state[name]}, this run's {ours}")
+        self.close()
+        self.bad = Counter(state["bad"] if self.rank == 0 else {})
+        self.seen = state["seen"] if self.rank == 0 else 0
+        self.go_to(state)
+
+    def dataset_size(self) -> int | None:
+        """The number of pairs, None where tars are streamed."""
+        return self.size
+
+    def go_to(self, state: dict) -> None:
+        self.position = state["epoch"] * self.size + state["position"]
+
+    def place(self) -> dict:
+        return {"epoch": self.position // self.size, "position": self.position % self.size}
+
+    def advance(self, cursor: object) -> None:
+        self.position += self.batch_size * self.world_size
+
+    def source(self) -> dict:
+        """The DataLoader's dataset, whose items are whole batches, and its sampler."""
+        return {"dataset": WholeBatches(self.dataset, self.seed), "sampler": self.places()}
+
+    def places(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.position + self.rank * self.batch_size
+        while True:
+            block = [(p, *divmod(p, self.size)) for p in range(first, first + self.batch_size)]
+            yield [(p, int(epoch_order(self.size, self.seed, epoch)[k])) for p, epoch, k in block]
+            first += self.batch_size * self.world_size
+
+
+# ---- tars behind http(s)
+
+
+class StreamPairs:
+    """Tars behind http(s) as endless batches, for `StreamBatches`. len() is the number of tars.
+
+    The row of positions holds tars here, epoch after epoch in shuffled order; they are dealt in turn to slots, one slot
+    per rank and worker. Each slot shuffles its samples through a buffer that is emptied between two epochs.
+    """
+
+    def __init__(self, urls: list[str], transform: Callable, buffer: int = 1000):
+        self.urls, self.transform, self.buffer, self.notes = list(urls), transform, buffer, []
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def url(self, seed: int, tar: int) -> str:
+        epoch, place = divmod(tar, len(self))
+        return self.urls[epoch_order(len(self), seed, epoch)[place]]
+
+    def batches(self, batch_size: int, seed: int, slots: int, slot: int, tar: int, byte: int) -> Iterator[dict]:
+        """Endless full batches of one slot; the cursor of each is (slot, tar position, byte) that reading has come to.
+
+        Ends with an {"error": ...} in place of a batch, as an exception would lose its one line in a worker.
+        """
+        cursor, usable, barren, chosen, bad, seen = [tar, byte], tar, Counter(), [], Counter(), 0
+        raw = stream_tars(partial(self.url, seed), tar, byte, slots)
+        items = shuffled(raw, random_bits(2, seed, tar, byte), self.buffer, len(self), cursor)
+        try:
+            for tar, end, key, parts in items:
+                sample = make_sample(key, partial(streamed, parts), self.transform)
+                seen += tar < len(self)
+                if isinstance(sample, Broken):
+                    bad.update([sample.reason] if tar < len(self) else [])
+                    barren.update([sample.reason])
+                    if sum(barren.values()) > TRIES or tar > usable + len(self) + slots:
+                        raise ValueError(f"no usable pair in {self.url(seed, tar)}: {describe(barren)}")
+                    continue
+                chosen.append((sample, draw_instruction(random_bits(1, seed, tar, end))))
+                usable, barren = tar, Counter()
+                if len(chosen) == batch_size:
+                    yield collate(chosen, bad, seen, (slot, *cursor))
+                    chosen, bad, seen = [], Counter(), 0
+        except ValueError as error:
+            yield {"error": str(error), "bad": dict(bad), "seen": seen}
+
+
+class StreamSource(IterableDataset):
+    """What a worker runs: the batches of its own slot."""
+
+    def __init__(self, batches: Callable, starts: list[tuple[int, int, int]]):
+        self.batches, self.starts = batches, starts
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        return self.batches(*self.starts[worker.id if worker else 0])
+
+
+class StreamBatches(Batches):
+    """`Batches` of a StreamPairs; here the batches do depend on the number of ranks and workers.
+
+    To resume means: each slot opens the tar that it was reading at the first sample not yet read. Nothing is repeated;
+    what lay in shuffle buffers and in unfinished batches is passed over. With another number of slots, or in a rank
+    whose own state was not saved, the tars from the earliest unfinished one on are read from their fronts.
+    """
+
+    def dataset_size(self) -> None:
+        return None
+
+    def go_to(self, state: dict) -> None:
+        workers, first = max(self.workers, 1), state["epoch"] * self.size + state["position"]
+        self.slots = self.world_size * workers
+        known = state["cursors"] if state.get("slots") == self.slots else []
+        own = range(self.rank * workers, (self.rank + 1) * workers)
+        self.cursors = {slot: (first + (slot - first) % self.slots, 0) for slot in own}
+        self.cursors |= {slot: (tar, byte) for slot, tar, byte in known if slot in self.cursors}
+
+    def place(self) -> dict:
+        epoch, position = divmod(min(tar for tar, _ in self.cursors.values()), self.size)
+        cursors = [[slot, *cursor] for slot, cursor in self.cursors.items()]
+        return {"epoch": epoch, "position": position, "slots": self.slots, "cursors": cursors}
+
+    def advance(self, cursor: tuple[int, int, int]) -> None:
+        self.cursors[cursor[0]] = cursor[1:]
+
+    def source(self) -> dict:
+        batches, starts = self.dataset.batches, [(slot, *cursor) for slot, cursor in self.cursors.items()]
+        return {"dataset": StreamSource(partial(batches, self.batch_size, self.seed, self.slots), starts)}
+
+
+def open_batches(data: list[str], transform: Callable, batch_size: int, **options) -> Batches:
+    """What the user named (see `tars.expand`) -> its batches; `options` are those of `Batches`."""
+    tars = expand(data)
+    remote = [tar for tar in tars if is_url(tar)]
+    if not remote:
+        return Batches(PairData(tars, transform), batch_size, **options)
+    if len(remote) < len(tars):
+        raise ValueError(f"{remote[0]} is streamed, {(set(tars) - set(remote)).pop()} is not: give only one of the two")
+    return StreamBatches(StreamPairs(tars, transform), batch_size, **options)

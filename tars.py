@@ -1,0 +1,362 @@
+"""Samples out of webdataset tars as raw bytes: local tars at random through an index, http(s) tars as a stream.
+
+Members that share the path up to the first dot of the base name are one sample: `KEY.jpg|jpeg|png|webp` its picture,
+`KEY.txt` its caption, `KEY.json` more about it. Only regular members count and nothing is ever unpacked to disk.
+
+    expand(["cc3m-train-{0000..0575}.tar", "more/"])  -> list of paths and URLs
+    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 6)
+    read_member("x.tar", table[i], PICTURE)           -> bytes
+    stream_tar("https://.../x.tar")                   -> (key, {PICTURE: bytes, TEXT: bytes}, next byte), in order
+"""
+
+import glob
+import hashlib
+import http.client
+import os
+import re
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
+INDEX_VERSION = 1
+PICTURE, TEXT, JSON = range(3)
+KINDS = {"jpg": PICTURE, "jpeg": PICTURE, "png": PICTURE, "webp": PICTURE, "txt": TEXT, "json": JSON}
+ERRORS = "surrogateescape"  # member names that are not UTF-8 stay apart from each other
+MAX_BYTES = (64 << 20, 64 << 10, 1 << 20)  # of a picture, a text, a JSON member
+BUFFER_BYTES = 256 << 20  # of a shuffle buffer, however few samples that is
+TIMEOUT, RETRIES, PAUSE = 60.0, 5, 1.0  # a connection: seconds, new attempts, seconds before the first (then doubled)
+
+
+class Unusable(Exception):
+    """A member that cannot be used. The only argument is a short reason to count it under."""
+
+
+class StreamCut(Exception):
+    """A connection that broke in the middle of a tar and could not be taken up again."""
+
+
+# ---- which tars
+
+
+def expand(data: list[str]) -> list[str]:
+    """What the user names -> tar paths and URLs in order, each once.
+
+    A value is a tar, a folder of tars, a glob or an http(s) URL, perhaps with the shell's lists {0000..0575} and {a,b}.
+    Raises ValueError where a value matches nothing.
+    """
+    found = [path for value in data for item in braces(value) for path in tars_of(item)]
+    if not found:
+        raise ValueError("no data given: name a tar, a folder of tars or a URL")
+    return list(dict.fromkeys(found))
+
+
+def braces(text: str) -> Iterator[str]:
+    """The shell's brace lists; braces that hold no list stay as they are."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", text)
+    if match is None:
+        yield text
+        return
+    first, last, options = match.groups()
+    if options is None:
+        width = len(first) if first.startswith("0") else 0
+        step = 1 if int(first) <= int(last) else -1
+        numbers = range(int(first), int(last) + step, step)
+        if len(numbers) > 100_000:
+            raise ValueError(f"{text}: more than 100,000 tars")
+        options = ",".join(f"{i:0{width}}" for i in numbers)
+    for option in options.split(","):
+        yield from braces(text[: match.start()] + option + text[match.end() :])
+
+
+def is_url(item: str) -> bool:
+    return item.lower().startswith(("http://", "https://"))
+
+
+def tars_of(item: str) -> list[str]:
+    if is_url(item):
+        return [item]
+    if "://" in item:
+        raise ValueError(f"{item}: only http and https addresses can be read")
+    path = Path(item).expanduser()
+    if item and path.is_dir():
+        found = sorted(str(tar) for tar in path.glob("*.tar") if tar.is_file())
+        if not found:
+            raise ValueError(f"{item}: no .tar file in this folder")
+        return found
+    found = [str(path)] if path.is_file() else sorted(filter(os.path.isfile, glob.glob(str(path))))
+    found = [tar for tar in found if not tar.endswith(".index.npz")]  # our own caches, beside the tars
+    if not item or not found:
+        raise ValueError(f"{item or 'empty name'}: no such tar, folder or pattern")
+    return found
+
+
+# ---- headers
+
+
+def member_of(name: str) -> tuple[str, int] | None:
+    """Member name -> (key, kind), None for a member that is no part of a sample."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    kind = KINDS.get(extension.lower())
+    return (folder + slash + stem, kind) if stem and kind is not None else None
+
+
+class Header(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the tar; here it is a ReadError."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # two ways for a tar to end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def open_tar(file: BinaryIO, mode: str) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode=mode, tarinfo=Header, bufsize=1 << 18, encoding="utf-8", errors=ERRORS)
+
+
+def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
+    """(key, kind, member) of the regular members that count, in order. Raises tarfile.ReadError at a damaged header."""
+    last = -1
+    while True:
+        try:
+            member = tar.next()
+        except (EOFError, ValueError, OverflowError, LookupError) as error:  # tarfile on a damaged extended header
+            raise tarfile.ReadError(str(error)) from None
+        if member is None:
+            return
+        if member.offset <= last or member.size < 0:  # a negative size would lead tarfile in a circle
+            raise tarfile.ReadError("bad header")
+        last = member.offset
+        tar.members.clear()  # tarfile would collect them all
+        place = member_of(member.name)
+        if place and member.isreg() and not member.issparse():
+            yield *place, member
+
+
+# ---- local tars
+
+
+class TarIndex(NamedTuple):
+    """Where the members of a tar's n samples lie. All arrays are plain numbers, so that the cache needs no pickle."""
+
+    stamp: np.ndarray  # INDEX_VERSION, the tar's size and its time of change in ns
+    table: np.ndarray  # (n, 6): offset and size of picture, text, JSON; -1 where there is none
+    keys: np.ndarray  # the keys one after another, UTF-8
+    ends: np.ndarray  # (n + 1,): key i is keys[ends[i] : ends[i + 1]]
+    note: np.ndarray  # what is wrong with the tar as a whole, UTF-8, mostly empty
+
+    def key(self, i: int) -> str:
+        return self.keys[self.ends[i] : self.ends[i + 1]].tobytes().decode("utf-8", "replace")
+
+
+def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
+    """Read the headers of an uncompressed tar. The members of a key need not be adjacent; of two of one kind the later
+    counts, as when unpacking. A damaged tar ends where it is damaged; ValueError for what is not a tar at all."""
+    rows, notes, twice = {}, [], 0
+    try:
+        with open(path, "rb") as file:
+            if file.peek(6)[:6].startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+                raise ValueError(f"{path}: a compressed tar cannot be read at random; unpack it to a plain .tar")
+            with open_tar(file, "r:") as tar:
+                try:
+                    for key, kind, member in walk(tar):
+                        row = rows.setdefault(key, [-1] * 6)
+                        twice += row[2 * kind] >= 0
+                        row[2 * kind : 2 * kind + 2] = member.offset_data, member.size
+                except tarfile.TarError as error:
+                    notes.append(f"cut short or damaged after {len(rows):,} samples ({error})")
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(f"{path}: not readable as a tar ({error})") from None
+    if twice:
+        notes.append(f"{twice:,} members of a kind that their sample already had; the last counts")
+    keys = [key.encode("utf-8", ERRORS) for key in rows]
+    return TarIndex(
+        stamp,
+        np.array(list(rows.values()), np.int64).reshape(-1, 6),
+        np.frombuffer(b"".join(keys), np.uint8),
+        np.cumsum([0, *map(len, keys)], dtype=np.int64),
+        np.frombuffer("; ".join(notes).encode("utf-8", "replace"), np.uint8),
+    )
+
+
+def read_index(path: str) -> TarIndex:
+    """The index of a tar: cached beside it or in CACHE if that fits the tar's size and time of change, else scanned."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
+    name = hashlib.sha256(os.path.abspath(path).encode("utf-8", ERRORS)).hexdigest()[:32]
+    places = Path(f"{path}.index.npz"), CACHE / f"{name}.npz"
+    for place in places:
+        with suppress(Exception):  # whatever is wrong with a cache, the tar itself is at hand
+            with np.load(place, allow_pickle=False) as file:
+                index = TarIndex(*(file[field] for field in TarIndex._fields))
+            if np.array_equal(index.stamp, stamp):
+                return index
+    index = scan_tar(path, stamp)
+    for place in places:
+        temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")  # hosts may share the folder
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                np.savez(file, **index._asdict())
+            os.replace(temporary, place)
+            break
+        except OSError:  # cannot be written: the next place, or no cache
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    return index
+
+
+def read_member(path: str, row: np.ndarray, kind: int) -> bytes | None:
+    """The bytes of one member of the sample `row` of a table, None where it has none. Raises Unusable, OSError.
+
+    Opens the tar each time (some 20 us): open files could run out, and would be shared between forked workers.
+    """
+    offset, size = (int(x) for x in row[2 * kind : 2 * kind + 2])
+    if offset < 0:
+        return None
+    if size > MAX_BYTES[kind]:
+        raise Unusable("too large")
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise Unusable("truncated tar")
+    return content
+
+
+# ---- tars behind http(s)
+
+
+class HttpFile:
+    """The bytes of a URL from `start` on, read once in order. A broken connection is taken up again where it broke.
+
+    Raises ValueError where the server refuses or cannot be reached, StreamCut where only the rest cannot be had.
+    """
+
+    def __init__(self, url: str, start: int = 0):
+        self.url, self.position, self.end, self.response = url, start, None, None
+
+    def connect(self) -> None:
+        headers = {"Range": f"bytes={self.position}-"} if self.position else {}
+        self.response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
+        skip = self.position if self.response.status == 200 else 0  # a server without ranges starts from the front
+        if length := self.response.headers.get("Content-Length"):
+            self.end = self.position - skip + int(length)
+        while skip and (content := self.response.read(min(skip, 1 << 20))):
+            skip -= len(content)
+        if skip:
+            raise OSError("cut")
+
+    def read(self, size: int) -> bytes:
+        for attempt in range(RETRIES + 1):
+            time.sleep(PAUSE * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                if self.response is None:
+                    self.connect()
+                content = self.response.read(size)
+                if content or self.end is None or self.position >= self.end:
+                    self.position += len(content)
+                    return content
+                reason = "cut"  # http.client reports a connection that ended early as the end of the file
+            except urllib.error.HTTPError as error:
+                if error.code == 416:  # nothing from there on: `start` was the end
+                    return b""
+                reason = f"{error.code} {error.reason}"
+                if error.code < 500 and error.code not in (408, 429):
+                    raise ValueError(f"{self.url}: {reason}") from None
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+            self.close()
+        if self.end is None:
+            raise ValueError(f"{self.url}: cannot be reached ({reason})")
+        raise StreamCut
+
+    def close(self) -> None:
+        if self.response is not None:
+            self.response.close()
+        self.response = None
+
+
+def stream_tar(url: str, start: int = 0) -> Iterator[tuple[str, dict, int]]:
+    """(key, parts, byte where the next sample starts) of the samples from byte `start` on.
+
+    parts: kind -> bytes, or the reason (str) why they are not there. The members of a key must be adjacent. Raises
+    ValueError (no tar there at all), StreamCut, tarfile.TarError (damaged or truncated).
+    """
+    with closing(HttpFile(url, start)) as file:
+        try:
+            tar = open_tar(file, "r|")
+        except tarfile.ReadError as error:
+            if start:
+                return
+            raise ValueError(f"{url}: not an uncompressed tar ({error})") from None
+        current, parts = None, {}
+        for key, kind, member in walk(tar):
+            if key != current and parts:
+                yield current.encode("utf-8", ERRORS).decode("utf-8", "replace"), parts, start + member.offset
+                parts = {}
+            current = key
+            parts[kind] = tar.extractfile(member).read() if member.size <= MAX_BYTES[kind] else "too large"
+        if parts:
+            yield current.encode("utf-8", ERRORS).decode("utf-8", "replace"), parts, start + tar.offset
+
+
+def streamed(parts: dict, kind: int) -> bytes | None:
+    """As `read_member`, from what `stream_tar` gave."""
+    if isinstance(parts.get(kind), str):
+        raise Unusable(parts[kind])
+    return parts.get(kind)
+
+
+def stream_tars(url_of: Callable[[int], str], tar: int, byte: int, step: int) -> Iterator[tuple[int, int, str, dict]]:
+    """(tar, next byte, key, parts) from a byte of `tar` on, then of tar + step and so on without end.
+
+    A tar that is empty, cut or damaged gives one more item that says so; its key is the URL.
+    """
+    while True:
+        url, problem = url_of(tar), "empty tar" if byte == 0 else None
+        try:
+            for key, parts, end in stream_tar(url, byte):
+                problem = None
+                yield tar, end, key, parts
+        except StreamCut:
+            problem = "stream cut"
+        except tarfile.TarError:
+            problem = "truncated tar"
+        if problem:
+            yield tar, 0, url, {PICTURE: problem}
+        tar, byte = tar + step, 0
+
+
+def shuffled(items: Iterable[tuple], bits, count: int, tars: int, cursor: list[int]) -> Iterator[tuple]:
+    """The items of `stream_tars` in random order out of a buffer of `count`, emptied after each epoch of `tars` tars.
+
+    bits: a numpy bit generator. `cursor`, [tar, next byte], is kept at how far the items were read.
+    """
+    buffer, held = [], 0
+    for item in items:
+        new_epoch = buffer and buffer[0][0] // tars != item[0] // tars
+        while buffer and (new_epoch or len(buffer) >= count or held > BUFFER_BYTES):
+            i = bits.random_raw() % len(buffer)
+            buffer[i], buffer[-1] = buffer[-1], buffer[i]
+            held -= sum(map(len, buffer[-1][3].values()))
+            yield buffer.pop()
+        buffer.append(item)
+        held += sum(map(len, item[3].values()))
+        cursor[:] = item[:2]
