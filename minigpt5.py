@@ -1,0 +1,422 @@
+"""MiniGPT-5 put together: pictures into the prompt, the losses of training, answers of text and pictures in turn.
+
+Follows arXiv 2310.02239 section 3. Every part is frozen but the voken rows and the feature mapper. One training sample:
+
+    caption ids, [IMG0]..[IMGN-1], ###   (B, T)          collate
+    embeddings                           (B, T, D)       MiniGPT5.embed, input pictures over their placeholders
+    hidden states                        (B, T, D)       Vicuna
+    voken features                       (M, N, D)       the states that predict the vokens: one position before each
+    conditioning                         (M, S, Dc)      mapper, in the place of Stable Diffusion's text encoding
+    predicted noise                      (M, C, h, w)    UNet
+
+B batch, T tokens, N vokens of a picture, M pictures in the batch, S conditioning tokens, D and Dc widths of the
+language and of the diffusion model, C latent channels, h w latent height and width.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from images import to_image
+from llama import KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from loading import WeightsError, matched, open_safetensors, read_config, save_safetensors, stored
+from mapper import VokenMapper
+from qformer import ImageEncoder, load_image_encoder, preprocess_input
+from scheduler import SAMPLERS, NoiseSchedule, load_schedule
+from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
+from unet import UNet, load_unet
+from vae import VAE, load_vae
+
+TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # L = 0.01 L_text + 1.0 L_LDM + 0.1 L_CAP, section 3.3
+DROP_RATE = 0.1  # pictures trained with zeros for voken features, so that sampling has an unconditional branch
+IGNORE = -100  # label of a position that takes no part in L_text
+
+
+class Rows(NamedTuple):
+    """A batch of token rows, padded on the right, and where its pictures are."""
+
+    ids: Tensor  # (B, T)
+    labels: Tensor  # (B, T), IGNORE where nothing is learned
+    picture_rows: Tensor  # (M,) row of each output picture
+    picture_starts: Tensor  # (M,) position before its [IMG0]
+
+
+class Draws(NamedTuple):
+    """All that is random in the picture losses of M pictures."""
+
+    drop: Tensor  # (M,) bool: zeros in the place of the voken features
+    posterior: Tensor  # (M, C, h, w) standard normal, picks the latent from the autoencoder's posterior
+    noise: Tensor  # (M, C, h, w) standard normal, the diffusion noise
+    timesteps: Tensor  # (M,)
+
+
+@dataclass
+class Sampling:
+    """How an answer is drawn from the model: the released code's settings."""
+
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float = 2.0
+    max_new_tokens: int = 256
+    force_image: bool = False  # begin with a picture
+    sampler: str = "pndm"
+    steps: int = 50
+    guidance: float = 7.5  # 1: no guidance
+
+
+def expand_placeholders(tokenizer: Tokenizer, ids: list[int], queries: int) -> list[int]:
+    """Each placeholder id as often as a picture has query embeddings."""
+    return [i for token in ids for i in [token] * (queries if token == tokenizer.image_id else 1)]
+
+
+def collate(
+    tokenizer: Tokenizer, pairs: list[tuple[str, str]], queries: int, multiple: int = 1, limit: int = 2048
+) -> Rows:
+    """(source, target) texts -> rows of <s> source target, padded on the right to a multiple of `multiple` tokens.
+
+    Learned are the target's tokens but for [IMG1]..[IMGN-2]: of the vokens only the first, which says that a picture
+    belongs here, and the last, with which text goes on. A source is cut at its end so that a row has at most `limit`
+    tokens. Source and target are encoded apart: each piece gets its own leading space.
+    """
+    rows, labels, pictures = [], [], []
+    inner = set(tokenizer.voken_ids[1:-1])
+    for row, (source, target) in enumerate(pairs):
+        target_ids = expand_placeholders(tokenizer, tokenizer.encode(target), queries)
+        source_ids = expand_placeholders(tokenizer, tokenizer.encode(source), queries)
+        source_ids = [tokenizer.bos_id, *source_ids][: limit - len(target_ids)]
+        learned = [IGNORE if i in inner or i == tokenizer.image_id else i for i in target_ids]
+        rows.append(source_ids + target_ids)
+        labels.append([IGNORE] * len(source_ids) + learned)
+        pictures += [(row, at - 1) for at, label in enumerate(labels[-1]) if label == tokenizer.voken_ids[0]]
+    length = -(-max(map(len, rows)) // multiple) * multiple
+    padded = [row + [tokenizer.eos_id] * (length - len(row)) for row in rows]
+    padded_labels = [label + [IGNORE] * (length - len(label)) for label in labels]
+    where = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2)
+    return Rows(torch.tensor(padded), torch.tensor(padded_labels), where[:, 0], where[:, 1])
+
+
+def pick_token(logits: Tensor, said: list[int], sampling: Sampling, generator: torch.Generator) -> int:
+    """Sample the next id from logits (V,): repetition penalty over the ids in `said`, temperature, top k, top p."""
+    logits = logits.float().cpu()
+    seen = torch.tensor(sorted(set(said)))
+    scores = logits[seen]
+    penalty = sampling.repetition_penalty
+    logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scores, order = (logits / sampling.temperature).topk(min(sampling.top_k, len(logits)))
+    probabilities = scores.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens: the first is always kept
+    probabilities[before >= sampling.top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def type_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+class MiniGPT5(nn.Module):
+    """The parts and their sizes. Parts that a command does not need may be None."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        llama: Llama,
+        unet: UNet,
+        vae: VAE,
+        schedule: NoiseSchedule,
+        condition_tokens: int,
+        image_encoder: ImageEncoder | None = None,
+        text_encoder: TextEncoder | None = None,
+        clip_tokenizer: ClipTokenizer | None = None,
+    ):
+        super().__init__()
+        self.tokenizer, self.clip_tokenizer, self.schedule = tokenizer, clip_tokenizer, schedule
+        self.llama, self.unet, self.vae = llama, unet, vae
+        self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        width = llama.config.hidden_size
+        self.vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, width)
+        self.vokens.start_from_mean(llama)
+        self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vokens.input.device
+
+    @property
+    def queries(self) -> int:
+        """Embeddings that one input picture becomes; without the image encoder no picture can be read."""
+        return self.image_encoder.query_tokens.shape[1] if self.image_encoder else 1
+
+    @property
+    def picture_size(self) -> int:
+        """Side of an output picture in pixels."""
+        return self.unet.config.sample_size * self.vae.config.downsampling
+
+    def embed(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> (B, T, D). The pictures' query embeddings fill the placeholders in order of rows, then tokens;
+        pixels (P, 3, H, W) are as qformer.preprocess_input makes them."""
+        embeddings = self.vokens.embed(self.llama, ids)
+        if pixels is not None:
+            with torch.no_grad():
+                pictures = self.image_encoder(pixels)  # (P, Q, D)
+            embeddings = embeddings.masked_scatter(
+                (ids == self.tokenizer.image_id)[..., None], pictures.to(embeddings.dtype)
+            )
+        return embeddings
+
+    @torch.no_grad()
+    def encode_captions(self, captions: list[str]) -> Tensor:
+        """Captions -> (B, S, Dc) float32, Stable Diffusion's own encoding, target of L_CAP. As in the released code the
+        encoder gets the padding mask, which Stable Diffusion does not give it."""
+        ids, mask = (t.to(self.device) for t in self.clip_tokenizer(captions))
+        return self.text_encoder(ids, mask).float()
+
+    @torch.no_grad()
+    def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels (M, 3, H, W) in [-1, 1] -> mean and log variance (M, C, h, w) of the latents' posterior."""
+        return self.vae.encode(pixels.to(type_of(self.vae)))
+
+    def draw(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Draws:
+        """The random numbers of one step, drawn on the generator's device and moved to the model's."""
+        size = self.unet.config.sample_size
+        shape, device = (pictures, self.unet.config.in_channels, size, size), generator.device
+        steps = len(self.schedule.alphas_cumprod)
+        return Draws(
+            (torch.rand(pictures, generator=generator, device=device) < drop_rate).to(self.device),
+            torch.randn(shape, generator=generator, device=device).to(self.device),
+            torch.randn(shape, generator=generator, device=device).to(self.device),
+            torch.randint(steps, (pictures,), generator=generator, device=device).to(self.device),
+        )
+
+    def voken_features(self, hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+        """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1]. The last voken's own is not used."""
+        offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
+        return hidden[rows[:, None], starts[:, None] + offsets].float()
+
+    def ldm_loss(self, conditioning: Tensor, latents: Tensor, draws: Draws, gamma: float) -> Tensor:
+        """Eq. 3, each picture weighted by min(SNR, gamma) / SNR as the released code does; gamma 0: the paper's."""
+        noisy = self.schedule.add_noise(latents, draws.noise, draws.timesteps)
+        dtype = type_of(self.unet)
+        predicted = self.unet(noisy.to(dtype), draws.timesteps, conditioning.to(dtype)).float()
+        target = self.schedule.target(latents, draws.noise, draws.timesteps)
+        per_picture = (predicted - target).square().mean((1, 2, 3))
+        return (self.schedule.snr_weight(draws.timesteps, gamma) * per_picture).mean()
+
+    def losses(
+        self,
+        rows: Rows,
+        draws: Draws | None = None,
+        posterior: tuple[Tensor, Tensor] | None = None,
+        captions: tuple[Tensor, Tensor] | None = None,
+        pixels: Tensor | None = None,
+        min_snr_gamma: float = 5.0,
+        ldm_weight: float = LDM_WEIGHT,
+    ) -> dict[str, Tensor]:
+        """{"loss", "text_loss", "ldm_loss", "cap_loss"}, the last two only where their inputs are given.
+
+        posterior: mean and log variance of the M output pictures; captions: encodings of the M captions (M, S, Dc) and
+        of the empty one (1, S, Dc), which a dropped picture is held to; pixels: the input pictures, if any.
+        """
+        hidden = self.llama(self.embed(rows.ids, pixels))  # (B, T, D)
+        logits = self.vokens.logits(self.llama, hidden[:, :-1])
+        text_loss = F.cross_entropy(logits.flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORE)
+        losses = {"loss": TEXT_WEIGHT * text_loss, "text_loss": text_loss}
+        if draws is None:
+            return losses
+
+        features = self.voken_features(hidden, rows.picture_rows, rows.picture_starts)  # (M, N, D)
+        features = features.masked_fill(draws.drop[:, None, None], 0.0)
+        conditioning = self.mapper(features)  # (M, S, Dc)
+        if ldm_weight:
+            latents = self.vae.sample(posterior[0].float(), posterior[1].float(), draws.posterior)
+            losses["ldm_loss"] = self.ldm_loss(conditioning, latents, draws, min_snr_gamma)  # Eq. 3
+            losses["loss"] = losses["loss"] + ldm_weight * losses["ldm_loss"]
+        if captions is not None:
+            target = torch.where(draws.drop[:, None, None], captions[1], captions[0])
+            losses["cap_loss"] = F.mse_loss(conditioning, target)
+            losses["loss"] = losses["loss"] + CAP_WEIGHT * losses["cap_loss"]
+        return losses
+
+    @torch.no_grad()
+    def say(
+        self, prompt: str, pixels: Tensor | None, sampling: Sampling, generator: torch.Generator
+    ) -> tuple[list[int], Tensor]:
+        """The words of an answer: (ids, voken features (M, N, D) of its M pictures).
+
+        When [IMG0] is drawn all N vokens are fed at once and only [IMG0] is recorded; text goes on after the last one.
+        Ends with </s>, with "###", after max_new_tokens or where the positions end; the stop ids stay in `ids`. The
+        repetition penalty counts <s> and what was said, not the prompt.
+        """
+        tokenizer, device = self.tokenizer, self.device
+        start, vokens = tokenizer.voken_ids[0], torch.tensor([tokenizer.voken_ids], device=device)
+        N = vokens.shape[1]
+        ids = [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(prompt), self.queries)]
+        slots = min(len(ids) + sampling.max_new_tokens + 8 * N, self.llama.config.max_position_embeddings)
+        if len(ids) + N > slots:
+            raise ValueError(f"the prompt has {len(ids)} tokens, room is for {slots - N}")
+        dtype = self.llama.lm_head.weight.dtype
+        cache = KVCache(self.llama.config, 1, slots, dtype, device)
+
+        hidden = self.llama(self.embed(torch.tensor([ids], device=device), pixels), cache=cache)[:, -1:]
+        said, features, used = [], [], len(ids)
+        while len(said) < sampling.max_new_tokens and used + N <= slots:
+            logits = self.vokens.logits(self.llama, hidden[0, -1])
+            forced = sampling.force_image and not features
+            said.append(start if forced else pick_token(logits, [tokenizer.bos_id, *said], sampling, generator))
+            if self.tokenizer.ends(said):
+                break
+            drawn = said[-1] == start
+            fed = vokens if drawn else torch.tensor([said[-1:]], device=device)
+            predicting = hidden
+            hidden = self.llama(self.embed(fed), cache=cache)  # (1, N or 1, D)
+            used += fed.shape[1]
+            if drawn:
+                features.append(torch.cat([predicting, hidden[:, :-1]], dim=1).float())
+                hidden = hidden[:, -1:]
+        width = self.llama.config.hidden_size
+        return said, torch.cat(features) if features else torch.empty(0, N, width, device=device)
+
+    @torch.no_grad()
+    def paint(
+        self, features: Tensor, sampling: Sampling, generator: torch.Generator, latents: Tensor | None = None
+    ) -> Tensor:
+        """Voken features (M, N, D) -> pixels (M, 3, H, W), about [-1, 1], guided against zeros for features."""
+        M = len(features)
+        guided = sampling.guidance != 1
+        if guided:
+            features = torch.cat([torch.zeros_like(features), features])
+        dtype = type_of(self.unet)
+        conditioning = self.mapper(features).to(dtype)  # (2M or M, S, Dc)
+        sampler = SAMPLERS[sampling.sampler](self.schedule, sampling.steps)
+        if latents is None:
+            latents = self.draw(M, generator).noise
+        for index, timestep in enumerate(sampler.timesteps):
+            x = torch.cat([latents, latents]) if guided else latents
+            prediction = self.unet(x.to(dtype), timestep, conditioning).float()
+            if guided:
+                without, given = prediction.chunk(2)
+                prediction = without + sampling.guidance * (given - without)
+            latents = sampler.step(prediction, index, latents)
+        return self.vae.decode(latents.to(type_of(self.vae))).float()
+
+    def answer(
+        self, prompt: str, pictures: list[Image.Image], sampling: Sampling, generator: torch.Generator
+    ) -> list[str | Image.Image]:
+        """Text and pictures in turn. `prompt` holds one <ImageHere> for each of `pictures`."""
+        if self.tokenizer.encode(prompt).count(self.tokenizer.image_id) != len(pictures):
+            raise ValueError(f"{len(pictures)} pictures given, the prompt has another number of <ImageHere>")
+        pixels = None
+        if pictures:
+            size = self.image_encoder.vision_model.config.image_size
+            pixels = torch.stack([preprocess_input(picture, size, pad=True) for picture in pictures])
+            pixels = pixels.to(self.device, self.image_encoder.query_tokens.dtype)
+        ids, features = self.say(prompt, pixels, sampling, generator)
+        painted = iter([to_image(self.paint(f[None], sampling, generator)[0]) for f in features])
+        segments, text = [], []
+        for i in [*ids, self.tokenizer.eos_id]:
+            if i in (self.tokenizer.voken_ids[0], self.tokenizer.eos_id):
+                words = self.tokenizer.decode(text, skip_special=True).strip().removesuffix("###").strip()
+                segments += [words] if words else []
+                segments += [next(painted)] if i == self.tokenizer.voken_ids[0] else []
+                text = []
+            else:
+                text.append(i)
+        return segments
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What trains and what a checkpoint holds: the voken rows, and the mapper under its published names."""
+        rows = {f"vokens.{name}": parameter for name, parameter in self.vokens.named_parameters()}
+        return {**rows, **dict(self.mapper.named_parameters())}
+
+    def save_trained(self, path: Path, stage: str) -> None:
+        metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(self.tokenizer.voken_ids))}
+        save_safetensors(self.trained_parameters(), path, metadata)
+
+    def load_trained(self, path: Path) -> None:
+        """Take the voken rows and the mapper of a checkpoint.
+
+        A converted released checkpoint may also bring the old rows of the two tables as its training left them (AdamW's
+        weight decay shrank them, and the released model runs with the shrunk ones): whole, or as one factor.
+        """
+        trained = nn.ModuleDict({"vokens": self.vokens, "mapper": self.mapper})
+        trained.load_state_dict(matched(trained, [path], checkpoint_name))  # copied: an optimiser may hold these
+        with open_safetensors(path) as file:
+            metadata = file.metadata() or {}
+        tensors = {name: tensor for name, _, _, tensor in stored([path])}
+        for name, factor in (("model.embed_tokens", "embed_scale"), ("lm_head", "head_scale")):
+            table = self.llama.get_submodule(name)
+            weight = table.weight
+            if f"{name}.weight" in tensors:
+                replaced = tensors[f"{name}.weight"][:].to(weight.device, weight.dtype)
+                if replaced.shape[1:] != weight.shape[1:] or len(replaced) < self.tokenizer.base_vocabulary:
+                    raise WeightsError(f"{path}: {name}.weight has shape {tuple(replaced.shape)}, too small a table")
+                table.weight = nn.Parameter(replaced, requires_grad=False)
+            elif factor in metadata:
+                table.weight = nn.Parameter(weight * float(metadata[factor]), requires_grad=False)
+
+
+def checkpoint_name(key: str) -> str | None:
+    """A checkpoint's names -> ours; the tables of old rows are read apart."""
+    if key in ("model.embed_tokens.weight", "lm_head.weight"):
+        return None
+    return key if key.startswith("vokens.") else f"mapper.{key}"
+
+
+def checkpoint_vokens(path: Path) -> int:
+    """How many vokens a picture has in the checkpoint, by the shape of its rows."""
+    for name, _, _, tensor in stored([path]):
+        if name == "vokens.input":
+            return tensor.get_shape()[0] - 1
+    raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
+
+
+def load_minigpt5(
+    weights: Path,
+    checkpoint: Path | None = None,
+    vokens: int = 8,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    read_pictures: bool = True,
+    read_captions: bool = False,
+) -> MiniGPT5:
+    """The stack in the folder `weights` (README, "Weights"), with the trained parts of `checkpoint` or untrained ones.
+
+    dtype None: bfloat16 on a GPU. On a CPU, whose bfloat16 convolutions are far slower than float32 ones, float32,
+    except that the language model and the image encoder stay in bfloat16 where they are too big for that. Without
+    read_pictures the image encoder, without read_captions the text encoder is left out.
+    """
+    weights = Path(weights)
+    if not weights.is_dir():
+        raise WeightsError(f"{weights}: no such folder")
+    diffusion = weights / "stable-diffusion"
+    on_gpu = torch.device(device).type != "cpu"
+    width = read_config(LlamaConfig, weights / "vicuna" / "config.json").hidden_size
+    painting = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    language = dtype or (torch.bfloat16 if on_gpu or width >= 2048 else torch.float32)
+
+    tokenizer = Tokenizer(
+        weights / "vicuna" / "tokenizer.model", checkpoint_vokens(checkpoint) if checkpoint else vokens
+    )
+    model = MiniGPT5(
+        tokenizer,
+        load_llama(weights / "vicuna", language, device),
+        load_unet(diffusion / "unet", painting, device),
+        load_vae(diffusion / "vae", painting, device),
+        load_schedule(diffusion / "scheduler").to(device),
+        read_config(TextConfig, diffusion / "text_encoder" / "config.json").max_position_embeddings,
+        load_image_encoder(weights, language, device) if read_pictures else None,
+        load_text_encoder(diffusion / "text_encoder", painting, device) if read_captions else None,
+        ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
+    )
+    if checkpoint:
+        model.load_trained(checkpoint)
+    model.vokens.to(device)
+    model.mapper.to(device)
+    return model

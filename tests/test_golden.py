@@ -1,0 +1,493 @@
+"""Everything recorded from the authors' own code (tests/golden/GOLDEN.md), through the real converter and loaders.
+
+    pytest tests/test_golden.py [--golden DIR]
+
+Sizes, names, random numbers and which tensors are stored all come from the files, so another set in the same format
+runs unchanged. Tolerances are GOLDEN.md's. A last test fails if a recorded tensor was not compared with anything.
+"""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from common import assert_close
+from PIL import Image
+from safetensors.torch import load_file
+
+from convert import convert
+from data import clean_caption
+from images import read_image, resize_and_crop, to_image
+from llama import KVCache, Tokenizer, load_llama
+from minigpt5 import Draws, Sampling, collate, load_minigpt5
+from qformer import load_image_encoder, preprocess_input
+from text_encoder import ClipTokenizer, load_text_encoder
+from unet import load_unet
+from vae import load_vae, preprocess_output
+
+NETWORK, DIFFUSION, SCALAR, GRADIENT = 2e-5, 1e-4, 2e-5, 1e-4  # GOLDEN.md section 5
+FILES = ("image_encoder", "uas", "generation", "preprocess")
+OLD_TABLES = {
+    "model.llama_model.model.embed_tokens.weight": "vokens.input",
+    "model.llama_model.lm_head.weight": "vokens.output",
+}
+
+
+class Record:
+    """One recorded file; remembers what was asked of it."""
+
+    def __init__(self, path):
+        self.tensors, self.used = load_file(path), set()
+
+    def __getitem__(self, name):
+        self.used.add(name)
+        return self.tensors[name]
+
+    def __contains__(self, name):
+        return name in self.tensors
+
+
+class Golden:
+    def __init__(self, folder, weights):
+        self.folder, self.weights = folder, weights
+        self.json = json.loads((folder / "golden.json").read_text())
+        self.text = json.loads((folder / "text.json").read_text())
+        self.records = {name: Record(folder / f"{name}.safetensors") for name in FILES}
+        self.build()
+        self.model = load_minigpt5(
+            weights, weights / "minigpt5/uas.safetensors", dtype=torch.float32, read_pictures=True, read_captions=True
+        )
+
+    def build(self):
+        """The published layout from the recorded files, by the project's own converter."""
+        config, folder, weights = self.json["config"], self.folder, self.weights
+        vit, qformer = config["vit"], config["qformer"]
+        blip2 = {
+            "num_query_tokens": qformer["num_query_token"],
+            "vision_config": {
+                "hidden_size": vit["embed_dim"],
+                "intermediate_size": vit["mlp_hidden"],
+                "num_hidden_layers": vit["depth"],
+                "num_attention_heads": vit["num_heads"],
+                "image_size": vit["img_size"],
+                "patch_size": vit["patch_size"],
+                "layer_norm_eps": vit["ln_eps"],
+            },
+            "qformer_config": {
+                **{key: qformer[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+                "intermediate_size": qformer["intermediate_size"],
+                "cross_attention_frequency": qformer["cross_attention_freq"],
+                "encoder_hidden_size": qformer["encoder_width"],
+                "layer_norm_eps": qformer["layer_norm_eps"],
+            },
+        }
+        llama = {**config["llama"], "vocab_size": config["llama"]["vocab_size_base"]}
+        sd = weights / "stable-diffusion"
+        for path, content in (
+            (weights / "vicuna/config.json", llama),
+            (weights / "blip2/config.json", blip2),
+            (sd / "unet/config.json", config["unet"]),
+            (sd / "vae/config.json", config["vae"]),
+            (sd / "text_encoder/config.json", config["clip_text"]),
+            (sd / "scheduler/scheduler_config.json", config["scheduler"]),
+        ):
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(content))
+        (sd / "tokenizer").mkdir()
+        for source, target in (
+            ("vicuna.safetensors", weights / "vicuna/model.safetensors"),
+            ("tokenizer/tokenizer.model", weights / "vicuna/tokenizer.model"),
+            ("unet.safetensors", sd / "unet/diffusion_pytorch_model.safetensors"),
+            ("vae.safetensors", sd / "vae/diffusion_pytorch_model.safetensors"),
+            ("clip_text.safetensors", sd / "text_encoder/model.safetensors"),
+            ("tokenizer/clip_vocab.json", sd / "tokenizer/vocab.json"),
+            ("tokenizer/clip_merges.txt", sd / "tokenizer/merges.txt"),
+        ):
+            shutil.copy(folder / source, target)
+        names = ("eva_vit.safetensors", "blip2_qformer.safetensors", "minigpt4_proj.safetensors", "stage1.ckpt")
+        convert([folder / name for name in names], weights)
+
+
+@pytest.fixture(scope="module")
+def golden(request, tmp_path_factory):
+    return Golden(request.config.getoption("--golden"), tmp_path_factory.mktemp("weights"))
+
+
+class Taps:
+    """Inputs and outputs of modules while something runs."""
+
+    def __init__(self, **modules):
+        self.seen = {name: [] for name in modules}
+        self.hooks = [
+            module.register_forward_hook(lambda _, inputs, output, name=name: self.seen[name].append((inputs, output)))
+            for name, module in modules.items()
+        ]
+
+    def __enter__(self):
+        return self.seen
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+# ---- weights
+
+
+def test_weights(golden):
+    """Sums over all parameters, as loaded, equal the recorded ones."""
+    weights = golden.weights
+    sd = weights / "stable-diffusion"
+    encoder = load_image_encoder(weights, torch.float32)
+    vision = dict(encoder.vision_model.named_parameters())
+    norm = {name: vision.pop(name) for name in list(vision) if name.startswith("post_layernorm")}
+    loaded = {
+        "vicuna": load_llama(weights / "vicuna", torch.float32).parameters(),
+        "eva_vit": vision.values(),
+        "blip2_qformer": [*encoder.qformer.parameters(), encoder.query_tokens, *norm.values()],
+        "minigpt4_proj": encoder.llama_proj.parameters(),
+        "clip_text": load_text_encoder(sd / "text_encoder", torch.float32).parameters(),
+        "unet": load_unet(sd / "unet", torch.float32).parameters(),
+        "vae": load_vae(sd / "vae", torch.float32).parameters(),
+    }
+    for name, parameters in loaded.items():
+        expected = golden.json["state_dict_sums"][name]
+        flat = torch.cat([p.double().flatten() for p in parameters])
+        if name == "vicuna":  # the sums count the old rotary buffers, which the loader leaves out
+            stored = load_file(golden.folder / "vicuna.safetensors")
+            flat = torch.cat([flat, *(t.double().flatten() for key, t in stored.items() if key.endswith("inv_freq"))])
+        assert flat.abs().sum().item() == pytest.approx(expected["abs_sum"], rel=1e-9), name
+        assert flat.sum().item() == pytest.approx(expected["sum"], abs=1e-9 * expected["abs_sum"]), name
+        if name != "eva_vit":  # the published file leaves the zero biases of the keys out
+            assert len(flat) == expected["n_params"], name
+
+
+def test_old_attention_names(golden, tmp_path):
+    """The VAE's attention under the names that published files use gives the same module."""
+    source = golden.weights / "stable-diffusion/vae"
+    shutil.copy(source / "config.json", tmp_path)
+    tensors = load_file(source / "diffusion_pytorch_model.safetensors")
+    old = load_file(golden.folder / "vae_attention_old_names.safetensors")
+    kept = {k: v for k, v in tensors.items() if not re.search(r"attentions\.0\.to_", k)}
+    from loading import save_safetensors
+
+    save_safetensors({**kept, **old}, tmp_path / "diffusion_pytorch_model.safetensors")
+    ours, expected = load_vae(tmp_path).state_dict(), load_vae(source).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def test_stage1_conversion(golden):
+    """Every trained tensor of the Lightning checkpoint arrives unchanged, the old rows of both tables too."""
+    checkpoint = torch.load(golden.folder / "stage1.ckpt", weights_only=True, map_location="cpu")
+    published = checkpoint["state_dict"]
+    recorded = golden.json["checkpoints"]["stage1.ckpt"]
+    assert sorted(checkpoint) == sorted(recorded["top_level_keys"])
+    assert {name: list(tensor.shape) for name, tensor in published.items()} == recorded["state_dict_keys"]
+    ours = golden.model.trained_parameters()
+    base = golden.model.tokenizer.base_vocabulary
+    tables = {"vokens.input": golden.model.llama.model.embed_tokens, "vokens.output": golden.model.llama.lm_head}
+    for name, tensor in published.items():
+        if name in OLD_TABLES:
+            assert torch.equal(ours[OLD_TABLES[name]], tensor[base:])
+            assert torch.equal(tables[OLD_TABLES[name]].weight[:base], tensor[:base])
+        else:
+            assert torch.equal(ours[name], tensor), name
+    assert len(published) == len(ours)
+
+
+# ---- text and pictures
+
+
+def test_llama_tokenizer(golden):
+    tokenizer = Tokenizer(golden.folder / "tokenizer/tokenizer.model")
+    special = {**tokenizer.special, "pad_token_id": tokenizer.eos_id}
+    assert golden.text["llama"]["special_ids"].items() <= special.items()
+    assert golden.json["special_ids"].items() <= special.items()
+    for case in golden.text["llama"]["cases"]:
+        ids = tokenizer.encode(case["text"])
+        assert ids == case["ids"], case["text"]
+        assert tokenizer.decode(ids) == case["decoded"], case["text"]
+        assert tokenizer.decode(ids, skip_special=True) == case["decoded_skip_special"], case["text"]
+
+
+def test_clip_tokenizer(golden):
+    tokenizer = ClipTokenizer(golden.weights / "stable-diffusion/tokenizer")
+    for case in golden.text["clip"]["cases"]:
+        ids, mask = tokenizer([case["text"]])
+        assert ids[0].tolist() == case["input_ids"], case["text"]
+        assert mask[0].tolist() == case["attention_mask"], case["text"]
+
+
+def test_caption_cleaning(golden):
+    for case in golden.text["precaption"]:
+        assert clean_caption(case["raw"]) == case["out"]
+
+
+def test_preprocessing(golden):
+    record = golden.records["preprocess"]
+    for case in golden.json["preprocess"]["cases"]:
+        image = read_image(golden.folder / "images" / case["source"])
+        assert list(image.size) == case["source_size_wh"]
+        kind, size = re.fullmatch(r"(input|output)(\d+)", case["pipeline"]).groups()
+        pad = case["expand2square"]
+        expected = Image.open(golden.folder / "images" / case["uint8_result"])
+        assert resize_and_crop(image, int(size), pad).tobytes() == expected.tobytes(), case["uint8_result"]
+        ours = (preprocess_input if kind == "input" else preprocess_output)(image, int(size), pad)
+        name = case["source"].removesuffix(".png")
+        stride = case["sample_stride"]
+        sample = record[f"{name}/{case['pipeline']}/{'square' if pad else 'nosquare'}/float_sample"]
+        assert_close(ours[:, ::stride, ::stride], sample, 1e-6, case["uint8_result"])
+        for figure, ours_figure in (("float_mean", ours.mean((1, 2))), ("float_std", ours.std((1, 2), unbiased=False))):
+            assert ours_figure.tolist() == pytest.approx(case[figure], abs=1e-4)
+        assert [ours.min().item(), ours.max().item()] == pytest.approx([case["float_min"], case["float_max"]], abs=1e-6)
+
+
+def test_image_encoder(golden):
+    record, encoder = golden.records["image_encoder"], golden.model.image_encoder
+    with (
+        Taps(vit=encoder.vision_model.encoder, norm=encoder.vision_model, qformer=encoder.qformer) as seen,
+        torch.no_grad(),
+    ):
+        output = encoder(record["pixels"])
+    assert_close(seen["vit"][0][1], record["vit_out"], NETWORK, "vit_out")
+    assert_close(seen["norm"][0][1], record["ln_vision_out"], NETWORK, "ln_vision_out")
+    assert_close(seen["qformer"][0][1], record["qformer_out"], NETWORK, "qformer_out")
+    assert_close(output, record["llama_proj_out"], NETWORK, "llama_proj_out")
+
+
+# ---- stage 1
+
+
+def test_uas_rows(golden):
+    """Token ids, labels and picture positions of the batch."""
+    uas, record, model = golden.json["uas"], golden.records["uas"], golden.model
+    rows = collate(model.tokenizer, list(zip(uas["sources"], uas["targets"], strict=True)), model.queries)
+    mask = record["attention_mask"].bool()
+    assert torch.equal(rows.ids[:, 1:][mask], record["input_ids"][mask])
+    assert torch.equal(rows.ids[:, 1:], record["input_ids"]) and (rows.ids[:, 0] == model.tokenizer.bos_id).all()
+    assert torch.equal(rows.labels[:, 1:], record["labels"])
+    assert torch.equal(rows.labels, record["nodrop/llm_labels"])
+    wrapped = record["nodrop/llm_attention_mask"]
+    assert torch.equal(wrapped[:, 1:].bool(), mask) and wrapped[:, 0].all()
+    where = torch.stack([rows.picture_rows, rows.picture_starts], dim=1)
+    assert torch.equal(where, record["nodrop/special_token_index"])
+
+
+def test_uas_captions(golden):
+    record, model = golden.records["uas"], golden.model
+    captions = golden.json["uas"]["captions"]
+    for texts, prefix in ((captions, "caption"), ([""], "empty_caption")):
+        ids, mask = model.clip_tokenizer(texts)
+        assert torch.equal(ids, record[f"{prefix}_ids"]) and torch.equal(mask, record[f"{prefix}_mask"])
+    assert_close(model.encode_captions(captions), record["caption_feature"], NETWORK, "caption_feature")
+    assert_close(model.encode_captions([""]), record["empty_text_feature"], NETWORK, "empty_text_feature")
+
+
+def test_vae(golden):
+    record, vae = golden.records["uas"], golden.model.vae
+    mean, logvar = golden.model.encode_pictures(record["output_image"])
+    assert_close(mean, record["nodrop/vae_mean"], NETWORK, "vae_mean")
+    assert_close(logvar, record["nodrop/vae_logvar"], NETWORK, "vae_logvar")
+    with torch.no_grad():
+        decoded = vae.decode(record["nodrop/vae_mean"][:1] * vae.config.scaling_factor)
+    assert_close(decoded, record["vae_decode_of_mean0"], NETWORK, "vae_decode_of_mean0")
+
+
+def uas_runs():
+    return ["nodrop", "drop1", "nodrop_nosnr", "drop1_nosnr"]
+
+
+def run_uas(golden, run):
+    """Losses and gradients of a recorded run, and what passed through the modules."""
+    uas, record, model = golden.json["uas"], golden.records["uas"], golden.model
+    rows = collate(model.tokenizer, list(zip(uas["sources"], uas["targets"], strict=True)), model.queries)
+    M = len(rows.picture_rows)
+    drop = torch.zeros(M, dtype=torch.bool)
+    drop[uas["cfg_drop"][run.removesuffix("_nosnr")]] = True
+    draws = Draws(drop, record["vae_noise"], record["noise"], record["timesteps"])
+    posterior = model.encode_pictures(record["output_image"][rows.picture_rows])
+    captions = (model.encode_captions(uas["captions"]), model.encode_captions([""]))
+    model.zero_grad(set_to_none=True)
+    with Taps(llama=model.llama, fc=model.mapper.fc, mapper=model.mapper, unet=model.unet) as seen:
+        losses = model.losses(rows, draws, posterior, captions, min_snr_gamma=0.0 if run.endswith("_nosnr") else 5.0)
+        losses["loss"].backward()
+    return losses, draws, seen
+
+
+@pytest.mark.parametrize("run", uas_runs())
+def test_uas_losses(golden, run):
+    losses, draws, seen = run_uas(golden, run)
+    names = {"loss": "loss", "text_loss": "text_loss", "image_loss": "ldm_loss", "caption_loss": "cap_loss"}
+    expected = golden.json["uas"]["losses"][run if run.endswith("_nosnr") else f"{run}_snr"]
+    for published, ours in names.items():
+        ratio = abs(losses[ours].item() / expected[published] - 1)
+        print(f"{run} {ours}: relative difference {ratio:.1e}")
+        assert ratio <= SCALAR, f"{run} {ours}"
+    if run.endswith("_nosnr"):
+        return
+    record, model = golden.records["uas"], golden.model
+    passed = {
+        "voken_hidden": (seen["fc"][0][0][0], NETWORK),
+        "fc_out": (seen["fc"][0][1], NETWORK),
+        "mapping_feature": (seen["mapper"][0][1], NETWORK),
+        "model_pred": (seen["unet"][0][1], DIFFUSION),
+        "noisy_latents": (seen["unet"][0][0][0], DIFFUSION),
+        "snr": (model.schedule.snr(draws.timesteps), SCALAR),
+        "snr_weight": (model.schedule.snr_weight(draws.timesteps, 5.0), SCALAR),
+    }
+    for name, (ours, tolerance) in passed.items():
+        if f"{run}/{name}" in record:
+            assert_close(ours, record[f"{run}/{name}"], tolerance, f"{run}/{name}")
+    if f"{run}/logits" in record:
+        real = record[f"{run}/llm_attention_mask"].bool()
+        hidden = seen["llama"][0][1]
+        assert_close(hidden[real], record[f"{run}/last_hidden_state"][real], NETWORK, "last_hidden_state")
+        logits = model.vokens.logits(model.llama, hidden)
+        assert_close(logits[real], record[f"{run}/logits"][real], NETWORK, "logits")
+
+
+def l2_close(ours, expected, name):
+    distance, size = (ours.double() - expected.double()).norm().item(), expected.double().norm().item()
+    assert distance <= (GRADIENT * size if size >= 1e-4 else 1e-7), f"{name}: {distance:.1e} of {size:.1e}"
+    return distance / size if size >= 1e-4 else 0.0
+
+
+@pytest.mark.parametrize("run", uas_runs())
+def test_uas_gradients(golden, run):
+    """Every gradient that is stored, whole or sampled, and norm and sum of all of them."""
+    stats, record, model = golden.json["uas"]["grad_stats"], golden.records["uas"], golden.model
+    if run not in stats:
+        pytest.skip("this set records no gradients of this run")
+    run_uas(golden, run)
+    ours = model.trained_parameters()
+    worst, compared = 0.0, 0
+    assert len(stats[run]) == len(ours)
+    for name, expected in stats[run].items():
+        gradient = ours[OLD_TABLES.get(name, name)].grad
+        norm, total = gradient.double().norm().item(), gradient.double().sum().item()
+        assert abs(norm - expected["norm"]) <= (GRADIENT * expected["norm"] if expected["norm"] >= 1e-4 else 1e-7), name
+        assert abs(total - expected["sum"]) <= GRADIENT * expected["norm"] * gradient.numel() ** 0.5 + 1e-7, name
+        if name in OLD_TABLES:
+            stored = {f"{run}/grad_newrows/{name}": gradient}
+        else:
+            assert list(gradient.shape) == expected["shape"]
+            sampled = gradient.flatten()[:: expected.get("sample_stride", 1)]
+            stored = {f"{run}/grad/{name}": gradient, f"{run}/gradsample/{name}": sampled}
+        for key, value in stored.items():
+            if key in record:
+                worst, compared = max(worst, l2_close(value, record[key], key)), compared + 1
+    assert (model.vokens.input.grad[-1] == 0).all()  # the placeholder's own row is never read
+    assert compared == sum(key.startswith(f"{run}/grad") for key in record.tensors)
+    print(f"{run}: {len(stats[run])} gradients, {compared} stored tensors compared, largest relative L2 {worst:.1e}")
+
+
+# ---- generation
+
+
+def stage1_cases():
+    return ["s1_rp1", "s1_rp2", "s1_rp1_stop", "s1_force", "s1_text_only"]
+
+
+@pytest.mark.parametrize("case", stage1_cases())
+def test_generation(golden, case, monkeypatch):
+    """Greedy decoding: ids, logits, states, positions of every step, and the mapper's two conditions."""
+    record, model = golden.records["generation"], golden.model
+    recorded, common = golden.json["generation"][case], golden.json["generation"]["common"]
+    prompt_name = "prompt2" if "text_only" in case else "prompt1"
+    prompt = golden.json["generation"]["prompts"][prompt_name]
+    assert model.tokenizer.encode(prompt) == record[f"{prompt_name}_ids"][0].tolist()
+    pixels = record["input_image"] if prompt_name == "prompt1" else None
+    penalty = float((re.search(r"rp(\d+)", case) or [0, 2])[1])
+    sampling = Sampling(
+        temperature=0.0,
+        repetition_penalty=penalty,
+        max_new_tokens=common["max_new_tokens"] if "stop_ids" in recorded else recorded["n_new_tokens"],
+        force_image="force" in case,
+    )
+    # The official stop ids are the real tokenizer's "###", whatever the vocabulary.
+    monkeypatch.setattr(model.tokenizer, "stops", [[2], *recorded.get("stop_ids", [[835], [2277, 29937]])])
+    states, logits, positions = [], [], []
+    score, place = model.vokens.logits, KVCache.positions
+
+    def record_logits(llama, hidden):
+        states.append(hidden)
+        logits.append(score(llama, hidden))
+        return logits[-1].clone()
+
+    def record_positions(cache, mask):
+        positions.append(place(cache, mask))
+        return positions[-1]
+
+    monkeypatch.setattr(model.vokens, "logits", record_logits)
+    monkeypatch.setattr(KVCache, "positions", record_positions)
+    said, features = model.say(prompt, pixels, sampling, torch.Generator())
+
+    sequence = [model.tokenizer.bos_id, *said]
+    assert sequence == record[f"{case}/sequence"].tolist() == recorded["sequence"]
+    assert model.tokenizer.decode(sequence) == recorded["decoded"]
+    steps = recorded["n_new_tokens"]
+    assert [p[0].tolist() for p in positions][:steps] == recorded["position_ids_per_step"]
+    assert [int(p.max()) + 1 for p in positions][:steps] == recorded["attention_mask_sum_per_step"]
+    assert_close(torch.stack(logits), record[f"{case}/step_logits"], NETWORK, "step_logits")
+    assert_close(torch.stack(states), record[f"{case}/last_token_hidden"], NETWORK, "last_token_hidden")
+    if f"{case}/voken_hidden" not in record:
+        assert len(features) == 0
+        return
+    assert_close(features[:1], record[f"{case}/voken_hidden"], NETWORK, "voken_hidden")
+    with torch.no_grad():
+        assert_close(model.mapper(features[:1]), record[f"{case}/mapping"], NETWORK, "mapping")
+        zeros = model.mapper(torch.zeros_like(features[:1]))
+    assert_close(zeros, record[f"{case}/mapping_uncond"], NETWORK, "mapping_uncond")
+
+
+@pytest.mark.parametrize("case", stage1_cases())
+def test_painting(golden, case, monkeypatch):
+    """Guided PNDM from recorded voken features and latents, every step, to the picture."""
+    record, model, common = golden.records["generation"], golden.model, golden.json["generation"]["common"]
+    if f"{case}/initial_latents" not in record:
+        pytest.skip("this set records no diffusion for this case")
+    sampling = Sampling(sampler="pndm", steps=common["num_inference_steps"], guidance=common["guidance_scale"])
+    from scheduler import PNDM
+
+    steps, visited, step = [], [], PNDM.step
+
+    def record_step(self, output, index, latents):
+        steps.append(step(self, output, index, latents))
+        visited.append(self.timesteps[index])
+        return steps[-1]
+
+    monkeypatch.setattr(PNDM, "step", record_step)
+    with Taps(unet=model.unet) as seen:
+        pixels = model.paint(
+            record[f"{case}/voken_hidden"], sampling, torch.Generator(), record[f"{case}/initial_latents"].clone()
+        )
+    assert torch.stack(visited).tolist() == record[f"{case}/pndm_timesteps"].tolist()
+    assert_close(seen["unet"][0][1], record[f"{case}/unet_pred_step0_uncond_cond"], DIFFUSION, "first UNet call")
+    assert_close(torch.stack(steps), record[f"{case}/latents_per_step"], DIFFUSION, "latents_per_step")
+    assert_close(steps[-1], record[f"{case}/final_latents"], DIFFUSION, "final_latents")
+    assert_close(pixels, record[f"{case}/vae_decoded_raw"], DIFFUSION, "vae_decoded_raw")
+    ours = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert_close(ours, record[f"{case}/image_float"], DIFFUSION, "image_float")
+    from numpy import asarray
+
+    picture = torch.from_numpy(asarray(to_image(pixels[0])).copy()).int()
+    apart = (picture - record[f"{case}/image_uint8"].int()).abs().max().item()
+    print(f"image_uint8: at most {apart} apart")
+    assert apart <= 1
+
+
+@pytest.mark.stage2
+@pytest.mark.parametrize("what", ["mls.safetensors", "prefix_tuning.safetensors", "generation s2_*", "stage2.ckpt"])
+def test_second_stage(what):
+    pytest.skip(f"{what}: the second stage is not written yet")
+
+
+def test_every_recorded_tensor_was_compared(request, golden):
+    """Runs last: nothing in the files may be passed over in silence."""
+    if request.config.getoption("-k") or request.session.testsfailed or "::" in " ".join(request.config.args):
+        pytest.skip("only meaningful after all other tests of this file")
+    for name, record in golden.records.items():
+        left = {key for key in record.tensors if key not in record.used and not key.startswith("s2_")}
+        assert not left, f"{name}: {sorted(left)[:5]} and {max(0, len(left) - 5)} more"
+        print(f"{name}.safetensors: all {len(record.used)} tensors compared")
