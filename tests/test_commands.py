@@ -1,0 +1,345 @@
+"""sample.py and train_uas.py as a user runs them, on small random weights."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common import sample_file
+from PIL import Image
+from random_weights import write_random_weights
+from safetensors.torch import load_file, save_file
+
+import sample
+import train_uas
+from cli import run
+from training import checkpoint_folders, learning_rate_factor, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def picture_bytes(seed: int, size=(40, 30), kind="PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pairs(count: int) -> dict[str, bytes]:
+    words = ("a red boat", "two dogs in the snow", "an old house", "the full tree", "a burning candle", "small fish")
+    members = {}
+    for i in range(count):
+        members[f"{i:05d}.png"] = picture_bytes(i)
+        members[f"{i:05d}.txt"] = words[i % len(words)].encode()
+    return members
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    return write_tar(tmp_path_factory.mktemp("data") / "pairs.tar", pairs(10))
+
+
+def call(main, monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+    main()
+
+
+def train(monkeypatch, weights, tar, out, *arguments) -> list[dict]:
+    fixed = ("--warmup", 5, "--lr", 1e-3, "--workers", 0, "--log-every", 1, "--sample-every", 0, "--batch-size", 2)
+    call(train_uas.main, monkeypatch, "--weights", weights, "--data", tar, "--out", out, *fixed, *arguments)
+    return read_log(out / "log.jsonl")
+
+
+# ---- training
+
+
+@pytest.mark.parametrize(("pictures", "steps"), [("drawn", 100), ("real", 300)])
+def test_overfits_two_pairs(monkeypatch, weights, tmp_path, pictures, steps):
+    if pictures == "drawn":
+        tar = write_tar(tmp_path / "two.tar", pairs(2))
+    else:
+        tar = shutil.copy(sample_file("samples", "cc3m", "cc3m-validation-0000.tar"), tmp_path)
+    log = train(monkeypatch, weights, tar, tmp_path / "run", "--steps", steps, "--warmup", 20, "--log-every", 10)
+    first, last = log[0], log[-1]
+    for name in ("loss", "text_loss", "ldm_loss", "cap_loss"):
+        print(f"{name}: {first[name]:.4f} after 10 steps, {last[name]:.4f} after {steps}")
+    assert last["step"] == steps
+    assert last["text_loss"] < 0.5 * first["text_loss"] and last["cap_loss"] < 0.2 * first["cap_loss"]
+    assert last["loss"] < first["loss"]
+    assert last["samples_per_s"] > 0 and last["bad"] == {} and 0 <= last["lr"] <= 1e-2
+
+
+def test_resume_is_exact(monkeypatch, weights, tar, tmp_path, capsys):
+    """Stopped after 4 of 7 steps, in the middle of an epoch and with accumulation, and resumed: the same losses and the
+    same weights as without the stop."""
+    arguments = ("--accumulate", 2, "--save-every", 2)
+    whole = train(monkeypatch, weights, tar, tmp_path / "whole", "--steps", 7, *arguments)
+    stopped = train_uas.save_checkpoint
+
+    def save_then_stop(out, step, *rest):
+        stopped(out, step, *rest)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_uas, "save_checkpoint", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, weights, tar, tmp_path / "parts", "--steps", 7, *arguments, "--resume")  # nothing to resume
+    monkeypatch.setattr(train_uas, "save_checkpoint", stopped)
+    parts = train(monkeypatch, weights, tar, tmp_path / "parts", "--steps", 7, *arguments, "--resume")
+    assert "resumed from step 4" in capsys.readouterr().out
+    changing = ("samples_per_s", "memory_gb")
+    strip = [[{k: v for k, v in record.items() if k not in changing} for record in log] for log in (whole, parts)]
+    assert strip[0] == strip[1] and len(whole) == 7
+    ours, expected = (load_file(tmp_path / run / "step-00000007/trained.safetensors") for run in ("parts", "whole"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert len(checkpoint_folders(tmp_path / "parts")) == 2  # older ones are dropped
+
+
+def test_broken_checkpoint_is_passed_over(monkeypatch, weights, tar, tmp_path, capsys):
+    train(monkeypatch, weights, tar, tmp_path, "--steps", 4, "--save-every", 2)
+    newest = checkpoint_folders(tmp_path)[0] / "trained.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    log = train(monkeypatch, weights, tar, tmp_path, "--steps", 5, "--save-every", 2, "--resume")
+    printed = capsys.readouterr().out
+    assert f"passed over: {newest}" in printed and "resumed from step 2" in printed
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5]
+
+
+def test_broken_samples_are_counted(monkeypatch, weights, tmp_path):
+    """A truncated JPEG, a text without picture, a 0-byte file, a caption that is not UTF-8: training goes on."""
+    broken = {
+        "a.jpg": picture_bytes(1, (200, 200), "JPEG")[:700],
+        "a.txt": b"cut",
+        "b.txt": b"no picture",
+        "c.png": b"",
+        "c.txt": b"empty",
+        "d.png": picture_bytes(2),
+        "d.txt": b"\xff\xfe\x80",
+    }
+    log = train(monkeypatch, weights, write_tar(tmp_path / "x.tar", pairs(4) | broken), tmp_path / "run", "--steps", 8)
+    assert log[-1]["bad"] == {"broken image": 1, "no picture": 1, "empty picture": 1, "caption not UTF-8": 1}
+
+
+def test_switches(monkeypatch, weights, tar, tmp_path):
+    names = {"text_loss", "ldm_loss", "cap_loss"}
+    for number, (switches, losses) in enumerate(
+        [
+            (("--no-cap",), {"text_loss", "ldm_loss"}),
+            (("--no-ldm",), {"text_loss", "cap_loss"}),
+            (("--no-cfg", "--min-snr-gamma", 0, "--vokens", 4, "--dtype", "fp32", "--seed", 3), names),
+        ]
+    ):
+        out = tmp_path / str(number)
+        record = train(monkeypatch, weights, tar, out, "--steps", 2, *switches)[-1]
+        assert names & record.keys() == losses
+        weighted = {"text_loss": 0.01, "ldm_loss": 1.0, "cap_loss": 0.1}
+        assert record["loss"] == pytest.approx(sum(weighted[name] * record[name] for name in losses), rel=1e-5)
+    trained = load_file(tmp_path / "2/step-00000002/trained.safetensors")
+    assert trained["vokens.input"].shape[0] == trained["vokens.output"].shape[0] == 5
+
+
+def test_epochs_and_pictures_of_a_run(monkeypatch, weights, tar, tmp_path):
+    log = train(monkeypatch, weights, tar, tmp_path, "--epochs", 1, "--sample-every", 5, "--workers", 1)
+    assert [record["step"] for record in log] == [1, 2, 3, 4, 5]  # 10 pairs in batches of 2
+    for name in ("losses.png", "samples.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 300 and len(image.getcolors(1 << 20)) > 10
+
+
+def test_learning_rate():
+    factors = [learning_rate_factor(step, 4, 10) for step in range(10)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 0.5, 2 / 6, 1 / 6])
+
+
+# ---- sampling
+
+
+def ask(monkeypatch, weights, out, *arguments) -> dict:
+    call(sample.main, monkeypatch, "--weights", weights, "--out", out, "--steps", 2, "--max-new-tokens", 6, *arguments)
+    return json.loads((out / "answer.json").read_text())
+
+
+def test_sample(monkeypatch, weights, tmp_path, capsys):
+    picture = tmp_path / "in.png"
+    picture.write_bytes(picture_bytes(0))
+    arguments = ("--prompt", "what happens next?", "--image", picture, "--image", picture, "--force-image", "--seed", 5)
+    first = ask(monkeypatch, weights, tmp_path / "a", *arguments)
+    again = ask(monkeypatch, weights, tmp_path / "b", *arguments)
+    other = ask(monkeypatch, weights, tmp_path / "c", *arguments[:-1], 6)
+    assert first == again != other
+    assert first["seed"] == 5 and first["prompt"] == "what happens next?"
+    assert first["segments"][0] == {"image": "0.png"}
+    assert all(segment.keys() in ({"text"}, {"image"}) for segment in first["segments"])
+    for segment in first["segments"]:
+        if "image" in segment:
+            with Image.open(tmp_path / "a" / segment["image"]) as image:
+                assert image.size == (32, 32) and image.mode == "RGB"
+            assert (tmp_path / "a" / segment["image"]).read_bytes() == (tmp_path / "b" / segment["image"]).read_bytes()
+    printed = capsys.readouterr().out
+    assert "[" + str(tmp_path / "a" / "0.png") + "]" in printed and "no trained checkpoint found" in printed
+
+
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm"])
+def test_samplers_and_guidance(monkeypatch, weights, tmp_path, sampler):
+    answer = ask(
+        monkeypatch, weights, tmp_path, "--prompt", "a boat", "--force-image", "--sampler", sampler, "--guidance", 1
+    )
+    assert {"image": "0.png"} in answer["segments"]
+
+
+def test_sample_from_a_run(monkeypatch, weights, tar, tmp_path, capsys):
+    """A trained run is read by its folder: after some steps the model answers a caption with a picture."""
+    train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 60, "--vokens", 4, "--log-every", 60)
+    capsys.readouterr()
+    answer = ask(
+        monkeypatch,
+        weights,
+        tmp_path / "out",
+        "--checkpoint",
+        tmp_path / "run",
+        "--prompt",
+        "a red boat",
+        "--temperature",
+        0,
+    )
+    assert {"image": "0.png"} in answer["segments"]
+    assert "no trained checkpoint" not in capsys.readouterr().out
+
+
+def test_text_of_the_user_is_plain_text(monkeypatch, weights, tmp_path):
+    answer = ask(monkeypatch, weights, tmp_path, "--prompt", "<ImageHere> [IMG0] </s> and so on")
+    assert answer["prompt"] == "<ImageHere> [IMG0] </s> and so on"
+
+
+# ---- errors: one line on standard error that says what and where, exit status 2
+
+
+def broken(weights: Path, folder: Path, change) -> Path:
+    copy = folder / "weights"
+    shutil.copytree(weights, copy)
+    change(copy)
+    return copy
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_tensors(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+UNET, LLAMA = "stable-diffusion/unet/diffusion_pytorch_model.safetensors", "vicuna/model.safetensors"
+BROKEN_WEIGHTS = {
+    "missing file": (lambda w: (w / LLAMA).unlink(), r"vicuna: no \.safetensors file"),
+    "missing config": (lambda w: (w / "vicuna/config.json").unlink(), r"vicuna/config\.json: no such file"),
+    "missing part": (lambda w: shutil.rmtree(w / "stable-diffusion/vae"), r"vae/config\.json: no such file"),
+    "truncated file": (lambda w: truncate(w / UNET), r"unet/.*not a whole safetensors file"),
+    "no tokenizer": (lambda w: (w / "vicuna/tokenizer.model").unlink(), r"tokenizer\.model: not a sentencepiece model"),
+    "bad JSON": (lambda w: (w / "vicuna/config.json").write_text("{"), r"config\.json: not readable as JSON"),
+    "wrong shape": (
+        lambda w: edit_tensors(w / LLAMA, lambda t: t.update({"model.norm.weight": torch.ones(7)})),
+        r"model\.norm\.weight has shape \(7,\), expected \(64,\)",
+    ),
+    "wrong key": (
+        lambda w: edit_tensors(w / UNET, lambda t: t.update({"conv_inn.weight": t.pop("conv_in.weight")})),
+        r"unexpected tensor conv_inn\.weight \(and 1 more",
+    ),
+    "missing key": (
+        lambda w: edit_tensors(w / UNET, lambda t: t.pop("conv_in.bias")),
+        r"tensor conv_in\.bias \(32,\) is missing",
+    ),
+}
+
+
+def fails(main, monkeypatch, capsys, pattern: str, *arguments) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: call(main, monkeypatch, *arguments))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert len(lines) == 1 and re.search(pattern, lines[0]), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("case", BROKEN_WEIGHTS)
+def test_broken_weights(case, weights, tar, tmp_path, monkeypatch, capsys):
+    change, pattern = BROKEN_WEIGHTS[case]
+    folder = broken(weights, tmp_path, change)
+    fails(sample.main, monkeypatch, capsys, pattern, "--weights", folder, "--prompt", "x", "--out", tmp_path / "out")
+    fails(train_uas.main, monkeypatch, capsys, pattern, "--weights", folder, "--data", tar, "--out", tmp_path / "run")
+
+
+def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
+    out, nothing = tmp_path / "out", tmp_path / "nothing"
+    not_a_picture, empty_tar, a_file = tmp_path / "text.png", tmp_path / "empty.tar", tmp_path / "file"
+    not_a_picture.write_text("no picture")
+    a_file.write_text("in the way")
+    write_tar(empty_tar, {})
+
+    def sample_fails(pattern, *arguments):
+        fails(
+            sample.main, monkeypatch, capsys, pattern, "--weights", weights, "--prompt", "x", "--out", out, *arguments
+        )
+
+    def training_fails(pattern, *arguments):
+        fails(
+            train_uas.main, monkeypatch, capsys, pattern, "--weights", weights, "--data", tar, "--out", out, *arguments
+        )
+
+    sample_fails("no such folder", "--weights", nothing)
+    sample_fails("no such file", "--image", nothing)
+    sample_fails("not an image", "--image", not_a_picture)
+    sample_fails(r"file.*(exists|directory)", "--out", a_file)
+    sample_fails("at least 1", "--steps", 0)
+    sample_fails("5000 steps", "--steps", 5000, "--force-image")
+    sample_fails("neither a checkpoint nor", "--checkpoint", nothing)
+    sample_fails("invalid choice", "--sampler", "euler")
+    sample_fails("top-p", "--top-p", 0)
+    sample_fails("the prompt has", "--prompt", "word " * 3000)
+    training_fails("no such folder", "--weights", nothing)
+    training_fails("no such tar", "--data", nothing)
+    training_fails("empty.tar: no picture", "--data", empty_tar)
+    training_fails("tar", "--data", not_a_picture)
+    training_fails(r"file.*(exists|directory)", "--out", a_file)
+    training_fails("at least 1", "--batch-size", 0)
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train_uas.py", "weights.py"])
+def test_as_processes(script, tmp_path):
+    """The same through a real process: help works, an error is one line and exit status 2."""
+    shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert shown.returncode == 0 and "usage:" in shown.stdout
+    arguments = {
+        "sample.py": ["--prompt", "x", "--weights", "nowhere"],
+        "train_uas.py": ["--data", "x.tar", "--weights", "nowhere"],
+        "weights.py": ["check", "nowhere"],
+    }[script]
+    failed = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1 and failed.stderr.startswith(f"{script}: error: nowhere: no such folder")
