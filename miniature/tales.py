@@ -1,0 +1,374 @@
+"""Stories and dialogues of the miniature world: turns of text, some with a picture.
+
+A story has four or five steps, each with its picture, all on one background. The first sentence names everything; later
+ones tell what changes and often no more ("it drifts to the right."), so that the pictures can only be drawn by who
+remembers. In a dialogue, human and assistant take turns: pictures are asked for, changed, shown and asked about, and
+there is talk that calls for no picture.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from miniature.facts import COLOURS_FOR, KINDS, PLACES, Picture, Thing, fits, pick, sample_picture, sample_thing
+from miniature.words import (
+    COLOUR_WORDS,
+    NOUNS,
+    PLACE_PHRASES,
+    SCENE_NOUNS,
+    SIZE_WORDS,
+    TIME_CLAUSES,
+    choices,
+    description,
+    noun_phrase,
+    plural,
+    some,
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    text: str
+    picture: Picture | None = None
+
+
+MOVES = {  # kinds that go places, and how
+    "ball": choices("rolls | bounces | hops"),
+    "boat": choices("sails | drifts | glides"),
+    "fish": choices("swims | darts | paddles"),
+    "car": choices("drives | rolls | races"),
+    "star": choices("drifts | glides | wanders"),
+    "cat": choices("walks | runs | trots | tiptoes"),
+    "bird": choices("flies | flutters | soars"),
+    "balloon": choices("drifts | floats | is blown"),
+    "kite": choices("drifts | dances | swoops"),
+}
+TOWARDS = {
+    "left": choices("to the left | over to the left | to the left side"),
+    "middle": choices("to the middle | to the centre | into the middle"),
+    "right": choices("to the right | over to the right | to the right side"),
+}
+GROWS = choices("{} grows and becomes {} | {} gets bigger and bigger until it is {} | {} is {} now | suddenly {} is {}")
+SHRINKS = choices(
+    "{} shrinks and becomes {} | {} gets smaller and smaller until it is {} | {} is {} now | suddenly {} is {}"
+)
+TURNS_COLOUR = choices(
+    "{} turns {} | {} becomes {} | now {} is {} | a painter comes and makes {} {} | as if by magic {} turns {}"
+)
+MEETS = choices(
+    "{hero} meets {other} {place} | then {other} comes along {place} | {other} appears {place} | {hero} makes friends "
+    "with {other} {place} | {other} {place} joins {hero}"
+)
+PARTS = choices(
+    "the {} goes away | the {} says goodbye and disappears | then the {} is gone | the {} goes home | soon the {} has "
+    "to leave"
+)
+DAWNS = {
+    "sunset": choices("the sun sets | evening comes | the sun goes down | slowly it becomes evening | dusk arrives"),
+    "night": choices("night falls | it gets dark | the moon rises | the stars come out | night comes"),
+    "day": choices("the sun rises | morning comes | it is morning again | a new day begins"),
+}
+NEXT_TIME = {"day": "sunset", "sunset": "night", "night": "day"}
+
+
+# ---- changes: each takes (rng, picture) to (sentence without full stop, new picture), or to None where it cannot be
+
+
+def called(rng, picture: Picture, *adjectives: str) -> str:
+    """The hero by name, with true `adjectives` or none; "it" where there is nothing else it could be."""
+    hero = picture.things[0]
+    if len(picture.things) == 1 and rng.random() < 0.5:
+        return "it"
+    words = [getattr(hero, name) for name in adjectives if rng.random() < 0.35]
+    return " ".join(["the", *words, hero.kind])
+
+
+def with_hero(picture: Picture, **changed) -> Picture | None:
+    things = (replace(picture.things[0], **changed), *picture.things[1:])
+    return replace(picture, things=things) if fits(things, picture.scene) else None
+
+
+def move(rng, picture):
+    hero = picture.things[0]
+    place = pick(rng, [place for place in PLACES if place != hero.place])
+    after = with_hero(picture, place=place)
+    if hero.kind not in MOVES or after is None:
+        return None
+    return f"{called(rng, picture, 'size', 'colour')} {some(rng, MOVES[hero.kind])} {some(rng, TOWARDS[place])}", after
+
+
+def resize(rng, picture):
+    size = "big" if picture.things[0].size == "small" else "small"
+    after = with_hero(picture, size=size)
+    if after is None:
+        return None
+    return some(rng, GROWS if size == "big" else SHRINKS).format(
+        called(rng, picture, "colour"), some(rng, SIZE_WORDS[size])
+    ), after
+
+
+def recolour(rng, picture):
+    hero = picture.things[0]
+    colour = pick(rng, [c for c in COLOURS_FOR[hero.kind, picture.scene] if c != hero.colour])
+    sentence = some(rng, TURNS_COLOUR).format(called(rng, picture, "size"), some(rng, COLOUR_WORDS[colour]))
+    return sentence, with_hero(picture, colour=colour)
+
+
+def newcomer(rng, picture) -> Thing | None:
+    """Another kind of thing that fits in."""
+    for _ in range(20):
+        other = sample_thing(rng, picture.scene)
+        if other.kind != picture.things[0].kind and fits((picture.things[0], other), picture.scene):
+            return other
+    return None
+
+
+def meet(rng, picture):
+    other = newcomer(rng, picture) if len(picture.things) == 1 else None
+    if other is None:
+        return None
+    sentence = some(rng, MEETS).format(
+        hero=called(rng, picture, "size", "colour"),
+        other=noun_phrase(rng, other),
+        place=some(rng, PLACE_PHRASES[other.place]),
+    )
+    return sentence, replace(picture, things=(*picture.things, other))
+
+
+def part(rng, picture):
+    if len(picture.things) == 1:
+        return None
+    sentence = some(rng, PARTS).format(picture.things[1].kind)
+    if rng.random() < 0.4:
+        sentence += f" and the {picture.things[0].kind} is alone again"
+    return sentence, replace(picture, things=picture.things[:1])
+
+
+def pass_time(rng, picture):
+    time = NEXT_TIME[picture.time]
+    after, sentence = replace(picture, time=time), some(rng, DAWNS[time])
+    moved = move(rng, after) if rng.random() < 0.3 else None
+    return (f"{sentence} and {moved[0]}", moved[1]) if moved else (sentence, after)
+
+
+CHANGES = {move: 0.3, resize: 0.14, recolour: 0.16, meet: 0.16, part: 0.1, pass_time: 0.14}
+
+
+def cast(rng: np.random.Generator, split: str) -> Picture:
+    """A picture whose two things, if two, are of different kinds: "the boat" is then clear."""
+    while True:
+        picture = sample_picture(rng, split, 1 if rng.random() < 0.75 else 2)
+        if len({thing.kind for thing in picture.things}) == len(picture.things):
+            return picture
+
+
+def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
+    """Four or five steps, each one change after the step before it. The first thing is the hero."""
+    picture = cast(rng, split)
+    opening = some(
+        rng, ["{}", "once upon a time there was {}", "this is the story of {}", "one fine time there was {}"]
+    )
+    turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", picture)]
+    last, length = None, 4 + int(rng.integers(2))
+    changes, weights = list(CHANGES), list(CHANGES.values())
+    while len(turns) < length:
+        change = changes[int(rng.choice(len(changes), p=weights))]
+        told = change(rng, picture) if change is not last or change is move else None
+        if told is not None:
+            last, picture = change, told[1]
+            turns.append(Turn(told[0] + ".", picture))
+    return turns
+
+
+# ---- dialogues
+
+ASKS = choices(
+    "can you draw {}? | please draw {}. | show me a picture of {}. | i would like to see {}. | could you paint {}? | "
+    "draw me {} please. | can i have a picture of {}? | please make a drawing of {}. | i want to see a picture of {}."
+)
+GIVES = choices(
+    "here it is. | sure, here you are. | of course, here is your picture. | here is {}. | with pleasure, here is {}. | "
+    "yes, look at this. | i drew {} for you."
+)
+MORE = choices(
+    "here it is. | done, have a look. | sure, like this? | of course, here you are. | no problem, look. | now it looks "
+    "like this."
+)
+SHOWS = choices(
+    "look at my picture. | what do you see here? | i made this picture. what is in it? | please describe this "
+    "picture. | can you tell me what this is? | this is my new picture."
+)
+SEES = choices("i see {}. | this is {}. | how nice, {}. | what a lovely picture of {}. | it shows {}.")
+LIKES = [
+    choices("that is beautiful. | thank you, i am happy that you like it."),
+    choices("wow, how lovely. | thanks, it was fun to draw."),
+    choices("i love it. | i am glad to hear that."),
+    choices("what a nice picture. | thank you very much."),
+    choices("thank you so much. | you are welcome."),
+    choices("great, well done. | thanks, drawing is what i like best."),
+    choices("this is just what i wanted. | wonderful, i am glad."),
+    choices("thanks, goodbye. | goodbye, see you soon."),
+]
+TALK = [
+    choices("hello, how are you? | hello, i am fine, thank you. and you?"),
+    choices("hi there. | hi, nice to meet you. what shall we do?"),
+    choices("good morning. | good morning, did you sleep well?"),
+    choices("who are you? | i am a little painter and i tell stories too."),
+    choices("what can you do? | i can talk with you, and i can draw when you ask me to."),
+    choices("what do you like best? | i like colours, and i like stories with a happy end."),
+    choices("are you tired? | no, i never sleep."),
+    choices("tell me a joke. | why did the fish blush? because it saw the ship without its sail."),
+    choices("i had a long week. | oh, then you should rest and drink some tea."),
+    choices("i am happy today. | that is good news, tell me why."),
+    choices("i am a little sad. | i am sorry. do you want to talk about it?"),
+    choices("what is your name? | i have no name, but you may give me one."),
+    choices("how old are you? | i am still very young."),
+    choices("do you have a friend? | yes, you are my friend."),
+    choices("what colours do you know? | i know red, orange, yellow, green, blue, purple, pink and white."),
+    choices("what comes after sunset? | after sunset comes the night."),
+    choices("when does the moon shine? | the moon shines at night."),
+    choices("when does the sun rise? | the sun rises in the morning."),
+    choices("where is it cold? | it is cold in the snow and high up in the mountains."),
+    choices("where is it hot and dry? | it is hot and dry in the desert."),
+    choices("which colour do you get from blue and yellow? | blue and yellow make green."),
+    choices("which colour do you get from red and white? | red and white make pink."),
+    choices("which colour do you get from red and yellow? | red and yellow make orange."),
+    choices("can you sing? | no, i cannot sing, but i can tell you a story."),
+    choices("what did you do today? | i looked at the clouds and thought of you."),
+    choices("i am going home now. | have a safe trip, see you soon."),
+]
+ABOUT = {
+    "ball": choices("a ball is round and it rolls and bounces. | children play with balls."),
+    "house": choices("people live in houses. | a house has a roof, a door and a window."),
+    "tree": choices("a tree has leaves and roots. | trees give shade when it is hot."),
+    "boat": choices("a boat sails over the water. | the wind fills its sail and the boat moves on."),
+    "fish": choices("fish swim under water. | a fish has fins and no feet."),
+    "car": choices("a car has four wheels. | cars drive on the street."),
+    "star": choices("stars are far away suns. | stars shine when it is dark."),
+    "flower": choices("flowers smell sweet. | bees love flowers."),
+    "cat": choices("cats are soft and they love to sleep. | a cat says meow and catches mice."),
+    "bird": choices("birds have wings and feathers. | a bird builds a nest and sings."),
+    "balloon": choices("a balloon is full of air. | let go of a balloon and it flies away."),
+    "kite": choices("a kite needs wind and a long string. | children fly kites when it is windy."),
+}
+ASKS_ABOUT = choices(
+    "tell me about {}. | what do you know about {}? | do you like {}? | what is special about {}? | can you tell me "
+    "something about {}?"
+)
+
+
+def request(rng, split, picture):
+    """Somebody asks for a new picture and gets it."""
+    picture = cast(rng, split)
+    wish = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
+    echo = noun_phrase(rng, picture.things[0]) if len(picture.things) == 1 else "your picture"
+    return Turn(some(rng, ASKS).format(wish)), Turn(some(rng, GIVES).format(echo), picture)
+
+
+def show(rng, split, picture):
+    """Somebody shows a picture and hears what is in it."""
+    picture = cast(rng, split)
+    seen = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
+    return Turn(some(rng, SHOWS), picture), Turn(some(rng, SEES).format(seen))
+
+
+def alter(rng, split, picture):
+    """The picture is asked for again with one thing changed."""
+    told = None
+    while told is None or told[1] is None:
+        told = pick(rng, (wish_move, wish_size, wish_colour, wish_time, wish_more, wish_less))(rng, picture)
+    form = some(rng, ["{} please.", "please {}.", "can you {}?", "now {}.", "could you {}?"])
+    return Turn(form.format(told[0])), Turn(some(rng, MORE), told[1])
+
+
+def named(picture) -> str:
+    return "it" if len(picture.things) == 1 else f"the {picture.things[0].kind}"
+
+
+def wish_move(rng, picture):
+    place = pick(rng, [place for place in PLACES if place != picture.things[0].place])
+    return f"move {named(picture)} {some(rng, TOWARDS[place])}", with_hero(picture, place=place)
+
+
+def wish_size(rng, picture):
+    size = "big" if picture.things[0].size == "small" else "small"
+    word = some(rng, [*SIZE_WORDS[size], "bigger" if size == "big" else "smaller"])
+    return f"make {named(picture)} {word}", with_hero(picture, size=size)
+
+
+def wish_colour(rng, picture):
+    hero = picture.things[0]
+    colour = pick(rng, [c for c in COLOURS_FOR[hero.kind, picture.scene] if c != hero.colour])
+    form = some(rng, ["make {} {}", "paint {} {}", "colour {} {}"])
+    return form.format(named(picture), some(rng, COLOUR_WORDS[colour])), with_hero(picture, colour=colour)
+
+
+def wish_time(rng, picture):
+    time = pick(rng, [time for time in NEXT_TIME if time != picture.time])
+    word = {"day": "day", "sunset": "evening", "night": "night"}[time]
+    return some(rng, ["make it {}", "turn it into {}", "let it be {}"]).format(word), replace(picture, time=time)
+
+
+def wish_more(rng, picture):
+    other = newcomer(rng, picture) if len(picture.things) == 1 else None
+    if other is None:
+        return None
+    wish = f"add {noun_phrase(rng, other)} {some(rng, PLACE_PHRASES[other.place])}"
+    return wish, replace(picture, things=(*picture.things, other))
+
+
+def wish_less(rng, picture):
+    if len(picture.things) == 1:
+        return None
+    return f"take the {picture.things[1].kind} away", replace(picture, things=picture.things[:1])
+
+
+def question(rng, split, picture):
+    """A question about the picture, answered in words."""
+    thing, kinds = pick(rng, picture.things), [thing.kind for thing in picture.things]
+    noun, absent = some(rng, NOUNS[thing.kind]), pick(rng, [kind for kind in KINDS if kind not in kinds])
+    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
+    asked, answer = pick(
+        rng,
+        [
+            (f"what colour is the {noun}?", f"it is {thing.colour}."),
+            (f"where is the {noun}?", f"it is {some(rng, PLACE_PHRASES[thing.place])}."),
+            (f"is the {noun} big or small?", f"it is {thing.size}."),
+            ("what time is it there?", f"{some(rng, TIME_CLAUSES[picture.time])}."),
+            ("which place is this?", f"this is {some(rng, SCENE_NOUNS[picture.scene])}."),
+            ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
+            (f"is there a {absent} too?", f"no, there is no {absent}."),
+            (f"do you see the {noun}?", f"yes, it is {some(rng, PLACE_PHRASES[thing.place])}."),
+        ],
+    )
+    return Turn(asked), Turn(answer)
+
+
+def praise(rng, split, picture):
+    asked, answer = pick(rng, LIKES)
+    return Turn(asked), Turn(answer)
+
+
+def talk(rng, split, picture):
+    """Plain words: small talk, or something about a kind of thing."""
+    if rng.random() < 0.5:
+        asked, answer = pick(rng, TALK)
+        return Turn(asked), Turn(answer)
+    kind = pick(rng, list(KINDS))
+    return Turn(some(rng, ASKS_ABOUT).format(plural(kind))), Turn(some(rng, ABOUT[kind]))
+
+
+OPENINGS = {request: 0.5, show: 0.2, talk: 0.3}
+SEQUELS = {alter: 0.4, question: 0.22, praise: 0.18, request: 0.1, talk: 0.1}  # once there is a picture
+
+
+def dialogue(rng: np.random.Generator, split: str = "train") -> list[Turn]:
+    """Two to four exchanges: human at even places, assistant at odd ones."""
+    turns: list[Turn] = []
+    picture = None
+    for _ in range(2 + int(rng.integers(3))):
+        options = OPENINGS if picture is None else SEQUELS
+        exchange = list(options)[int(rng.choice(len(options), p=list(options.values())))](rng, split, picture)
+        turns += exchange
+        picture = next((turn.picture for turn in reversed(exchange) if turn.picture), picture)
+    return turns

@@ -1,0 +1,379 @@
+"""What is said about a picture: captions in many phrasings, and the reader that gets the facts back out of a text.
+
+Captions are written as cleaned CC3M captions are: lower case, no full stops. Colours are always named, the scene too;
+sizes and places of all things or of none (`SIZE_NAMED`, `PLACE_NAMED` of the captions); sunset and night always, day in
+about half of the captions: where no time is named, it is day.
+
+In every list of synonyms the first is the commonest.
+"""
+
+import re
+
+import numpy as np
+
+from miniature.facts import COLOURS, PLACES, SIZES, TIMES, Picture, Thing, home, pick
+
+PLACE_NAMED = 0.7
+SIZE_NAMED = 0.85  # not always, so that a prompt without a size ("a red boat at sea") is nothing new to the models
+DAY_NAMED = 0.5
+
+
+def choices(text: str) -> list[str]:
+    """ "a | b" -> ["a", "b"]."""
+    return [phrase.strip() for phrase in text.split("|")]
+
+
+NOUNS = {
+    "ball": choices("ball | beach ball | toy ball | bouncy ball"),
+    "house": choices("house | cottage | hut"),
+    "tree": choices("tree | round tree | leafy tree"),
+    "boat": choices("boat | sailboat | sailing boat | ship"),
+    "fish": choices("fish"),
+    "car": choices("car | automobile | motor car"),
+    "star": choices("star | smiling star | twinkling star"),
+    "flower": choices("flower | blossom | daisy"),
+    "cat": choices("cat | kitty | pussycat"),
+    "bird": choices("bird | songbird | birdie"),
+    "balloon": choices("balloon | toy balloon | party balloon"),
+    "kite": choices("kite | paper kite"),
+}
+SIZE_WORDS = {"small": choices("small | little | tiny"), "big": choices("big | large | huge | giant | enormous")}
+COLOUR_WORDS = {
+    "red": choices("red | bright red | scarlet | crimson"),
+    "orange": choices("orange | bright orange | tangerine"),
+    "yellow": choices("yellow | bright yellow | golden | lemon yellow"),
+    "green": choices("green | bright green | emerald"),
+    "blue": choices("blue | bright blue | royal blue"),
+    "purple": choices("purple | violet | deep purple"),
+    "pink": choices("pink | rosy pink | pale pink"),
+    "white": choices("white | snow white | pure white"),
+}
+PLACE_PHRASES = {
+    "left": choices("on the left | on the left side | at the left | to the left | on the left hand side | at left"),
+    "middle": choices("in the middle | in the centre | in the center | at the centre | right in the middle"),
+    "right": choices(
+        "on the right | on the right side | at the right | to the right | on the right hand side | at right"
+    ),
+}
+SCENE_NOUNS = {
+    "sea": choices("the sea | the ocean | the open sea | the wide ocean | the waves"),
+    "meadow": choices("the meadow | a grassy meadow | the field | a grassy field | the pasture"),
+    "snow": choices("the snow | a snowy field | the winter snow | a snowy land | a frozen land"),
+    "city": choices("the city | the town | the busy city | a busy town | the tall buildings"),
+    "desert": choices("the desert | the sandy desert | the sand dunes | a dry desert | the pyramids"),
+    "mountains": choices("the mountains | the high mountains | a mountain valley | the alps | the mountain peaks"),
+}
+SCENE_PHRASES = {
+    ("sea", "water"): choices("on the sea | on the ocean | at sea | on the waves | on the open sea | on a calm sea"),
+    ("sea", "sky"): choices(
+        "above the sea | over the sea | over the ocean | high above the waves | in the sky over the sea"
+    ),
+    ("sea", None): choices("at sea | at the sea | by the ocean | at the seaside"),
+    ("meadow", "land"): choices(
+        "in the meadow | on the grass | in the field | in a grassy field | on a meadow | in the pasture"
+    ),
+    ("meadow", "sky"): choices(
+        "above the meadow | over the meadow | over the grass | high above the field | in the sky over the meadow"
+    ),
+    ("meadow", None): choices("in the meadow | at the meadow | in the field | in a grassy land"),
+    ("snow", "land"): choices(
+        "in the snow | on the snow | in a snowy field | in the deep snow | in the winter snow | on the ice and snow"
+    ),
+    ("snow", "sky"): choices(
+        "above the snow | over the snow | over a snowy field | high above the snow | in the winter sky"
+    ),
+    ("snow", None): choices("in the snow | in winter | in a snowy land | in a frosty land"),
+    ("city", "land"): choices(
+        "in the city | in the town | on the street | in front of the tall buildings | on a city street"
+    ),
+    ("city", "water"): choices("on the river in the city | on the city river | on the river | on the river in town"),
+    ("city", "sky"): choices(
+        "above the city | over the city | over the town | high above the buildings | in the sky over town"
+    ),
+    ("city", None): choices("in the city | in the town | in town | downtown"),
+    ("desert", "land"): choices(
+        "in the desert | on the sand | among the dunes | on the sand dunes | in the sandy desert | by the pyramids"
+    ),
+    ("desert", "sky"): choices(
+        "above the desert | over the desert | over the dunes | high above the sand | over the pyramids"
+    ),
+    ("desert", None): choices("in the desert | in the sandy desert | at the pyramids"),
+    ("mountains", "land"): choices(
+        "in the mountains | at the foot of the mountains | below the peaks | by the lake | by the "
+        "mountain lake | in the valley"
+    ),
+    ("mountains", "water"): choices(
+        "on the lake in the mountains | on the mountain lake | on the lake | on the lake below the peaks"
+    ),
+    ("mountains", "sky"): choices(
+        "above the mountains | over the mountains | over the peaks | high above the lake | in the mountain sky"
+    ),
+    ("mountains", None): choices("in the mountains | in the alps | at the mountain lake"),
+}
+TIME_PHRASES = {
+    "day": choices(
+        "by day | during the day | in the daytime | in the sunshine | on a sunny day | in the morning | at noon | in "
+        "broad daylight"
+    ),
+    "sunset": choices(
+        "at sunset | at dusk | in the evening | at twilight | as the sun sets | as the sun goes down | in the "
+        "evening light | at sundown"
+    ),
+    "night": choices(
+        "at night | in the dark | under the stars | by moonlight | under the moon | on a starry night | at midnight "
+        "| after dark | on a dark night"
+    ),
+}
+TIME_CLAUSES = {
+    "day": choices("it is day | the sun is shining | it is a sunny day | it is morning"),
+    "sunset": choices("it is evening | the sun is setting | the sun is going down | it is sunset"),
+    "night": choices("it is night | the moon is out | the stars are out | it is dark"),
+}
+VERBS = {  # base, third person, participle
+    "ball": choices("lie lies lying | rest rests resting"),
+    "house": choices("stand stands standing"),
+    "tree": choices("stand stands standing | grow grows growing"),
+    "boat": choices("sail sails sailing | float floats floating | drift drifts drifting"),
+    "fish": choices("swim swims swimming | splash splashes splashing"),
+    "car": choices("stand stands standing | wait waits waiting"),
+    "star": choices("shine shines shining | glow glows glowing | hang hangs hanging"),
+    "flower": choices("bloom blooms blooming | grow grows growing"),
+    "cat": choices("sit sits sitting | rest rests resting | wait waits waiting"),
+    "bird": choices("fly flies flying | glide glides gliding"),
+    "balloon": choices("float floats floating | hover hovers hovering"),
+    "kite": choices("fly flies flying | dance dances dancing"),
+}
+PICTURES = choices(
+    "picture of | drawing of | painting of | illustration of | cartoon of | sketch of | picture book page with "
+    "| view of"
+)
+SIGNS = {  # words that give scene and time away, also in texts that the grammar did not write
+    "sea": "sea ocean oceans wave waves seaside",
+    "meadow": "meadow meadows grass grassy field fields pasture",
+    "snow": "snow snowy winter ice icy frosty frozen",
+    "city": "city town street streets river buildings downtown towers",
+    "desert": "desert sand sandy dunes pyramids",
+    "mountains": "mountain mountains peaks alps lake valley",
+    "day": "day daytime sunshine sunny morning noon daylight",
+    "sunset": "sunset dusk evening twilight sundown",
+    "night": "night dark moonlight moon starry midnight",
+}
+PHRASE_SIGNS = {
+    "snowy field": ("scene", "snow"),
+    "sun is shining": ("time", "day"),
+    "sun rises": ("time", "day"),
+    "sun sets": ("time", "sunset"),
+    "sun is setting": ("time", "sunset"),
+    "sun goes down": ("time", "sunset"),
+    "sun is going down": ("time", "sunset"),
+    "the stars": ("time", "night"),
+    "that is": ("after", True),
+    "two": ("two", True),
+}
+
+
+# ---- words and phrases
+
+
+def some(rng: np.random.Generator, options: list[str]) -> str:
+    """The first option four times in ten, otherwise any."""
+    return options[0] if rng.random() < 0.4 else pick(rng, options)
+
+
+def with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def plural(noun: str) -> str:
+    if noun == "fish":
+        return noun
+    return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
+
+
+def verb(rng, kind: str, form: int) -> str:
+    """A verb for what this kind does: form 0 "sail", 1 "sails", 2 "sailing"."""
+    return some(rng, VERBS[kind]).split()[form]
+
+
+def adjectives(rng, thing: Thing, sized: bool) -> str:
+    colour = some(rng, COLOUR_WORDS[thing.colour])
+    return f"{some(rng, SIZE_WORDS[thing.size])} {colour}" if sized else colour
+
+
+def noun_phrase(rng, thing: Thing, sized: bool = True) -> str:
+    """ "a small red boat"; now and then "a boat that is small and red"."""
+    noun = some(rng, NOUNS[thing.kind])
+    if rng.random() < 0.06:
+        size, colour = some(rng, SIZE_WORDS[thing.size]), some(rng, COLOUR_WORDS[thing.colour])
+        return f"{with_article(noun)} that is {size} and {colour}"
+    return with_article(f"{adjectives(rng, thing, sized)} {noun}")
+
+
+def scene_phrase(rng, picture: Picture) -> str:
+    """ "on the sea", "above the meadow", by where the things are; a fish is in the water, not on it."""
+    levels = {home(thing.kind, picture.scene) for thing in picture.things}
+    phrase = some(rng, SCENE_PHRASES[picture.scene, levels.pop() if len(levels) == 1 else None])
+    if picture.things and all(thing.kind == "fish" for thing in picture.things):
+        phrase = re.sub(r"^on\b", "in", phrase)
+    return phrase
+
+
+def twins(picture: Picture) -> bool:
+    return len({(t.kind, t.colour, t.size) for t in picture.things}) < len(picture.things)
+
+
+def subject(rng, picture: Picture, placed: bool, sized: bool = True) -> tuple[str, str]:
+    """The things of a picture as (phrase, trailing places): ("a red ball", "on the left"), ("a red ball and ...", "").
+
+    Two things carry their places inside the phrase; twins are named once and placed one by one.
+    """
+    things = list(picture.things)
+    places = [some(rng, PLACE_PHRASES[thing.place]) for thing in things]
+    if len(things) == 1:
+        return noun_phrase(rng, things[0], sized), places[0] if placed else ""
+    if twins(picture):
+        phrase = f"two {adjectives(rng, things[0], sized)} {plural(some(rng, NOUNS[things[0].kind]))}"
+        return phrase, f"one {places[0]} and one {places[1]}" if placed else ""
+    parts = [f"{noun_phrase(rng, t, sized)} {p * placed}".strip() for t, p in zip(things, places, strict=True)]
+    if rng.random() < 0.4:
+        parts.reverse()
+    return some(rng, choices("{} and {} | {} with {} | {} together with {} | {} beside {} | {} and also {}")).format(
+        *parts
+    ), ""
+
+
+def tidy(text: str) -> str:
+    return " ".join(text.split())
+
+
+def description(picture: Picture, rng: np.random.Generator, placed: bool, dated: bool) -> str:
+    """The plainest form of a caption: things, places, scene, time."""
+    what, where = subject(rng, picture, placed)
+    when = some(rng, TIME_PHRASES[picture.time]) if dated or picture.time != "day" else ""
+    return tidy(f"{what} {where} {scene_phrase(rng, picture)} {when}")
+
+
+def caption(picture: Picture, rng: np.random.Generator) -> str:
+    """One description of the picture, in any of the phrasings."""
+    placed, sized = rng.random() < PLACE_NAMED, rng.random() < SIZE_NAMED
+    dated = picture.time != "day" or rng.random() < DAY_NAMED
+    what, where = subject(rng, picture, placed, sized)
+    scene = scene_phrase(rng, picture)
+    when = some(rng, TIME_PHRASES[picture.time]) if dated else ""
+    alone, same = len(picture.things) == 1, twins(picture)
+    kind = picture.things[0].kind
+    forms = [
+        (5, "{what} {where} {scene} {when}"),
+        (2, "{what} {scene} {where} {when}"),
+        (1.5, "{when} {what} {scene} {where}"),
+        (1.5, "{there} {what} {where} {scene} {when}"),
+        (1, "{scene} {when} {there} {what} {where}"),
+        (1.5, "{art} {what} {where} {scene} {when}"),
+        (1, "{ground} {when} with {what} {where}"),
+    ]
+    if alone or same:
+        forms += [(1.5, "{what} {does} {scene} {where} {when}"), (1, "{what} {doing} {where} {scene} {when}")]
+    if dated:
+        forms += [(0.7, "{clause} and {there} {what} {where} {scene}")]
+    if alone and placed:
+        forms += [(0.7, "{where} {does} {what} {scene} {when}")]
+    if placed and not alone and not same:
+        forms += [(2, "{inverse} {scene} {when}")]
+    weights = np.array([weight for weight, _ in forms])
+    form = forms[int(rng.choice(len(forms), p=weights / weights.sum()))][1]
+    first, second = picture.things[0], picture.things[-1]
+    return tidy(
+        form.format(
+            what=what,
+            where=where,
+            scene=scene,
+            when=when,
+            there="there are" if same else "there is",
+            art=with_article(some(rng, PICTURES)),
+            ground=some(rng, SCENE_NOUNS[picture.scene]),
+            does=verb(rng, kind, 1 if alone else 0),
+            doing=verb(rng, kind, 2),
+            clause=some(rng, TIME_CLAUSES[picture.time]),
+            inverse=f"{some(rng, PLACE_PHRASES[first.place])} is {noun_phrase(rng, first, sized)} and "
+            f"{some(rng, PLACE_PHRASES[second.place])} is {noun_phrase(rng, second, sized)}",
+        )
+    )
+
+
+# ---- the reader
+
+
+def build_lexicon() -> dict[str, tuple]:
+    """Every word or phrase that names a fact -> (fact, value); kinds: (fact, value, how many)."""
+    lexicon = {}
+    for name, words in SIGNS.items():
+        lexicon |= dict.fromkeys(words.split(), ("time" if name in TIMES else "scene", name))
+    for kind, nouns in NOUNS.items():
+        for noun in nouns:
+            lexicon |= {plural(noun): ("kind", kind, 2), noun: ("kind", kind, 1)}
+    lexicon |= {word: ("size", size) for size in SIZES for word in SIZE_WORDS[size]}
+    lexicon |= {word: ("colour", colour) for colour in COLOURS for word in (*COLOUR_WORDS[colour], colour)}
+    lexicon |= {word: ("place", place) for place in PLACES for word in (place, *PLACE_PHRASES[place])}
+    lexicon |= {"centre": ("place", "middle"), "center": ("place", "middle"), **PHRASE_SIGNS}
+    return lexicon
+
+
+LEXICON = build_lexicon()
+READER = re.compile(r"\b(" + "|".join(re.escape(w) for w in sorted(LEXICON, key=len, reverse=True)) + r")\b")
+
+
+def facts_in(text: str) -> Picture:
+    """The facts that a text names, in its order; None for what it leaves out.
+
+    A place belongs to the thing before it, unless that has one already: then to the next ("on the left is ...").
+    Adjectives belong to the thing after them, or to the last one. Without any thing ("it drifts to the right") they
+    make one of kind None.
+    """
+    scene = time = None
+    things: list[dict] = []
+    current: list[dict] = []  # the things named last: two for a plural
+    pending: dict = {}
+    after = False  # "... that is": adjectives now belong to the thing before them
+    for match in READER.finditer(text.lower()):
+        fact, value, *count = LEXICON[match[0]]
+        if fact == "scene":
+            scene = scene or value
+        elif fact == "time":
+            time = time or value
+        elif fact == "after":
+            after = True
+        elif fact == "kind":
+            number = 2 if pending.pop("two", False) else count[0]
+            current = [{"kind": value, **pending} for _ in range(number)]
+            things, pending, after = things + current, {}, False
+        elif fact == "place":
+            free = next((thing for thing in current if "place" not in thing), None)
+            (pending if free is None else free).setdefault("place", value)
+        elif after and current and fact not in current[-1]:
+            current[-1][fact] = value
+        else:
+            pending.setdefault(fact, value)
+    pending.pop("two", None)
+    if pending and not things:
+        things = [{"kind": None, **pending}]
+    elif pending:  # "the cat is red"
+        current[-1] = pending | current[-1]
+        things[-1] = current[-1]
+    return Picture(scene, time, tuple(Thing(**thing) for thing in things))
+
+
+def agrees(named: Picture, picture: Picture) -> bool:
+    """Whether everything that a text names (`facts_in`) is true of the picture; every named thing is another one."""
+
+    def true_of(thing: Thing, real: Thing) -> bool:
+        return all(a in (None, b) for a, b in zip(vars(thing).values(), vars(real).values(), strict=True))
+
+    def matched(things, reals) -> bool:
+        if not things:
+            return True
+        return any(
+            true_of(things[0], real) and matched(things[1:], reals[:i] + reals[i + 1 :]) for i, real in enumerate(reals)
+        )
+
+    right = named.scene in (None, picture.scene) and named.time in (None, picture.time)
+    return right and matched(named.things, picture.things)
