@@ -291,17 +291,22 @@ def common_factor(table: Tensor, published: Tensor) -> tuple[float, float]:
     """The factor by which `table` (V, D) is `published`, by least squares, and the largest relative difference left."""
     if torch.equal(table, published.to(table.dtype)):
         return 1.0, 0.0
-    pairs = [(table[i : i + 1024], published[i : i + 1024]) for i in range(0, len(table), 1024)]
-    product = sum((a.double() * b.double()).sum().item() for a, b in pairs)
-    factor = product / sum(b.double().square().sum().item() for _, b in pairs)
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:  # in double precision, never the whole tables at once
+        for i in range(0, len(table), 1024):
+            yield table[i : i + 1024].double(), published[i : i + 1024].double()
+
+    factor = sum((a * b).sum().item() for a, b in blocks()) / sum(b.square().sum().item() for _, b in blocks())
     smallest = 2.0**-14  # float16's least normal number: below it, differences are absolute
-    return factor, max(((a - factor * b.double()).abs() / b.abs().clamp(min=smallest)).max().item() for a, b in pairs)
+    return factor, max(((a - factor * b).abs() / b.abs().clamp(min=smallest)).max().item() for a, b in blocks())
 
 
 def vicuna_table(out: Path, name: str) -> Tensor | None:
+    """The rows of the tokenizer's pieces: a v0 table may have one more."""
     folder = out / "vicuna"
     files = tensor_files(folder, (name,)) if (folder / "config.json").is_file() else []
-    return next((found[name][:] for found in map(read_tensors, files) if name in found), None)
+    table = next((found[name][:] for found in map(read_tensors, files) if name in found), None)
+    return None if table is None else table[: Tokenizer(folder / "tokenizer.model").base_vocabulary]
 
 
 CONVERTERS = {
