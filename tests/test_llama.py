@@ -8,7 +8,7 @@ import torch
 import transformers
 from common import assert_close, randomise, shapes
 
-from llama import KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from llama import KVCache, Llama, LlamaConfig, Tokenizer, TransposedBackward, Vokens, load_llama
 from loading import WeightsError
 
 SIZES = {
@@ -90,6 +90,18 @@ def test_gradients(pair):
         gradients.append(x.grad)
     assert_close(*gradients, 1e-4, "gradient of the embeddings")
     assert not any(p.requires_grad for p in ours.parameters())
+
+
+def test_gradients_in_bfloat16(pair):
+    """The product that a CPU needs in bfloat16 has the gradient of the plain one."""
+    ours, _ = pair
+    layer, x = ours.model.layers[0].mlp.gate_proj, torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(8))
+    weight, gradients = layer.weight.bfloat16(), []
+    for product in (torch.nn.functional.linear, TransposedBackward.apply):
+        y = x.bfloat16().requires_grad_(True)
+        product(y, weight).square().sum().backward()
+        gradients.append(y.grad.float())
+    assert_close(*gradients, 1e-2, "gradient in bfloat16")
 
 
 def test_full_size_names():
