@@ -185,15 +185,17 @@ class MiniGPT5(nn.Module):
 
     def draw(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Draws:
         """The random numbers of one step, drawn on the generator's device and moved to the model's."""
-        size = self.unet.config.sample_size
-        shape, device = (pictures, self.unet.config.in_channels, size, size), generator.device
+        drop = torch.rand(pictures, generator=generator, device=generator.device) < drop_rate
+        posterior, noise = self.draw_latents(pictures, generator), self.draw_latents(pictures, generator)
         steps = len(self.schedule.alphas_cumprod)
-        return Draws(
-            (torch.rand(pictures, generator=generator, device=device) < drop_rate).to(self.device),
-            torch.randn(shape, generator=generator, device=device).to(self.device),
-            torch.randn(shape, generator=generator, device=device).to(self.device),
-            torch.randint(steps, (pictures,), generator=generator, device=device).to(self.device),
-        )
+        timesteps = torch.randint(steps, (pictures,), generator=generator, device=generator.device)
+        return Draws(drop.to(self.device), posterior, noise, timesteps.to(self.device))
+
+    def draw_latents(self, pictures: int, generator: torch.Generator) -> Tensor:
+        """Standard normal (M, C, h, w)."""
+        size = self.unet.config.sample_size
+        shape = (pictures, self.unet.config.in_channels, size, size)
+        return torch.randn(shape, generator=generator, device=generator.device).to(self.device)
 
     def voken_features(self, hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
         """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1]. The last voken's own is not used."""
@@ -296,7 +298,7 @@ class MiniGPT5(nn.Module):
         conditioning = self.mapper(features).to(dtype)  # (2M or M, S, Dc)
         sampler = SAMPLERS[sampling.sampler](self.schedule, sampling.steps)
         if latents is None:
-            latents = self.draw(M, generator).noise
+            latents = self.draw_latents(M, generator)
         for index, timestep in enumerate(sampler.timesteps):
             x = torch.cat([latents, latents]) if guided else latents
             prediction = self.unet(x.to(dtype), timestep, conditioning).float()
@@ -412,7 +414,7 @@ def load_minigpt5(
         load_schedule(diffusion / "scheduler").to(device),
         read_config(TextConfig, diffusion / "text_encoder" / "config.json").max_position_embeddings,
         load_image_encoder(weights, language, device) if read_pictures else None,
-        load_text_encoder(diffusion / "text_encoder", painting, device) if read_captions else None,
+        load_text_encoder(diffusion / "text_encoder", language, device) if read_captions else None,
         ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
     )
     if checkpoint:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from cli import DTYPES, make_folder, pick_device, run
 from data import open_batches, uas_texts
 from images import to_image
-from minigpt5 import DROP_RATE, MiniGPT5, Sampling, collate, load_minigpt5
+from minigpt5 import DROP_RATE, MiniGPT5, Rows, Sampling, collate, load_minigpt5
 from training import (
     append_log,
+    checkpoint_folders,
     cut_log,
     draw_grid,
     draw_losses,
@@ -35,6 +36,8 @@ from training import (
     step_generator,
 )
 from vae import preprocess_output
+
+LONGEST = 256  # tokens of a row; a longer caption is cut at its end
 
 
 def arguments() -> argparse.Namespace:
@@ -73,8 +76,6 @@ def arguments() -> argparse.Namespace:
     for name in ("batch_size", "accumulate", "save_every", "log_every", "vokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.vokens < 2:
-        parser.error("--vokens must be at least 2")
     return args
 
 
@@ -98,6 +99,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # the mapper's float32 products may use TF32
     torch.manual_seed(args.seed)
     out = make_folder(args.out)
+    if checkpoint_folders(out) and not args.resume:
+        raise ValueError(f"{out} holds a run already: --resume goes on with it, another --out starts anew")
 
     model = load_minigpt5(
         args.weights,
@@ -118,6 +121,8 @@ def main() -> None:
         workers=args.workers,
         max_bad=args.max_bad,
     )
+    for note in batches.dataset.notes:
+        print(note)
     per_step = args.batch_size * args.accumulate
     if args.steps is None and batches.dataset_size() is None:
         raise ValueError("--steps is needed: streamed tars do not tell how many pairs they hold")
@@ -158,8 +163,8 @@ def main() -> None:
             generator = step_generator(args.seed, step, micro)
             plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
             pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]
-            rows = collate(model.tokenizer, pairs, model.queries, multiple=16)
-            rows = type(rows)(*(t.to(device, non_blocking=True) for t in rows))
+            rows = collate(model.tokenizer, pairs, model.queries, multiple=16, limit=LONGEST)
+            rows = Rows(*(t.to(device, non_blocking=True) for t in rows))
             draws = model.draw(len(pairs), generator, drop_rate)
             posterior = None if args.no_ldm else model.encode_pictures(batch["pixels"].to(device, non_blocking=True))
             captions = None if args.no_cap else (model.encode_captions(batch["captions"]), empty_caption)

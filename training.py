@@ -94,9 +94,10 @@ def save_checkpoint(out: Path, step: int, model, optimizer: torch.optim.AdamW, s
 def load_checkpoint(out: Path, model, optimizer: torch.optim.AdamW) -> dict | None:
     """Continue from the newest whole checkpoint of `out`: fills model and optimiser, returns its state, None if none.
 
-    A checkpoint that cannot be read is named and passed over.
+    A checkpoint that cannot be read is named and passed over; ValueError if that leaves none.
     """
-    for folder in checkpoint_folders(out):
+    folders = checkpoint_folders(out)
+    for folder in folders:
         try:
             state = read_json(folder / "state.json")
             with open_safetensors(folder / "optimizer.safetensors") as file:
@@ -109,6 +110,8 @@ def load_checkpoint(out: Path, model, optimizer: torch.optim.AdamW) -> dict | No
             own = {key.partition(".")[0]: t for key, t in moments.items() if key.partition(".")[2] == name}
             optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in own.items()}
         return state
+    if folders:
+        raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
     return None
 
 

@@ -148,7 +148,7 @@ def test_switches(monkeypatch, weights, tar, tmp_path):
         [
             (("--no-cap",), {"text_loss", "ldm_loss"}),
             (("--no-ldm",), {"text_loss", "cap_loss"}),
-            (("--no-cfg", "--min-snr-gamma", 0, "--vokens", 4, "--dtype", "fp32", "--seed", 3), names),
+            (("--no-cfg", "--min-snr-gamma", 0, "--vokens", 1, "--dtype", "fp32", "--seed", 3), names),
         ]
     ):
         out = tmp_path / str(number)
@@ -157,7 +157,7 @@ def test_switches(monkeypatch, weights, tar, tmp_path):
         weighted = {"text_loss": 0.01, "ldm_loss": 1.0, "cap_loss": 0.1}
         assert record["loss"] == pytest.approx(sum(weighted[name] * record[name] for name in losses), rel=1e-5)
     trained = load_file(tmp_path / "2/step-00000002/trained.safetensors")
-    assert trained["vokens.input"].shape[0] == trained["vokens.output"].shape[0] == 5
+    assert trained["vokens.input"].shape[0] == trained["vokens.output"].shape[0] == 2
 
 
 def test_epochs_and_pictures_of_a_run(monkeypatch, weights, tar, tmp_path):
@@ -328,6 +328,9 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     training_fails("tar", "--data", not_a_picture)
     training_fails(r"file.*(exists|directory)", "--out", a_file)
     training_fails("at least 1", "--batch-size", 0)
+    train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 1)
+    training_fails("holds a run already", "--out", tmp_path / "run")
+    training_fails("none of its 1 checkpoints fits", "--out", tmp_path / "run", "--resume", "--vokens", 4)
 
 
 @pytest.mark.parametrize("script", ["sample.py", "train_uas.py", "weights.py"])
