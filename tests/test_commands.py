@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import sample_file
+from common import SAMPLES
 from PIL import Image
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
@@ -74,18 +74,17 @@ def train(monkeypatch, weights, tar, out, *arguments) -> list[dict]:
 # ---- training
 
 
-@pytest.mark.parametrize(("pictures", "steps"), [("drawn", 100), ("real", 300)])
-def test_overfits_two_pairs(monkeypatch, weights, tmp_path, pictures, steps):
-    if pictures == "drawn":
-        tar = write_tar(tmp_path / "two.tar", pairs(2))
-    else:
-        tar = shutil.copy(sample_file("samples", "cc3m", "cc3m-validation-0000.tar"), tmp_path)
-    log = train(monkeypatch, weights, tar, tmp_path / "run", "--steps", steps, "--warmup", 20, "--log-every", 10)
+def test_overfits_two_pairs(monkeypatch, weights, tmp_path):
+    """On two real pairs where the samples are here, else on two drawn ones. The UNet is random and frozen, so L_LDM has
+    little to gain; L_text and L_CAP must fall."""
+    sample = SAMPLES / "samples/cc3m/cc3m-validation-0000.tar"
+    tar = shutil.copy(sample, tmp_path) if sample.exists() else write_tar(tmp_path / "two.tar", pairs(2))
+    log = train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 300, "--warmup", 20, "--log-every", 10)
     first, last = log[0], log[-1]
     for name in ("loss", "text_loss", "ldm_loss", "cap_loss"):
-        print(f"{name}: {first[name]:.4f} after 10 steps, {last[name]:.4f} after {steps}")
-    assert last["step"] == steps
-    assert last["text_loss"] < 0.5 * first["text_loss"] and last["cap_loss"] < 0.2 * first["cap_loss"]
+        print(f"{name}: {first[name]:.4f} over steps 1-10, {last[name]:.4f} over steps 291-300")
+    assert last["step"] == 300
+    assert last["text_loss"] < 0.5 * first["text_loss"] and last["cap_loss"] < 0.05 * first["cap_loss"]
     assert last["loss"] < first["loss"]
     assert last["samples_per_s"] > 0 and last["bad"] == {} and 0 <= last["lr"] <= 1e-2
 

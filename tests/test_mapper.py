@@ -37,10 +37,13 @@ def test_forward_and_gradients(tmp_path):
     assert_close(output, expected, 1e-5, "conditioning")
     (output * towards).sum().backward()
     (expected * towards).sum().backward()
-    expected_gradients = dict(reference.named_parameters())
-    for name, parameter in ours.named_parameters():
-        ratio = (parameter.grad - expected_gradients[name].grad).norm() / expected_gradients[name].grad.norm()
-        assert ratio <= 1e-4, f"gradient of {name}: {ratio:.1e}"
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    ratios = {
+        name: ((p.grad - gradients[name]).norm() / gradients[name].norm()).item() for name, p in ours.named_parameters()
+    }
+    worst = max(ratios, key=ratios.get)
+    print(f"largest relative L2 difference of a gradient: {ratios[worst]:.1e}, {worst}")
+    assert ratios[worst] <= 1e-4
 
 
 def test_full_size_names():
