@@ -105,9 +105,9 @@ def stored(files: Iterable[Path], rename: Callable[[str], str | None] | None = N
                     yield name, key, path, file.get_slice(key)
 
 
-def compare(model: nn.Module, files: Iterable[Path], rename: Callable | None = None) -> list[str]:
-    """What stops `files` from filling `model`, one line a problem: unexpected, wrong shape, twice, missing."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+def compare(wanted: dict[str, torch.Tensor], files: Iterable[Path], rename: Callable | None = None) -> list[str]:
+    """How `files` and the tensors `wanted` differ, one line a problem: unexpected, wrong shape, twice, missing."""
+    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     problems, seen = [], {}
     files = list(files)
     for name, key, path, tensor in stored(files, rename):
@@ -124,15 +124,15 @@ def compare(model: nn.Module, files: Iterable[Path], rename: Callable | None = N
 
 
 def matched(
-    model: nn.Module, files: Iterable[Path], rename: Callable[[str], str | None] | None = None
+    wanted: dict[str, torch.Tensor], files: Iterable[Path], rename: Callable[[str], str | None] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `files` under `model`'s names, memory-mapped.
+    """The tensors of `files` under the names of `wanted`, memory-mapped.
 
     `rename` maps a published key to ours, None for a key to leave out. Any other difference between the two sets of
     names and shapes is an error: the first problem and how many more there are.
     """
     files = list(files)
-    problems = compare(model, files, rename)
+    problems = compare(wanted, files, rename)
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise WeightsError(problems[0] + more, problems)
@@ -148,7 +148,7 @@ def fill(
 ) -> nn.Module:
     """Make the tensors of `files` the parameters of the meta-device `model`, each cast and moved once. The model is
     then frozen and in eval mode. `rename` and errors are those of `matched`."""
-    state = {name: tensor.to(device, dtype) for name, tensor in matched(model, files, rename).items()}
+    state = {name: tensor.to(device, dtype) for name, tensor in matched(model.state_dict(), files, rename).items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

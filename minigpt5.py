@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from images import to_image
 from llama import KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import WeightsError, matched, open_safetensors, read_config, save_safetensors, stored
+from lora import Prefix, PrefixCache, add_lora
 from mapper import VokenMapper
 from qformer import ImageEncoder, load_image_encoder, preprocess_input
 from scheduler import SAMPLERS, NoiseSchedule, load_schedule
@@ -144,6 +145,7 @@ class MiniGPT5(nn.Module):
         self.vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, width)
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
+        self.lora, self.prefix = [], None  # stage 2, see add_adapters
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +228,9 @@ class MiniGPT5(nn.Module):
         posterior: mean and log variance of the M output pictures; captions: encodings of the M captions (M, S, Dc) and
         of the empty one (1, S, Dc), which a dropped picture is held to; pixels: the input pictures, if any.
         """
-        hidden = self.llama(self.embed(rows.ids, pixels))  # (B, T, D)
+        embeddings = self.embed(rows.ids, pixels)  # (B, T, D)
+        cache = PrefixCache(self.prefix, *rows.ids.shape, embeddings.dtype) if self.prefix else None
+        hidden = self.llama(embeddings, cache=cache)  # (B, T, D)
         logits = self.vokens.logits(self.llama, hidden[:, :-1])
         text_loss = F.cross_entropy(logits.flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORE)
         losses = {"loss": TEXT_WEIGHT * text_loss, "text_loss": text_loss}
@@ -260,14 +264,17 @@ class MiniGPT5(nn.Module):
         start, vokens = tokenizer.voken_ids[0], torch.tensor([tokenizer.voken_ids], device=device)
         N = vokens.shape[1]
         ids = [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(prompt), self.queries)]
-        slots = min(len(ids) + sampling.max_new_tokens + 8 * N, self.llama.config.max_position_embeddings)
-        if len(ids) + N > slots:
+        used = len(ids) + (self.prefix.embedding.num_embeddings if self.prefix else 0)
+        slots = min(used + sampling.max_new_tokens + 8 * N, self.llama.config.max_position_embeddings)
+        if used + N > slots:
             raise ValueError(f"the prompt has {len(ids)} tokens, room is for {slots - N}")
         dtype = self.llama.lm_head.weight.dtype
         cache = KVCache(self.llama.config, 1, slots, dtype, device)
+        if self.prefix:
+            self.prefix.fill(cache)
 
         hidden = self.llama(self.embed(torch.tensor([ids], device=device), pixels), cache=cache)[:, -1:]
-        said, features, used = [], [], len(ids)
+        said, features = [], []
         while len(said) < sampling.max_new_tokens and used + N <= slots:
             logits = self.vokens.logits(self.llama, hidden[0, -1])
             forced = sampling.force_image and not features
@@ -332,51 +339,75 @@ class MiniGPT5(nn.Module):
                 text.append(i)
         return segments
 
+    def add_adapters(self, lora: dict | None = None, prefix: dict | None = None) -> None:
+        """Stage 2's change of the language model: the options of `add_lora`, or those of `Prefix`."""
+        if lora is not None:
+            self.lora = add_lora(self.llama, **lora)
+        if prefix is not None:
+            self.prefix = Prefix(self.llama.config, **prefix).to(self.device)
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What trains and what a checkpoint holds: the voken rows, and the mapper under its published names."""
+        """What a checkpoint holds: the voken rows, the mapper under its published names, the adapters."""
         rows = {f"vokens.{name}": parameter for name, parameter in self.vokens.named_parameters()}
-        return {**rows, **dict(self.mapper.named_parameters())}
+        lora = {name: parameter for name, parameter in self.llama.named_parameters() if "lora_" in name}
+        prefix = {f"prefix_encoder.{n}": p for n, p in self.prefix.named_parameters()} if self.prefix else {}
+        return {**rows, **dict(self.mapper.named_parameters()), **lora, **prefix}
 
     def save_trained(self, path: Path, stage: str) -> None:
         metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(self.tokenizer.voken_ids))}
+        if self.lora:
+            metadata["lora_alpha"] = str(self.lora[0].scale * self.lora[0].lora_A.out_features)
         save_safetensors(self.trained_parameters(), path, metadata)
 
+    @torch.no_grad()
     def load_trained(self, path: Path) -> None:
-        """Take the voken rows and the mapper of a checkpoint.
+        """Take a checkpoint's tensors; the model must have the adapters that it has.
 
         A converted released checkpoint may also bring the old rows of the two tables as its training left them (AdamW's
         weight decay shrank them, and the released model runs with the shrunk ones): whole, or as one factor.
         """
-        trained = nn.ModuleDict({"vokens": self.vokens, "mapper": self.mapper})
-        trained.load_state_dict(matched(trained, [path], checkpoint_name))  # copied: an optimiser may hold these
-        with open_safetensors(path) as file:
-            metadata = file.metadata() or {}
-        tensors = {name: tensor for name, _, _, tensor in stored([path])}
-        for name, factor in (("model.embed_tokens", "embed_scale"), ("lm_head", "head_scale")):
-            table = self.llama.get_submodule(name)
+        trained = self.trained_parameters()
+        for name, tensor in matched(trained, [path], lambda key: None if key in TABLES else key).items():
+            trained[name].copy_(tensor)  # in place: an optimiser may hold these
+        metadata, tensors = checkpoint_contents(path)
+        for key, factor in TABLES.items():
+            table = self.llama.get_submodule(key.removesuffix(".weight"))
             weight = table.weight
-            if f"{name}.weight" in tensors:
-                replaced = tensors[f"{name}.weight"][:].to(weight.device, weight.dtype)
+            if key in tensors:
+                replaced = tensors[key][:].to(weight.device, weight.dtype)
                 if replaced.shape[1:] != weight.shape[1:] or len(replaced) < self.tokenizer.base_vocabulary:
-                    raise WeightsError(f"{path}: {name}.weight has shape {tuple(replaced.shape)}, too small a table")
+                    raise WeightsError(f"{path}: {key} has shape {tuple(replaced.shape)}, too small a table")
                 table.weight = nn.Parameter(replaced, requires_grad=False)
             elif factor in metadata:
                 table.weight = nn.Parameter(weight * float(metadata[factor]), requires_grad=False)
 
 
-def checkpoint_name(key: str) -> str | None:
-    """A checkpoint's names -> ours; the tables of old rows are read apart."""
-    if key in ("model.embed_tokens.weight", "lm_head.weight"):
-        return None
-    return key if key.startswith("vokens.") else f"mapper.{key}"
+TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
 
 
-def checkpoint_vokens(path: Path) -> int:
-    """How many vokens a picture has in the checkpoint, by the shape of its rows."""
-    for name, _, _, tensor in stored([path]):
-        if name == "vokens.input":
-            return tensor.get_shape()[0] - 1
-    raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
+def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
+    """Metadata and {name: slice} of a checkpoint. WeightsError if it is none."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    tensors = {name: tensor for name, _, _, tensor in stored([path])}
+    if "vokens.input" not in tensors:
+        raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
+    return metadata, tensors
+
+
+def checkpoint_adapters(path: Path) -> dict:
+    """The options of `MiniGPT5.add_adapters` for the adapters that a checkpoint holds."""
+    metadata, tensors = checkpoint_contents(path)
+    matrices = {name: tensor for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
+    adapters = {}
+    if matrices:
+        rank = next(iter(matrices.values())).get_shape()[0]
+        targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
+        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": float(metadata.get("lora_alpha", 2 * rank))}
+    if "prefix_encoder.embedding.weight" in tensors:
+        sizes = [tensors[f"prefix_encoder.{n}.weight"].get_shape()[0] for n in ("embedding", "transform.0")]
+        adapters["prefix"] = dict(zip(("tokens", "hidden"), sizes, strict=True))
+    return adapters
 
 
 def load_minigpt5(
@@ -403,9 +434,9 @@ def load_minigpt5(
     painting = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     language = dtype or (torch.bfloat16 if on_gpu or width >= 2048 else torch.float32)
 
-    tokenizer = Tokenizer(
-        weights / "vicuna" / "tokenizer.model", checkpoint_vokens(checkpoint) if checkpoint else vokens
-    )
+    if checkpoint:
+        vokens = checkpoint_contents(checkpoint)[1]["vokens.input"].get_shape()[0] - 1
+    tokenizer = Tokenizer(weights / "vicuna" / "tokenizer.model", vokens)
     model = MiniGPT5(
         tokenizer,
         load_llama(weights / "vicuna", language, device),
@@ -417,8 +448,9 @@ def load_minigpt5(
         load_text_encoder(diffusion / "text_encoder", language, device) if read_captions else None,
         ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
     )
-    if checkpoint:
-        model.load_trained(checkpoint)
     model.vokens.to(device)
     model.mapper.to(device)
+    if checkpoint:
+        model.add_adapters(**checkpoint_adapters(checkpoint))
+        model.load_trained(checkpoint)
     return model

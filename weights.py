@@ -161,7 +161,8 @@ def check_trained(path: Path, loaded: dict) -> None:
     with torch.device("meta"):
         model = VokenMapper(llm_width, loaded["unet"].config.cross_attention_dim, tokens)
         model.vokens = Vokens(rows.get_shape()[0] - 1, 0, llm_width)
-    if problems := compare(model, [path], lambda key: None if re.match(r"model\.|lm_head\.|prefix", key) else key):
+    others = re.compile(r"model\.|lm_head\.|prefix_encoder\.")  # Vicuna's old rows, LoRA, a prefix
+    if problems := compare(model.state_dict(), [path], lambda key: None if others.match(key) else key):
         raise WeightsError(problems[0], problems)
 
 

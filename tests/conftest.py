@@ -11,13 +11,15 @@ def pytest_addoption(parser):
 
 def pytest_generate_tests(metafunc):
     """The runs and cases of test_golden.py are those that the recordings hold."""
-    recorded = {"run", "case"} & set(metafunc.fixturenames)
-    if metafunc.module.__name__ == "test_golden" and recorded:
-        golden = json.loads((metafunc.config.getoption("--golden") / "golden.json").read_text())
-        if "run" in recorded:
-            metafunc.parametrize("run", [name.removesuffix("_snr") for name in golden["uas"]["losses"]])
-        else:
-            metafunc.parametrize("case", [name for name in golden["generation"] if name.startswith("s1_")])
+    wanted = {"run", "case"} & set(metafunc.fixturenames)
+    if metafunc.module.__name__ != "test_golden" or not wanted:
+        return
+    golden = json.loads((metafunc.config.getoption("--golden") / "golden.json").read_text())
+    if "run" in wanted:
+        runs = [(stage, name.removesuffix("_snr")) for stage in ("uas", "mls") for name in golden[stage]["losses"]]
+        metafunc.parametrize(("name", "run"), runs)
+    else:
+        metafunc.parametrize("case", [name for name in golden["generation"] if name.startswith(("s1_", "s2_"))])
 
 
 @pytest.fixture(autouse=True, scope="session")

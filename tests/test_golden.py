@@ -17,12 +17,13 @@ from common import assert_close
 from PIL import Image
 from safetensors.torch import load_file
 
-from convert import convert
+import llama
+from convert import convert, trained_name
 from data import clean_caption
 from images import read_image, resize_and_crop, to_image
 from llama import KVCache, Tokenizer, load_llama
 from loading import save_safetensors
-from minigpt5 import Draws, Sampling, collate, load_minigpt5
+from minigpt5 import Draws, MiniGPT5, Sampling, collate, expand_placeholders, load_minigpt5
 from qformer import load_image_encoder, preprocess_input
 from scheduler import PNDM
 from text_encoder import ClipTokenizer, load_text_encoder
@@ -30,7 +31,7 @@ from unet import load_unet
 from vae import load_vae, preprocess_output
 
 NETWORK, DIFFUSION, SCALAR, GRADIENT = 2e-5, 1e-4, 2e-5, 1e-4  # GOLDEN.md section 5
-FILES = ("image_encoder", "uas", "generation", "preprocess")
+FILES = ("image_encoder", "uas", "generation", "preprocess", "mls", "prefix_tuning")
 OLD_TABLES = {
     "model.llama_model.model.embed_tokens.weight": "vokens.input",
     "model.llama_model.lm_head.weight": "vokens.output",
@@ -58,9 +59,7 @@ class Golden:
         self.text = json.loads((folder / "text.json").read_text())
         self.records = {name: Record(folder / f"{name}.safetensors") for name in FILES}
         self.build()
-        self.model = load_minigpt5(
-            weights, weights / "minigpt5/uas.safetensors", dtype=torch.float32, read_pictures=True, read_captions=True
-        )
+        self.model, self.stage2 = self.load("uas"), self.load("mls-stage2")
 
     def build(self):
         """The published layout from the recorded files, by the project's own converter."""
@@ -109,7 +108,21 @@ class Golden:
         ):
             shutil.copy(folder / source, target)
         names = ("eva_vit.safetensors", "blip2_qformer.safetensors", "minigpt4_proj.safetensors", "stage1.ckpt")
-        convert([folder / name for name in names], weights)
+        convert([folder / name for name in (*names, "stage2.ckpt")], weights)
+
+    def load(self, checkpoint: str) -> MiniGPT5:
+        path = self.weights / "minigpt5" / f"{checkpoint}.safetensors"
+        return load_minigpt5(self.weights, path, dtype=torch.float32, read_captions=True).eval()  # no dropout
+
+
+@pytest.fixture(scope="module")
+def prefixed(golden):
+    """The stage-1 model with the recorded prefix."""
+    model, record = golden.load("uas"), golden.records["prefix_tuning"]
+    weights = {n.removeprefix("prefix_encoder/"): record[n] for n in record.tensors if n.startswith("prefix_encoder/")}
+    model.add_adapters(prefix={"tokens": len(weights["embedding.weight"]), "hidden": len(weights["transform.0.bias"])})
+    model.prefix.load_state_dict(weights)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -260,17 +273,60 @@ def test_image_encoder(golden):
 # ---- stage 1
 
 
-def test_uas_rows(golden):
-    """Token ids, labels and picture positions of the batch."""
-    uas, record, model = golden.json["uas"], golden.records["uas"], golden.model
-    rows = collate(model.tokenizer, list(zip(uas["sources"], uas["targets"], strict=True)), model.queries)
+class Stage:
+    """A recorded batch of one stage: the model, its rows, and everything random in it."""
+
+    def __init__(self, golden, name, prefixed=None):
+        self.name, self.json = name, golden.json["mls" if name == "mls" else "uas"]
+        self.record = golden.records["mls" if name == "mls" else "uas"]
+        self.model = {"uas": golden.model, "mls": golden.stage2, "prefix_tuning": prefixed}[name]
+        self.pairs = list(zip(self.json["sources"], self.json["targets"], strict=True))
+        self.rows = collate(self.model.tokenizer, self.pairs, self.model.queries)
+        pictures = [f"input_images_{i}" for i in range(len(self.pairs)) if f"input_images_{i}" in self.record]
+        self.pixels = torch.cat([self.record[name] for name in pictures]) if pictures else None
+
+    def run(self, run):
+        """Losses of a recorded run, gradients in the model, and what passed through its modules."""
+        record, model, rows = self.record, self.model, self.rows
+        drop = torch.zeros(len(rows.picture_rows), dtype=torch.bool)
+        drop[self.json["cfg_drop"][run.removesuffix("_nosnr")]] = True
+        self.draws = Draws(drop, record["vae_noise"], record["noise"], record["timesteps"])
+        posterior = model.encode_pictures(record["output_image"][rows.picture_rows])
+        captions = None
+        if "captions" in self.json:
+            captions = (model.encode_captions(self.json["captions"]), model.encode_captions([""]))
+        model.zero_grad(set_to_none=True)
+        gamma = 0.0 if run.endswith("_nosnr") else 5.0
+        with Taps(llama=model.llama, fc=model.mapper.fc, mapper=model.mapper, unet=model.unet) as seen:
+            losses = model.losses(rows, self.draws, posterior, captions, self.pixels, gamma)
+            losses["loss"].backward()
+        return losses, seen
+
+    def positions(self, values, length, fill=0):
+        """Our (B, T, ...) cut or padded to the recorded number of positions: the released code pads rows twice."""
+        values = values[:, :length]
+        padding = values.new_full((len(values), length - values.shape[1], *values.shape[2:]), fill)
+        return torch.cat([values, padding], dim=1)
+
+
+@pytest.mark.parametrize("name", ["uas", "mls"])
+def test_rows(golden, name):
+    """Token ids, labels and picture positions of a batch."""
+    stage = Stage(golden, name)
+    record, tokenizer, rows = stage.record, stage.model.tokenizer, stage.rows
+    ids = [tokenizer.encode(source) + tokenizer.encode(target) for source, target in stage.pairs]
     mask = record["attention_mask"].bool()
-    assert torch.equal(rows.ids[:, 1:][mask], record["input_ids"][mask])
-    assert torch.equal(rows.ids[:, 1:], record["input_ids"]) and (rows.ids[:, 0] == model.tokenizer.bos_id).all()
-    assert torch.equal(rows.labels[:, 1:], record["labels"])
-    assert torch.equal(rows.labels, record["nodrop/llm_labels"])
-    wrapped = record["nodrop/llm_attention_mask"]
-    assert torch.equal(wrapped[:, 1:].bool(), mask) and wrapped[:, 0].all()
+    assert ids == [row[real].tolist() for row, real in zip(record["input_ids"], mask, strict=True)]
+    assert (record["input_ids"][~mask] == tokenizer.eos_id).all() and (rows.ids[:, 0] == tokenizer.bos_id).all()
+    learned = record["labels"]
+    assert torch.equal(learned[learned >= 0], rows.labels[rows.labels >= 0])
+    wrapped = record["nodrop/llm_attention_mask"].bool()
+    lengths = [1 + len(expand_placeholders(tokenizer, row, stage.model.queries)) for row in ids]
+    assert wrapped.sum(1).tolist() == lengths
+    if stage.pixels is None:  # with pictures the released code also pads in the middle
+        assert all(wrapped[i, :length].all() for i, length in enumerate(lengths))
+        assert torch.equal(rows.ids[:, 1:], record["input_ids"])
+    assert torch.equal(stage.positions(rows.labels, wrapped.shape[1], -100), record["nodrop/llm_labels"])
     where = torch.stack([rows.picture_rows, rows.picture_starts], dim=1)
     assert torch.equal(where, record["nodrop/special_token_index"])
 
@@ -285,62 +341,59 @@ def test_uas_captions(golden):
     assert_close(model.encode_captions([""]), record["empty_text_feature"], NETWORK, "empty_text_feature")
 
 
-def test_vae(golden):
-    record, vae = golden.records["uas"], golden.model.vae
-    mean, logvar = golden.model.encode_pictures(record["output_image"])
+@pytest.mark.parametrize("name", ["uas", "mls"])
+def test_vae(golden, name):
+    stage = Stage(golden, name)
+    record, vae = stage.record, stage.model.vae
+    mean, logvar = stage.model.encode_pictures(record["output_image"][stage.rows.picture_rows])
     assert_close(mean, record["nodrop/vae_mean"], NETWORK, "vae_mean")
     assert_close(logvar, record["nodrop/vae_logvar"], NETWORK, "vae_logvar")
-    with torch.no_grad():
-        decoded = vae.decode(record["nodrop/vae_mean"][:1] * vae.config.scaling_factor)
-    assert_close(decoded, record["vae_decode_of_mean0"], NETWORK, "vae_decode_of_mean0")
+    if "vae_decode_of_mean0" in record:
+        with torch.no_grad():
+            decoded = vae.decode(record["nodrop/vae_mean"][:1] * vae.config.scaling_factor)
+        assert_close(decoded, record["vae_decode_of_mean0"], NETWORK, "vae_decode_of_mean0")
 
 
-def run_uas(golden, run):
-    """Losses and gradients of a recorded run, and what passed through the modules."""
-    uas, record, model = golden.json["uas"], golden.records["uas"], golden.model
-    rows = collate(model.tokenizer, list(zip(uas["sources"], uas["targets"], strict=True)), model.queries)
-    M = len(rows.picture_rows)
-    drop = torch.zeros(M, dtype=torch.bool)
-    drop[uas["cfg_drop"][run.removesuffix("_nosnr")]] = True
-    draws = Draws(drop, record["vae_noise"], record["noise"], record["timesteps"])
-    posterior = model.encode_pictures(record["output_image"][rows.picture_rows])
-    captions = (model.encode_captions(uas["captions"]), model.encode_captions([""]))
-    model.zero_grad(set_to_none=True)
-    with Taps(llama=model.llama, fc=model.mapper.fc, mapper=model.mapper, unet=model.unet) as seen:
-        losses = model.losses(rows, draws, posterior, captions, min_snr_gamma=0.0 if run.endswith("_nosnr") else 5.0)
-        losses["loss"].backward()
-    return losses, draws, seen
-
-
-def test_uas_losses(golden, run):
-    losses, draws, seen = run_uas(golden, run)
+def losses_close(losses, expected, name):
     names = {"loss": "loss", "text_loss": "text_loss", "image_loss": "ldm_loss", "caption_loss": "cap_loss"}
-    expected = golden.json["uas"]["losses"][run if run.endswith("_nosnr") else f"{run}_snr"]
-    for published, ours in names.items():
-        ratio = abs(losses[ours].item() / expected[published] - 1)
-        print(f"{run} {ours}: relative difference {ratio:.1e}")
-        assert ratio <= SCALAR, f"{run} {ours}"
-    if run.endswith("_nosnr"):
-        return
-    record, model = golden.records["uas"], golden.model
+    assert {names[published] for published in expected} == losses.keys()
+    for published, value in expected.items():
+        ratio = abs(losses[names[published]].item() / value - 1)
+        print(f"{name} {names[published]}: relative difference {ratio:.1e}")
+        assert ratio <= SCALAR, f"{name} {names[published]}"
+
+
+def passed_close(stage, seen, record, prefix, mask):
+    """Hidden states, logits and all that follows them, where the record has them."""
+    schedule, draws, model = stage.model.schedule, stage.draws, stage.model
     passed = {
         "voken_hidden": (seen["fc"][0][0][0], NETWORK),
         "fc_out": (seen["fc"][0][1], NETWORK),
         "mapping_feature": (seen["mapper"][0][1], NETWORK),
         "model_pred": (seen["unet"][0][1], DIFFUSION),
         "noisy_latents": (seen["unet"][0][0][0], DIFFUSION),
-        "snr": (model.schedule.snr(draws.timesteps), SCALAR),
-        "snr_weight": (model.schedule.snr_weight(draws.timesteps, 5.0), SCALAR),
+        "snr": (schedule.snr(draws.timesteps), SCALAR),
+        "snr_weight": (schedule.snr_weight(draws.timesteps, 5.0), SCALAR),
     }
     for name, (ours, tolerance) in passed.items():
-        if f"{run}/{name}" in record:
-            assert_close(ours, record[f"{run}/{name}"], tolerance, f"{run}/{name}")
-    if f"{run}/logits" in record:
-        real = record[f"{run}/llm_attention_mask"].bool()
-        hidden = seen["llama"][0][1]
-        assert_close(hidden[real], record[f"{run}/last_hidden_state"][real], NETWORK, "last_hidden_state")
-        logits = model.vokens.logits(model.llama, hidden)
-        assert_close(logits[real], record[f"{run}/logits"][real], NETWORK, "logits")
+        if f"{prefix}{name}" in record:
+            assert_close(ours, record[f"{prefix}{name}"], tolerance, f"{prefix}{name}")
+    if f"{prefix}logits" in record:
+        hidden = stage.positions(seen["llama"][0][1], mask.shape[1])
+        assert_close(hidden[mask], record[f"{prefix}last_hidden_state"][mask], NETWORK, "last_hidden_state")
+        expected = record[f"{prefix}logits"]
+        stride = -(-mask.shape[1] // expected.shape[1])  # every stride-th position is stored
+        logits, mask = model.vokens.logits(model.llama, hidden)[:, ::stride], mask[:, ::stride]
+        assert_close(logits[mask], expected[mask], NETWORK, "logits")
+
+
+def test_losses(golden, name, run):
+    stage = Stage(golden, name)
+    losses, seen = stage.run(run)
+    losses_close(losses, stage.json["losses"][run if run.endswith("_nosnr") else f"{run}_snr"], f"{name} {run}")
+    if not run.endswith("_nosnr"):
+        mask = stage.record["nodrop/llm_attention_mask"].bool()
+        passed_close(stage, seen, stage.record, f"{run}/", mask)
 
 
 def l2_close(ours, expected, name):
@@ -349,32 +402,133 @@ def l2_close(ours, expected, name):
     return distance / size if size >= 1e-4 else 0.0
 
 
-def test_uas_gradients(golden, run):
+def gradient_of(parameters, published):
+    """Our gradient of a published parameter, and whether its record has the new rows alone."""
+    name = trained_name(published)
+    rows = {"model.embed_tokens.weight": "vokens.input", "lm_head.weight": "vokens.output"}.get(name)
+    return parameters[rows or name.replace("model.prefix_encoder", "prefix_encoder")].grad, rows is not None
+
+
+def test_gradients(golden, name, run):
     """Every gradient that is stored, whole or sampled, and norm and sum of all of them."""
-    stats, record, model = golden.json["uas"]["grad_stats"], golden.records["uas"], golden.model
+    stage = Stage(golden, name)
+    stats, record = stage.json["grad_stats"], stage.record
     if run not in stats:
         pytest.skip("this set records no gradients of this run")
-    run_uas(golden, run)
-    ours = model.trained_parameters()
+    stage.run(run)
+    ours = stage.model.trained_parameters()
+    frozen = {n for n in ours if n.startswith(("fc.", "t2i_decoder_prompt"))} if name == "mls" else set()
+    assert len(stats[run]) == len(ours) - len(frozen)
     worst, compared = 0.0, 0
-    assert len(stats[run]) == len(ours)
-    for name, expected in stats[run].items():
-        gradient = ours[OLD_TABLES.get(name, name)].grad
+    for published, expected in stats[run].items():
+        gradient, rows_only = gradient_of(ours, published)
         norm, total = gradient.double().norm().item(), gradient.double().sum().item()
-        assert abs(norm - expected["norm"]) <= (GRADIENT * expected["norm"] if expected["norm"] >= 1e-4 else 1e-7), name
-        assert abs(total - expected["sum"]) <= GRADIENT * expected["norm"] * gradient.numel() ** 0.5 + 1e-7, name
-        if name in OLD_TABLES:
-            stored = {f"{run}/grad_newrows/{name}": gradient}
+        bound = GRADIENT * expected["norm"] if expected["norm"] >= 1e-4 else 1e-7
+        assert abs(norm - expected["norm"]) <= bound, published
+        assert abs(total - expected["sum"]) <= GRADIENT * expected["norm"] * gradient.numel() ** 0.5 + 1e-7, published
+        if rows_only:
+            stored = {f"{run}/grad_newrows/{published}": gradient}
         else:
             assert list(gradient.shape) == expected["shape"]
             sampled = gradient.flatten()[:: expected.get("sample_stride", 1)]
-            stored = {f"{run}/grad/{name}": gradient, f"{run}/gradsample/{name}": sampled}
+            stored = {f"{run}/grad/{published}": gradient, f"{run}/gradsample/{published}": sampled}
         for key, value in stored.items():
             if key in record:
                 worst, compared = max(worst, l2_close(value, record[key], key)), compared + 1
-    assert (model.vokens.input.grad[-1] == 0).all()  # the placeholder's own row is never read
+    assert (stage.model.vokens.input.grad[-1] == 0).all()  # the placeholder's own row is never read
     assert compared == sum(key.startswith(f"{run}/grad") for key in record.tensors)
-    print(f"{run}: {len(stats[run])} gradients, {compared} stored tensors compared, largest relative L2 {worst:.1e}")
+    print(f"{name} {run}: {len(stats[run])} gradients, {compared} stored, largest relative L2 {worst:.1e}")
+
+
+def test_text_only_batch(golden):
+    """A batch without any target picture: 0.01 L_text alone, and no gradient in the mapper."""
+    stage, expected = Stage(golden, "mls"), golden.json["mls"]["text_only_batch_of_one"]
+    model = stage.model
+    rows = collate(model.tokenizer, stage.pairs[:1], model.queries)
+    model.zero_grad(set_to_none=True)
+    losses = model.losses(rows, pixels=stage.record["input_images_0"])
+    losses["loss"].backward()
+    losses_close(losses, {n: v for n, v in expected["losses"].items() if n != "image_loss"}, "text only")
+    ours = model.trained_parameters()
+    for published, norm in expected["grad_norms"].items():
+        gradient, _ = gradient_of(ours, published)
+        assert abs(gradient.norm().item() - norm) <= (GRADIENT * norm if norm >= 1e-4 else 1e-7), published
+    without = [n for n, p in ours.items() if p.grad is None and not n.startswith(("fc.", "t2i_decoder_prompt"))]
+    assert len(without) == expected["no_grad_count"]
+
+
+def test_stage2_conversion(golden):
+    """Every tensor of the stage-2 checkpoint arrives unchanged; what it lacks comes from stage 1."""
+    checkpoint = torch.load(golden.folder / "stage2.ckpt", weights_only=True, map_location="cpu")
+    recorded = golden.json["checkpoints"]["stage2.ckpt"]
+    assert sorted(checkpoint) == sorted(recorded["top_level_keys"])
+    published = checkpoint["state_dict"]
+    assert {name: list(tensor.shape) for name, tensor in published.items()} == recorded["state_dict_keys"]
+    model, first = golden.stage2, golden.model.trained_parameters()
+    ours, base = model.trained_parameters(), model.tokenizer.base_vocabulary
+    tables = {"model.embed_tokens.weight": ("vokens.input", model.llama.model.embed_tokens)}
+    tables["lm_head.weight"] = ("vokens.output", model.llama.lm_head)
+    for name, tensor in published.items():
+        rows, table = tables.get(trained_name(name), (None, None))
+        if rows:
+            assert torch.equal(ours[rows], tensor[base:]) and torch.equal(table.weight[:base], tensor[:base])
+        else:
+            assert torch.equal(ours[trained_name(name)], tensor), name
+    from_first = [n for n in ours if n.startswith(("fc.", "t2i_decoder_prompt"))]
+    assert len(from_first) == 5 and all(torch.equal(ours[n], first[n]) for n in from_first)
+    assert len(ours) == len(published) + len(from_first)
+    assert model.lora[0].scale == golden.json["config"]["lora"]["alpha"] / golden.json["config"]["lora"]["r"]
+
+
+# ---- prefix tuning
+
+
+def test_prefix_tuning(golden, prefixed):
+    recorded, record = golden.json["prefix_tuning"], golden.records["prefix_tuning"]
+    stage = Stage(golden, "prefix_tuning", prefixed)
+    keys, values = prefixed.prefix()
+    both = torch.stack([keys, values], dim=1)[:, :, None].transpose(3, 4)  # (L, 2, 1, H, P, Dh)
+    assert_close(both, record["past_key_values"], NETWORK, "past_key_values")
+    losses, seen = stage.run("nodrop")
+    losses_close(losses, recorded["losses"], "prefix")
+    mask = stage.record["nodrop/llm_attention_mask"].bool()
+    assert list(seen["llama"][0][0][0].shape) == recorded["llm_inputs_embeds_shape"]
+    assert [len(mask), mask.shape[1] + recorded["num_virtual_tokens"]] == recorded["llm_attention_mask_shape"]
+    passed_close(stage, seen, record, "", mask)
+    ours = prefixed.trained_parameters()
+    assert len(recorded["trainable_names"]) == len(ours)
+    assert all(gradient_of(ours, name)[0] is not None for name in recorded["trainable_names"])
+    for key in record.tensors:
+        if key.startswith("grad/"):
+            l2_close(gradient_of(ours, key.removeprefix("grad/"))[0], record[key], key)
+
+
+def test_prefix_generation(golden, prefixed, monkeypatch):
+    """As recorded but for one fault, put in here: the released code rotates the prompt as if there were no prefix."""
+    recorded, record = golden.json["prefix_tuning"]["generation"], golden.records["prefix_tuning"]
+    P, positions, logits = golden.json["prefix_tuning"]["num_virtual_tokens"], [], []
+    table, score = llama.rotary_table, prefixed.vokens.logits
+
+    def rotate_as_released(at, *rest):
+        positions.append(at - P if not positions else at)
+        return table(positions[-1], *rest)
+
+    def record_logits(language, hidden):
+        logits.append(score(language, hidden))
+        return logits[-1].clone()
+
+    monkeypatch.setattr(llama, "rotary_table", rotate_as_released)
+    monkeypatch.setattr(prefixed.vokens, "logits", record_logits)
+    monkeypatch.setattr(prefixed.tokenizer, "stops", [[2]])
+    prompt = golden.json["generation"]["prompts"]["prompt1"]
+    steps = len(recorded["position_ids_per_step"])
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=steps)
+    said, _ = prefixed.say(prompt, golden.records["generation"]["input_image"], sampling, torch.Generator())
+    sequence = [prefixed.tokenizer.bos_id, *said]
+    assert sequence == record["gen/sequence"].tolist() == recorded["sequence"]
+    assert prefixed.tokenizer.decode(sequence) == recorded["decoded"]
+    assert [p[0].tolist() for p in positions][:steps] == recorded["position_ids_per_step"]
+    assert_close(torch.stack(logits), record["gen/step_logits"], NETWORK, "step_logits")
 
 
 # ---- generation
@@ -382,7 +536,7 @@ def test_uas_gradients(golden, run):
 
 def test_generation(golden, case, monkeypatch):
     """Greedy decoding: ids, logits, states, positions of every step, and the mapper's two conditions."""
-    record, model = golden.records["generation"], golden.model
+    record, model = golden.records["generation"], golden.stage2 if case.startswith("s2_") else golden.model
     recorded, common = golden.json["generation"][case], golden.json["generation"]["common"]
     prompt_name = "prompt2" if "text_only" in case else "prompt1"
     prompt = golden.json["generation"]["prompts"][prompt_name]
@@ -462,17 +616,11 @@ def test_painting(golden, case, monkeypatch):
     assert apart <= 1
 
 
-@pytest.mark.stage2
-@pytest.mark.parametrize("what", ["mls.safetensors", "prefix_tuning.safetensors", "generation s2_*", "stage2.ckpt"])
-def test_second_stage(what):
-    pytest.skip(f"{what}: the second stage is not written yet")
-
-
 def test_every_recorded_tensor_was_compared(request, golden):
     """Runs last: nothing in the files may be passed over in silence."""
     if request.config.getoption("-k") or request.session.testsfailed or "::" in " ".join(request.config.args):
         pytest.skip("only meaningful after all other tests of this file")
     for name, record in golden.records.items():
-        left = {key for key in record.tensors if key not in record.used and not key.startswith("s2_")}
+        left = record.tensors.keys() - record.used
         assert not left, f"{name}: {sorted(left)[:5]} and {max(0, len(left) - 5)} more"
         print(f"{name}.safetensors: all {len(record.used)} tensors compared")

@@ -1,0 +1,111 @@
+"""The two ways in which stage 2 changes the frozen language model (paper section 3.3): LoRA and prefix tuning.
+
+LoRA (arXiv 2106.09685) adds a low-rank product to chosen linear layers, y = W x + (alpha / r) B A x, with A and B
+alone trained. Prefix tuning (arXiv 2101.00190) puts P virtual tokens before every layer's keys and values, made from P
+learned embeddings by an MLP. Both leave llama.py as it is: LoRA wraps layers by name, a prefix enters as a cache.
+
+    x -> lora_A -> lora_B, added to the layer's output      (B, T, D) -> (B, T, r) -> (B, T, D')
+    Prefix() -> keys, values of all layers                  (L, P, H, Dh) each
+
+B batch, T tokens, D width, L layers, P virtual tokens, H heads, Dh head width, r rank.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from llama import KVCache, LlamaConfig
+
+TARGETS = ("q_proj", "v_proj")
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its low-rank update, which starts at zero. The update is computed in float32."""
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.frozen, self.scale, self.merged = frozen, alpha / rank, False
+        device = frozen.weight.device
+        self.lora_A = nn.Linear(frozen.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, frozen.out_features, bias=False, device=device)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.frozen(x)
+        if self.merged:
+            return y
+        update = self.scale * self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
+        return y + update.to(y.dtype)
+
+    @torch.no_grad()
+    def merge(self, sign: int = 1) -> None:
+        """Add the update to the frozen matrix (sign 1) or take it out again (-1), rounding to the matrix's type."""
+        assert self.merged == (sign < 0)
+        weight = self.frozen.weight
+        update = self.scale * self.lora_B.weight @ self.lora_A.weight
+        self.frozen.weight = nn.Parameter((weight.float() + sign * update).to(weight.dtype), requires_grad=False)
+        self.merged = sign > 0
+
+
+def add_lora(
+    model: nn.Module,
+    targets: tuple[str, ...] = TARGETS,
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.05,
+) -> list[LoRALinear]:
+    """Wrap every linear layer of `model` whose own name is in `targets`. ValueError if there is none."""
+    added = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in targets and isinstance(child, nn.Linear):
+                added.append(LoRALinear(child, rank, alpha, dropout))
+                setattr(parent, name, added[-1])
+    if not added:
+        raise ValueError(f"no linear layer is named {' or '.join(targets)}")
+    return added
+
+
+def lora_layers(model: nn.Module) -> list[LoRALinear]:
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+class Prefix(nn.Module):
+    """Keys and values of P virtual tokens, with peft's parameter names."""
+
+    def __init__(self, config: LlamaConfig, tokens: int = 5, hidden: int = 1024):
+        super().__init__()
+        self.heads, self.layers, D = config.num_attention_heads, config.num_hidden_layers, config.hidden_size
+        self.embedding = nn.Embedding(tokens, D)
+        self.transform = nn.Sequential(nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, 2 * self.layers * D))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, (L, P, H, Dh) each, as they are after the rotary embedding: none is applied to them."""
+        both = self.transform(self.embedding.weight).unflatten(-1, (self.layers, 2, self.heads, -1))  # (P, L, 2, H, Dh)
+        keys, values = both.transpose(0, 1).unbind(2)  # (L, P, H, Dh)
+        return keys, values
+
+    def fill(self, cache: KVCache) -> None:
+        """Decoding: the first P slots of every row."""
+        keys, values = self()
+        P = keys.shape[1]
+        cache.keys[:, :, :P], cache.values[:, :, :P] = keys[:, None].to(cache.keys), values[:, None].to(cache.keys)
+        cache.lengths += P
+
+
+class PrefixCache:
+    """What a training pass hands to Llama in the place of a KVCache: all tokens at once after the virtual ones.
+
+    Nothing is stored, so gradients reach the prefix. Rows are padded on the right: a token's slot is its position.
+    """
+
+    def __init__(self, prefix: Prefix, batch: int, tokens: int, dtype: torch.dtype):
+        keys, values = (y.to(dtype)[:, None] for y in prefix())
+        self.keys, self.values = (y.expand(-1, batch, -1, -1, -1) for y in (keys, values))  # (L, B, P, H, Dh)
+        self.slots = torch.arange(self.keys.shape[2] + tokens, device=self.keys.device)
+
+    def positions(self, attention_mask: Tensor) -> Tensor:
+        return self.slots[self.keys.shape[2] :].expand(attention_mask.shape)
+
+    def update(self, layer: int, _positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys[layer], key], dim=1), torch.cat([self.values[layer], value], dim=1)
