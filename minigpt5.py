@@ -1,6 +1,7 @@
-"""MiniGPT-5 put together: pictures into the prompt, the losses of training, answers of text and pictures in turn.
+"""MiniGPT-5 put together: pictures into the prompt, the losses of both stages, what trains and how it is loaded.
 
-Follows arXiv 2310.02239 section 3. Every part is frozen but the voken rows and the feature mapper. One training sample:
+Follows arXiv 2310.02239 section 3. Every part is frozen but the voken rows and the feature mapper, and in stage 2 an
+adapter of the language model. Answers are in generation.py. One training sample:
 
     caption ids, [IMG0]..[IMGN-1], ###   (B, T)          collate
     embeddings                           (B, T, D)       MiniGPT5.embed, input pictures over their placeholders
@@ -13,22 +14,19 @@ B batch, T tokens, N vokens of a picture, M pictures in the batch, S conditionin
 language and of the diffusion model, C latent channels, h w latent height and width.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from images import to_image
-from llama import KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from llama import Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import WeightsError, matched, open_safetensors, read_config, save_safetensors, stored
 from lora import Prefix, PrefixCache, add_lora
 from mapper import VokenMapper
-from qformer import ImageEncoder, load_image_encoder, preprocess_input
-from scheduler import SAMPLERS, NoiseSchedule, load_schedule
+from qformer import ImageEncoder, load_image_encoder
+from scheduler import NoiseSchedule, load_schedule
 from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
 from unet import UNet, load_unet
 from vae import VAE, load_vae
@@ -54,21 +52,6 @@ class Draws(NamedTuple):
     posterior: Tensor  # (M, C, h, w) standard normal, picks the latent from the autoencoder's posterior
     noise: Tensor  # (M, C, h, w) standard normal, the diffusion noise
     timesteps: Tensor  # (M,)
-
-
-@dataclass
-class Sampling:
-    """How an answer is drawn from the model: the released code's settings."""
-
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_p: float = 0.9
-    top_k: int = 50
-    repetition_penalty: float = 2.0
-    max_new_tokens: int = 256
-    force_image: bool = False  # begin with a picture
-    sampler: str = "pndm"
-    steps: int = 50
-    guidance: float = 7.5  # 1: no guidance
 
 
 def expand_placeholders(tokenizer: Tokenizer, ids: list[int], queries: int) -> list[int]:
@@ -100,22 +83,6 @@ def collate(
     padded_labels = [label + [IGNORE] * (length - len(label)) for label in labels]
     where = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2)
     return Rows(torch.tensor(padded), torch.tensor(padded_labels), where[:, 0], where[:, 1])
-
-
-def pick_token(logits: Tensor, said: list[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample the next id from logits (V,): repetition penalty over the ids in `said`, temperature, top k, top p."""
-    logits = logits.float().cpu()
-    seen = torch.tensor(sorted(set(said)))
-    scores = logits[seen]
-    penalty = sampling.repetition_penalty
-    logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    scores, order = (logits / sampling.temperature).topk(min(sampling.top_k, len(logits)))
-    probabilities = scores.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens: the first is always kept
-    probabilities[before >= sampling.top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def type_of(module: nn.Module) -> torch.dtype:
@@ -249,95 +216,6 @@ class MiniGPT5(nn.Module):
             losses["cap_loss"] = F.mse_loss(conditioning, target)
             losses["loss"] = losses["loss"] + CAP_WEIGHT * losses["cap_loss"]
         return losses
-
-    @torch.no_grad()
-    def say(
-        self, prompt: str, pixels: Tensor | None, sampling: Sampling, generator: torch.Generator
-    ) -> tuple[list[int], Tensor]:
-        """The words of an answer: (ids, voken features (M, N, D) of its M pictures).
-
-        When [IMG0] is drawn all N vokens are fed at once and only [IMG0] is recorded; text goes on after the last one.
-        Ends with </s>, with "###", after max_new_tokens or where the positions end; the stop ids stay in `ids`. The
-        repetition penalty counts <s> and what was said, not the prompt.
-        """
-        tokenizer, device = self.tokenizer, self.device
-        start, vokens = tokenizer.voken_ids[0], torch.tensor([tokenizer.voken_ids], device=device)
-        N = vokens.shape[1]
-        ids = [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(prompt), self.queries)]
-        used = len(ids) + (self.prefix.embedding.num_embeddings if self.prefix else 0)
-        slots = min(used + sampling.max_new_tokens + 8 * N, self.llama.config.max_position_embeddings)
-        if used + N > slots:
-            raise ValueError(f"the prompt has {len(ids)} tokens, room is for {slots - N}")
-        dtype = self.llama.lm_head.weight.dtype
-        cache = KVCache(self.llama.config, 1, slots, dtype, device)
-        if self.prefix:
-            self.prefix.fill(cache)
-
-        hidden = self.llama(self.embed(torch.tensor([ids], device=device), pixels), cache=cache)[:, -1:]
-        said, features = [], []
-        while len(said) < sampling.max_new_tokens and used + N <= slots:
-            logits = self.vokens.logits(self.llama, hidden[0, -1])
-            forced = sampling.force_image and not features
-            said.append(start if forced else pick_token(logits, [tokenizer.bos_id, *said], sampling, generator))
-            if self.tokenizer.ends(said):
-                break
-            drawn = said[-1] == start
-            fed = vokens if drawn else torch.tensor([said[-1:]], device=device)
-            predicting = hidden
-            hidden = self.llama(self.embed(fed), cache=cache)  # (1, N or 1, D)
-            used += fed.shape[1]
-            if drawn:
-                features.append(torch.cat([predicting, hidden[:, :-1]], dim=1).float())
-                hidden = hidden[:, -1:]
-        width = self.llama.config.hidden_size
-        return said, torch.cat(features) if features else torch.empty(0, N, width, device=device)
-
-    @torch.no_grad()
-    def paint(
-        self, features: Tensor, sampling: Sampling, generator: torch.Generator, latents: Tensor | None = None
-    ) -> Tensor:
-        """Voken features (M, N, D) -> pixels (M, 3, H, W), about [-1, 1], guided against zeros for features."""
-        M = len(features)
-        guided = sampling.guidance != 1
-        if guided:
-            features = torch.cat([torch.zeros_like(features), features])
-        dtype = type_of(self.unet)
-        conditioning = self.mapper(features).to(dtype)  # (2M or M, S, Dc)
-        sampler = SAMPLERS[sampling.sampler](self.schedule, sampling.steps)
-        if latents is None:
-            latents = self.draw_latents(M, generator)
-        for index, timestep in enumerate(sampler.timesteps):
-            x = torch.cat([latents, latents]) if guided else latents
-            prediction = self.unet(x.to(dtype), timestep, conditioning).float()
-            if guided:
-                without, given = prediction.chunk(2)
-                prediction = without + sampling.guidance * (given - without)
-            latents = sampler.step(prediction, index, latents)
-        return self.vae.decode(latents.to(type_of(self.vae))).float()
-
-    def answer(
-        self, prompt: str, pictures: list[Image.Image], sampling: Sampling, generator: torch.Generator
-    ) -> list[str | Image.Image]:
-        """Text and pictures in turn. `prompt` holds one <ImageHere> for each of `pictures`."""
-        if self.tokenizer.encode(prompt).count(self.tokenizer.image_id) != len(pictures):
-            raise ValueError(f"{len(pictures)} pictures given, the prompt has another number of <ImageHere>")
-        pixels = None
-        if pictures:
-            size = self.image_encoder.vision_model.config.image_size
-            pixels = torch.stack([preprocess_input(picture, size, pad=True) for picture in pictures])
-            pixels = pixels.to(self.device, self.image_encoder.query_tokens.dtype)
-        ids, features = self.say(prompt, pixels, sampling, generator)
-        painted = iter([to_image(self.paint(f[None], sampling, generator)[0]) for f in features])
-        segments, text = [], []
-        for i in [*ids, self.tokenizer.eos_id]:
-            if i in (self.tokenizer.voken_ids[0], self.tokenizer.eos_id):
-                words = self.tokenizer.decode(text, skip_special=True).strip().removesuffix("###").strip()
-                segments += [words] if words else []
-                segments += [next(painted)] if i == self.tokenizer.voken_ids[0] else []
-                text = []
-            else:
-                text.append(i)
-        return segments
 
     def add_adapters(self, lora: dict | None = None, prefix: dict | None = None) -> None:
         """Stage 2's change of the language model: the options of `add_lora`, or those of `Prefix`."""

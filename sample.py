@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from cli import DTYPES, make_folder, pick_device, run
+from generation import Sampling, answer
 from images import read_image, save_image
 from llama import Tokenizer
-from minigpt5 import Sampling, load_minigpt5
+from minigpt5 import load_minigpt5
 from scheduler import SAMPLERS
 from training import find_checkpoint
 
@@ -93,7 +94,7 @@ def main() -> None:
         guidance=args.guidance,
     )
     prompt = build_prompt(model.tokenizer, args.prompt, len(pictures))
-    segments = model.answer(prompt, pictures, sampling, torch.Generator().manual_seed(args.seed))
+    segments = answer(model, [prompt], [pictures], sampling, [torch.Generator().manual_seed(args.seed)])[0]
 
     described, painted = [], 0
     for segment in segments:
@@ -106,9 +107,9 @@ def main() -> None:
             described.append({"image": name})
             print(f"[{out / name}]")
             painted += 1
-    answer = {"segments": described, "seed": args.seed, "prompt": args.prompt}
+    record = {"segments": described, "seed": args.seed, "prompt": args.prompt}
     temporary = out / f".answer.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(answer, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(out / "answer.json")
     print(
         f"loaded in {loaded - start:.1f} s, answered in {time.perf_counter() - loaded:.1f} s, see {out / 'answer.json'}"

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from cli import DTYPES, make_folder, pick_device, run
 from data import open_batches, uas_texts
+from generation import Sampling, paint
 from images import to_image
-from minigpt5 import DROP_RATE, MiniGPT5, Rows, Sampling, collate, load_minigpt5
+from minigpt5 import DROP_RATE, MiniGPT5, Rows, collate, load_minigpt5
 from training import (
     append_log,
     checkpoint_folders,
@@ -87,7 +88,8 @@ def paint_samples(model: MiniGPT5, captions: list[str], pixels: torch.Tensor, se
     hidden = model.llama(model.embed(rows.ids.to(model.device)))
     features = model.voken_features(hidden, rows.picture_rows.to(model.device), rows.picture_starts.to(model.device))
     sampling = Sampling(sampler="dpm", steps=20)
-    painted = model.paint(features, sampling, torch.Generator().manual_seed(seed))
+    latents = model.draw_latents(len(features), torch.Generator().manual_seed(seed))
+    painted = paint(model, features, sampling, latents)
     draw_grid(
         [(c, [to_image(real), to_image(ours)]) for c, real, ours in zip(captions, pixels, painted, strict=True)], path
     )

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 import llama
 from convert import convert, trained_name
 from data import clean_caption
+from generation import Sampling, paint, say
 from images import read_image, resize_and_crop, to_image
 from llama import KVCache, Tokenizer, load_llama
 from loading import save_safetensors
-from minigpt5 import Draws, MiniGPT5, Sampling, collate, expand_placeholders, load_minigpt5
+from minigpt5 import Draws, MiniGPT5, collate, expand_placeholders, load_minigpt5
 from qformer import load_image_encoder, preprocess_input
 from scheduler import PNDM
 from text_encoder import ClipTokenizer, load_text_encoder
@@ -514,8 +515,8 @@ def test_prefix_generation(golden, prefixed, monkeypatch):
         return table(positions[-1], *rest)
 
     def record_logits(language, hidden):
-        logits.append(score(language, hidden))
-        return logits[-1].clone()
+        logits.append(score(language, hidden)[0])
+        return logits[-1][None].clone()
 
     monkeypatch.setattr(llama, "rotary_table", rotate_as_released)
     monkeypatch.setattr(prefixed.vokens, "logits", record_logits)
@@ -523,7 +524,8 @@ def test_prefix_generation(golden, prefixed, monkeypatch):
     prompt = golden.json["generation"]["prompts"]["prompt1"]
     steps = len(recorded["position_ids_per_step"])
     sampling = Sampling(temperature=0.0, repetition_penalty=1.0, max_new_tokens=steps)
-    said, _ = prefixed.say(prompt, golden.records["generation"]["input_image"], sampling, torch.Generator())
+    pixels = golden.records["generation"]["input_image"]
+    [(said, _)] = say(prefixed, [prompt], pixels, sampling, [torch.Generator()])
     sequence = [prefixed.tokenizer.bos_id, *said]
     assert sequence == record["gen/sequence"].tolist() == recorded["sequence"]
     assert prefixed.tokenizer.decode(sequence) == recorded["decoded"]
@@ -555,9 +557,9 @@ def test_generation(golden, case, monkeypatch):
     score, place = model.vokens.logits, KVCache.positions
 
     def record_logits(llama, hidden):
-        states.append(hidden)
-        logits.append(score(llama, hidden))
-        return logits[-1].clone()
+        states.append(hidden[0])
+        logits.append(score(llama, hidden)[0])
+        return logits[-1][None].clone()
 
     def record_positions(cache, mask):
         positions.append(place(cache, mask))
@@ -565,7 +567,7 @@ def test_generation(golden, case, monkeypatch):
 
     monkeypatch.setattr(model.vokens, "logits", record_logits)
     monkeypatch.setattr(KVCache, "positions", record_positions)
-    said, features = model.say(prompt, pixels, sampling, torch.Generator())
+    [(said, features)] = say(model, [prompt], pixels, sampling, [torch.Generator()])
 
     sequence = [model.tokenizer.bos_id, *said]
     assert sequence == record[f"{case}/sequence"].tolist() == recorded["sequence"]
@@ -600,9 +602,8 @@ def test_painting(golden, case, monkeypatch):
 
     monkeypatch.setattr(PNDM, "step", record_step)
     with Taps(unet=model.unet) as seen:
-        pixels = model.paint(
-            record[f"{case}/voken_hidden"], sampling, torch.Generator(), record[f"{case}/initial_latents"].clone()
-        )
+        latents = record[f"{case}/initial_latents"].clone()
+        pixels = paint(model, record[f"{case}/voken_hidden"], sampling, latents)
     assert torch.stack(visited).tolist() == record[f"{case}/pndm_timesteps"].tolist()
     assert_close(seen["unet"][0][1], record[f"{case}/unet_pred_step0_uncond_cond"], DIFFUSION, "first UNet call")
     assert_close(torch.stack(steps), record[f"{case}/latents_per_step"], DIFFUSION, "latents_per_step")
