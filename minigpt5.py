@@ -44,6 +44,9 @@ class Rows(NamedTuple):
     picture_rows: Tensor  # (M,) row of each output picture
     picture_starts: Tensor  # (M,) position before its [IMG0]
 
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(*(tensor.to(device, non_blocking=True) for tensor in self))
+
 
 class Draws(NamedTuple):
     """All that is random in the picture losses of M pictures."""
@@ -166,6 +169,12 @@ class MiniGPT5(nn.Module):
         shape = (pictures, self.unet.config.in_channels, size, size)
         return torch.randn(shape, generator=generator, device=generator.device).to(self.device)
 
+    def read(self, rows: Rows, pixels: Tensor | None = None) -> Tensor:
+        """Rows and their input pictures -> the language model's hidden states (B, T, D)."""
+        embeddings = self.embed(rows.ids, pixels)
+        cache = PrefixCache(self.prefix, *rows.ids.shape, embeddings.dtype) if self.prefix else None
+        return self.llama(embeddings, cache=cache)
+
     def voken_features(self, hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
         """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1]. The last voken's own is not used."""
         offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
@@ -195,9 +204,7 @@ class MiniGPT5(nn.Module):
         posterior: mean and log variance of the M output pictures; captions: encodings of the M captions (M, S, Dc) and
         of the empty one (1, S, Dc), which a dropped picture is held to; pixels: the input pictures, if any.
         """
-        embeddings = self.embed(rows.ids, pixels)  # (B, T, D)
-        cache = PrefixCache(self.prefix, *rows.ids.shape, embeddings.dtype) if self.prefix else None
-        hidden = self.llama(embeddings, cache=cache)  # (B, T, D)
+        hidden = self.read(rows, pixels)  # (B, T, D)
         logits = self.vokens.logits(self.llama, hidden[:, :-1])
         text_loss = F.cross_entropy(logits.flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORE)
         losses = {"loss": TEXT_WEIGHT * text_loss, "text_loss": text_loss}

@@ -1,4 +1,4 @@
-"""What both training scripts need: learning rate, checkpoints, the log, the pictures of a run. Plain functions.
+"""What both training scripts need: common options, learning rate, checkpoints, the log, the pictures of a run.
 
 A run's folder:
 
@@ -10,21 +10,73 @@ A run's folder:
         state.json             step, position in the data, the command's arguments
 """
 
+import argparse
 import json
 import os
 import resource
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from images import save_image
+from cli import DTYPES, make_folder
+from generation import Sampling, paint
+from images import save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
+from minigpt5 import MiniGPT5, Rows
 
 KEEP = 2  # newest checkpoints kept of a run
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+
+
+def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, batch_size: int) -> None:
+    """The options that both stages have, with their defaults."""
+    add = parser.add_argument
+    add("--weights", type=Path, default=Path("weights"), help="folder of the published layout (README, Weights)")
+    add("--out", type=Path, default=Path(out), help="folder of the run")
+    add("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, or start")
+    add("--epochs", type=float, default=epochs, help="passes over the data")
+    add("--steps", type=int, help="optimiser steps in all; overrides --epochs")
+    add("--batch-size", type=int, default=batch_size, help="samples of one forward pass")
+    add("--accumulate", type=int, default=1, help="forward passes of one optimiser step")
+    add("--warmup", type=int, default=1000, help="steps of linear warm-up")
+    add("--no-cfg", action="store_true", help="never drop the condition (the paper's ablation)")
+    add("--no-ldm", action="store_true", help="without L_LDM (the paper's ablation)")
+    add("--min-snr-gamma", type=float, default=5.0, help="L_LDM weighted by min(SNR, gamma)/SNR, as released; 0: not")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, default=4, help="processes that read pictures; 0: none")
+    add("--max-bad", type=float, default=0.01, help="stop when more than this share of the samples is broken")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step always has one")
+    add("--sample-every", type=int, default=1000, help="steps between samples.png; 0: never")
+    add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, which hold means over them")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step; default: on a GPU")
+
+
+def check_run_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    args = parser.parse_args()
+    for name in ("batch_size", "accumulate", "save_every", "log_every", "vokens"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def open_run(args: argparse.Namespace) -> Path:
+    """The run's folder. ValueError where it holds a run already that is not to be resumed."""
+    out = make_folder(args.out)
+    if checkpoint_folders(out) and not args.resume:
+        raise ValueError(f"{out} holds a run already: --resume goes on with it, another --out starts anew")
+    return out
+
+
+def total_steps(args: argparse.Namespace, samples: int | None) -> int:
+    if args.steps is None and samples is None:
+        raise ValueError("--steps is needed: streamed tars do not tell how many samples they hold")
+    return args.steps or max(1, round(args.epochs * samples / (args.batch_size * args.accumulate)))
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -108,7 +160,8 @@ def load_checkpoint(out: Path, model, optimizer: torch.optim.AdamW) -> dict | No
             continue
         for name, parameter in model.trained_parameters().items():
             own = {key.partition(".")[0]: t for key, t in moments.items() if key.partition(".")[2] == name}
-            optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in own.items()}
+            if own:
+                optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in own.items()}
         return state
     if folders:
         raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
@@ -116,6 +169,29 @@ def load_checkpoint(out: Path, model, optimizer: torch.optim.AdamW) -> dict | No
 
 
 # ---- the log
+
+
+class Meter:
+    """Means of the losses since the last line of the log. Reads no value from the GPU until a line is due."""
+
+    def __init__(self, per_step: int):
+        self.per_step, self.sums, self.passes, self.steps, self.clock = per_step, {}, {}, 0, time.perf_counter()
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """The losses of one forward pass; a batch without pictures has fewer of them."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+            self.passes[name] = self.passes.get(name, 0) + 1
+
+    def line(self, step: int, optimizer: torch.optim.Optimizer, bad: dict, device: torch.device) -> dict:
+        """The line of the log after `step`, and a new start."""
+        seconds = time.perf_counter() - self.clock
+        record = {"step": step, **{name: total.item() / self.passes[name] for name, total in self.sums.items()}}
+        record |= {"lr": optimizer.param_groups[-1]["lr"]}
+        record |= {"samples_per_s": round(self.steps * self.per_step / seconds, 3)}
+        record |= {"bad": dict(bad), "memory_gb": round(peak_memory(device), 2)}
+        self.__init__(self.per_step)
+        return record
 
 
 def append_log(path: Path, record: dict) -> None:
@@ -163,6 +239,21 @@ def draw_losses(records: list[dict], path: Path) -> None:
         pen.text((left - 30, margin - 6), f"{top:.2g}", fill="#555", font=font)
         pen.text((right - 60, bottom + 6), f"step {last}", fill="#555", font=font)
     save_image(chart, path)
+
+
+@torch.no_grad()
+def paint_samples(
+    model: MiniGPT5, rows: Rows, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path
+) -> None:
+    """The first four pictures of a batch above what their vokens paint, each with its words, always from one noise."""
+    training = model.training
+    hidden = model.eval().read(rows, inputs)
+    features = model.voken_features(hidden, rows.picture_rows[:4], rows.picture_starts[:4])
+    latents = model.draw_latents(len(features), torch.Generator().manual_seed(0))
+    painted = paint(model, features, Sampling(sampler="dpm", steps=20), latents)
+    model.train(training)
+    columns = zip(rows.picture_rows.tolist(), real, painted, strict=False)
+    draw_grid([(words[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)
 
 
 def draw_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
