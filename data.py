@@ -1,5 +1,7 @@
 """Caption-picture tars into batches for stage 1 (UAS, section 3.3 of the paper, on CC3M).
 
+    python data.py cc3m cc3m_val.tsv --out cc3m-val.tar        # the published data sets into tars: published.py
+
 The training order is one endless row of positions, epoch after epoch, each epoch a permutation of all pairs; at every
 step the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten pairs:
 
@@ -31,11 +33,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from images import ImageError, read_image
-from tars import JSON, PICTURE, TEXT, Unusable, expand, is_url, read_index, read_member, shuffled, stream_tars, streamed
+from tars import (
+    JSON,
+    PICTURE,
+    TEXT,
+    TarIndex,
+    Unusable,
+    expand,
+    is_url,
+    read_index,
+    read_member,
+    shuffled,
+    stream_tars,
+    streamed,
+)
 
 MAX_SIDE = 10_000  # pixels: pictures are padded to a square, so a long thin one would take side x side
 BAD_FROM = 1000  # samples seen before max_bad is looked at: two broken pairs of four need not stop a trial
@@ -106,22 +122,28 @@ class Broken(NamedTuple):
 def make_sample(key: str, read: Callable[[int], bytes | None], transform: Callable) -> dict | Broken:
     """{"key", "caption", "pixels"} from read(PICTURE | TEXT | JSON) -> bytes, None where there is no such member."""
     try:
-        picture = read(PICTURE)
-        if not picture:
-            raise Unusable("no picture" if picture is None else "empty picture")
+        image = decode(read(PICTURE))
         caption = clean_caption(read_caption(read))
         if not caption:
             raise Unusable("empty caption")
-        image = read_image(picture)
-        if max(image.size) > MAX_SIDE:
-            raise Unusable("too large")
     except Unusable as error:
         return Broken(key, str(error))
-    except ImageError as error:
-        return Broken(key, error.reason)
-    except OSError:  # of the tar: read_image turns its own into an ImageError
+    except OSError:
         return Broken(key, "tar not readable")
     return {"key": key, "caption": caption, "pixels": transform(image)}
+
+
+def decode(content: bytes | None) -> Image.Image:
+    """A picture member -> RGB picture. Raises Unusable."""
+    if not content:
+        raise Unusable("no picture" if content is None else "empty picture")
+    try:
+        image = read_image(content)
+    except ImageError as error:
+        raise Unusable(error.reason) from None
+    if max(image.size) > MAX_SIDE:
+        raise Unusable("too large")
+    return image
 
 
 def read_caption(read: Callable[[int], bytes | None]) -> str:
@@ -144,82 +166,134 @@ def describe(bad: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in Counter(bad).most_common()) or "none"
 
 
-def collate(samples: list[tuple[dict, int | None]], bad: Counter, seen: int, cursor: object = None) -> dict:
+def collate(samples: list[dict]) -> dict:
     return {
-        "captions": [sample["caption"] for sample, _ in samples],
-        "keys": [sample["key"] for sample, _ in samples],
-        "instructions": [instruction for _, instruction in samples],
-        "pixels": torch.stack([sample["pixels"] for sample, _ in samples]),
-        "bad": dict(bad),  # a Counter would be doubled by DataLoader's pinning, which calls its update()
-        "seen": seen,
-        "cursor": cursor,
+        "captions": [sample["caption"] for sample in samples],
+        "keys": [sample["key"] for sample in samples],
+        "instructions": [sample["instruction"] for sample in samples],
+        "pixels": torch.stack([sample["pixels"] for sample in samples]),
     }
+
+
+def tally(bad: Counter, seen: int, cursor: object = None) -> dict:
+    """What a batch says about its making. A Counter would be doubled by DataLoader's pinning, which calls update()."""
+    return {"bad": dict(bad), "seen": seen, "cursor": cursor}
 
 
 # ---- local tars
 
 
-class PairData(Dataset):
-    """Local tars as one list of samples {"key", "caption", "pixels"}; a broken one is a `Broken`, never an exception.
+class TarData(Dataset):
+    """Local tars as one list of items; subclasses say what an item is and how batches are made of them.
 
-    transform: RGB picture -> (3, size, size) float32 in [-1, 1]. Holds no open file: it may be forked and pickled.
-    `notes` says which tars are damaged. ValueError for a tar that cannot be read and where there is no sample at all.
-    With several ranks on a machine let one build it first: the others then find the cached indices.
+    Holds no open file: it may be forked and pickled. `notes` says which tars are damaged. ValueError for a tar that
+    cannot be read and where there is no item at all. With several ranks on a machine let one build it first: the others
+    then find the cached indices.
     """
 
-    def __init__(self, tars: list[str], transform: Callable):
-        self.tars, self.transform = list(tars), transform
+    unit = "sample"
+
+    def __init__(self, tars: list[str]):
+        self.tars = list(tars)
         self.indices = [read_index(tar) for tar in tqdm(self.tars, "index", leave=False, delay=2, unit="tar")]
-        self.ends = np.cumsum([len(index.table) for index in self.indices])
+        self.ends = np.cumsum([self.items(index) for index in self.indices])
         self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
         if not len(self):
-            raise ValueError(f"{self.name}: no picture and no caption in it")
+            raise ValueError(f"{self.name}: no picture, caption or JSON in it")
         notes = zip(self.tars, (index.note.tobytes().decode() for index in self.indices), strict=True)
         self.notes = [f"{tar}: {note}" for tar, note in notes if note]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, i: int) -> dict | Broken:
+    def place(self, i: int) -> tuple[int, int]:
+        """Item -> (tar, item in that tar)."""
         tar = int(np.searchsorted(self.ends, i, side="right"))
+        return tar, i - int(self.ends[tar - 1] if tar else 0)
+
+    def items(self, index: TarIndex) -> int:
+        """How many items a tar has."""
+        raise NotImplementedError
+
+    def draw(self, bits: np.random.PCG64) -> object:
+        """What is random in the sample at a position; a replacement for a broken item takes it over."""
+        raise NotImplementedError
+
+    def sample(self, i: int, draw: object) -> dict | Broken:
+        """Item i as a sample; a broken one is a `Broken`, never an exception."""
+        raise NotImplementedError
+
+    def collate(self, samples: list[dict]) -> dict:
+        """Samples -> batch."""
+        raise NotImplementedError
+
+
+class PairData(TarData):
+    """Pairs as samples {"key", "caption", "pixels", "instruction"}.
+
+    transform: RGB picture -> (3, size, size) float32 in [-1, 1].
+    """
+
+    unit = "pair"
+
+    def __init__(self, tars: list[str], transform: Callable):
+        super().__init__(tars)
+        self.transform = transform
+
+    def __getitem__(self, i: int) -> dict | Broken:
+        return self.sample(i, None)
+
+    def items(self, index: TarIndex) -> int:
+        return len(index.table)
+
+    def draw(self, bits: np.random.PCG64) -> int | None:
+        return draw_instruction(bits)
+
+    def sample(self, i: int, draw: int | None) -> dict | Broken:
+        tar, row = self.place(i)
         index = self.indices[tar]
-        row = i - int(self.ends[tar]) + len(index.table)
-        return make_sample(index.key(row), partial(read_member, self.tars[tar], index.table[row]), self.transform)
+        sample = make_sample(index.key(row), partial(read_member, self.tars[tar], index.table[row]), self.transform)
+        return sample if isinstance(sample, Broken) else {**sample, "instruction": draw}
+
+    def collate(self, samples: list[dict]) -> dict:
+        return collate(samples)
 
 
 class WholeBatches(Dataset):
-    """What a worker runs: [(position, pair), ...] -> one full batch."""
+    """What a worker runs: [(position, item), ...] -> one full batch."""
 
-    def __init__(self, pairs: PairData, seed: int):
-        self.pairs, self.seed = pairs, seed
+    def __init__(self, data: TarData, seed: int):
+        self.data, self.seed = data, seed
 
     def __getitem__(self, places: list[tuple[int, int]]) -> dict:
-        n, samples, bad, seen = len(self.pairs), [], Counter(), 0
-        for position, pair in places:
-            bits, sample, tries = random_bits(1, self.seed, position), self.pairs[pair], 0
-            instruction = draw_instruction(bits)
+        n, samples, bad, seen = len(self.data), [], Counter(), 0
+        for position, item in places:
+            bits, tries = random_bits(1, self.seed, position), 0
+            draw = self.data.draw(bits)
+            sample = self.data.sample(item, draw)
             if position < n:
                 seen += 1
                 bad.update([sample.reason] if isinstance(sample, Broken) else [])
             while isinstance(sample, Broken):
                 tries += 1
                 if tries > TRIES:
-                    return {"error": self.no_pair(), "bad": dict(bad), "seen": seen}
-                sample = self.pairs[bits.random_raw() % n]
-            samples.append((sample, instruction))
-        return collate(samples, bad, seen)
+                    return {"error": self.no_sample(), **tally(bad, seen)}
+                sample = self.data.sample(bits.random_raw() % n, draw)
+            samples.append(sample)
+        return {**self.data.collate(samples), **tally(bad, seen)}
 
-    def no_pair(self) -> str:
-        samples = (self.pairs[i] for i in range(min(len(self.pairs), TRIES)))
+    def no_sample(self) -> str:
+        draw = self.data.draw(random_bits(1, self.seed, 0))
+        samples = (self.data.sample(i, draw) for i in range(min(len(self.data), TRIES)))
         bad = Counter(sample.reason for sample in samples if isinstance(sample, Broken))
-        return f"no usable pair in {self.pairs.name}: {describe(bad)}"
+        return f"no usable {self.data.unit} in {self.data.name}: {describe(bad)}"
 
 
 class Batches:
     """Endless full batches of one rank, made by `workers` processes (0: in this one). The file's head has the order.
 
-    `bad` and `seen` count this rank's share of the first pass over the data: a broken pair counts once, on one rank.
-    ValueError where over `max_bad` of them are broken, from BAD_FROM seen on, and where no pair can be used at all.
+    dataset: a TarData. `bad` and `seen` count this rank's share of the first pass over it: a broken item counts once,
+    on one rank. ValueError where over `max_bad` of them are broken, from BAD_FROM seen on, and where none can be used.
     """
 
     def __init__(self, dataset, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01):
@@ -334,13 +408,13 @@ class StreamPairs:
                     if sum(barren.values()) > TRIES or tar > usable + len(self) + slots:
                         raise ValueError(f"no usable pair in {self.url(seed, tar)}: {describe(barren)}")
                     continue
-                chosen.append((sample, draw_instruction(random_bits(1, seed, tar, end))))
+                chosen.append({**sample, "instruction": draw_instruction(random_bits(1, seed, tar, end))})
                 usable, barren = tar, Counter()
                 if len(chosen) == batch_size:
-                    yield collate(chosen, bad, seen, (slot, *cursor))
+                    yield {**collate(chosen), **tally(bad, seen, (slot, *cursor))}
                     chosen, bad, seen = [], Counter(), 0
         except ValueError as error:
-            yield {"error": str(error), "bad": dict(bad), "seen": seen}
+            yield {"error": str(error), **tally(bad, seen)}
 
 
 class StreamSource(IterableDataset):
@@ -395,3 +469,10 @@ def open_batches(data: list[str], transform: Callable, batch_size: int, **option
     if len(remote) < len(tars):
         raise ValueError(f"{remote[0]} is streamed, {(set(tars) - set(remote)).pop()} is not: give only one of the two")
     return StreamBatches(StreamPairs(tars, transform), batch_size, **options)
+
+
+if __name__ == "__main__":  # python data.py vist|mmdialog|cc3m: the published data sets into tars
+    from cli import run
+    from published import main
+
+    run(main)

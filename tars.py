@@ -1,10 +1,11 @@
 """Samples out of webdataset tars as raw bytes: local tars at random through an index, http(s) tars as a stream.
 
 Members that share the path up to the first dot of the base name are one sample: `KEY.jpg|jpeg|png|webp` its picture,
-`KEY.txt` its caption, `KEY.json` more about it. Only regular members count and nothing is ever unpacked to disk.
+`KEY.txt` its caption, `KEY.json` more about it. An interleaved sample has `KEY.json` with a list of "turns" and the
+pictures `KEY.0.jpg`, `KEY.1.png` ... Only regular members count and nothing is ever unpacked to disk.
 
     expand(["cc3m-train-{0000..0575}.tar", "more/"])  -> list of paths and URLs
-    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 6)
+    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 6 or more)
     read_member("x.tar", table[i], PICTURE)           -> bytes
     stream_tar("https://.../x.tar")                   -> (key, {PICTURE: bytes, TEXT: bytes}, next byte), in order
 """
@@ -12,6 +13,7 @@ Members that share the path up to the first dot of the base name are one sample:
 import glob
 import hashlib
 import http.client
+import json
 import os
 import re
 import tarfile
@@ -27,11 +29,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
-INDEX_VERSION = 1
-PICTURE, TEXT, JSON = range(3)
+INDEX_VERSION = 2
+PICTURE, TEXT, JSON, NUMBERED = range(4)  # kinds of members; the picture KEY.k.jpg has kind NUMBERED + k
+MOST_NUMBERED = 100  # pictures of an interleaved sample
 KINDS = {"jpg": PICTURE, "jpeg": PICTURE, "png": PICTURE, "webp": PICTURE, "txt": TEXT, "json": JSON}
 ERRORS = "surrogateescape"  # member names that are not UTF-8 stay apart from each other
-MAX_BYTES = (64 << 20, 64 << 10, 1 << 20)  # of a picture, a text, a JSON member
+MAX_BYTES = (64 << 20, 64 << 10, 1 << 20)  # of a picture, a text, a JSON member; see most_bytes
 BUFFER_BYTES = 256 << 20  # of a shuffle buffer, however few samples that is
 TIMEOUT, RETRIES, PAUSE = 60.0, 5, 1.0  # a connection: seconds, new attempts, seconds before the first (then doubled)
 
@@ -106,8 +109,18 @@ def member_of(name: str) -> tuple[str, int] | None:
     """Member name -> (key, kind), None for a member that is no part of a sample."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    kind = KINDS.get(extension.lower())
+    number, dot, last = extension.partition(".")
+    kind = KINDS.get((last if dot else extension).lower())
+    if dot and (kind != PICTURE or not re.fullmatch("0|[1-9][0-9]?", number)):  # below MOST_NUMBERED
+        kind = None
+    elif dot:
+        kind = NUMBERED + int(number)
     return (folder + slash + stem, kind) if stem and kind is not None else None
+
+
+def most_bytes(kind: int) -> int:
+    """The size from which on a member of that kind is unusable."""
+    return MAX_BYTES[PICTURE if kind >= NUMBERED else kind]
 
 
 class Header(tarfile.TarInfo):
@@ -153,7 +166,8 @@ class TarIndex(NamedTuple):
     """Where the members of a tar's n samples lie. All arrays are plain numbers, so that the cache needs no pickle."""
 
     stamp: np.ndarray  # INDEX_VERSION, the tar's size and its time of change in ns
-    table: np.ndarray  # (n, 6): offset and size of picture, text, JSON; -1 where there is none
+    table: np.ndarray  # (n, 2 * kinds): offset and size of picture, text, JSON, pictures 0, 1 ...; -1: none
+    turns: np.ndarray  # (n,): of an interleaved sample how many turns its JSON has, else 0
     keys: np.ndarray  # the keys one after another, UTF-8
     ends: np.ndarray  # (n + 1,): key i is keys[ends[i] : ends[i + 1]]
     note: np.ndarray  # what is wrong with the tar as a whole, UTF-8, mostly empty
@@ -162,10 +176,21 @@ class TarIndex(NamedTuple):
         return self.keys[self.ends[i] : self.ends[i + 1]].tobytes().decode("utf-8", "replace")
 
 
+def count_turns(content: bytes) -> int:
+    """The turns of a story or dialogue in JSON; 0 for other JSON, which is mostly seen without parsing it."""
+    if b'"turns"' not in content:
+        return 0
+    try:
+        turns = json.loads(content)["turns"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return 0
+    return len(turns) if isinstance(turns, list) else 0
+
+
 def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
-    """Read the headers of an uncompressed tar. The members of a key need not be adjacent; of two of one kind the later
-    counts, as when unpacking. A damaged tar ends where it is damaged; ValueError for what is not a tar at all."""
-    rows, notes, twice = {}, [], 0
+    """Read headers and JSON of an uncompressed tar. The members of a key need not be adjacent; of two of one kind the
+    later counts, as when unpacking. A damaged tar ends where it is damaged; ValueError for what is no tar at all."""
+    rows, turns, notes, twice = {}, {}, [], 0
     try:
         with open(path, "rb") as file:
             if file.peek(6)[:6].startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
@@ -173,9 +198,12 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
             with open_tar(file, "r:") as tar:
                 try:
                     for key, kind, member in walk(tar):
-                        row = rows.setdefault(key, [-1] * 6)
+                        row = rows.setdefault(key, [-1] * 2 * NUMBERED)
+                        row += [-1] * (2 * kind + 2 - len(row))
                         twice += row[2 * kind] >= 0
                         row[2 * kind : 2 * kind + 2] = member.offset_data, member.size
+                        if kind == JSON and member.size <= most_bytes(JSON):
+                            turns[key] = count_turns(tar.extractfile(member).read())
                 except tarfile.TarError as error:
                     notes.append(f"cut short or damaged after {len(rows):,} samples ({error})")
     except (OSError, tarfile.TarError) as error:
@@ -183,9 +211,13 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     if twice:
         notes.append(f"{twice:,} members of a kind that their sample already had; the last counts")
     keys = [key.encode("utf-8", ERRORS) for key in rows]
+    table = np.full((len(rows), max(map(len, rows.values()), default=2 * NUMBERED)), -1, np.int64)
+    for place, row in enumerate(rows.values()):
+        table[place, : len(row)] = row
     return TarIndex(
         stamp,
-        np.array(list(rows.values()), np.int64).reshape(-1, 6),
+        table,
+        np.array([turns.get(key, 0) for key in rows], np.int64),
         np.frombuffer(b"".join(keys), np.uint8),
         np.cumsum([0, *map(len, keys)], dtype=np.int64),
         np.frombuffer("; ".join(notes).encode("utf-8", "replace"), np.uint8),
@@ -227,10 +259,10 @@ def read_member(path: str, row: np.ndarray, kind: int) -> bytes | None:
 
     Opens the tar each time (some 20 us): open files could run out, and would be shared between forked workers.
     """
-    offset, size = (int(x) for x in row[2 * kind : 2 * kind + 2])
+    offset, size = (int(x) for x in row[2 * kind : 2 * kind + 2]) if 2 * kind < len(row) else (-1, -1)
     if offset < 0:
         return None
-    if size > MAX_BYTES[kind]:
+    if size > most_bytes(kind):
         raise Unusable("too large")
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
@@ -308,11 +340,13 @@ def stream_tar(url: str, start: int = 0) -> Iterator[tuple[str, dict, int]]:
             raise ValueError(f"{url}: not an uncompressed tar ({error})") from None
         current, parts = None, {}
         for key, kind, member in walk(tar):
+            if kind >= NUMBERED:
+                continue
             if key != current and parts:
                 yield current.encode("utf-8", ERRORS).decode("utf-8", "replace"), parts, start + member.offset
                 parts = {}
             current = key
-            parts[kind] = tar.extractfile(member).read() if member.size <= MAX_BYTES[kind] else "too large"
+            parts[kind] = tar.extractfile(member).read() if member.size <= most_bytes(kind) else "too large"
         if parts:
             yield current.encode("utf-8", ERRORS).decode("utf-8", "replace"), parts, start + tar.offset
 

@@ -1,0 +1,369 @@
+"""The published data sets into tars: VIST and MMDialog for stage 2, CC3M for stage 1 (paper section 4.1).
+
+    python data.py vist train.story-in-sequence.json images/train --out vist-train.tar
+    python data.py vist val_cleaned.json --out vist-val.tar           # as in the released repository
+    python data.py mmdialog train/train_conversations.txt --out mmdialog-train.tar
+    python data.py mmdialog test/test_conversations.txt --max-tokens 0 --out mmdialog-test.tar
+    python data.py cc3m cc3m_train.tsv --out cc3m-train.tar           # or a folder of KEY.jpg with KEY.txt
+
+    source                            tar                                             read by
+    a story of five steps             KEY.json, KEY.0.jpg .. KEY.4.jpg                stories.py
+    a dialogue of two or more turns   KEY.json, KEY.0.jpg ... as many as it shows     stories.py
+    a caption and its picture         KEY.jpg, KEY.txt, KEY.json with its source      data.py
+
+KEY is the sample's number in its source. Every picture is decoded once, to see that it can be, then copied byte for
+byte. Few samples are in memory at a time, the tar does not depend on the number of threads and takes its name when it
+is whole. The report counts every sample of the source once: kept (perhaps cut short) or dropped, and why.
+"""
+
+import argparse
+import io
+import json
+import os
+import tarfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from data import clean_caption, decode, describe
+from loading import read_json
+from tars import KINDS, MOST_NUMBERED, PICTURE, TEXT, Unusable, most_bytes
+
+STEPS = 5  # of a VIST story
+ENDINGS = tuple(ending for ending, kind in KINDS.items() if kind == PICTURE)
+
+
+class Sample(NamedTuple):
+    """What becomes of one sample of the source that is kept."""
+
+    members: list[tuple[str, bytes]]  # of the tar: name, content
+    counts: dict[str, int]  # what it adds to the report
+    cut: str | None = None  # why it ends before its source does
+
+
+@dataclass
+class Report:
+    kept: Counter = field(default_factory=Counter)
+    cut: Counter = field(default_factory=Counter)  # of the samples kept
+    dropped: Counter = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        kept = ", ".join(f"{count:,} {what}" for what, count in self.kept.items())
+        cut = f"\ncut short: {describe(self.cut)}" if self.cut else ""
+        return f"kept: {kept or 'none'}{cut}\ndropped: {describe(self.dropped)}"
+
+
+# ---- pictures
+
+
+def find_picture(folders: list[Path], name: str) -> Path | None:
+    """The file `name` in one of the folders; None where there is none."""
+    return next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
+
+
+def read_picture(path: Path | None) -> bytes:
+    """The bytes of a picture that can be decoded. Raises Unusable."""
+    if path is None:
+        raise Unusable("missing picture")
+    try:
+        if path.stat().st_size > most_bytes(PICTURE):
+            raise Unusable("too large")
+        content = path.read_bytes()
+    except OSError:
+        raise Unusable("picture not readable") from None
+    decode(content)
+    return content
+
+
+def ending_of(path: Path) -> str:
+    ending = path.suffix.lower().removeprefix(".")
+    return ending if ending in ENDINGS else "jpg"
+
+
+class Interleaved:
+    """An interleaved sample that grows turn by turn."""
+
+    def __init__(self, key: str, kind: str, name: str):
+        self.key, self.about, self.turns, self.pictures = key, {"kind": kind, "id": name}, [], []
+
+    def add(self, text: str, paths: list[Path | None]) -> None:
+        """A turn more. Raises Unusable, and then stays as it was."""
+        if len(self.pictures) + len(paths) > MOST_NUMBERED:
+            raise Unusable("too many pictures")
+        added = [(path, read_picture(path)) for path in paths]
+        names = [f"{self.key}.{i}.{ending_of(path)}" for i, (path, _) in enumerate(added, len(self.pictures))]
+        self.pictures += [(name, content) for name, (_, content) in zip(names, added, strict=True)]
+        self.turns.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
+
+    def sample(self, unit: str, cut: str | None = None) -> Sample:
+        content = json.dumps({**self.about, "turns": self.turns}).encode()
+        counts = {unit: 1, "turns": len(self.turns), "pictures": len(self.pictures)}
+        return Sample([(f"{self.key}.json", content), *self.pictures], counts, cut)
+
+
+# ---- VIST
+
+RAW = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # names of a step's order, text and picture
+CLEANED = ("sequence_index", "caption", "image_id")
+
+
+def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[tuple]:
+    """(name, steps) of the stories of the raw and of the cleaned form; a step is (order, text, picture), or None.
+
+    Of the raw form's two texts `text` is taken: lower case, words apart, names as [male], [location] ... The released
+    cleaned files hold it, so the released checkpoint learned from it.
+    """
+    for file in files:
+        content = read_json(file)
+        if isinstance(content.get("annotations"), list):
+            stories, names = raw_stories(content["annotations"]), RAW
+            places = {path.stem: path for folder in folders or [file.parent] for path in walk_pictures(folder)}
+        elif content and all(isinstance(steps, list) for steps in content.values()):
+            stories, names = content, CLEANED
+            mapping = read_json(file.with_name(file.name.replace("cleaned", "image_mapping")))
+            roots = folders or [file.parent]
+            places = {i: find_picture(roots, name) for i, name in mapping.items() if isinstance(name, str)}
+        else:
+            raise ValueError(f"{file}: neither the raw form of VIST (annotations) nor the cleaned one (stories by id)")
+        for name, steps in stories.items():
+            yield name, [vist_step(step, names, places) for step in steps]
+
+
+def raw_stories(annotations: list) -> dict[str, list]:
+    """Story -> its annotations. One that belongs to no story stands alone."""
+    stories = {}
+    for number, annotation in enumerate(annotations):
+        step = annotation[0] if isinstance(annotation, list) and len(annotation) == 1 else None
+        known = isinstance(step, dict) and isinstance(step.get("story_id"), str | int)
+        name = str(step["story_id"]) if known else f"annotation {number}"
+        stories.setdefault(name, []).append(step if known else None)
+    return stories
+
+
+def vist_step(step: object, names: tuple[str, str, str], places: dict[str, Path]) -> tuple | None:
+    order, text, picture = (step.get(name) for name in names) if isinstance(step, dict) else (None, None, None)
+    if type(order) is not int or not isinstance(text, str) or not isinstance(picture, str | int):
+        return None
+    return order, text, places.get(str(picture))
+
+
+def walk_pictures(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(root, name) for name in sorted(names) if name.lower().rpartition(".")[2] in ENDINGS)
+
+
+def vist_sample(key: str, name: str, steps: list[tuple | None]) -> Sample:
+    """A whole story in the order that its teller gave the pictures. Raises Unusable."""
+    if None in steps:
+        raise Unusable("broken annotation")
+    if len(steps) != STEPS:
+        raise Unusable("fewer than five steps" if len(steps) < STEPS else "more than five steps")
+    if len({order for order, _, _ in steps}) < STEPS:
+        raise Unusable("order not clear")
+    if not all(text.strip() for _, text, _ in steps):
+        raise Unusable("empty text")
+    story = Interleaved(key, "story", name)
+    for _, text, path in sorted(steps, key=lambda step: step[0]):
+        story.add(text, [path])
+    return story.sample("stories")
+
+
+# ---- MMDialog
+
+
+def mmdialog_jobs(files: list[Path], folders: list[Path], most: int) -> Iterator[tuple]:
+    for path in files:
+        with open(path, "rb") as file:
+            yield from ((line, folders or [path.parent], most) for line in file if line.strip())
+
+
+def mmdialog_sample(key: str, line: bytes, folders: list[Path], most: int) -> Sample:
+    """A dialogue up to its first turn that cannot be used, or that has more than `most` words (0: any number).
+
+    White space separates words; the released code counts so too, and allows 20. Raises Unusable where not even two
+    turns are left.
+    """
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        raise Unusable("broken JSON") from None
+    if not isinstance(content, dict) or not isinstance(content.get("conversation"), list):
+        raise Unusable("no conversation")
+    dialog, cut = Interleaved(key, "dialog", str(content.get("conversation_id", ""))), None
+    try:
+        for turn in content["conversation"]:
+            add_turn(dialog, turn, folders, most)
+    except Unusable as error:
+        cut = str(error)
+    if len(dialog.turns) < 2:
+        raise Unusable(f"{cut} in the first two turns" if cut else "fewer than two turns")
+    return dialog.sample("dialogues", cut)
+
+
+def add_turn(dialog: Interleaved, turn: object, folders: list[Path], most: int) -> None:
+    try:
+        text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
+        media = [str(part["__MEDIA__"]) for part in turn["turn"] if "__MEDIA__" in part]
+    except (LookupError, TypeError):
+        raise Unusable("broken turn") from None
+    if not text.strip():
+        raise Unusable("empty text")
+    if most and len(text.split()) > most:
+        raise Unusable("long turn")
+    dialog.add(text, [find_picture(folders, f"{name}.jpg") for name in media])
+
+
+# ---- CC3M
+
+
+def cc3m_jobs(files: list[Path], folders: list[Path]) -> Iterator[tuple]:
+    """(caption, picture, source), the caption as bytes. Without a tsv file the folders' own pairs."""
+    for path in files:
+        yield from tsv_jobs(path, folders or [path.parent])
+    for folder in [] if files else folders:
+        yield from folder_jobs(folder)
+
+
+def tsv_jobs(path: Path, folders: list[Path]) -> Iterator[tuple]:
+    """Lines of caption and picture; a first line that says "caption" names the columns."""
+    caption, picture = 0, 1
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            cells = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\t")
+            if number == 0 and b"caption" in cells and len(cells) > 1:
+                caption = cells.index(b"caption")
+                picture = cells.index(b"image_path") if b"image_path" in cells else int(caption == 0)
+            elif max(caption, picture) < len(cells):
+                name = os.fsdecode(cells[picture])
+                yield cells[caption], find_picture(folders, name), name
+            elif line.strip():
+                yield None, None, f"line {number + 1}"
+
+
+def folder_jobs(folder: Path) -> Iterator[tuple]:
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        pictures = {
+            path.stem: path for path in map(Path, sorted(names, reverse=True)) if path.suffix[1:].lower() in ENDINGS
+        }
+        texts = {Path(name).stem for name in names if name.endswith(".txt")}
+        for stem in sorted(pictures.keys() | texts):
+            caption = Path(root, f"{stem}.txt").read_bytes() if stem in texts else None
+            picture = Path(root, pictures[stem]) if stem in pictures else None
+            yield caption, picture, os.path.relpath(Path(root, stem), folder)
+
+
+def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: str) -> Sample:
+    """A pair, its caption as it was: data.py cleans it in reading. Raises Unusable."""
+    if caption is None:
+        raise Unusable("no caption")
+    try:
+        if not clean_caption(caption.decode("utf-8-sig")):
+            raise Unusable("empty caption")
+    except UnicodeDecodeError:
+        raise Unusable("caption not UTF-8") from None
+    if len(caption) > most_bytes(TEXT):
+        raise Unusable("too large")
+    content, about = read_picture(picture), json.dumps({"source": source}).encode()
+    members = [(f"{key}.{ending_of(picture)}", content), (f"{key}.txt", caption), (f"{key}.json", about)]
+    return Sample(members, {"pairs": 1})
+
+
+# ---- the tar
+
+
+def attempt(make: Callable, number: int, job: tuple) -> Sample | str:
+    """The sample of a job, or the reason why there is none."""
+    try:
+        return make(f"{number:09d}", *job)
+    except Unusable as error:
+        return str(error)
+
+
+def in_order(calls: Iterable[Callable], workers: int) -> Iterator:
+    """The results of the calls in their order, a few ahead made by threads: Pillow decodes beside Python."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for call in calls:
+            waiting.append(pool.submit(call))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def write_tar(jobs: Iterator[tuple], make: Callable, out: Path, workers: int = 1) -> Report:
+    """make(key, *job) of every job into a tar, which is there whole or not at all. ValueError where nothing is kept."""
+    report, temporary = Report(), out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: " + ("a folder" if out.is_dir() else f"no folder {out.parent}"))
+    calls = (partial(attempt, make, number, job) for number, job in enumerate(jobs))
+    try:
+        with tarfile.open(temporary, "w") as tar:
+            for sample in tqdm(in_order(calls, workers), unit=" samples", delay=2, leave=False):
+                if isinstance(sample, str):
+                    report.dropped[sample] += 1
+                    continue
+                report.kept.update(sample.counts)
+                report.cut.update([sample.cut] if sample.cut else [])
+                for name, content in sample.members:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+                tar.members.clear()  # tarfile would collect them all
+        if not report.kept:
+            raise ValueError(f"nothing to keep, {out} not written; dropped: {describe(report.dropped)}")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return report
+
+
+def convert(kind: str, sources: list[Path], out: Path, max_tokens: int = 50, workers: int = 1) -> Report:
+    """What the command does. sources: files of the data set, and folders to look for pictures in; without a folder they
+    are looked for beside each file. ValueError for what cannot be read."""
+    files, folders = [path for path in sources if path.is_file()], [path for path in sources if path.is_dir()]
+    for path in sources:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+    if kind != "cc3m" and not files:
+        what = "story-in-sequence.json or cleaned.json" if kind == "vist" else "conversations.txt"
+        raise ValueError(f"{sources[0]} is a folder: name the {what} file too")
+    if kind == "vist":
+        return write_tar(vist_jobs(files, folders), vist_sample, out, workers)
+    if kind == "mmdialog":
+        return write_tar(mmdialog_jobs(files, folders, max_tokens), mmdialog_sample, out, workers)
+    return write_tar(cc3m_jobs(files, folders), cc3m_sample, out, workers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind, about in (
+        ("vist", "X.story-in-sequence.json or X_cleaned.json, and folders of pictures if they lie elsewhere"),
+        ("mmdialog", "JSON lines, and folders of pictures if they lie elsewhere"),
+        (
+            "cc3m",
+            "tsv of caption and path, and folders the paths start from if elsewhere; or folders of KEY.jpg, KEY.txt",
+        ),
+    ):
+        command = kinds.add_parser(kind, help=about)
+        add = command.add_argument
+        add("sources", nargs="+", type=Path, metavar="SOURCE", help=about)
+        add("--out", type=Path, required=True, help="the tar to write")
+        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
+        if kind == "mmdialog":
+            add("--max-tokens", type=int, default=50, help="end a dialogue at a turn of more words; 0: never")
+    args = vars(parser.parse_args())
+    if args["workers"] < 1 or args.get("max_tokens", 0) < 0:
+        parser.error("--workers is at least 1, --max-tokens at least 0")
+    print(f"{convert(**args)}\n{args['out']}: {args['out'].stat().st_size:,} bytes")
