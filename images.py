@@ -1,4 +1,4 @@
-"""Pictures before they are tensors: safe decoding, square padding, resizing. Used by data, components and scripts.
+"""Pictures before and after they are tensors: safe decoding, square padding, resizing, sheets of pictures with words.
 
 The released code resizes with torchvision on Pillow images; only Pillow does arithmetic there, so these few lines give
 the same bytes.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # a picture that claims more is refused before its pixels are decoded
 
@@ -85,3 +85,23 @@ def save_image(image: Image.Image, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def draw_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
+    """(caption, pictures) -> one column a caption, its pictures under one another, the words beneath."""
+    font = ImageFont.load_default(12)
+    tall = max(len(pictures) for _, pictures in rows)
+    sheet = Image.new("RGB", (len(rows) * (side + 8), tall * (side + 8) + 52), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (caption, pictures) in enumerate(rows):
+        left = column * (side + 8) + 4
+        for row, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, row * (side + 8) + 4))
+        lines = [""]
+        for word in caption.split():
+            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
+                lines.append(word)
+            else:
+                lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.multiline_text((left, tall * (side + 8) + 2), "\n".join(lines[:3]), fill="black", font=font)
+    save_image(sheet, path)

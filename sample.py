@@ -1,50 +1,43 @@
 """Ask MiniGPT-5: text and pictures in, text and pictures out.
 
     python sample.py --weights weights --prompt "a red boat on the sea at night"
-    python sample.py --weights weights --prompt "what happens next?" --image a.jpg --image b.jpg --out out/story
+    python sample.py --weights weights --prompt "what is this?" --image a.jpg --image b.jpg --out out/answer
+    python sample.py --weights weights --prompt "a kite flies over the meadow." --turns 4    # a story, step by step
+    python sample.py --weights weights --chat                                                # a talk in the terminal
 
-Prints the answer and writes OUT/0.png, OUT/1.png ... and OUT/answer.json:
+Prints the answer and writes into OUT the pictures 0.png, 1.png ..., storyboard.png (pictures with their words),
+index.html (the same as one page without other files) and answer.json:
 {"segments": [{"text": ...} | {"image": "0.png"}, ...], "seed": ..., "prompt": ...}.
 """
 
 import argparse
+import base64
+import html
+import io
 import json
 import os
 import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from cli import DTYPES, make_folder, pick_device, run
 from generation import Sampling, answer
-from images import read_image, save_image
-from llama import Tokenizer
-from minigpt5 import load_minigpt5
+from images import draw_grid, read_image, save_image
+from minigpt5 import MiniGPT5, load_minigpt5
 from scheduler import SAMPLERS
+from stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 from training import find_checkpoint
 
-PICTURE = "<Img><ImageHere></Img>"
 
-
-def build_prompt(tokenizer: Tokenizer, text: str, pictures: int) -> str:
-    """The user's words as the stages were trained to read them: alone a caption, which stage 1 answers with a picture;
-    after pictures, a turn of a conversation. Words that look like special tokens are taken as plain text."""
-    text = tokenizer.plain(text)
-    return f"###Human: {PICTURE * pictures} {text} ###Assistant:" if pictures else text
-
-
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--prompt", required=True, help="what to say to the model")
-    add(
-        "--image",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE",
-        help="a picture before the prompt; repeatable",
-    )
+    add("--prompt", help="what to say to the model")
+    add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
+    add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
+    add("--chat", action="store_true", help="talk: a line a turn, `/image FILE` adds a picture, an empty line ends")
     add("--weights", type=Path, default=Path("weights"), help="folder of the published layout (README, Weights)")
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: WEIGHTS/minigpt5")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
@@ -56,15 +49,135 @@ def main() -> None:
     add("--top-p", type=float, default=0.9, help="sample among the likeliest words of this mass; 1: off")
     add("--repetition-penalty", type=float, default=2.0, help="on words already said; 1: off")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--force-image", action="store_true", help="begin the answer with a picture")
+    add("--force-image", action="store_true", help="begin every answer with a picture")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     args = parser.parse_args()
+    if not args.prompt and not args.chat:
+        parser.error("--prompt is needed, or --chat")
     if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
         parser.error("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
-    if args.max_new_tokens < 1 or args.steps < 1:
-        parser.error("--max-new-tokens and --steps are at least 1")
+    if args.max_new_tokens < 1 or args.steps < 1 or (args.turns is not None and args.turns < 1):
+        parser.error("--max-new-tokens, --steps and --turns are at least 1")
+    return args
 
+
+def spoken(segments: list[str | Image.Image]) -> tuple[str, tuple[Image.Image, ...]]:
+    """An answer's words and its pictures."""
+    words = " ".join(segment for segment in segments if isinstance(segment, str))
+    return words, tuple(segment for segment in segments if not isinstance(segment, str))
+
+
+class Conversation:
+    """What was said so far, in the forms that the stages were trained to read. Words that look like special tokens are
+    taken as plain text."""
+
+    def __init__(self, model: MiniGPT5, sampling: Sampling, seed: int):
+        self.model, self.sampling, self.turns = model, sampling, []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def add(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
+        self.turns.append(Turn(self.model.tokenizer.plain(clean(text)), pictures))
+
+    def ask(self, prompt: str, turns: list[Turn]) -> list[str | Image.Image]:
+        pictures = [picture for turn in turns for picture in turn.pictures]
+        return answer(self.model, [prompt], [pictures], self.sampling, [self.generator])[0]
+
+    def caption(self) -> list[str | Image.Image]:
+        """Stage 1's form: the bare words, which it answers with a picture."""
+        return self.ask(self.turns[-1].text, [])
+
+    def reply(self) -> list[str | Image.Image]:
+        """The answer to the last turn of a talk, which becomes the next turn."""
+        heard = self.turns[first_heard(len(self.turns)) :]
+        segments = self.ask(dialog_source(heard, len(self.turns)), heard)
+        self.add(*spoken(segments))
+        return segments
+
+    def next_step(self) -> list[str | Image.Image]:
+        """A story goes on: first a picture for its first sentence if it has none, then step after step."""
+        *before, last = self.turns
+        if not before and not last.pictures:
+            segments = self.ask(story_source([], REQUESTS["image"][0].format(last.text)), [])
+            self.turns = [Turn(last.text, spoken(segments)[1])]
+            return segments
+        segments = self.ask(story_source(self.turns, REQUESTS["text+image"][0]), self.turns)
+        self.add(*spoken(segments))
+        return segments
+
+
+def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:
+    """Pictures, storyboard, page and answer.json, each under a temporary name first."""
+    described, columns, words = [], [], ""
+    for segment in segments:
+        if isinstance(segment, str):
+            described.append({"text": segment})
+            words = f"{words} {segment}".strip()
+        else:
+            name = f"{len(columns)}.png"
+            save_image(segment, out / name)
+            described.append({"image": name})
+            columns.append((words, [segment]))
+            words = ""
+    if words and columns:
+        columns[-1] = (f"{columns[-1][0]} {words}".strip(), columns[-1][1])
+    if columns:
+        draw_grid(columns, out / "storyboard.png", side=max(192, columns[0][1][0].width))
+    body = "".join(paragraph(segment) for segment in segments)
+    style = "body{font:18px serif;max-width:40em;margin:2em auto}img{width:100%;max-width:32em;image-rendering:auto}"
+    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(prompt)}</title><style>{style}</style>{body}\n'
+    record = json.dumps({"segments": described, "seed": seed, "prompt": prompt}, indent=1, ensure_ascii=False) + "\n"
+    for name, content in (("index.html", page), ("answer.json", record)):
+        temporary = out / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(out / name)
+
+
+def paragraph(segment: str | Image.Image) -> str:
+    """HTML of a piece of text or of a picture, which is put inside the page."""
+    if isinstance(segment, str):
+        return f"<p>{html.escape(segment)}</p>"
+    buffer = io.BytesIO()
+    segment.save(buffer, "PNG")
+    return f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></p>'
+
+
+def show(segments: list[str | Image.Image], out: Path, pictures: int) -> int:
+    """Print an answer, `pictures` of which came before; returns how many have come now."""
+    for segment in segments:
+        if isinstance(segment, str):
+            print(segment)
+        else:
+            print(f"[{out / f'{pictures}.png'}]")
+            pictures += 1
+    return pictures
+
+
+def read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:  # the end of what was piped in, or Ctrl-D
+        return ""
+
+
+def chat(conversation: Conversation, first: str | None, pictures: list[Image.Image], out: Path, seed: int) -> None:
+    said, count = [], 0
+    while line := first or read_line():
+        first = None
+        if line.startswith("/image "):
+            pictures.append(read_image(line.removeprefix("/image ").strip()))
+            continue
+        conversation.add(line, tuple(pictures))
+        said += [line, *pictures]
+        count, pictures = count + len(pictures), []
+        segments = conversation.reply()
+        said += segments
+        count = show(segments, out, count)
+        write_answer(said, said[0], seed, out)
+
+
+def main() -> None:
+    args = arguments()
     pictures = [read_image(path) for path in args.image]
     out = make_folder(args.out)
     start = time.perf_counter()
@@ -74,12 +187,9 @@ def main() -> None:
     if checkpoint is None:
         torch.manual_seed(args.seed)
         print("no trained checkpoint found: the voken rows and the mapper are random, pictures will be noise")
+    reads = bool(pictures) or args.chat or args.turns is not None
     model = load_minigpt5(
-        args.weights,
-        checkpoint,
-        dtype=DTYPES[args.dtype],
-        device=pick_device(args.device),
-        read_pictures=bool(pictures),
+        args.weights, checkpoint, dtype=DTYPES[args.dtype], device=pick_device(args.device), read_pictures=reads
     ).eval()
     loaded = time.perf_counter()
 
@@ -93,24 +203,20 @@ def main() -> None:
         steps=args.steps,
         guidance=args.guidance,
     )
-    prompt = build_prompt(model.tokenizer, args.prompt, len(pictures))
-    segments = answer(model, [prompt], [pictures], sampling, [torch.Generator().manual_seed(args.seed)])[0]
-
-    described, painted = [], 0
-    for segment in segments:
-        if isinstance(segment, str):
-            described.append({"text": segment})
-            print(segment)
-        else:
-            name = f"{painted}.png"
-            save_image(segment, out / name)
-            described.append({"image": name})
-            print(f"[{out / name}]")
-            painted += 1
-    record = {"segments": described, "seed": args.seed, "prompt": args.prompt}
-    temporary = out / f".answer.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(out / "answer.json")
+    conversation = Conversation(model, sampling, args.seed)
+    if args.chat:
+        return chat(conversation, args.prompt, pictures, out, args.seed)
+    conversation.add(args.prompt, tuple(pictures))
+    if args.turns is not None:
+        segments = [args.prompt, *pictures]
+        for _ in range(args.turns):
+            segments += conversation.next_step()
+    elif pictures or model.lora or model.prefix:
+        segments = conversation.reply()
+    else:
+        segments = conversation.caption()
+    show(segments, out, 0)
+    write_answer(segments, args.prompt, args.seed, out)
     print(
         f"loaded in {loaded - start:.1f} s, answered in {time.perf_counter() - loaded:.1f} s, see {out / 'answer.json'}"
     )

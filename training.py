@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cli import DTYPES, make_folder
 from generation import Sampling, paint
-from images import save_image, to_image
+from images import draw_grid, save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
 from minigpt5 import MiniGPT5, Rows
 
@@ -254,23 +254,3 @@ def paint_samples(
     model.train(training)
     columns = zip(rows.picture_rows.tolist(), real, painted, strict=False)
     draw_grid([(words[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)
-
-
-def draw_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
-    """(caption, pictures) -> one column a caption, its pictures under one another, the words beneath."""
-    font = ImageFont.load_default(12)
-    tall = max(len(pictures) for _, pictures in rows)
-    sheet = Image.new("RGB", (len(rows) * (side + 8), tall * (side + 8) + 52), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, (caption, pictures) in enumerate(rows):
-        left = column * (side + 8) + 4
-        for row, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, row * (side + 8) + 4))
-        lines = [""]
-        for word in caption.split():
-            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
-                lines.append(word)
-            else:
-                lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((left, tall * (side + 8) + 2), "\n".join(lines[:3]), fill="black", font=font)
-    save_image(sheet, path)

@@ -332,7 +332,7 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     training_fails("none of its 1 checkpoints fits", "--out", tmp_path / "run", "--resume", "--vokens", 4)
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train_uas.py", "weights.py"])
+@pytest.mark.parametrize("script", ["sample.py", "train_uas.py", "train_mls.py", "weights.py"])
 def test_as_processes(script, tmp_path):
     """The same through a real process: help works, an error is one line and exit status 2."""
     shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
@@ -340,6 +340,7 @@ def test_as_processes(script, tmp_path):
     arguments = {
         "sample.py": ["--prompt", "x", "--weights", "nowhere"],
         "train_uas.py": ["--data", "x.tar", "--weights", "nowhere"],
+        "train_mls.py": ["--data", "x.tar", "--weights", "nowhere"],
         "weights.py": ["check", "nowhere"],
     }[script]
     failed = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, cwd=tmp_path)

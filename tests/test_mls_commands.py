@@ -1,0 +1,161 @@
+"""train_mls.py, and sample.py's stories and talks, on small random weights and stories of the drawn world."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from random_weights import write_random_weights
+from safetensors.torch import load_file
+from test_commands import call, fails, pairs, write_tar
+from test_commands import train as train_uas
+
+import sample
+import train_mls
+from miniature.world import write_dialogues, write_stories
+from minigpt5 import load_minigpt5
+from training import checkpoint_folders, read_log
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_stories(folder / "stories.tar", 6, 0, "train")
+    write_dialogues(folder / "dialogues.tar", 4, 0, "train")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uas(weights, tmp_path_factory):
+    """A run of stage 1."""
+    folder = tmp_path_factory.mktemp("uas")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        train_uas(monkeypatch, weights, write_tar(folder / "pairs.tar", pairs(4)), folder / "run", "--steps", 2)
+    return folder / "run"
+
+
+def train(monkeypatch, weights, data, out, *arguments) -> list[dict]:
+    fixed = ("--warmup", 5, "--lr", 1e-3, "--workers", 0, "--log-every", 1, "--sample-every", 0, "--batch-size", 3)
+    call(train_mls.main, monkeypatch, "--weights", weights, "--data", data, "--out", out, *fixed, *arguments)
+    return read_log(out / "log.jsonl")
+
+
+def test_what_trains(monkeypatch, weights, data, uas, tmp_path):
+    """LoRA, voken rows and the mapper's transformer move; its MLP and queries stay stage 1's."""
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 3, "--uas", uas)
+    before = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
+    after = load_file(checkpoint_folders(tmp_path / "run")[0] / "trained.safetensors")
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert kept == {name for name in before if name.startswith(("fc.", "t2i_decoder_prompt"))}
+    lora = after.keys() - before.keys()
+    assert len(lora) == 2 * 2 * 3 and all("lora_" in name for name in lora)
+    assert all(after[name].abs().sum() > 0 for name in lora if "lora_B" in name)
+
+
+@pytest.mark.parametrize("adapter", [(), ("--prefix",)])
+def test_resume_is_exact(monkeypatch, weights, data, uas, tmp_path, capsys, adapter):
+    """Stopped after 2 of 4 steps, with LoRA's dropout, accumulation and a worker: the same as without the stop."""
+    arguments = ("--uas", uas, "--steps", 4, "--accumulate", 2, "--save-every", 2, *adapter)
+    whole = train(monkeypatch, weights, data, tmp_path / "whole", *arguments)
+    save = train_mls.save_checkpoint
+
+    def save_then_stop(out, step, *rest):
+        save(out, step, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_mls, "save_checkpoint", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, weights, data, tmp_path / "parts", *arguments)
+    monkeypatch.setattr(train_mls, "save_checkpoint", save)
+    parts = train(monkeypatch, weights, data, tmp_path / "parts", *arguments, "--resume", "--workers", 1)
+    assert "resumed from step 2" in capsys.readouterr().out
+    losses = [[(r["step"], r["loss"], r["text_loss"], r.get("ldm_loss")) for r in log] for log in (whole, parts)]
+    assert losses[0] == losses[1] and len(whole) == 4
+    ours, expected = (
+        load_file(checkpoint_folders(tmp_path / run)[0] / "trained.safetensors") for run in ("parts", "whole")
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert any(name.startswith("prefix_encoder.") for name in ours) == bool(adapter)
+    model = load_minigpt5(weights, checkpoint_folders(tmp_path / "parts")[0] / "trained.safetensors")
+    assert bool(model.prefix) == bool(adapter) and bool(model.lora) != bool(adapter)
+    assert all(torch.equal(p, expected[name]) for name, p in model.trained_parameters().items())
+
+
+def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
+    """Without stage 1; a text task has no picture loss; the switches of stage 1."""
+    text = train(monkeypatch, weights, data / "stories.tar", tmp_path / "text", "--steps", 2, "--tasks", "text=1")
+    assert all(
+        "ldm_loss" not in record and record["loss"] == pytest.approx(0.01 * record["text_loss"]) for record in text
+    )
+    switches = ("--no-cfg", "--min-snr-gamma", 0, "--vokens", 4, "--tasks", "image=1,text+image=2")
+    both = train(monkeypatch, weights, data / "stories.tar", tmp_path / "both", "--steps", 2, *switches)
+    assert all(r["loss"] == pytest.approx(0.01 * r["text_loss"] + r["ldm_loss"]) for r in both)
+    bare = train(monkeypatch, weights, data / "stories.tar", tmp_path / "bare", "--steps", 1, "--no-ldm")
+    assert "ldm_loss" not in bare[0]
+
+
+def test_overfits_a_story(monkeypatch, weights, tmp_path):
+    write_stories(tmp_path / "one.tar", 1, 3, "train")
+    steps = ("--steps", 150, "--sample-every", 150, "--log-every", 10)
+    arguments = ("--tasks", "text=1,text+image=1", "--lr", 1e-2)
+    log = train(monkeypatch, weights, tmp_path / "one.tar", tmp_path / "run", *steps, *arguments)
+    print(f"text_loss {log[0]['text_loss']:.3f} over steps 1-10, {log[-1]['text_loss']:.3f} over steps 141-150")
+    assert log[-1]["text_loss"] < 0.92 * log[0]["text_loss"]
+    for name in ("losses.png", "samples.png"):
+        with Image.open(tmp_path / "run" / name) as image:
+            assert len(image.getcolors(1 << 20)) > 10
+
+
+def ask(monkeypatch, weights, out, *arguments) -> list[dict]:
+    call(sample.main, monkeypatch, "--weights", weights, "--out", out, "--steps", 2, "--max-new-tokens", 6, *arguments)
+    return json.loads((out / "answer.json").read_text())["segments"]
+
+
+def test_story(monkeypatch, weights, data, uas, tmp_path):
+    """Three answers: a picture for the first sentence, then twice text and picture, each step reading those before."""
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 1, "--uas", uas)
+    arguments = ("--checkpoint", tmp_path / "run", "--prompt", "a kite [IMG0]", "--turns", 3, "--force-image")
+    segments = ask(monkeypatch, weights, tmp_path / "out", *arguments)
+    assert segments[0] == {"text": "a kite [IMG0]"} and segments[1] == {"image": "0.png"}
+    assert sum("image" in segment for segment in segments) >= 3
+    with Image.open(tmp_path / "out/storyboard.png") as image:
+        assert image.width > 3 * 192
+    page = (tmp_path / "out/index.html").read_text()
+    assert page.count("data:image/png;base64,") == sum("image" in segment for segment in segments)
+    assert "a kite [IMG0]" in page and "http" not in page
+    again = ask(monkeypatch, weights, tmp_path / "again", *arguments)
+    assert again == segments
+
+
+def test_chat(monkeypatch, weights, data, tmp_path, capsys):
+    picture = tmp_path / "in.png"
+    Image.effect_noise((40, 30), 80).convert("RGB").save(picture)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello <script>\n/image {picture}\nwhat is this?\n"))
+    segments = ask(monkeypatch, weights, tmp_path / "out", "--chat", "--force-image")
+    texts = [segment["text"] for segment in segments if "text" in segment]
+    assert "hello <script>" in texts and "what is this?" in texts
+    assert sum("image" in segment for segment in segments) >= 3  # the two answers' and the given one
+    assert "&lt;script&gt;" in (tmp_path / "out/index.html").read_text()
+    capsys.readouterr()
+
+
+def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):
+    def training_fails(pattern, *arguments):
+        base = ("--weights", weights, "--data", data / "stories.tar", "--out", tmp_path / "run", "--workers", 0)
+        fails(train_mls.main, monkeypatch, capsys, pattern, *base, *arguments)
+
+    training_fails("neither a checkpoint nor", "--uas", tmp_path / "nothing")
+    training_fails("no such task: song", "--tasks", "song=1")
+    training_fails("invalid task_weights value", "--tasks", "image")
+    training_fails("no such tar", "--data", tmp_path / "nothing.tar")
+    training_fails("no usable", "--data", write_tar(tmp_path / "pairs.tar", pairs(3)))
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "first", "--steps", 1)
+    training_fails("has an adapter already", "--uas", tmp_path / "first")
+    training_fails("holds a run already", "--out", tmp_path / "first")

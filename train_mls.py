@@ -1,0 +1,169 @@
+"""Stage 2, multimodal learning (paper section 3.3): stories and dialogues teach when and what to say and to show.
+
+    python train_mls.py --weights weights --data vist-train.tar --uas runs/uas --out runs/mls
+    python train_mls.py --weights weights --data mmdialog-train.tar --uas runs/uas --out runs/chat --prefix
+    python sample.py --weights weights --checkpoint runs/mls --prompt "what happens next?" --image a.jpg
+
+Starts from a run of stage 1 (--uas; without it from untrained vokens, the paper's ablation). Trained are LoRA matrices
+in Vicuna, or a prefix of virtual tokens, the voken rows and the mapper's transformer; its MLP and queries stay as stage
+1 left them. The loss is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text
+for a picture, or both. Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cli import DTYPES, pick_device, run
+from minigpt5 import DROP_RATE, collate, load_minigpt5
+from qformer import preprocess_input
+from stories import TASKS, open_stories
+from training import (
+    Meter,
+    add_run_options,
+    append_log,
+    check_run_options,
+    cut_log,
+    draw_losses,
+    find_checkpoint,
+    learning_rate_factor,
+    load_checkpoint,
+    open_run,
+    paint_samples,
+    read_log,
+    save_checkpoint,
+    step_generator,
+    total_steps,
+)
+from vae import preprocess_output
+
+
+def task_weights(text: str) -> dict[str, float]:
+    """ "image=2,text=1" -> {"image": 2.0, "text": 1.0}."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name.strip(): float(weight) for name, _, weight in pairs}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="interleaved tars, as `python data.py vist|mmdialog` writes them")
+    add("--uas", type=Path, help="stage 1's run or checkpoint to start from")
+    add("--prefix", action="store_true", help="prefix tuning in the place of LoRA")
+    add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
+        help=f"how often a story step is each task, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
+    add("--lr", type=float, default=2e-5, help="for all that trains")
+    add("--vokens", type=int, default=8, help="vokens of a picture; with --uas those of its run")
+    add("--max-tokens", type=int, default=2048, help="longest row; the oldest steps of a history are left out")
+    add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
+    return check_run_options(parser)
+
+
+def main() -> None:
+    args = arguments()
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")  # the mapper's and the adapters' float32 products may use TF32
+    torch.manual_seed(args.seed)
+    out = open_run(args)
+    log = out / "log.jsonl"
+    first = find_checkpoint(args.uas) if args.uas else None
+    if args.uas and first is None:
+        raise ValueError(f"{args.uas}: neither a checkpoint nor the folder of a run that has one")
+
+    model = load_minigpt5(args.weights, first, args.vokens, DTYPES[args.dtype], device)
+    if model.lora or model.prefix:
+        raise ValueError(f"{first}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
+    model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": {}}))
+    model.mapper.fc.requires_grad_(False)
+    model.mapper.t2i_decoder_prompt.requires_grad_(False)
+    trained = [p for p in model.trained_parameters().values() if p.requires_grad]
+    adapter = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
+    print(f"trained: {sum(p.numel() for p in trained):,} parameters in {adapter}, voken rows and mapper transformer")
+
+    image_size = model.image_encoder.vision_model.config.image_size
+    batches = open_stories(
+        args.data,
+        model.tokenizer,
+        model.queries,
+        partial(preprocess_input, size=image_size),  # cropped, as released; what is to be drawn is padded
+        partial(preprocess_output, size=model.picture_size),
+        args.batch_size,
+        min(args.max_tokens, model.llama.config.max_position_embeddings),
+        args.tasks,
+        seed=args.seed,
+        workers=args.workers,
+        max_bad=args.max_bad,
+    )
+    for note in batches.dataset.notes:
+        print(note)
+    total = total_steps(args, batches.dataset_size())
+
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=device.type == "cuda")  # weight decay 0.01
+    start = 0
+    if args.resume and (state := load_checkpoint(out, model, optimizer)):
+        start = state["step"]
+        batches.load_state_dict(state["data"])
+        print(f"resumed from step {start}")
+    cut_log(log, start)
+
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    losses_of = torch.compile(model.losses) if compiled else model.losses
+    drop_rate = 0.0 if args.no_cfg else DROP_RATE
+    meter, shown = Meter(args.batch_size * args.accumulate), None
+    model.train()  # LoRA's dropout; the frozen parts have none
+
+    bar = tqdm(range(start, total), initial=start, total=total, desc="mls", unit="step", dynamic_ncols=True)
+    for step in bar:
+        # ---- one step
+        optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
+        for micro in range(args.accumulate):
+            batch = next(batches)
+            generator = step_generator(args.seed, step, micro)
+            torch.manual_seed(generator.initial_seed())  # of the dropout
+            rows = collate(model.tokenizer, batch["pairs"], model.queries, multiple=16).to(device)
+            inputs = batch["input_pixels"]
+            if inputs is not None:
+                inputs = inputs.to(device, model.image_encoder.query_tokens.dtype, non_blocking=True)
+            draws = posterior = None
+            if batch["output_pixels"] is not None:
+                draws = model.draw(len(rows.picture_rows), generator, drop_rate)
+                posterior = model.encode_pictures(batch["output_pixels"].to(device, non_blocking=True))
+            losses = losses_of(
+                rows,
+                draws,
+                posterior,
+                pixels=inputs,
+                min_snr_gamma=args.min_snr_gamma,
+                ldm_weight=float(not args.no_ldm),
+            )
+            (losses["loss"] / args.accumulate).backward()
+            meter.add(losses)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        meter.steps += 1
+        # ---- the step is done
+
+        done = step + 1
+        if shown is None and posterior is not None:
+            shown = (rows, inputs, batch["output_pixels"], [target for _, target in batch["pairs"]])
+        if done % args.log_every == 0 or done == total:
+            record = meter.line(done, optimizer, batches.bad, device)
+            append_log(log, record)
+            bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
+        if args.sample_every and done % args.sample_every == 0:
+            if shown is not None:
+                paint_samples(model, *shown, out / "samples.png")
+            draw_losses(read_log(log), out / "losses.png")
+        if done % args.save_every == 0 or done == total:
+            state = {"data": batches.state_dict(), "arguments": json.loads(json.dumps(vars(args), default=str))}
+            save_checkpoint(out, done, model, optimizer, state, "mls")
+    batches.close()
+    print(f"done: {total} steps, broken samples {dict(batches.bad) or 'none'}, see {out}")
+
+
+if __name__ == "__main__":
+    run(main)
