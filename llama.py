@@ -84,6 +84,34 @@ class KVCache:
         return self.keys[layer], self.values[layer]
 
 
+class History:
+    """Keys and values of a training pass, for the next one to continue. Nothing is overwritten: gradients may pass.
+
+    Padding of a pass is seen by no token of a later one.
+    """
+
+    def __init__(self, batch: int, device):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.slots = torch.empty(batch, 1, 1, 0, dtype=torch.long, device=device)  # positions of what is kept
+
+    def positions(self, attention_mask: Tensor) -> Tensor:
+        """Positions (B, T) of the tokens of a pass, which go on from the real ones before."""
+        positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1
+        never = torch.iinfo(torch.long).max
+        slots = torch.where(attention_mask.bool(), positions, never)[:, None, None]  # (B, 1, 1, T)
+        self.slots = torch.cat([self.slots, slots], dim=-1)
+        self.lengths = self.lengths + attention_mask.sum(-1)
+        return positions
+
+    def update(self, layer: int, _positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append key, value (B, T, H, Dh) to the layer's; returns all of them (B, S, H, Dh)."""
+        if layer in self.layers:
+            key, value = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (key, value), strict=True))
+        self.layers[layer] = key, value
+        return key, value
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -134,9 +162,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, D)
         self.o_proj = Linear(D, D)
 
-    def forward(
-        self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache) -> Tensor:
         B, T, D = x.shape
         q, k, v = (project(x).view(B, T, self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, T, H, Dh)
@@ -188,7 +214,9 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | History | None = None
+    ) -> Tensor:
         """embeddings (B, T, D) -> hidden states after the final norm (B, T, D).
 
         attention_mask (B, T): 1 on tokens, 0 on padding at either side; hidden states of padding mean nothing. A batch

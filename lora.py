@@ -13,7 +13,7 @@ B batch, T tokens, D width, L layers, P virtual tokens, H heads, Dh head width, 
 import torch
 from torch import Tensor, nn
 
-from llama import KVCache, LlamaConfig
+from llama import History, KVCache, LlamaConfig
 
 TARGETS = ("q_proj", "v_proj")
 
@@ -92,20 +92,11 @@ class Prefix(nn.Module):
         cache.keys[:, :, :P], cache.values[:, :, :P] = keys[:, None].to(cache.keys), values[:, None].to(cache.keys)
         cache.lengths += P
 
-
-class PrefixCache:
-    """What a training pass hands to Llama in the place of a KVCache: all tokens at once after the virtual ones.
-
-    Nothing is stored, so gradients reach the prefix. Rows are padded on the right: a token's slot is its position.
-    """
-
-    def __init__(self, prefix: Prefix, batch: int, tokens: int, dtype: torch.dtype):
-        keys, values = (y.to(dtype)[:, None] for y in prefix())
-        self.keys, self.values = (y.expand(-1, batch, -1, -1, -1) for y in (keys, values))  # (L, B, P, H, Dh)
-        self.slots = torch.arange(self.keys.shape[2] + tokens, device=self.keys.device)
-
-    def positions(self, attention_mask: Tensor) -> Tensor:
-        return self.slots[self.keys.shape[2] :].expand(attention_mask.shape)
-
-    def update(self, layer: int, _positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys[layer], key], dim=1), torch.cat([self.values[layer], value], dim=1)
+    def history(self, batch: int, dtype: torch.dtype) -> History:
+        """Training: what the first pass continues. Gradients reach the prefix."""
+        keys, values = (y.to(dtype)[:, None].expand(-1, batch, -1, -1, -1) for y in self())  # (L, B, P, H, Dh)
+        P = keys.shape[2]
+        history = History(batch, keys.device)
+        history.positions(torch.ones(batch, P, dtype=torch.long, device=keys.device))
+        history.layers = dict(enumerate(zip(keys, values, strict=True)))
+        return history

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import WeightsError, matched, open_safetensors, read_config, save_safetensors, stored
-from lora import Prefix, PrefixCache, add_lora
+from lora import Prefix, add_lora
 from mapper import VokenMapper
 from qformer import ImageEncoder, load_image_encoder
 from scheduler import NoiseSchedule, load_schedule
@@ -41,6 +41,7 @@ class Rows(NamedTuple):
 
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T), IGNORE where nothing is learned
+    targets: Tensor  # (B, L) positions of the target, padded with those that follow it
     picture_rows: Tensor  # (M,) row of each output picture
     picture_starts: Tensor  # (M,) position before its [IMG0]
 
@@ -65,13 +66,14 @@ def expand_placeholders(tokenizer: Tokenizer, ids: list[int], queries: int) -> l
 def collate(
     tokenizer: Tokenizer, pairs: list[tuple[str, str]], queries: int, multiple: int = 1, limit: int = 2048
 ) -> Rows:
-    """(source, target) texts -> rows of <s> source target, padded on the right to a multiple of `multiple` tokens.
+    """(source, target) texts -> rows of <s> source target. Padded on the right, so that the longest source is followed
+    by as many places as the longest target has tokens, and to a multiple of `multiple`.
 
     Learned are the target's tokens but for [IMG1]..[IMGN-2]: of the vokens only the first, which says that a picture
     belongs here, and the last, with which text goes on. A source is cut at its end so that a row has at most `limit`
     tokens. Source and target are encoded apart: each piece gets its own leading space.
     """
-    rows, labels, pictures = [], [], []
+    rows, labels, pictures, starts = [], [], [], []
     inner = set(tokenizer.voken_ids[1:-1])
     for row, (source, target) in enumerate(pairs):
         target_ids = expand_placeholders(tokenizer, tokenizer.encode(target), queries)
@@ -79,13 +81,16 @@ def collate(
         source_ids = [tokenizer.bos_id, *source_ids][: limit - len(target_ids)]
         learned = [IGNORE if i in inner or i == tokenizer.image_id else i for i in target_ids]
         rows.append(source_ids + target_ids)
+        starts.append(len(source_ids))
         labels.append([IGNORE] * len(source_ids) + learned)
         pictures += [(row, at - 1) for at, label in enumerate(labels[-1]) if label == tokenizer.voken_ids[0]]
-    length = -(-max(map(len, rows)) // multiple) * multiple
+    L = max(len(row) - start for row, start in zip(rows, starts, strict=True))
+    length = -(-(max(starts) + L) // multiple) * multiple
     padded = [row + [tokenizer.eos_id] * (length - len(row)) for row in rows]
     padded_labels = [label + [IGNORE] * (length - len(label)) for label in labels]
     where = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2)
-    return Rows(torch.tensor(padded), torch.tensor(padded_labels), where[:, 0], where[:, 1])
+    targets = torch.tensor(starts)[:, None] + torch.arange(L)
+    return Rows(torch.tensor(padded), torch.tensor(padded_labels), targets, where[:, 0], where[:, 1])
 
 
 def type_of(module: nn.Module) -> torch.dtype:
@@ -170,10 +175,21 @@ class MiniGPT5(nn.Module):
         return torch.randn(shape, generator=generator, device=generator.device).to(self.device)
 
     def read(self, rows: Rows, pixels: Tensor | None = None) -> Tensor:
-        """Rows and their input pictures -> the language model's hidden states (B, T, D)."""
-        embeddings = self.embed(rows.ids, pixels)
-        cache = PrefixCache(self.prefix, *rows.ids.shape, embeddings.dtype) if self.prefix else None
-        return self.llama(embeddings, cache=cache)
+        """Rows and their input pictures -> the language model's hidden states (B, T, D).
+
+        Sources are read first, targets continue them. In stage 1 nothing before the vokens trains: the sources' keys
+        and values are constants, and only the few positions of the targets are differentiated. This is exact.
+        """
+        embeddings = self.embed(rows.ids, pixels)  # (B, T, D)
+        B, T, D = embeddings.shape
+        L = rows.targets.shape[1]
+        at = rows.targets[..., None].expand(-1, -1, D)
+        is_source = torch.arange(T - L, device=self.device) < rows.targets[:, :1]  # (B, T - L)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.lora or self.prefix)):
+            history = self.prefix.history(B, embeddings.dtype) if self.prefix else History(B, self.device)
+            hidden = self.llama(embeddings[:, : T - L], is_source.long(), history)
+        target = self.llama(embeddings.gather(1, at), cache=history)  # (B, L, D)
+        return F.pad(hidden, (0, 0, 0, L)).scatter(1, at, target)
 
     def voken_features(self, hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
         """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1]. The last voken's own is not used."""
@@ -205,8 +221,10 @@ class MiniGPT5(nn.Module):
         of the empty one (1, S, Dc), which a dropped picture is held to; pixels: the input pictures, if any.
         """
         hidden = self.read(rows, pixels)  # (B, T, D)
-        logits = self.vokens.logits(self.llama, hidden[:, :-1])
-        text_loss = F.cross_entropy(logits.flatten(0, 1), rows.labels[:, 1:].flatten(), ignore_index=IGNORE)
+        before = (rows.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+        logits = self.vokens.logits(self.llama, hidden.gather(1, before))  # (B, L, V'), what predicts the targets
+        labels = rows.labels.gather(1, rows.targets)
+        text_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
         losses = {"loss": TEXT_WEIGHT * text_loss, "text_loss": text_loss}
         if draws is None:
             return losses

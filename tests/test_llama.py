@@ -8,7 +8,7 @@ import torch
 import transformers
 from common import assert_close, randomise, shapes
 
-from llama import KVCache, Llama, LlamaConfig, Tokenizer, TransposedBackward, Vokens, load_llama
+from llama import History, KVCache, Llama, LlamaConfig, Tokenizer, TransposedBackward, Vokens, load_llama
 from loading import WeightsError
 
 SIZES = {
@@ -76,6 +76,26 @@ def test_cached_decoding(pair):
         hidden = torch.cat([ours(chunk, cache=cache) for chunk in embeddings.split([5, 1, 1, 4, 1], dim=1)], dim=1)
     assert_close(hidden, expected, 1e-5, "cached decoding")
     assert cache.lengths.tolist() == [12, 12]
+
+
+def test_continued_pass(pair):
+    """Sources of different lengths, then targets: as all at once, forward and backward."""
+    ours, reference = pair
+    lengths, L = (6, 3), 4
+    rows = [torch.randn(1, n + L, 64, generator=torch.Generator().manual_seed(n)).requires_grad_(True) for n in lengths]
+    pieces = list(zip(rows, lengths, strict=True))
+    sources = torch.cat([torch.nn.functional.pad(row[:, :n], (0, 0, 0, 6 - n)) for row, n in pieces])
+    targets = torch.cat([row[:, n:] for row, n in pieces])
+    mask = torch.tensor([[1] * n + [0] * (6 - n) for n in lengths])
+    history = History(2, "cpu")
+    first, second = ours(sources, mask, history), ours(targets, cache=history)
+    gradients = torch.autograd.grad(second.square().sum(), rows)
+    for i, (row, n) in enumerate(pieces):
+        whole = reference.model(inputs_embeds=row)[0][0]
+        assert_close(first[i, :n], whole[:n], 1e-5, f"source {i}")
+        assert_close(second[i], whole[n:], 1e-5, f"target {i}")
+        expected = torch.autograd.grad(whole[n:].square().sum(), row)[0]
+        assert_close(gradients[i], expected, 1e-4, f"gradient of row {i}")
 
 
 def test_gradients(pair):
