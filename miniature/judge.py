@@ -1,0 +1,227 @@
+"""The judge: reads off a picture of the miniature world what is in it. Tests and experiments count with it.
+
+    judge = load_judge()
+    seen = read(judge, pixels)                   # a Picture of facts for each of (B, 3, 64, 64) in [-1, 1]
+    right(seen[0], wanted)                       # {"scene": True, ..., "all": False}
+
+A small convolutional network looks at six slots, left, middle and right in the sky and on the ground, and says of each
+which kind of thing is there, if any, and its colour and size; and of the whole picture scene, time and the number of
+things (3 means more than two). Where the number and the slots do not agree, something unclear is there, an extra or a
+doubled thing: the picture then counts as one thing more, of no kind.
+
+It is trained on pictures that the training of the other parts never shows as well: every combination, no thing at all,
+three things, the same thing twice, blurred and noisy pictures.
+
+    pixels (B, 3, 64, 64) -> features            (B, 128, 8, 8)
+    slots: six, and one for the whole picture    (B, 7, 4 * 128)    four learned views of the 8 x 8 places each
+    scores of a slot: kind or none, colour, size (B, 6, 13 + 8 + 2)
+    scores of the picture: scene, time, number   (B, 6 + 3 + 4)
+
+B batch, L places, K views of a slot.
+"""
+
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from images import to_image
+from loading import fill
+from miniature.facts import COLOURS, KINDS, KINDS_IN, PLACES, SCENES, SIZES, TIMES, Picture, Thing, fits, home, pick
+from miniature.recipe import Recipe, Shop, normal, write_tensors
+from miniature.sets import cached, pictures, rows_of, to_pixels
+from miniature.world import draw, random_stream, sample_pair
+from training import draw_grid
+
+WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
+SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
+VIEWS, WIDTH = 4, 128
+SLOT_SIZES, WHOLE_SIZES = (len(KINDS) + 1, len(COLOURS), len(SIZES)), (len(SCENES), len(TIMES), 4)
+IGNORE = -100  # label of what is not asked
+ATTRIBUTES = ("scene", "time", "count", "kind", "colour", "size", "place")
+
+
+class Judge(nn.Module):
+    """pixels (B, 3, 64, 64) in [-1, 1] -> scores of the slots (B, 6, 23), scores of the whole picture (B, 13)."""
+
+    def __init__(self):
+        super().__init__()
+        widths = ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1))  # in, out, stride
+        self.features = nn.Sequential()
+        for width_in, width, stride in widths:
+            self.features.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+        self.look = nn.Parameter(0.5 * torch.randn(len(SLOTS) + 1, VIEWS, 64))
+        self.slot = nn.Sequential(nn.Linear(VIEWS * WIDTH, 96), nn.SiLU(), nn.Linear(96, sum(SLOT_SIZES)))
+        self.whole = nn.Sequential(nn.Linear(VIEWS * WIDTH, 96), nn.SiLU(), nn.Linear(96, sum(WHOLE_SIZES)))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.features(pixels).flatten(2)  # (B, D, L)
+        views = torch.einsum("bdl,skl->bskd", x, self.look.softmax(-1)).flatten(2)  # (B, 7, K * D)
+        return self.slot(views[:, :-1]), self.whole(views[:, -1])
+
+
+def load_judge(path: Path = WEIGHTS, device: str | torch.device = "cpu") -> Judge:
+    with torch.device("meta"):
+        judge = Judge()
+    return fill(judge, [Path(path)], dtype=torch.float32, device=device)
+
+
+# ---- what it says
+
+
+@torch.no_grad()
+def read(judge: Judge, pixels: Tensor) -> list[Picture]:
+    """pixels (B, 3, 64, 64) in [-1, 1] -> the facts seen; things from left to right, in the sky first."""
+    slots, whole = zip(*(judge(part.clamp(-1, 1)) for part in pixels.split(256)), strict=True)
+    kinds, colours, sizes = (s.argmax(-1).tolist() for s in torch.cat(slots).split(SLOT_SIZES, -1))
+    scenes, times, numbers = (s.argmax(-1).tolist() for s in torch.cat(whole).split(WHOLE_SIZES, -1))
+    seen = []
+    for row in range(len(pixels)):
+        things = [
+            Thing(list(KINDS)[kind - 1], COLOURS[colours[row][i]], SIZES[sizes[row][i]], SLOTS[i][1])
+            for i, kind in enumerate(kinds[row])
+            if kind
+        ]
+        if numbers[row] != min(len(things), 3):
+            things.append(Thing(None))
+        seen.append(Picture(list(SCENES)[scenes[row]], TIMES[times[row]], tuple(things)))
+    return seen
+
+
+def right(seen: Picture, wanted: Picture) -> dict[str, bool]:
+    """Which of the wanted facts are seen, and "all". A fact that is None in `wanted` is not asked for.
+
+    The things are matched so that most of their facts agree. Where one is missing, doubled or extra, everything about
+    things is wrong.
+    """
+
+    def agreement(things: tuple[Thing, ...]) -> dict[str, bool]:
+        pairs = list(zip(things, wanted.things, strict=True))
+        names = ("kind", "colour", "size", "place")
+        return {n: all(getattr(b, n) in (None, getattr(a, n)) for a, b in pairs) for n in names}
+
+    count = len(seen.things) == len(wanted.things)
+    orders = (
+        [agreement(order) for order in permutations(seen.things)] if count else [dict.fromkeys(ATTRIBUTES[3:], False)]
+    )
+    of_picture = {name: getattr(wanted, name) in (None, getattr(seen, name)) for name in ("scene", "time")}
+    result = of_picture | {"count": count} | max(orders, key=lambda order: sum(order.values()))
+    return result | {"all": all(result.values())}
+
+
+def shares(judge: Judge, pixels: Tensor, wanted: list[Picture]) -> dict[str, float]:
+    """The share of the pictures that is right, for each attribute and for "all"."""
+    results = [right(seen, label) for seen, label in zip(read(judge, pixels), wanted, strict=True)]
+    return {name: sum(result[name] for result in results) / len(results) for name in (*ATTRIBUTES, "all")}
+
+
+# ---- training
+
+
+def any_picture(rng: np.random.Generator) -> Picture:
+    """Up to three things, one a slot, in every combination; in one picture in six the first thing is there twice."""
+    scene, things, taken = pick(rng, list(SCENES)), [], set()
+    wanted, twins = int(rng.choice(4, p=[0.04, 0.40, 0.40, 0.16])), rng.random() < 1 / 6
+    for _ in range(12 * wanted):
+        kind, colour = pick(rng, KINDS_IN[scene]), pick(rng, COLOURS)
+        if twins and things:
+            kind, colour = things[0].kind, things[0].colour
+        thing = Thing(kind, colour, pick(rng, SIZES), pick(rng, PLACES))
+        stacked = [t for t in things if t.place == thing.place]
+        free = (slot_of(thing, scene) not in taken) and all(t in stacked or fits((t, thing), scene) for t in things)
+        if free:
+            things.append(thing)
+            taken.add(slot_of(thing, scene))
+        if len(things) == wanted:
+            break
+    return Picture(scene, pick(rng, TIMES), tuple(things))
+
+
+def slot_of(thing: Thing, scene: str) -> int:
+    return SLOTS.index(("sky" if home(thing.kind, scene) == "sky" else "ground", thing.place))
+
+
+def labels(picture: Picture) -> np.ndarray:
+    """int8 (6 * 3 + 3,): kind, colour and size of every slot, then scene, time and number of things."""
+    slots = np.full((len(SLOTS), 3), IGNORE, np.int8)
+    slots[:, 0] = 0
+    for t in picture.things:
+        facts = list(KINDS).index(t.kind) + 1, COLOURS.index(t.colour), SIZES.index(t.size)
+        slots[slot_of(t, picture.scene)] = facts
+    whole = list(SCENES).index(picture.scene), TIMES.index(picture.time), min(len(picture.things), 3)
+    return np.concatenate([slots.ravel(), np.array(whole, np.int8)])
+
+
+def judged(seed: int, i: int) -> tuple[Picture, int]:
+    rng = random_stream(seed, i, 100)  # a purpose that `world` does not use
+    return any_picture(rng), int(rng.integers(1 << 31))
+
+
+def picture_row(seed: int, i: int) -> np.ndarray:
+    return np.asarray(draw(*judged(seed, i)))
+
+
+def label_row(seed: int, i: int) -> np.ndarray:
+    return labels(judged(seed, i)[0])
+
+
+def worsen(pixels: Tensor, blur: float, noise: Tensor) -> Tensor:
+    """As an autoencoder might: a Gaussian blur of deviation `blur` pixels, then noise."""
+    offsets = torch.arange(-3, 4, device=pixels.device)
+    kernel = torch.exp(-0.5 * (offsets / max(blur, 0.1)) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    padded = F.pad(pixels, (3, 3, 3, 3), mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.mT, groups=3) + noise
+
+
+class JudgeRecipe(Recipe):
+    name, lr, matrix_lr, hold = "judge", 2e-3, 0.02, 1000
+
+    def __init__(self, shop: Shop):
+        self.modules = nn.ModuleDict({"judge": Judge()})
+        self.batch_size = 1024 if shop.device.type == "cuda" else 32
+        self.device, name = shop.device, f"{shop.seed}-{shop.pictures}.npy"
+        folder, rows, workers = shop.sets, shop.pictures, shop.workers
+        drawn = cached(folder / f"judged-pictures-{name}", rows, rows_of(partial(picture_row, shop.seed)), workers)
+        known = cached(folder / f"judged-labels-{name}", rows, rows_of(partial(label_row, shop.seed)), workers)
+        self.pictures, self.labels = drawn.to(shop.device), known.to(shop.device)
+        self.tested = to_pixels(pictures(folder, shop.tested, shop.seed, 1, "held-out").to(shop.device))
+        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(len(self.tested))]
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Three quarters of the batches are blurred or noisy, or both."""
+        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator).to(self.device)
+        blur, loud = (torch.rand(2, generator=generator) - 0.25).clamp(min=0).tolist()
+        pixels = to_pixels(self.pictures[rows])
+        noise = 0.2 * loud * normal(pixels.shape, generator, self.device)
+        return worsen(pixels, 1.6 * blur, noise), self.labels[rows].long()
+
+    def losses(self, modules: nn.ModuleDict, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
+        slots, whole = modules["judge"](pixels)
+        of_slots, of_whole = known[:, :-3].unflatten(1, (len(SLOTS), 3)), known[:, -3:]
+        scores = [s.flatten(0, 1) for s in slots.split(SLOT_SIZES, -1)] + list(whole.split(WHOLE_SIZES, -1))
+        wanted = [*of_slots.flatten(0, 1).unbind(-1), *of_whole.unbind(-1)]
+        names = ("kind", "colour", "size", "scene", "time", "number")
+        losses = {n: F.cross_entropy(s.float(), w) for n, s, w in zip(names, scores, wanted, strict=True)}
+        return {"loss": sum(losses.values()), **losses}
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        return {f"{name}_right": share for name, share in shares(modules["judge"], self.tested, self.wanted).items()}
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        """Pictures that were read wrongly, and what was seen in them."""
+        wrong = []
+        for pixels, seen, wanted in zip(self.tested, read(modules["judge"], self.tested), self.wanted, strict=True):
+            faults = [name for name, fine in right(seen, wanted).items() if not fine and name != "all"]
+            if faults:
+                things = " and ".join(f"{t.size} {t.colour} {t.kind} {t.place}" for t in seen.things)
+                wrong.append((f"wrong {' '.join(faults)}: {seen.scene}, {seen.time}, {things}", [to_image(pixels)]))
+        if wrong:
+            draw_grid(wrong[:10], path.with_suffix(".png"))
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        write_tensors(weights / "judge.safetensors", modules["judge"].state_dict())

@@ -1,0 +1,343 @@
+"""Recipes of the miniature's "Stable Diffusion": the autoencoder; then text encoder and UNet together.
+
+    vae          pixels (B, 3, 64, 64) <-> latents (B, 16, 8, 8)
+    diffusion    latents, noise and timesteps; caption ids (B, 32) -> encoding (B, 32, 128) -> velocity (B, 16, 8, 8)
+
+The autoencoder's latents are made once, from the autoencoder in the weights folder: a better one brings new ones.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from images import to_image
+from miniature.facts import Picture
+from miniature.judge import Judge, load_judge, shares
+from miniature.recipe import Recipe, Shop, normal, reset, write_json, write_part, write_text
+from miniature.sets import cached, pictures, rows_of, to_pixels
+from miniature.words import caption, facts_in
+from miniature.world import random_stream, sample_pair
+from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
+from text_encoder import ClipTokenizer, TextConfig, TextEncoder
+from training import draw_grid
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig, load_vae
+
+VAE_SIZES = VAEConfig(
+    block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=8, scaling_factor=1.0
+)
+TEXT_SIZES = TextConfig(
+    vocab_size=0,  # known once the tokenizer is trained
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+)
+UNET_SIZES = UNetConfig(
+    sample_size=8,
+    in_channels=16,
+    out_channels=16,
+    block_out_channels=(96, 128),
+    layers_per_block=1,
+    down_block_types=("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2,
+    cross_attention_dim=128,
+    attention_head_dim=(3, 4),
+    norm_num_groups=16,
+)
+SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
+KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
+DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
+PHRASINGS = 4  # captions of a picture
+TEXTS = 20_000  # captions whose words become the byte-pair vocabulary
+CAPTIONS, PROMPTS = 300, 301  # purposes of the random streams
+
+
+# ---- autoencoder
+
+
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels: the outlines, which a plain distance lets blur."""
+    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+
+
+def decibels(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures in [-1, 1], (B, 3, h, w) twice -> (B,)."""
+    return -10 * ((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)).log10()
+
+
+def judge_in(weights: Path, device: torch.device) -> Judge | None:
+    """The judge, if it is trained already."""
+    path = weights / "judge.safetensors"
+    return load_judge(path, device) if path.exists() else None
+
+
+class AutoencoderRecipe(Recipe):
+    """L1 on pixels and on their differences, and a touch of KL. Latents are unscaled until the export."""
+
+    name, lr, matrix_lr, hold = "vae", 1e-3, 0.02, 2000
+
+    def __init__(self, shop: Shop):
+        self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
+        self.batch_size = 512 if shop.device.type == "cuda" else 8
+        self.device = shop.device
+        self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
+        self.tested = to_pixels(pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device))
+        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
+        self.judge = judge_in(shop.weights, shop.device)
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
+        noise = normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator, self.device)
+        return to_pixels(self.pictures[rows.to(self.device)]), noise
+
+    def losses(self, modules: nn.ModuleDict, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        vae = modules["vae"]
+        mean, logvar = vae.encode(pixels)
+        drawn = vae.decode(vae.sample(mean, logvar, noise))
+        pixel_loss = F.l1_loss(drawn, pixels)
+        edge_loss = sum(map(F.l1_loss, edges(drawn), edges(pixels)))
+        kl_loss = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean()
+        loss = pixel_loss + edge_loss + KL_WEIGHT * kl_loss
+        return {"loss": loss, "pixel_loss": pixel_loss, "edge_loss": edge_loss, "kl_loss": kl_loss}
+
+    def round_trip(self, modules: nn.ModuleDict, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures -> their latent means and what is drawn from them."""
+        means = [modules["vae"].encode(part)[0] for part in pixels.split(32)]
+        return torch.cat(means), torch.cat([modules["vae"].decode(mean) for mean in means])
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """ "right": drawn again so that the judge still reads every fact."""
+        means, drawn = self.round_trip(modules, self.tested)
+        figures = {"psnr": decibels(drawn, self.tested).mean().item(), "latent_deviation": means.std().item()}
+        return figures | ({"right": shares(self.judge, drawn, self.wanted)["all"]} if self.judge else {})
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        shown = self.tested[:10]
+        drawn = self.round_trip(modules, shown)[1]
+        columns = zip(shown, drawn, decibels(drawn, shown), strict=True)
+        draw_grid([(f"{dB:.1f} dB", [to_image(a), to_image(b)]) for a, b, dB in columns], path.with_suffix(".png"))
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        means, _ = self.round_trip(modules, self.tested)
+        config = replace(VAE_SIZES, scaling_factor=round(1 / means.std().item(), 5))
+        levels = len(config.block_out_channels)
+        published = {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "sample_size": 64,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+        folder = weights / "stable-diffusion" / "vae"
+        write_part(folder, "diffusion_pytorch_model", modules["vae"], published | asdict(config))
+
+
+# ---- captions
+
+
+def full_caption(picture: Picture, rng: np.random.Generator) -> str:
+    """A caption that names every size and place."""
+    while True:
+        text = caption(picture, rng)
+        if all(thing.size and thing.place for thing in facts_in(text).things):
+            return text
+
+
+def byte_pairs(words: Counter) -> list[tuple[str, str]]:
+    """The commonest pair of neighbouring parts, joined, and again, until every word (of a-z) is one: CLIP's merges."""
+    split, found = {word: [*word[:-1], word[-1] + "</w>"] for word in words}, []
+    while True:
+        pairs = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            return found
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        found.append(best)
+        for word, parts in split.items():
+            joined = []
+            for part in parts:
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            split[word] = joined
+
+
+def write_clip_tokenizer(folder: Path, seed: int) -> None:
+    """vocab.json, merges.txt and settings as published ones are, from the words of TEXTS captions."""
+    words = Counter(word for i in range(TEXTS) for word in sample_pair(seed, i)[1].split())
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # "!" first: it pads, and its id is 0
+    letters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]  # CLIP's spelling of the 256 bytes
+    pairs = byte_pairs(words)
+    tokens = [*letters, *(f"{x}</w>" for x in letters), *map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special |= {"pad_token": "!"}
+    length = TEXT_SIZES.max_position_embeddings
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": length} | special,
+    )
+    # The last file: where it is, all are.
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
+
+
+@lru_cache
+def tokenizer_at(folder: Path) -> ClipTokenizer:
+    return ClipTokenizer(folder)
+
+
+def caption_row(folder: Path, seed: int, i: int) -> np.ndarray:
+    """int16 (PHRASINGS, S): the ids of several captions of picture i. All but the last name every size and place."""
+    picture, rng = sample_pair(seed, i)[0], random_stream(seed, i, CAPTIONS)
+    texts = [full_caption(picture, rng) for _ in range(PHRASINGS - 1)] + [caption(picture, rng)]
+    return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
+
+
+# ---- diffusion
+
+
+def latent_block(vae: VAE, drawn: Tensor, rows: range) -> np.ndarray:
+    """float16 (rows, 2, C, h, w): mean and deviation of the scaled latents."""
+    with torch.no_grad():
+        encoded = [vae.encode(to_pixels(part)) for part in drawn[rows.start : rows.stop].split(64)]
+        mean, logvar = map(torch.cat, zip(*encoded, strict=True))
+        both = torch.stack([mean, torch.exp(0.5 * logvar)], 1) * vae.config.scaling_factor
+    return both.half().cpu().numpy()
+
+
+@torch.no_grad()
+def paint(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, noise: Tensor, steps: int) -> Tensor:
+    """Noise (B, C, h, w) -> latents; predict(latents, t) is the guided prediction."""
+    sampler, latents = DPMSolver(schedule, steps), noise
+    for index, timestep in enumerate(sampler.timesteps):
+        latents = sampler.step(predict(latents, timestep), index, latents)
+    return latents
+
+
+class DiffusionRecipe(Recipe):
+    name, lr, matrix_lr, hold = "diffusion", 1e-3, 0.01, 5000
+
+    def __init__(self, shop: Shop):
+        self.tokenizer_folder = shop.sets / f"byte-pairs-{shop.seed}"
+        if not (self.tokenizer_folder / "merges.txt").exists():
+            write_clip_tokenizer(self.tokenizer_folder, shop.seed)
+        self.tokenizer = tokenizer_at(self.tokenizer_folder)
+        self.text_sizes = replace(TEXT_SIZES, vocab_size=len(self.tokenizer.vocabulary))
+        self.modules = nn.ModuleDict({"text_encoder": TextEncoder(self.text_sizes), "unet": UNet(UNET_SIZES)})
+        reset(self.modules["text_encoder"])
+        nn.init.zeros_(self.modules["unet"].conv_out.weight)
+        self.batch_size = 1024 if shop.device.type == "cuda" else 64
+        self.device, self.seed = shop.device, shop.seed
+        self.schedule = NoiseSchedule(SCHEDULE).to(shop.device)
+        self.empty = self.tokenizer([""])[0].to(shop.device)
+
+        folder = shop.weights / "stable-diffusion" / "vae"
+        self.vae = load_vae(folder, torch.float32, shop.device)
+        version = hashlib.sha256((folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:8]
+        rows, made = shop.pictures, f"{shop.seed}-{shop.pictures}"
+        drawn = pictures(shop.sets, rows, shop.seed, shop.workers).to(shop.device)
+        latents = cached(shop.sets / f"latents-{version}-{made}.npy", rows, partial(latent_block, self.vae, drawn), 1)
+        path = shop.sets / f"captions-{made}.npy"
+        texts = cached(path, rows, rows_of(partial(caption_row, self.tokenizer_folder, shop.seed)), shop.workers)
+        self.latents, self.texts = latents.to(shop.device), texts.to(shop.device)
+        self.judge = judge_in(shop.weights, shop.device)
+        self.prompts, self.wanted = [], []
+        for i in range(min(64, shop.tested)):
+            rng = random_stream(shop.seed, i, PROMPTS)
+            picture = sample_pair(shop.seed, i, "held-out", 1)[0]
+            self.prompts.append(full_caption(picture, rng))
+            self.wanted.append(picture)
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        B, shape = self.batch_size, (self.batch_size, *self.latents.shape[2:])
+        tops = (len(self.latents), PHRASINGS, SCHEDULE.num_train_timesteps)
+        rows, phrasing, t = (torch.randint(top, (B,), generator=generator).to(self.device) for top in tops)
+        drop, unmasked = (torch.rand(B, generator=generator).to(self.device) < share for share in (DROP_RATE, 0.5))
+        sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
+        mean, deviation = self.latents[rows].float().unbind(1)
+        ids = torch.where(drop[:, None], self.empty, self.texts[rows, phrasing].long())
+        ends = (ids == self.empty[0, 1]).long().argmax(-1, keepdim=True)
+        # Stable Diffusion reads the padding, MiniGPT-5's caption loss masks it: the UNet should bear both.
+        mask = (torch.arange(ids.shape[1], device=self.device) <= ends) | unmasked[:, None]
+        return mean + deviation * sampling, ids, mask, noise, t
+
+    def losses(self, modules: nn.ModuleDict, latents: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, t: Tensor):
+        noisy, target = self.schedule.add_noise(latents, noise, t), self.schedule.target(latents, noise, t)
+        predicted = modules["unet"](noisy, t, modules["text_encoder"](ids, mask)).float()
+        # No min-SNR weights: they would all but take away the high noise, where it is decided what goes where.
+        return {"loss": F.mse_loss(predicted, target)}
+
+    def painted(self, modules: nn.ModuleDict, prompts: list[str], guidance: float = 3.0, steps: int = 16) -> Tensor:
+        """Prompts -> pixels (B, 3, 64, 64), always from the same noise."""
+        ids = torch.cat([self.empty.expand(len(prompts), -1), self.tokenizer(prompts)[0].to(self.device)])
+        context = modules["text_encoder"](ids)
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            without, given = modules["unet"](torch.cat([latents, latents]), timestep, context).chunk(2)
+            return without + guidance * (given - without)
+
+        noise = torch.randn(len(prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
+        return self.vae.decode(paint(predict, self.schedule, noise.to(self.device), steps))
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """Shares of one-thing prompts, with all facts named, drawn right."""
+        if self.judge is None:
+            return {}
+        found = shares(self.judge, self.painted(modules, self.prompts), self.wanted)
+        return {f"{name}_right": share for name, share in found.items()}
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        pixels = self.painted(modules, self.prompts[:10])
+        draw_grid(
+            [(text, [to_image(p)]) for text, p in zip(self.prompts, pixels, strict=False)], path.with_suffix(".png")
+        )
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        folder = weights / "stable-diffusion"
+        text = {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "bos_token_id": self.empty[0, 0].item(),
+            "eos_token_id": self.empty[0, 1].item(),
+            "pad_token_id": 0,
+            "projection_dim": self.text_sizes.hidden_size,
+            "torch_dtype": "float16",
+        }
+        write_part(folder / "text_encoder", "model", modules["text_encoder"], text | asdict(self.text_sizes))
+        unet = {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"}
+        write_part(folder / "unet", "diffusion_pytorch_model", modules["unet"], unet | asdict(UNET_SIZES))
+        write_json(
+            folder / "scheduler" / "scheduler_config.json",
+            {"_class_name": "PNDMScheduler", "trained_betas": None, "clip_sample": False} | asdict(SCHEDULE),
+        )
+        for file in self.tokenizer_folder.iterdir():
+            write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
+        write_json(
+            folder / "model_index.json",
+            {
+                "_class_name": "StableDiffusionPipeline",
+                "feature_extractor": [None, None],
+                "safety_checker": [None, None],
+                "requires_safety_checker": False,
+                "scheduler": ["diffusers", "PNDMScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            },
+        )

@@ -1,0 +1,307 @@
+"""Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world.
+
+    python miniature/pretrain.py                                    # all parts, as long as MINUTES says
+    python miniature/pretrain.py --parts vae judge --minutes vae=60 judge=10
+    python miniature/pretrain.py --parts vae --minutes vae=0        # write what there is so far, train no further
+
+Parts, in the order in which they need one another:
+
+| part      | becomes                                      | learns                                                |
+| --------- | -------------------------------------------- | ----------------------------------------------------- |
+| judge     | judge.safetensors                            | to read every fact off a picture; measures the others |
+| vae       | stable-diffusion/vae                         | to draw pictures again from their latents             |
+| diffusion | stable-diffusion/unet, text_encoder, ...     | to draw what captions say, in the latents             |
+| language  | vicuna                                       | captions, stories, conversations                      |
+| captioner | blip2, minigpt4                              | to put a picture into words for the language model    |
+
+Each part has a budget of training time, and goes on from its newest checkpoint, whenever it was stopped: weights,
+averaged weights, optimiser, step. All random numbers of a step come from (seed, step), so that a run in pieces is the
+same as one in one piece. A part's averaged weights are written to `--weights` when its time is up: the published
+layout, in 16 bit.
+
+A part's folder in `--out`:
+
+    checkpoint.pt             the newest, written whole under another name and then renamed
+    log.jsonl losses.png      losses and figures on held-out samples
+    sheet.*                   what the averaged weights do
+"""
+
+import argparse
+import copy
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+if __package__ in (None, ""):  # run as a script: the package is the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import make_folder, pick_device, run
+from miniature.judge import JudgeRecipe
+from miniature.painter import AutoencoderRecipe, DiffusionRecipe
+from miniature.recipe import Recipe, Shop
+from miniature.speaker import CaptionerRecipe, LanguageRecipe
+from training import append_log, cut_log, draw_losses, read_log, step_generator
+
+PARTS = {
+    "judge": JudgeRecipe,
+    "vae": AutoencoderRecipe,
+    "diffusion": DiffusionRecipe,
+    "language": LanguageRecipe,
+    "captioner": CaptionerRecipe,
+}
+MINUTES = {  # of training, on a GPU and on a CPU
+    "judge": (1, 15),
+    "vae": (6, 360),
+    "diffusion": (10, 600),
+    "language": (3, 60),
+    "captioner": (2, 60),
+}
+WARMUP = 100  # steps
+SAVE_SECONDS, MEASURE_SECONDS = 120, 300
+MEMORY = 9  # the averaged weights are a mean over about a MEMORY-th of the steps so far
+OUTER = re.compile(r"embed|lm_head|conv_in\b|conv_out\b|query_tokens|look\b")  # matrices that are not Muon's
+
+
+# ---- optimiser
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of matrices whose singular values are all made about equal (Jordan et al. 2024): far fewer steps needed.
+
+    A convolution's kernel is a matrix of its output channels by all else.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.9):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes = {}
+            for parameter in group["params"]:
+                shapes.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in parameters]
+                gradients = [p.grad for p in parameters]
+                torch._foreach_mul_(averages, group["momentum"])
+                torch._foreach_add_(averages, gradients)
+                ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
+                steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
+                size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for parameter, update in zip(parameters, steps, strict=True):
+                    parameter.add_(update.view_as(parameter), alpha=-size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(N, R, C) -> about the nearest matrices with all singular values 1, by five Newton-Schulz iterations."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):  # coefficients of Jordan et al.
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def optimizers_of(recipe: Recipe) -> list[torch.optim.Optimizer]:
+    matrices, others = [], []
+    for name, parameter in recipe.modules.named_parameters():
+        (matrices if parameter.dim() > 1 and not OUTER.search(name) else others).append(parameter)
+    fused = others[0].device.type == "cuda"
+    return [
+        torch.optim.AdamW(others, recipe.lr, (0.9, 0.99), weight_decay=0.0, fused=fused),
+        Muon(matrices, recipe.matrix_lr),
+    ]
+
+
+def rate_factor(step: int, hold: int) -> float:
+    """Linear warm-up, then 1 until step `hold`, then falling as 1 / sqrt(step): needs no known end."""
+    return min((step + 1) / WARMUP, 1.0, (hold / (step + 1)) ** 0.5)
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, modules: nn.Module, step: int) -> None:
+    """Moving mean over a share of all steps so far (Karras et al. 2024, power function averages)."""
+    share = 1 - (1 - 1 / (step + 1)) ** (MEMORY + 1)
+    torch._foreach_lerp_(list(averaged.parameters()), list(modules.parameters()), share)
+
+
+# ---- checkpoints
+
+
+def save(path: Path, state: dict) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -> tuple[int, float]:
+    """Fill everything from a checkpoint; returns step and seconds trained, zeros where there is none."""
+    if not path.exists():
+        return 0, 0.0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        recipe.modules.load_state_dict(state["modules"])
+        averaged.load_state_dict(state["averaged"])
+        for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit this part; remove it to start anew ({reason})") from None
+    return state["step"], state["seconds"]
+
+
+# ---- the loop
+
+
+@contextmanager
+def stop_signals() -> Iterator[list]:
+    """A list that is no longer empty once the process was asked to stop (SIGTERM, Ctrl-C)."""
+    asked = []
+    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = None) -> nn.ModuleDict | None:
+    """Train a part until its minutes are used up (or `last_step` is done); its averaged weights, None if stopped."""
+    folder = make_folder(shop.runs / recipe.name)
+    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    recipe.modules.to(shop.device).train()
+    averaged = copy.deepcopy(recipe.modules).eval().requires_grad_(False)
+    optimizers = optimizers_of(recipe)
+    step, seconds = restore(checkpoint, recipe, averaged, optimizers)
+    cut_log(log, step)
+    size = sum(p.numel() for p in recipe.modules.parameters())
+    print(f"{recipe.name}: {size:,} parameters, step {step}, {seconds / 60:.1f} of {minutes:g} minutes used")
+
+    on_gpu = shop.device.type == "cuda"
+    losses_of = torch.compile(recipe.losses) if on_gpu else recipe.losses
+    parameters = list(recipe.modules.parameters())
+    sums, logged, started, begun = {}, step, seconds, time.perf_counter()
+    saved = measured = seconds
+
+    def look() -> None:
+        """Log losses and figures, draw the sheet."""
+        record = {"step": step, "seconds": round(seconds, 1)}
+        record |= {name: round(value.item() / (step - logged), 6) for name, value in sums.items()}
+        with torch.no_grad():
+            record |= {name: round(value, 5) for name, value in recipe.measure(averaged).items()}
+            recipe.sheet(averaged, folder / "sheet")
+        append_log(log, record)
+        draw_losses(read_log(log), folder / "losses.png")
+        print(f"{recipe.name}: " + ", ".join(f"{name} {value:g}" for name, value in record.items()), flush=True)
+
+    with stop_signals() as asked:
+        while not asked and seconds < 60 * minutes and step != last_step:
+            # ---- one step
+            generator = step_generator(shop.seed, step, 0)
+            factor = rate_factor(step, recipe.hold)
+            for optimizer, rate in zip(optimizers, (recipe.lr, recipe.matrix_lr), strict=True):
+                optimizer.param_groups[0]["lr"] = factor * rate
+            with torch.autocast(shop.device.type, torch.bfloat16, enabled=on_gpu):
+                losses = losses_of(recipe.modules, *recipe.batch(generator))
+            losses["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            average(averaged, recipe.modules, step)
+            # ---- the step is done
+
+            step += 1
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().float()
+            seconds = started + time.perf_counter() - begun
+            if seconds - measured > MEASURE_SECONDS:
+                look()
+                sums, logged, measured = {}, step, seconds
+            if seconds - saved > SAVE_SECONDS:
+                save(checkpoint, state_of(recipe, averaged, optimizers, step, seconds))
+                saved = seconds
+        save(checkpoint, state_of(recipe, averaged, optimizers, step, seconds))
+    if asked:
+        print(f"{recipe.name}: stopped after step {step}; the same command goes on")
+        return None
+    if step > logged:
+        look()
+    return averaged
+
+
+def state_of(recipe: Recipe, averaged: nn.Module, optimizers: list, step: int, seconds: float) -> dict:
+    return {
+        "modules": recipe.modules.state_dict(),
+        "averaged": averaged.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "seconds": seconds,
+    }
+
+
+# ---- command line
+
+
+def budget(text: str) -> tuple[str, float]:
+    part, _, minutes = text.partition("=")
+    if part not in PARTS:
+        raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(PARTS)}")
+    try:
+        return part, float(minutes)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PART=MINUTES") from None
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    add("--minutes", nargs="+", type=budget, default=[], metavar="PART=MINUTES", help="training time, over all runs")
+    add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, sheets, training sets")
+    add("--weights", type=Path, default=Path(__file__).parent / "weights", help="where finished parts go")
+    add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
+    add("--seed", type=int, default=0, help="0 or more")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    if args.pictures < 1 or args.workers < 1 or args.seed < 0:
+        parser.error("--pictures and --workers are at least 1, --seed at least 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")
+    shop = Shop(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
+    for part, recipe_class in PARTS.items():
+        if part not in args.parts:
+            continue
+        torch.manual_seed(args.seed)
+        recipe = recipe_class(shop)
+        minutes = dict(args.minutes).get(part, MINUTES[part][device.type == "cpu"])
+        averaged = train(recipe, shop, minutes)
+        if averaged is None:
+            return
+        recipe.export(averaged, args.weights)
+        print(f"{part}: written to {args.weights}")
+
+
+if __name__ == "__main__":
+    run(main)

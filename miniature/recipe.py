@@ -1,0 +1,100 @@
+"""What every part of the miniature's pre-training is to the loop in `pretrain.py`, and how its weights are written."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from loading import save_safetensors
+
+
+@dataclass
+class Shop:
+    """Where and with what the parts are trained."""
+
+    runs: Path  # checkpoints, logs and sheets, a folder a part; `sets`: the training data
+    weights: Path  # finished parts in the published layout: later parts read the earlier ones from there
+    device: torch.device
+    seed: int = 0
+    pictures: int = 1 << 17  # different pictures that the parts see
+    workers: int = 1  # processes that make the sets
+    tested: int = 256  # held-out pictures of a measurement
+
+    @property
+    def sets(self) -> Path:
+        return self.runs / "sets"
+
+
+class Recipe:
+    """A part: what is trained, on what, how it is measured and written. Subclasses set all of the following."""
+
+    name: str
+    modules: nn.ModuleDict  # all that trains
+    lr: float  # AdamW's, for norms, biases, embeddings and first and last layers
+    matrix_lr: float  # Muon's, for all other matrices
+    hold: int  # steps at the full rates, which then fall as 1 / sqrt(step)
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """The tensors of one step, on the device; all that is random in a step comes from here."""
+        raise NotImplementedError
+
+    def losses(self, modules: nn.ModuleDict, *batch: Tensor) -> dict[str, Tensor]:
+        """{"loss": what is minimised, and what else is logged}."""
+        raise NotImplementedError
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """Figures on held-out samples."""
+        raise NotImplementedError
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        """Draw or write samples to look at; `path` has no suffix."""
+        raise NotImplementedError
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        """Write the part in the published layout."""
+        raise NotImplementedError
+
+
+def reset(module: nn.Module, deviation: float = 0.02) -> None:
+    """Embeddings and linear layers start small, as in language models."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=deviation)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Standard normal numbers drawn on the device, as the (CPU) generator's next number decides."""
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Written under a temporary name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_file(path, text.encode())
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_safetensors({name: tensor.half() for name, tensor in tensors.items()}, path)
+
+
+def write_part(folder: Path, stem: str, module: nn.Module, config: dict) -> None:
+    """A published folder: config.json and `stem`.safetensors in 16 bit."""
+    write_tensors(folder / f"{stem}.safetensors", module.state_dict())
+    write_json(folder / "config.json", config)

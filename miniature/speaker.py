@@ -1,0 +1,248 @@
+"""Recipes of the miniature's "Vicuna" and "MiniGPT-4": the language model; then a captioner that speaks through it.
+
+language     rows of documents (B, 128) -> scores of the next token (B, 127, 768)
+captioner    pixels (B, 3, 64, 64) -> vectors (B, 10, 192) in the place of a picture's words, which the frozen
+             language model retells
+"""
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from llama import KVCache, Llama, LlamaConfig, load_llama
+from miniature.documents import (
+    PICTURE,
+    PIECES,
+    WORDS,
+    answer_text,
+    described,
+    encode,
+    language_row,
+    look_row,
+    picture_words,
+    tokenizer_at,
+    train_tokenizer,
+)
+from miniature.facts import Picture
+from miniature.judge import right
+from miniature.recipe import Recipe, Shop, reset, write_file, write_json, write_part, write_tensors, write_text
+from miniature.sets import cached, pictures, rows_of
+from miniature.words import facts_in
+from miniature.world import sample_pair
+from minigpt5 import expand_placeholders
+from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
+from training import draw_grid
+
+LANGUAGE_SIZES = LlamaConfig(
+    vocab_size=PIECES,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    max_position_embeddings=1024,
+)
+VISION_SIZES = VisionConfig(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    image_size=64,
+    patch_size=8,
+    layer_norm_eps=1e-5,
+)
+QFORMER_SIZES = QFormerConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    encoder_hidden_size=128,
+    num_query_tokens=WORDS,
+)
+QUESTION = f"###Human: {PICTURE} what do you see here? ###Assistant:"
+
+
+@torch.no_grad()
+def continue_rows(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -> Tensor:
+    """The likeliest continuations of embedded prompts (B, T, D), padded on the left -> ids (B, tokens)."""
+    cache = KVCache(llama.config, len(mask), mask.shape[1] + tokens, embeddings.dtype, embeddings.device)
+    hidden, said = llama(embeddings, mask, cache), []
+    for _ in range(tokens):
+        said.append(llama.lm_head(hidden[:, -1:]).argmax(-1))  # (B, 1)
+        hidden = llama(llama.model.embed_tokens(said[-1]), cache=cache)
+    return torch.cat(said, 1)
+
+
+# ---- language model
+
+
+class LanguageRecipe(Recipe):
+    name, lr, matrix_lr, hold = "language", 3e-3, 0.02, 1000
+
+    def __init__(self, shop: Shop):
+        self.modules = nn.ModuleDict({"llama": Llama(LANGUAGE_SIZES)})
+        reset(self.modules)
+        self.batch_size = 256 if shop.device.type == "cuda" else 32
+        self.device, self.path = shop.device, shop.sets / f"pieces-{shop.seed}.model"
+        if not self.path.exists():
+            train_tokenizer(self.path, shop.seed)
+        self.tokenizer = tokenizer_at(self.path)
+        rows = max(256, shop.pictures // 4)
+
+        def texts(split: str, rows: int) -> Tensor:
+            path = shop.sets / f"language-{split}-{shop.seed}-{rows}.npy"
+            make = rows_of(partial(language_row, self.path, shop.seed, split))
+            return cached(path, rows, make, shop.workers).to(shop.device)
+
+        self.rows, self.tested = texts("train", rows), texts("held-out", max(32, shop.tested // 2)).long()
+        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(min(64, shop.tested))]
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
+        return (self.rows[rows.to(self.device)].long(),)
+
+    def losses(self, modules: nn.ModuleDict, ids: Tensor) -> dict[str, Tensor]:
+        llama = modules["llama"]
+        logits = llama.lm_head(llama(llama.model.embed_tokens(ids[:, :-1])))
+        wanted = ids[:, 1:].masked_fill(ids[:, 1:] == self.tokenizer.bos_id, -100)  # what comes next is chance
+        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())}
+
+    def continued(self, modules: nn.ModuleDict, texts: list[str], shown: list[list[Picture]]) -> list[str]:
+        """The likeliest answers to `texts`, whose pictures are given in words."""
+        llama, bos, eos = modules["llama"], self.tokenizer.bos_id, self.tokenizer.eos_id
+        rows = [[bos, *encode(self.tokenizer, *document)] for document in zip(texts, shown, strict=True)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[eos] * (longest - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        said = continue_rows(llama, llama.model.embed_tokens(ids), mask, 64)
+        return [answer_text(self.tokenizer, row) for row in said.tolist()]
+
+    def retold(self, modules: nn.ModuleDict) -> list[str]:
+        return self.continued(modules, [QUESTION] * len(self.wanted), [[picture] for picture in self.wanted])
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """ "retold": pictures given in words and described with every fact right."""
+        loss = torch.stack([self.losses(modules, ids)["loss"] for ids in self.tested.split(32)]).mean()
+        return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        prompts = [
+            "a big",
+            "once upon a time there was",
+            "a small blue boat on the right at sea by day. it sails to the left.",
+            "###Human: hello, how are you? ###Assistant:",
+            "###Human: tell me about cats. ###Assistant:",
+            "###Human: can you draw a red car in the snow? ###Assistant:",
+        ]
+        lines = list(zip(prompts, self.continued(modules, prompts, [[]] * len(prompts)), strict=True))
+        lines += zip(map(picture_words, self.wanted[:10]), self.retold(modules), strict=False)
+        write_text(path.with_suffix(".txt"), "".join(f"{prompt} [...] {text}\n" for prompt, text in lines))
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        published = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": False,
+            "torch_dtype": "float16",
+        }
+        write_part(weights / "vicuna", "model", modules["llama"], published | asdict(LANGUAGE_SIZES))
+        write_file(weights / "vicuna" / "tokenizer.model", self.path.read_bytes())
+
+
+# ---- captioner
+
+
+class CaptionerRecipe(Recipe):
+    """Two losses: the answer's through the frozen language model, on a quarter of the batch; and the distance of the
+    vectors from the embeddings of the words that the language model was trained with in their place."""
+
+    name, lr, matrix_lr, hold = "captioner", 1e-3, 0.02, 2000
+
+    def __init__(self, shop: Shop):
+        self.llama = load_llama(shop.weights / "vicuna", torch.float32, shop.device)
+        path = shop.weights / "vicuna" / "tokenizer.model"
+        self.tokenizer, width = tokenizer_at(path), self.llama.config.hidden_size
+        self.modules = nn.ModuleDict({"image_encoder": ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)})
+        reset(self.modules, 0.05)
+        self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 32, shop.device
+        self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
+        made = shop.sets / f"looks-{shop.seed}-{shop.pictures}.npy"
+        looks = cached(made, shop.pictures, rows_of(partial(look_row, path, shop.seed)), shop.workers)
+        self.looks = looks.to(shop.device)
+        self.tested = pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device)
+        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
+        self.table = self.llama.model.embed_tokens.weight
+
+    def pixels(self, rows: Tensor) -> Tensor:
+        """uint8 (B, 64, 64, 3) -> (B, 3, 64, 64) normalised as `qformer.preprocess_input` does."""
+        mean, deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+        return (rows.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator).to(self.device)
+        looks = self.looks[rows].long()
+        words, answers = looks[:, 2 : 2 + WORDS], looks[: self.batch_size // 4]
+        return self.pixels(self.pictures[rows]), words, answers[:, :2], answers[:, 2 + WORDS :]
+
+    def embed(self, ids: Tensor, vectors: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, D), the vectors (B, 10, D) over the placeholders."""
+        embeddings = self.table[ids.clamp(max=len(self.table) - 1)]
+        return embeddings.masked_scatter((ids == self.tokenizer.image_id)[..., None], vectors)
+
+    def losses(
+        self, modules: nn.ModuleDict, pixels: Tensor, words: Tensor, ends: Tensor, ids: Tensor
+    ) -> dict[str, Tensor]:
+        """`ends`: where each answer in `ids` begins and ends."""
+        vectors = modules["image_encoder"](pixels).float()  # (B, 10, D)
+        word_loss = (vectors - self.table[words]).square().mean() / self.table.var()
+        logits = self.llama.lm_head(self.llama(self.embed(ids, vectors[: len(ids)])[:, :-1]))
+        places = torch.arange(1, ids.shape[1], device=ids.device)
+        outside = (places < ends[:, :1]) | (places >= ends[:, 1:])
+        text_loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].masked_fill(outside, -100).flatten())
+        return {"loss": text_loss + word_loss, "text_loss": text_loss, "word_loss": word_loss}
+
+    def captions(self, modules: nn.ModuleDict) -> list[str]:
+        """What the language model says of the tested pictures."""
+        question = expand_placeholders(self.tokenizer, self.tokenizer.encode(QUESTION), WORDS)
+        row, texts = torch.tensor([self.tokenizer.bos_id, *question], device=self.device), []
+        for part in self.tested.split(64):
+            ids = row.expand(len(part), -1)
+            embeddings = self.embed(ids, modules["image_encoder"](self.pixels(part)))
+            said = continue_rows(self.llama, embeddings, torch.ones_like(ids), 48)
+            texts += [answer_text(self.tokenizer, line) for line in said.tolist()]
+        return texts
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """ "named": scene, kinds and colours right; "described": every fact right."""
+        texts = self.captions(modules)
+        asked = [
+            replace(p, time=None, things=tuple(replace(t, size=None, place=None) for t in p.things))
+            for p in self.wanted
+        ]
+        named = [right(facts_in(text), picture)["all"] for text, picture in zip(texts, asked, strict=True)]
+        return {"named": sum(named) / len(named), "described": described(texts, self.wanted)}
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        shown = zip(self.captions(modules)[:10], self.tested, strict=False)
+        draw_grid([(text, [Image.fromarray(p.cpu().numpy())]) for text, p in shown], path.with_suffix(".png"))
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        state = modules["image_encoder"].state_dict()
+        projection = {name: tensor for name, tensor in state.items() if name.startswith("llama_proj.")}
+        write_tensors(weights / "minigpt4" / "llama_proj.safetensors", projection)
+        others = {name: tensor for name, tensor in state.items() if name not in projection}
+        write_tensors(weights / "blip2" / "model.safetensors", others)
+        published = {
+            "model_type": "blip-2",
+            "num_query_tokens": QFORMER_SIZES.num_query_tokens,
+            "vision_config": asdict(VISION_SIZES) | {"hidden_act": "gelu", "qkv_bias": True},
+            "qformer_config": asdict(QFORMER_SIZES) | {"hidden_act": "gelu"},
+        }
+        write_json(weights / "blip2" / "config.json", published)
