@@ -1,15 +1,15 @@
 """What the miniature's language model reads: documents of the drawn world, as text and as tokens.
 
-Captions, instructions, stories and conversations, written as the stages of MiniGPT-5 write them. A picture in a
-document stands between <Img> and </Img>, in ten words that name its facts:
+Captions, instructions, stories and dialogues as the two stages of MiniGPT-5 write them, but with ten words for each
+picture, which name its facts, where the stages have a picture or vokens:
 
-    ###Human: <Img>sea night small red boat left nothing nothing nothing nothing</Img> what do you see here? ...
+    a small red boat on the left at sea <Img>sea day small red boat left nothing nothing nothing nothing</Img> ###
 
-So the language model learns to retell a picture from ten vectors, which is what the captioner will put there, and to
-know by the end of a caption or of a story's step what its picture has to show.
+So the language model learns to retell a picture from ten vectors, which the captioner will put there, and by the end
+of a text to know what its picture has to show.
 
-    language_row    (128,)            whole documents, one after the other
-    look_row        (2 + 10 + 80,)    a question about a picture and the answer
+    language_row    (LENGTH,)                      whole documents, one after the other
+    look_row        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
 """
 
 import os
@@ -19,24 +19,24 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data import REQUESTS, SYSTEM
+from data import REQUESTS, uas_texts
 from llama import Tokenizer
 from miniature.facts import PLACES, Picture, pick
 from miniature.tales import SEES, SHOWS
 from miniature.words import agrees, description, facts_in, some
 from miniature.world import random_stream, sample_dialogue, sample_pair, sample_story
 from minigpt5 import expand_placeholders
+from stories import END, PICTURE, SPEAKERS, TASKS, Row, Turn, dialog_row, first_heard, story_row
 
 PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
 TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
-LENGTH = 128  # tokens of a training row
-ANSWER_LENGTH = 80  # tokens of a question and its answer
-PICTURE = "<Img><ImageHere></Img>"
+LENGTH = 256  # tokens of a training row
+ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS = 200, 201  # purposes of the random streams
 
 
-# ---- documents
+# ---- documents: the pictures of a row are facts, `inputs` and `outputs` alike
 
 
 def picture_words(picture: Picture) -> str:
@@ -46,64 +46,44 @@ def picture_words(picture: Picture) -> str:
     return " ".join(words + ["nothing"] * (4 * (2 - len(things))))
 
 
-def caption_document(rng, seed, i, split):
-    """A caption, in half of them with its picture."""
+def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+    """Stage 1; more instructions than there."""
     picture, text, _ = sample_pair(seed, i, split)
-    return (text, []) if rng.random() < 0.5 else (f"{text} {PICTURE}", [picture])
+    instruction = int(rng.integers(len(REQUESTS))) if rng.random() < 0.15 else None
+    return Row(uas_texts(text, 0, instruction)[0], PICTURE + END, (), (picture,))
 
 
-def request_document(rng, seed, i, split):
-    """An instruction as stage 1 has them; the answer is given in words here."""
-    text = f"{SYSTEM}###Human: {pick(rng, REQUESTS)} {sample_pair(seed, i, split)[1]} ###Assistant: here it is. ###"
-    return text, []
-
-
-def look_document(rng, seed, i, split):
-    """A picture is shown and described."""
+def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+    """A picture is shown and described, in stage 2's form or in MiniGPT-4's."""
     picture = sample_pair(seed, i, split)[0]
-    answer = some(rng, SEES).format(description(picture, rng, True, True))
-    return f"###Human: {PICTURE} {some(rng, SHOWS)} ###Assistant: {answer} ###", [picture]
+    question, answer = some(rng, SHOWS), some(rng, SEES).format(description(picture, rng, True, True))
+    if rng.random() < 0.6:
+        return dialog_row([Turn(question, (picture,))], Turn(answer), 1, PICTURE)
+    return Row(f"{SPEAKERS[0]} {PICTURE} {question} {SPEAKERS[1]}", answer + END, (picture,))
 
 
-def story_document(rng, seed, i, split):
-    """A story without its pictures, with them, or asked for step by step."""
-    turns, _ = sample_story(seed, i, split)
-    form = rng.random()
-    if form < 0.4:
-        return " ".join(turn.text for turn in turns), []
-    told = " ".join(f"{turn.text} {PICTURE}" for turn in turns[:-1])
-    shown = [turn.picture for turn in turns[:-1]]
-    if form < 0.6:
-        return f"{told} {turns[-1].text}", shown
-    question = "what happens next?" if form < 0.9 else f"the scene description is: {turns[-1].text}"
-    answer = turns[-1].text if form < 0.9 else "here it is."
-    return f"###Human: {told} {question} ###Assistant: {answer} ###", shown
+def turns_of(told: list) -> list[Turn]:
+    return [Turn(turn.text, (turn.picture,) if turn.picture else ()) for turn in told]
 
 
-def dialogue_document(rng, seed, i, split):
-    """A conversation; the assistant's own pictures are in it half of the time."""
-    turns, _ = sample_dialogue(seed, i, split)
-    text, shown, drawn = "", [], rng.random() < 0.5
-    for k, turn in enumerate(turns):
-        says = turn.text
-        if turn.picture and (k % 2 == 0 or drawn):
-            says = f"{PICTURE} {says}" if k % 2 == 0 else f"{says} {PICTURE}"
-            shown.append(turn.picture)
-        text += f"###Human: {says} " if k % 2 == 0 else f"###Assistant: {says} "
-    return f"{text}###", shown
+def story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+    """Stage 2: a step of a story as one of its tasks."""
+    turns = turns_of(sample_story(seed, i, split)[0])
+    k = int(rng.integers(1, len(turns)))
+    return story_row(turns[:k], turns[k], pick(rng, TASKS), int(rng.integers(6)), PICTURE)
 
 
-MIXTURE = {
-    caption_document: 0.22,
-    request_document: 0.05,
-    look_document: 0.18,
-    story_document: 0.25,
-    dialogue_document: 0.30,
-}
+def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+    """Stage 2: a turn of a dialogue."""
+    turns = turns_of(sample_dialogue(seed, i, split)[0])
+    k = int(rng.integers(1, len(turns)))
+    return dialog_row(turns[first_heard(k) : k], turns[k], k, PICTURE)
 
 
-def document(seed: int, i: int, split: str) -> tuple[str, list[Picture]]:
-    """Document i: its text with an <ImageHere> for each of its pictures."""
+MIXTURE = {caption_document: 0.3, look_document: 0.2, story_document: 0.25, dialogue_document: 0.25}
+
+
+def document(seed: int, i: int, split: str) -> Row:
     rng = random_stream(seed, i, DOCUMENTS)
     kinds, shares = list(MIXTURE), list(MIXTURE.values())
     return kinds[int(rng.choice(len(kinds), p=shares))](rng, seed, i, split)
@@ -115,9 +95,9 @@ def document(seed: int, i: int, split: str) -> tuple[str, list[Picture]]:
 def train_tokenizer(path: Path, seed: int) -> None:
     """A sentencepiece model with Vicuna's settings, from TEXTS documents."""
     texts = []
-    for i in range(TEXTS):
-        text, shown = document(seed, i, "train")
-        texts += [*text.replace("<ImageHere>", "\n").split("\n"), *map(picture_words, shown)]
+    for row in (document(seed, i, "train") for i in range(TEXTS)):
+        pieces = f"{row.source}\n{row.target}".replace("<ImageHere>", "\n").split("\n")
+        texts += [*pieces, *map(picture_words, row.inputs + row.outputs)]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -143,33 +123,30 @@ def tokenizer_at(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def encode(tokenizer: Tokenizer, text: str, shown: list[Picture]) -> list[int]:
-    """The ids of a document. A picture's words are encoded by themselves, as its vectors will be set in."""
-    ids, left = [], iter(shown)
-    for i in tokenizer.encode(text):
+def encode(tokenizer: Tokenizer, row: Row) -> list[int]:
+    """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture."""
+    ids, left = [tokenizer.bos_id], iter(row.inputs + row.outputs)
+    for i in tokenizer.encode(row.source) + tokenizer.encode(row.target):
         ids += tokenizer.pieces.encode(picture_words(next(left))) if i == tokenizer.image_id else [i]
     return ids
 
 
 def language_row(path: Path, seed: int, split: str, i: int) -> np.ndarray:
-    """Whole documents, <s> before and </s> after each, up to LENGTH; the last one is cut off."""
+    """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off."""
     tokenizer, ids, number = tokenizer_at(path), [], LENGTH * i  # no row can hold so many documents
     while len(ids) < LENGTH:
-        ids += [tokenizer.bos_id, *encode(tokenizer, *document(seed, number, split)), tokenizer.eos_id]
+        ids += [*encode(tokenizer, document(seed, number, split)), tokenizer.eos_id]
         number += 1
     return np.array(ids[:LENGTH], np.int16)
 
 
 def look_row(path: Path, seed: int, i: int) -> np.ndarray:
-    """int16 (2 + WORDS + ANSWER_LENGTH,): where the answer begins and ends; the words of picture i; the ids of a
-    question about it and the answer, with a placeholder for each of the words."""
-    tokenizer, picture = tokenizer_at(path), sample_pair(seed, i)[0]
-    text, _ = look_document(random_stream(seed, i, LOOKS), seed, i, "train")
-    question, answer = text.split(" ###Assistant: ")
-    source = expand_placeholders(tokenizer, tokenizer.encode(f"{question} ###Assistant:"), WORDS)
-    source = [tokenizer.bos_id, *source]
-    ids = [*source, *tokenizer.encode(answer), tokenizer.eos_id][:ANSWER_LENGTH]
-    words = tokenizer.pieces.encode(picture_words(picture))
+    """int16: where the answer begins and ends; the words of picture i; the ids of a question about it and of the
+    answer, with a placeholder for each of the words."""
+    tokenizer, row = tokenizer_at(path), look_document(random_stream(seed, i, LOOKS), seed, i, "train")
+    source = [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(row.source), WORDS)]
+    ids = [*source, *tokenizer.encode(row.target), tokenizer.eos_id][:ANSWER_LENGTH]
+    words = tokenizer.pieces.encode(picture_words(row.inputs[0]))
     padding = [tokenizer.eos_id] * (ANSWER_LENGTH - len(ids))
     return np.array([len(source), len(ids), *words, *ids, *padding], np.int16)
 

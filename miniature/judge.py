@@ -29,13 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from images import to_image
+from images import draw_grid, to_image
 from loading import fill
 from miniature.facts import COLOURS, KINDS, KINDS_IN, PLACES, SCENES, SIZES, TIMES, Picture, Thing, fits, home, pick
 from miniature.recipe import Recipe, Shop, normal, write_tensors
 from miniature.sets import cached, pictures, rows_of, to_pixels
 from miniature.world import draw, random_stream, sample_pair
-from training import draw_grid
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
@@ -156,6 +155,19 @@ def labels(picture: Picture) -> np.ndarray:
     return np.concatenate([slots.ravel(), np.array(whole, np.int8)])
 
 
+def reading_losses(slots: Tensor, whole: Tensor, known: Tensor) -> dict[str, Tensor]:
+    """Scores of the slots (B, 6, 23) and of the whole picture (B, 13), labels (B, 21) -> a mean loss a fact."""
+    of_slots, of_whole = known[:, :-3].unflatten(1, (len(SLOTS), 3)), known[:, -3:]
+    scores = [s.flatten(0, 1) for s in slots.split(SLOT_SIZES, -1)] + list(whole.split(WHOLE_SIZES, -1))
+    wanted = [*of_slots.flatten(0, 1).unbind(-1), *of_whole.unbind(-1)]
+    names = ("kind", "colour", "size", "scene", "time", "number")
+    return {
+        name: F.cross_entropy(score.float(), right, ignore_index=IGNORE, reduction="sum")
+        / (right != IGNORE).sum().clamp(min=1)
+        for name, score, right in zip(names, scores, wanted, strict=True)
+    }
+
+
 def judged(seed: int, i: int) -> tuple[Picture, int]:
     rng = random_stream(seed, i, 100)  # a purpose that `world` does not use
     return any_picture(rng), int(rng.integers(1 << 31))
@@ -201,12 +213,7 @@ class JudgeRecipe(Recipe):
         return worsen(pixels, 1.6 * blur, noise), self.labels[rows].long()
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
-        slots, whole = modules["judge"](pixels)
-        of_slots, of_whole = known[:, :-3].unflatten(1, (len(SLOTS), 3)), known[:, -3:]
-        scores = [s.flatten(0, 1) for s in slots.split(SLOT_SIZES, -1)] + list(whole.split(WHOLE_SIZES, -1))
-        wanted = [*of_slots.flatten(0, 1).unbind(-1), *of_whole.unbind(-1)]
-        names = ("kind", "colour", "size", "scene", "time", "number")
-        losses = {n: F.cross_entropy(s.float(), w) for n, s, w in zip(names, scores, wanted, strict=True)}
+        losses = reading_losses(*modules["judge"](pixels), known)
         return {"loss": sum(losses.values()), **losses}
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:

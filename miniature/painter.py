@@ -19,16 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from images import to_image
+from images import draw_grid, to_image
 from miniature.facts import Picture
-from miniature.judge import Judge, load_judge, shares
+from miniature.judge import (
+    IGNORE,
+    SLOT_SIZES,
+    SLOTS,
+    WHOLE_SIZES,
+    Judge,
+    labels,
+    load_judge,
+    reading_losses,
+    shares,
+)
 from miniature.recipe import Recipe, Shop, normal, reset, write_json, write_part, write_text
 from miniature.sets import cached, pictures, rows_of, to_pixels
 from miniature.words import caption, facts_in
 from miniature.world import random_stream, sample_pair
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
 from text_encoder import ClipTokenizer, TextConfig, TextEncoder
-from training import draw_grid
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig, load_vae
 
@@ -58,6 +67,7 @@ UNET_SIZES = UNetConfig(
 SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
 KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
 DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
+READING_WEIGHT = 0.05
 PHRASINGS = 4  # captions of a picture
 TEXTS = 20_000  # captions whose words become the byte-pair vocabulary
 CAPTIONS, PROMPTS = 300, 301  # purposes of the random streams
@@ -208,6 +218,11 @@ def caption_row(folder: Path, seed: int, i: int) -> np.ndarray:
     return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
 
 
+def label_row(seed: int, i: int) -> np.ndarray:
+    """The facts of picture i as `judge.labels` gives them."""
+    return labels(sample_pair(seed, i)[0])
+
+
 # ---- diffusion
 
 
@@ -229,7 +244,25 @@ def paint(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, 
     return latents
 
 
+class Reader(nn.Module):
+    """The text encoding at a caption's end (B, D) -> scores as the judge's: what a caption says of every slot.
+
+    It only helps in training. Without it the encoder drops "left" and "right": what a place means shows only once the
+    UNet uses it, and the UNet cannot use it before the encoding tells it.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.slots = nn.Linear(width, len(SLOTS) * sum(SLOT_SIZES))
+        self.whole = nn.Linear(width, sum(WHOLE_SIZES))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.slots(x).unflatten(-1, (len(SLOTS), -1)), self.whole(x)
+
+
 class DiffusionRecipe(Recipe):
+    """The loss of v prediction, and a fact reader's on the text encoding, as CLIP's own training gives it meaning."""
+
     name, lr, matrix_lr, hold = "diffusion", 1e-3, 0.01, 5000
 
     def __init__(self, shop: Shop):
@@ -238,8 +271,9 @@ class DiffusionRecipe(Recipe):
             write_clip_tokenizer(self.tokenizer_folder, shop.seed)
         self.tokenizer = tokenizer_at(self.tokenizer_folder)
         self.text_sizes = replace(TEXT_SIZES, vocab_size=len(self.tokenizer.vocabulary))
-        self.modules = nn.ModuleDict({"text_encoder": TextEncoder(self.text_sizes), "unet": UNet(UNET_SIZES)})
-        reset(self.modules["text_encoder"])
+        text_encoder, reader = TextEncoder(self.text_sizes), Reader(self.text_sizes.hidden_size)
+        self.modules = nn.ModuleDict({"text_encoder": text_encoder, "unet": UNet(UNET_SIZES), "reader": reader})
+        reset(text_encoder)
         nn.init.zeros_(self.modules["unet"].conv_out.weight)
         self.batch_size = 1024 if shop.device.type == "cuda" else 64
         self.device, self.seed = shop.device, shop.seed
@@ -254,7 +288,8 @@ class DiffusionRecipe(Recipe):
         latents = cached(shop.sets / f"latents-{version}-{made}.npy", rows, partial(latent_block, self.vae, drawn), 1)
         path = shop.sets / f"captions-{made}.npy"
         texts = cached(path, rows, rows_of(partial(caption_row, self.tokenizer_folder, shop.seed)), shop.workers)
-        self.latents, self.texts = latents.to(shop.device), texts.to(shop.device)
+        known = cached(shop.sets / f"labels-{made}.npy", rows, rows_of(partial(label_row, shop.seed)), shop.workers)
+        self.latents, self.texts, self.labels = (x.to(shop.device) for x in (latents, texts, known))
         self.judge = judge_in(shop.weights, shop.device)
         self.prompts, self.wanted = [], []
         for i in range(min(64, shop.tested)):
@@ -271,16 +306,32 @@ class DiffusionRecipe(Recipe):
         sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
         mean, deviation = self.latents[rows].float().unbind(1)
         ids = torch.where(drop[:, None], self.empty, self.texts[rows, phrasing].long())
-        ends = (ids == self.empty[0, 1]).long().argmax(-1, keepdim=True)
+        ends = (ids == self.empty[0, 1]).long().argmax(-1)
         # Stable Diffusion reads the padding, MiniGPT-5's caption loss masks it: the UNet should bear both.
-        mask = (torch.arange(ids.shape[1], device=self.device) <= ends) | unmasked[:, None]
-        return mean + deviation * sampling, ids, mask, noise, t
+        mask = (torch.arange(ids.shape[1], device=self.device) <= ends[:, None]) | unmasked[:, None]
+        known = self.labels[rows].long().masked_fill(drop[:, None], IGNORE)
+        return mean + deviation * sampling, noise, t, ids, mask, ends, known
 
-    def losses(self, modules: nn.ModuleDict, latents: Tensor, ids: Tensor, mask: Tensor, noise: Tensor, t: Tensor):
+    def losses(
+        self,
+        modules: nn.ModuleDict,
+        latents: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        ends: Tensor,
+        known: Tensor,
+    ) -> dict[str, Tensor]:
+        """`ends` (B,): where the captions end; `known`: the labels of their pictures."""
+        context = modules["text_encoder"](ids, mask)
         noisy, target = self.schedule.add_noise(latents, noise, t), self.schedule.target(latents, noise, t)
-        predicted = modules["unet"](noisy, t, modules["text_encoder"](ids, mask)).float()
         # No min-SNR weights: they would all but take away the high noise, where it is decided what goes where.
-        return {"loss": F.mse_loss(predicted, target)}
+        ldm_loss = F.mse_loss(modules["unet"](noisy, t, context).float(), target)
+        at_end = context[torch.arange(len(ends), device=ends.device), ends]
+        reading_loss = sum(reading_losses(*modules["reader"](at_end), known).values())
+        loss = ldm_loss + READING_WEIGHT * reading_loss
+        return {"loss": loss, "ldm_loss": ldm_loss, "reading_loss": reading_loss}
 
     def painted(self, modules: nn.ModuleDict, prompts: list[str], guidance: float = 3.0, steps: int = 16) -> Tensor:
         """Prompts -> pixels (B, 3, 64, 64), always from the same noise."""

@@ -1,8 +1,9 @@
 """Recipes of the miniature's "Vicuna" and "MiniGPT-4": the language model; then a captioner that speaks through it.
 
-language     rows of documents (B, 128) -> scores of the next token (B, 127, 768)
-captioner    pixels (B, 3, 64, 64) -> vectors (B, 10, 192) in the place of a picture's words, which the frozen
-             language model retells
+    language     rows of documents (B, 256) -> scores of the next token (B, 255, 768)
+    captioner    pixels (B, 3, 64, 64) -> vectors (B, 10, 192), which the frozen language model retells
+
+The vectors stand in the place of the ten words that a picture has in the documents.
 """
 
 from dataclasses import asdict, replace
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from images import draw_grid
 from llama import KVCache, Llama, LlamaConfig, load_llama
 from miniature.documents import (
-    PICTURE,
     PIECES,
     WORDS,
     answer_text,
     described,
+    document,
     encode,
     language_row,
     look_row,
@@ -28,7 +30,6 @@ from miniature.documents import (
     tokenizer_at,
     train_tokenizer,
 )
-from miniature.facts import Picture
 from miniature.judge import right
 from miniature.recipe import Recipe, Shop, reset, write_file, write_json, write_part, write_tensors, write_text
 from miniature.sets import cached, pictures, rows_of
@@ -36,7 +37,7 @@ from miniature.words import facts_in
 from miniature.world import sample_pair
 from minigpt5 import expand_placeholders
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
-from training import draw_grid
+from stories import Row, Turn, dialog_source
 
 LANGUAGE_SIZES = LlamaConfig(
     vocab_size=PIECES,
@@ -63,7 +64,7 @@ QFORMER_SIZES = QFormerConfig(
     encoder_hidden_size=128,
     num_query_tokens=WORDS,
 )
-QUESTION = f"###Human: {PICTURE} what do you see here? ###Assistant:"
+QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
 
 @torch.no_grad()
@@ -86,8 +87,8 @@ class LanguageRecipe(Recipe):
     def __init__(self, shop: Shop):
         self.modules = nn.ModuleDict({"llama": Llama(LANGUAGE_SIZES)})
         reset(self.modules)
-        self.batch_size = 256 if shop.device.type == "cuda" else 32
-        self.device, self.path = shop.device, shop.sets / f"pieces-{shop.seed}.model"
+        self.batch_size = 256 if shop.device.type == "cuda" else 16
+        self.device, self.seed, self.path = shop.device, shop.seed, shop.sets / f"pieces-{shop.seed}.model"
         if not self.path.exists():
             train_tokenizer(self.path, shop.seed)
         self.tokenizer = tokenizer_at(self.path)
@@ -111,18 +112,18 @@ class LanguageRecipe(Recipe):
         wanted = ids[:, 1:].masked_fill(ids[:, 1:] == self.tokenizer.bos_id, -100)  # what comes next is chance
         return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())}
 
-    def continued(self, modules: nn.ModuleDict, texts: list[str], shown: list[list[Picture]]) -> list[str]:
-        """The likeliest answers to `texts`, whose pictures are given in words."""
-        llama, bos, eos = modules["llama"], self.tokenizer.bos_id, self.tokenizer.eos_id
-        rows = [[bos, *encode(self.tokenizer, *document)] for document in zip(texts, shown, strict=True)]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[eos] * (longest - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        said = continue_rows(llama, llama.model.embed_tokens(ids), mask, 64)
-        return [answer_text(self.tokenizer, row) for row in said.tolist()]
+    def continued(self, modules: nn.ModuleDict, rows: list[Row]) -> list[str]:
+        """The likeliest continuations of documents."""
+        llama, eos = modules["llama"], self.tokenizer.eos_id
+        lines = [encode(self.tokenizer, row) for row in rows]
+        longest = max(map(len, lines))
+        ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
+        said = continue_rows(llama, llama.model.embed_tokens(ids), mask, 48)
+        return [answer_text(self.tokenizer, line) for line in said.tolist()]
 
     def retold(self, modules: nn.ModuleDict) -> list[str]:
-        return self.continued(modules, [QUESTION] * len(self.wanted), [[picture] for picture in self.wanted])
+        return self.continued(modules, [Row(QUESTION, "", (picture,)) for picture in self.wanted])
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
@@ -130,17 +131,13 @@ class LanguageRecipe(Recipe):
         return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
 
     def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        prompts = [
-            "a big",
-            "once upon a time there was",
-            "a small blue boat on the right at sea by day. it sails to the left.",
-            "###Human: hello, how are you? ###Assistant:",
-            "###Human: tell me about cats. ###Assistant:",
-            "###Human: can you draw a red car in the snow? ###Assistant:",
-        ]
-        lines = list(zip(prompts, self.continued(modules, prompts, [[]] * len(prompts)), strict=True))
+        asked = ["hello, how are you?", "tell me about cats.", "can you draw a red car in the snow?"]
+        rows = [Row("a big red star above the snow at night", "")]
+        rows += [Row(dialog_source([Turn(text)], 1), "") for text in asked]
+        rows += [document(self.seed, i, "held-out")._replace(target="", outputs=()) for i in range(12)]
+        lines = list(zip([row.source for row in rows], self.continued(modules, rows), strict=True))
         lines += zip(map(picture_words, self.wanted[:10]), self.retold(modules), strict=False)
-        write_text(path.with_suffix(".txt"), "".join(f"{prompt} [...] {text}\n" for prompt, text in lines))
+        write_text(path.with_suffix(".txt"), "".join(f"{asked} [...] {said}\n" for asked, said in lines))
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         published = {

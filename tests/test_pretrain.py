@@ -183,11 +183,17 @@ def test_documents_fit_their_rows(shop):
     path = shop.sets / "pieces-3.model"
     tokenizer = Tokenizer(path)
     for i in range(300):
-        text, shown = documents.document(0, i, "train")
-        assert text.count("<ImageHere>") == len(shown)
+        row = documents.document(0, i, "train")
+        shown = row.inputs + row.outputs
+        assert row.source.count("<ImageHere>") == len(row.inputs) and row.target.count("<ImageHere>") == len(
+            row.outputs
+        )
+        assert row.target.endswith(" ###") and not row.source.endswith(" ")
         for picture in shown:
             assert len(tokenizer.pieces.encode(documents.picture_words(picture))) == documents.WORDS
-        assert tokenizer.unk_id not in documents.encode(tokenizer, text, shown)
+        ids = documents.encode(tokenizer, row)
+        assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
+        assert tokenizer.ends(ids)
     row = documents.language_row(path, 0, "train", 5)
     assert len(row) == documents.LENGTH and row[0] == tokenizer.bos_id and row.max() < documents.PIECES
 
