@@ -2,7 +2,8 @@
 
 A background holds nothing that could be taken for one of the things: no trees, houses with a roof or birds, and stars
 that are mere dots. Coordinates are page units, 64 by 64, y downwards. Everything is painted at four times the size and
-averaged down. The shapes depend on scene and variant alone, so that they stay where they are when night falls.
+averaged down. The shapes depend on scene and variant alone, so that they stay where they are when night falls. Stars,
+flakes, blades of grass and lit windows are the same in every variant: what is small and many is dear to an autoencoder.
 """
 
 from functools import lru_cache
@@ -10,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-VARIANTS = 24
+VARIANTS = 8
 SUPERSAMPLE = 4
 SKY = {  # colours from the top down to the horizon
     "day": ((96, 178, 240), (150, 208, 248), (214, 238, 252)),
@@ -33,7 +34,8 @@ class Page:
     """A page being painted: a Pillow picture and its scale."""
 
     def __init__(self, size: int, scene: str, time: str, rng: np.random.Generator):
-        self.time, self.rng = time, rng
+        self.time, self.rng = time, rng  # `rng`: of this variant
+        self.specks = np.random.default_rng(0)  # the same in all
         self.light = LIGHT_OF.get((scene, time), LIGHT[time])
         self.side = size * SUPERSAMPLE
         self.scale = self.side / 64
@@ -130,7 +132,7 @@ def sky(page: Page, horizon: float) -> float:
     page.image = page.gradient(0, horizon, SKY[time])
     x = (23.0 if rng.random() < 0.5 else 41.0) + rng.uniform(-1.5, 1.5)
     high = rng.uniform(6.0, 8.0)
-    dots = np.stack([rng.uniform(1, 63, 46), rng.uniform(1, horizon - 3, 46), rng.uniform(0.2, 0.5, 46)], 1)
+    dots = page.specks.uniform((1, 1, 0.2), (63, 29, 0.5), (46, 3))  # x, y, radius
     puffs = [(rng.uniform(0, 64), rng.uniform(4, horizon - 9), rng.uniform(0.7, 1.25)) for _ in range(4)]
     if time == "day":
         page.glow(x, high, 17, (255, 246, 196), 0.8)
@@ -201,36 +203,36 @@ def sea(page: Page) -> None:
 
 def meadow(page: Page) -> None:
     sky(page, 36)
-    rng = page.rng
+    rng, specks = page.rng, page.specks
     page.land(hills(rng, 35, 3.0, 50), (150, 208, 150), (132, 190, 120), (112, 170, 112))
     page.land(hills(rng, 41, 2.6, 42), (186, 222, 112), (150, 200, 96), (136, 184, 88))
     page.land(hills(rng, 49, 1.6, 60), (172, 216, 96), (112, 176, 70), (120, 180, 74))
     for _ in range(22):
-        x, y = rng.uniform(0, 64), rng.uniform(52, 63)
+        x, y = specks.uniform(0, 64), specks.uniform(52, 63)
         page.stroke([(x - 0.8, y - 1.5), (x, y), (x + 0.7, y - 1.7)], (86, 150, 60), 0.35)
     for _ in range(16):
-        x, y = rng.uniform(0, 64), rng.uniform(47, 63)
-        page.spot(x, y, 0.42, 0.42, [(255, 250, 230), (255, 226, 120), (250, 190, 214)][rng.integers(3)])
+        x, y = specks.uniform(0, 64), specks.uniform(47, 63)
+        page.spot(x, y, 0.42, 0.42, [(255, 250, 230), (255, 226, 120), (250, 190, 214)][specks.integers(3)])
 
 
 def snow(page: Page) -> None:
     sky(page, 38)
-    rng = page.rng
+    rng, specks = page.rng, page.specks
     page.shape(np.concatenate([peaks(rng, 40, 9, 3), [(70, 64), (-6, 64)]]), (190, 208, 234), (214, 226, 242))
     page.land(hills(rng, 40, 2.6, 44), (226, 237, 250), (204, 221, 244), (176, 198, 230))
     page.land(hills(rng, 48, 2.0, 56), (240, 246, 254), (206, 222, 246), (190, 210, 238))
     for _ in range(9):  # drifts
-        x, y = rng.uniform(0, 64), rng.uniform(52, 63)
+        x, y = specks.uniform(0, 64), specks.uniform(52, 63)
         page.stroke([(x - 3, y), (x - 1, y - 0.6), (x + 1.6, y - 0.5), (x + 3.4, y)], (182, 203, 236), 0.45)
     flake = (255, 255, 255) if page.time != "night" else (190, 206, 240)
     for _ in range(46):
-        r = rng.uniform(0.28, 0.6)
-        page.spot(rng.uniform(0, 64), rng.uniform(0, 64), r, r, flake, lit=True)
+        r = specks.uniform(0.28, 0.6)
+        page.spot(specks.uniform(0, 64), specks.uniform(0, 64), r, r, flake, lit=True)
 
 
 def city(page: Page) -> None:
     sky(page, 44)
-    rng = page.rng
+    rng, specks = page.rng, page.specks
     for back in (True, False):
         x = -2.0 - rng.uniform(0, 4)
         while x < 65:
@@ -260,8 +262,8 @@ def city(page: Page) -> None:
     page.waves(53.5, 64, ((92, 160, 178), (40, 104, 140)), (176, 220, 226), 3)
     if page.time != "day":
         for _ in range(14):
-            x, y = rng.uniform(0, 64), rng.uniform(55, 63)
-            page.spot(x, y, rng.uniform(0.8, 1.8), 0.28, (255, 214, 130), lit=True)
+            x, y = specks.uniform(0, 64), specks.uniform(55, 63)
+            page.spot(x, y, specks.uniform(0.8, 1.8), 0.28, (255, 214, 130), lit=True)
 
 
 def lights(page: Page, x: float, top: float, width: float) -> None:
@@ -269,14 +271,14 @@ def lights(page: Page, x: float, top: float, width: float) -> None:
     lit = {"day": 0.0, "sunset": 0.45, "night": 0.6}[page.time]
     for row in np.arange(top + 1.6, 45, 2.9):
         for column in np.arange(x + 1.3, x + width - 1.2, 2.3):
-            on = page.rng.random() < lit
+            on = page.specks.random() < lit
             box = [(column, row), (column + 1.1, row), (column + 1.1, row + 1.5), (column, row + 1.5)]
             page.shape(box, (255, 222, 128) if on else (222, 236, 248) if lit == 0 else (96, 104, 140), lit=on)
 
 
 def desert(page: Page) -> None:
     sky(page, 40)
-    rng = page.rng
+    rng, specks = page.rng, page.specks
     at = rng.uniform(20, 44)
     for x, y, h in ((at - 11, 41, 9), (at, 41, 14)):
         page.shape([(x, y - h), (x + h * 0.95, y + 1), (x - h * 0.95, y + 1)], (226, 186, 128), (212, 168, 112))
@@ -287,7 +289,7 @@ def desert(page: Page) -> None:
         line = hills(rng, start, 0.9, 26)
         page.stroke(np.stack([np.linspace(-1, 65, 67), line], 1), (210, 168, 112), 0.4)
     for _ in range(12):
-        page.spot(rng.uniform(0, 64), rng.uniform(51, 63), 0.5, 0.32, (190, 146, 100))
+        page.spot(specks.uniform(0, 64), specks.uniform(51, 63), 0.5, 0.32, (190, 146, 100))
 
 
 def mountains(page: Page) -> None:

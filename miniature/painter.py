@@ -1,17 +1,16 @@
-"""Recipes of the miniature's "Stable Diffusion": the autoencoder; then text encoder and UNet together.
+"""Recipes of the miniature's "Stable Diffusion": the autoencoder; then the UNet, between it and the text encoder.
 
     vae          pixels (B, 3, 64, 64) <-> latents (B, 16, 8, 8)
-    diffusion    latents, noise and timesteps; caption ids (B, 32) -> encoding (B, 32, 128) -> velocity (B, 16, 8, 8)
+    diffusion    noisy latents, timesteps (B,), caption encodings (B, 32, 128) -> velocity (B, 16, 8, 8)
 
-The autoencoder's latents are made once, from the autoencoder in the weights folder: a better one brings new ones.
+The UNet learns with the frozen text encoder and autoencoder in the weights folder. The latents are made once from that
+autoencoder: a better one brings new ones.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import lru_cache, partial
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,37 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from images import draw_grid, to_image
-from miniature.facts import Picture
-from miniature.judge import (
-    IGNORE,
-    SLOT_SIZES,
-    SLOTS,
-    WHOLE_SIZES,
-    Judge,
-    labels,
-    load_judge,
-    reading_losses,
-    shares,
-)
-from miniature.recipe import Recipe, Shop, normal, reset, write_json, write_part, write_text
-from miniature.sets import cached, pictures, rows_of, to_pixels
-from miniature.words import caption, facts_in
+from miniature.judge import Judge, load_judge, shares
+from miniature.reader import PHRASINGS, caption_sets, ends_of, full_caption, tokenizer_at
+from miniature.recipe import Recipe, Shop, normal, write_json, write_part
+from miniature.sets import cached, pictures, to_pixels
 from miniature.world import random_stream, sample_pair
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
-from text_encoder import ClipTokenizer, TextConfig, TextEncoder
+from text_encoder import load_text_encoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig, load_vae
 
 VAE_SIZES = VAEConfig(
     block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=8, scaling_factor=1.0
-)
-TEXT_SIZES = TextConfig(
-    vocab_size=0,  # known once the tokenizer is trained
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    max_position_embeddings=32,
 )
 UNET_SIZES = UNetConfig(
     sample_size=8,
@@ -67,10 +47,7 @@ UNET_SIZES = UNetConfig(
 SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
 KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
 DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
-READING_WEIGHT = 0.05
-PHRASINGS = 4  # captions of a picture
-TEXTS = 20_000  # captions whose words become the byte-pair vocabulary
-CAPTIONS, PROMPTS = 300, 301  # purposes of the random streams
+PROMPTS = 301  # purpose of the random streams
 
 
 # ---- autoencoder
@@ -153,76 +130,6 @@ class AutoencoderRecipe(Recipe):
         write_part(folder, "diffusion_pytorch_model", modules["vae"], published | asdict(config))
 
 
-# ---- captions
-
-
-def full_caption(picture: Picture, rng: np.random.Generator) -> str:
-    """A caption that names every size and place."""
-    while True:
-        text = caption(picture, rng)
-        if all(thing.size and thing.place for thing in facts_in(text).things):
-            return text
-
-
-def byte_pairs(words: Counter) -> list[tuple[str, str]]:
-    """The commonest pair of neighbouring parts, joined, and again, until every word (of a-z) is one: CLIP's merges."""
-    split, found = {word: [*word[:-1], word[-1] + "</w>"] for word in words}, []
-    while True:
-        pairs = Counter()
-        for word, parts in split.items():
-            for pair in pairwise(parts):
-                pairs[pair] += words[word]
-        if not pairs:
-            return found
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        found.append(best)
-        for word, parts in split.items():
-            joined = []
-            for part in parts:
-                if joined and (joined[-1], part) == best:
-                    joined[-1] += part
-                else:
-                    joined.append(part)
-            split[word] = joined
-
-
-def write_clip_tokenizer(folder: Path, seed: int) -> None:
-    """vocab.json, merges.txt and settings as published ones are, from the words of TEXTS captions."""
-    words = Counter(word for i in range(TEXTS) for word in sample_pair(seed, i)[1].split())
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # "!" first: it pads, and its id is 0
-    letters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]  # CLIP's spelling of the 256 bytes
-    pairs = byte_pairs(words)
-    tokens = [*letters, *(f"{x}</w>" for x in letters), *map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    special |= {"pad_token": "!"}
-    length = TEXT_SIZES.max_position_embeddings
-    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    write_json(folder / "special_tokens_map.json", special)
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": length} | special,
-    )
-    # The last file: where it is, all are.
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
-
-
-@lru_cache
-def tokenizer_at(folder: Path) -> ClipTokenizer:
-    return ClipTokenizer(folder)
-
-
-def caption_row(folder: Path, seed: int, i: int) -> np.ndarray:
-    """int16 (PHRASINGS, S): the ids of several captions of picture i. All but the last name every size and place."""
-    picture, rng = sample_pair(seed, i)[0], random_stream(seed, i, CAPTIONS)
-    texts = [full_caption(picture, rng) for _ in range(PHRASINGS - 1)] + [caption(picture, rng)]
-    return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
-
-
-def label_row(seed: int, i: int) -> np.ndarray:
-    """The facts of picture i as `judge.labels` gives them."""
-    return labels(sample_pair(seed, i)[0])
-
-
 # ---- diffusion
 
 
@@ -244,52 +151,25 @@ def paint(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, 
     return latents
 
 
-class Reader(nn.Module):
-    """The text encoding at a caption's end (B, D) -> scores as the judge's: what a caption says of every slot.
-
-    It only helps in training. Without it the encoder drops "left" and "right": what a place means shows only once the
-    UNet uses it, and the UNet cannot use it before the encoding tells it.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.slots = nn.Linear(width, len(SLOTS) * sum(SLOT_SIZES))
-        self.whole = nn.Linear(width, sum(WHOLE_SIZES))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.slots(x).unflatten(-1, (len(SLOTS), -1)), self.whole(x)
-
-
 class DiffusionRecipe(Recipe):
-    """The loss of v prediction, and a fact reader's on the text encoding, as CLIP's own training gives it meaning."""
-
     name, lr, matrix_lr, hold = "diffusion", 1e-3, 0.01, 5000
 
     def __init__(self, shop: Shop):
-        self.tokenizer_folder = shop.sets / f"byte-pairs-{shop.seed}"
-        if not (self.tokenizer_folder / "merges.txt").exists():
-            write_clip_tokenizer(self.tokenizer_folder, shop.seed)
-        self.tokenizer = tokenizer_at(self.tokenizer_folder)
-        self.text_sizes = replace(TEXT_SIZES, vocab_size=len(self.tokenizer.vocabulary))
-        text_encoder, reader = TextEncoder(self.text_sizes), Reader(self.text_sizes.hidden_size)
-        self.modules = nn.ModuleDict({"text_encoder": text_encoder, "unet": UNet(UNET_SIZES), "reader": reader})
-        reset(text_encoder)
+        self.modules = nn.ModuleDict({"unet": UNet(UNET_SIZES)})
         nn.init.zeros_(self.modules["unet"].conv_out.weight)
         self.batch_size = 1024 if shop.device.type == "cuda" else 64
         self.device, self.seed = shop.device, shop.seed
         self.schedule = NoiseSchedule(SCHEDULE).to(shop.device)
+        folder = shop.weights / "stable-diffusion"
+        self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, shop.device)
+        self.vae = load_vae(folder / "vae", torch.float32, shop.device)
+        tokenizer_folder, self.texts, _ = caption_sets(shop)
+        self.tokenizer = tokenizer_at(tokenizer_folder)
         self.empty = self.tokenizer([""])[0].to(shop.device)
-
-        folder = shop.weights / "stable-diffusion" / "vae"
-        self.vae = load_vae(folder, torch.float32, shop.device)
-        version = hashlib.sha256((folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:8]
-        rows, made = shop.pictures, f"{shop.seed}-{shop.pictures}"
-        drawn = pictures(shop.sets, rows, shop.seed, shop.workers).to(shop.device)
-        latents = cached(shop.sets / f"latents-{version}-{made}.npy", rows, partial(latent_block, self.vae, drawn), 1)
-        path = shop.sets / f"captions-{made}.npy"
-        texts = cached(path, rows, rows_of(partial(caption_row, self.tokenizer_folder, shop.seed)), shop.workers)
-        known = cached(shop.sets / f"labels-{made}.npy", rows, rows_of(partial(label_row, shop.seed)), shop.workers)
-        self.latents, self.texts, self.labels = (x.to(shop.device) for x in (latents, texts, known))
+        version = hashlib.sha256((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:8]
+        drawn = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
+        path = shop.sets / f"latents-{version}-{shop.seed}-{shop.pictures}.npy"
+        self.latents = cached(path, shop.pictures, partial(latent_block, self.vae, drawn), 1).to(shop.device)
         self.judge = judge_in(shop.weights, shop.device)
         self.prompts, self.wanted = [], []
         for i in range(min(64, shop.tested)):
@@ -306,37 +186,24 @@ class DiffusionRecipe(Recipe):
         sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
         mean, deviation = self.latents[rows].float().unbind(1)
         ids = torch.where(drop[:, None], self.empty, self.texts[rows, phrasing].long())
-        ends = (ids == self.empty[0, 1]).long().argmax(-1)
         # Stable Diffusion reads the padding, MiniGPT-5's caption loss masks it: the UNet should bear both.
+        ends = ends_of(ids, self.empty[0, 1])
         mask = (torch.arange(ids.shape[1], device=self.device) <= ends[:, None]) | unmasked[:, None]
-        known = self.labels[rows].long().masked_fill(drop[:, None], IGNORE)
-        return mean + deviation * sampling, noise, t, ids, mask, ends, known
+        with torch.no_grad():
+            context = self.text_encoder(ids, mask)
+        return mean + deviation * sampling, noise, t, context
 
     def losses(
-        self,
-        modules: nn.ModuleDict,
-        latents: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        ends: Tensor,
-        known: Tensor,
+        self, modules: nn.ModuleDict, latents: Tensor, noise: Tensor, t: Tensor, context: Tensor
     ) -> dict[str, Tensor]:
-        """`ends` (B,): where the captions end; `known`: the labels of their pictures."""
-        context = modules["text_encoder"](ids, mask)
         noisy, target = self.schedule.add_noise(latents, noise, t), self.schedule.target(latents, noise, t)
         # No min-SNR weights: they would all but take away the high noise, where it is decided what goes where.
-        ldm_loss = F.mse_loss(modules["unet"](noisy, t, context).float(), target)
-        at_end = context[torch.arange(len(ends), device=ends.device), ends]
-        reading_loss = sum(reading_losses(*modules["reader"](at_end), known).values())
-        loss = ldm_loss + READING_WEIGHT * reading_loss
-        return {"loss": loss, "ldm_loss": ldm_loss, "reading_loss": reading_loss}
+        return {"loss": F.mse_loss(modules["unet"](noisy, t, context).float(), target)}
 
     def painted(self, modules: nn.ModuleDict, prompts: list[str], guidance: float = 3.0, steps: int = 16) -> Tensor:
         """Prompts -> pixels (B, 3, 64, 64), always from the same noise."""
         ids = torch.cat([self.empty.expand(len(prompts), -1), self.tokenizer(prompts)[0].to(self.device)])
-        context = modules["text_encoder"](ids)
+        context = self.text_encoder(ids)
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             without, given = modules["unet"](torch.cat([latents, latents]), timestep, context).chunk(2)
@@ -360,24 +227,12 @@ class DiffusionRecipe(Recipe):
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         folder = weights / "stable-diffusion"
-        text = {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "bos_token_id": self.empty[0, 0].item(),
-            "eos_token_id": self.empty[0, 1].item(),
-            "pad_token_id": 0,
-            "projection_dim": self.text_sizes.hidden_size,
-            "torch_dtype": "float16",
-        }
-        write_part(folder / "text_encoder", "model", modules["text_encoder"], text | asdict(self.text_sizes))
         unet = {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"}
         write_part(folder / "unet", "diffusion_pytorch_model", modules["unet"], unet | asdict(UNET_SIZES))
         write_json(
             folder / "scheduler" / "scheduler_config.json",
             {"_class_name": "PNDMScheduler", "trained_betas": None, "clip_sample": False} | asdict(SCHEDULE),
         )
-        for file in self.tokenizer_folder.iterdir():
-            write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
         write_json(
             folder / "model_index.json",
             {

@@ -10,7 +10,8 @@ Parts, in the order in which they need one another:
 | --------- | -------------------------------------------- | ----------------------------------------------------- |
 | judge     | judge.safetensors                            | to read every fact off a picture; measures the others |
 | vae       | stable-diffusion/vae                         | to draw pictures again from their latents             |
-| diffusion | stable-diffusion/unet, text_encoder, ...     | to draw what captions say, in the latents             |
+| text      | stable-diffusion/text_encoder, tokenizer     | to read the facts off captions                        |
+| diffusion | stable-diffusion/unet, scheduler             | to draw what captions say, in the latents             |
 | language  | vicuna                                       | captions, stories, conversations                      |
 | captioner | blip2, minigpt4                              | to put a picture into words for the language model    |
 
@@ -46,6 +47,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from cli import make_folder, pick_device, run
 from miniature.judge import JudgeRecipe
 from miniature.painter import AutoencoderRecipe, DiffusionRecipe
+from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from training import append_log, cut_log, draw_losses, read_log, step_generator
@@ -53,6 +55,7 @@ from training import append_log, cut_log, draw_losses, read_log, step_generator
 PARTS = {
     "judge": JudgeRecipe,
     "vae": AutoencoderRecipe,
+    "text": TextRecipe,
     "diffusion": DiffusionRecipe,
     "language": LanguageRecipe,
     "captioner": CaptionerRecipe,
@@ -60,6 +63,7 @@ PARTS = {
 MINUTES = {  # of training, on a GPU and on a CPU
     "judge": (1, 15),
     "vae": (6, 360),
+    "text": (1, 15),
     "diffusion": (10, 600),
     "language": (3, 60),
     "captioner": (2, 60),

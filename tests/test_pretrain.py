@@ -14,9 +14,10 @@ import torch
 from llama import Llama, Tokenizer, Vokens, load_llama
 from loading import WeightsError
 from mapper import VokenMapper
-from miniature import documents, painter, pretrain, speaker, world
+from miniature import documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
-from miniature.painter import TEXT_SIZES, UNET_SIZES, VAE_SIZES
+from miniature.painter import UNET_SIZES, VAE_SIZES
+from miniature.reader import TEXT_SIZES
 from miniature.recipe import Shop
 from miniature.sets import cached, pictures, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 SMALLER = [
     (painter, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
     (painter, "UNET_SIZES", {"block_out_channels": (32, 32), "attention_head_dim": (2, 2)}),
-    (painter, "TEXT_SIZES", {"num_hidden_layers": 1}),
+    (reader, "TEXT_SIZES", {"num_hidden_layers": 1}),
     (speaker, "LANGUAGE_SIZES", {"num_hidden_layers": 1}),
     (speaker, "VISION_SIZES", {"num_hidden_layers": 1}),
     (speaker, "QFORMER_SIZES", {"num_hidden_layers": 2}),
@@ -54,7 +55,7 @@ def shop(tmp_path_factory):
     for module, name, changes in SMALLER:
         patch.setattr(module, name, replace(getattr(module, name), **changes))
     patch.setattr(documents, "TEXTS", 2000)
-    patch.setattr(painter, "TEXTS", 3000)
+    patch.setattr(reader, "TEXTS", 3000)
     folder = tmp_path_factory.mktemp("miniature")
     shop = Shop(folder / "runs", folder / "weights", CPU, seed=3, pictures=24, tested=4)
     for part in pretrain.PARTS:
@@ -220,7 +221,7 @@ def test_captions_fit_the_text_encoder(shop):
         picture, text, _ = world.sample_pair(9, i)
         ids = tokenizer.encode(text)
         whole += len(ids) == len(text.split()) <= tokenizer.length - 2
-        named = world.facts_in(painter.full_caption(picture, world.random_stream(0, i)))
+        named = world.facts_in(reader.full_caption(picture, world.random_stream(0, i)))
         assert all(thing.place and thing.size for thing in named.things) and world.agrees(named, picture)
     print(f"{whole} of 500 captions have a token a word and are not cut")
     assert whole > 490

@@ -1,0 +1,209 @@
+"""Recipe of the miniature's text encoder: it learns to read the facts off captions, and is frozen from then on.
+
+    caption ids (B, 32) -> encoding (B, 32, 128), at the caption's end -> scores of the slots and of the whole picture
+
+Stable Diffusion's text encoder is CLIP's, trained beside pictures before any UNet saw it. Trained with the UNet alone,
+the miniature's dropped "left" and "right": what a place means shows only once the UNet uses it, and the UNet cannot
+use it before the encoding tells it.
+"""
+
+from collections import Counter
+from dataclasses import asdict, replace
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from miniature.facts import Picture
+from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
+from miniature.recipe import Recipe, Shop, reset, write_json, write_part, write_text
+from miniature.sets import cached, rows_of
+from miniature.words import caption, facts_in
+from miniature.world import random_stream, sample_pair
+from text_encoder import ClipTokenizer, TextConfig, TextEncoder
+
+TEXT_SIZES = TextConfig(
+    vocab_size=0,  # known once the tokenizer is trained
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+)
+PHRASINGS = 4  # captions of a picture
+TEXTS = 20_000  # captions whose words become the byte-pair vocabulary
+CAPTIONS, READ = 300, 302  # purposes of the random streams
+
+
+# ---- captions as tokens
+
+
+def full_caption(picture: Picture, rng: np.random.Generator) -> str:
+    """A caption that names every size and place."""
+    while True:
+        text = caption(picture, rng)
+        if all(thing.size and thing.place for thing in facts_in(text).things):
+            return text
+
+
+def byte_pairs(words: Counter) -> list[tuple[str, str]]:
+    """The commonest pair of neighbouring parts, joined, and again, until every word (of a-z) is one: CLIP's merges."""
+    split, found = {word: [*word[:-1], word[-1] + "</w>"] for word in words}, []
+    while True:
+        pairs = Counter()
+        for word, parts in split.items():
+            for pair in pairwise(parts):
+                pairs[pair] += words[word]
+        if not pairs:
+            return found
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        found.append(best)
+        for word, parts in split.items():
+            joined = []
+            for part in parts:
+                if joined and (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
+            split[word] = joined
+
+
+def write_clip_tokenizer(folder: Path, seed: int) -> None:
+    """vocab.json, merges.txt and settings as published ones are, from the words of TEXTS captions."""
+    words = Counter(word for i in range(TEXTS) for word in sample_pair(seed, i)[1].split())
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # "!" first: it pads, and its id is 0
+    letters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]  # CLIP's spelling of the 256 bytes
+    pairs = byte_pairs(words)
+    tokens = [*letters, *(f"{x}</w>" for x in letters), *map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special |= {"pad_token": "!"}
+    length = TEXT_SIZES.max_position_embeddings
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": length} | special,
+    )
+    # The last file: where it is, all are.
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
+
+
+@lru_cache
+def tokenizer_at(folder: Path) -> ClipTokenizer:
+    return ClipTokenizer(folder)
+
+
+def caption_row(folder: Path, seed: int, i: int) -> np.ndarray:
+    """int16 (PHRASINGS, S): the ids of several captions of picture i. All but the last name every size and place."""
+    picture, rng = sample_pair(seed, i)[0], random_stream(seed, i, CAPTIONS)
+    texts = [full_caption(picture, rng) for _ in range(PHRASINGS - 1)] + [caption(picture, rng)]
+    return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
+
+
+def label_row(seed: int, i: int) -> np.ndarray:
+    """The facts of picture i as `judge.labels` gives them."""
+    return labels(sample_pair(seed, i)[0])
+
+
+# ---- reading
+
+
+class Reader(nn.Module):
+    """The text encoding at a caption's end (B, D) -> scores as the judge's: what a caption says of every slot."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.slots = nn.Linear(width, len(SLOTS) * sum(SLOT_SIZES))
+        self.whole = nn.Linear(width, sum(WHOLE_SIZES))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.slots(x).unflatten(-1, (len(SLOTS), -1)), self.whole(x)
+
+
+def ends_of(ids: Tensor, end: int) -> Tensor:
+    """Where the captions (B, S) end: the first `end` token of each -> (B,)."""
+    return (ids == end).long().argmax(-1)
+
+
+def caption_sets(shop: Shop) -> tuple[Path, Tensor, Tensor]:
+    """The folder of the tokenizer, and of every picture of the training set the captions' ids (rows, PHRASINGS, S) and
+    the facts (rows, 21). Made if they are missing."""
+    folder, made = shop.sets / f"byte-pairs-{shop.seed}", f"{shop.seed}-{shop.pictures}"
+    if not (folder / "merges.txt").exists():
+        write_clip_tokenizer(folder, shop.seed)
+    make = rows_of(partial(caption_row, folder, shop.seed))
+    texts = cached(shop.sets / f"captions-{made}.npy", shop.pictures, make, shop.workers)
+    known = cached(
+        shop.sets / f"labels-{made}.npy", shop.pictures, rows_of(partial(label_row, shop.seed)), shop.workers
+    )
+    return folder, texts.to(shop.device), known.to(shop.device)
+
+
+class TextRecipe(Recipe):
+    name, lr, matrix_lr, hold = "text", 2e-3, 0.02, 1000
+
+    def __init__(self, shop: Shop):
+        self.tokenizer_folder, self.texts, self.labels = caption_sets(shop)
+        tokenizer = tokenizer_at(self.tokenizer_folder)
+        self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
+        self.modules = nn.ModuleDict(
+            {"text_encoder": TextEncoder(self.sizes), "reader": Reader(self.sizes.hidden_size)}
+        )
+        reset(self.modules)
+        self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 64, shop.device
+        self.begin, self.end = tokenizer([""])[0][0, :2].tolist()
+        self.tested, self.wanted = [], []
+        for i in range(shop.tested):
+            picture = sample_pair(shop.seed, i, "held-out")[0]
+            self.tested.append(full_caption(picture, random_stream(shop.seed, i, READ)))
+            self.wanted.append(torch.from_numpy(labels(picture)))
+        self.tested_ids = tokenizer(self.tested)[0].to(shop.device)
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        tops = len(self.texts), PHRASINGS
+        rows, phrasing = (torch.randint(top, (self.batch_size,), generator=generator) for top in tops)
+        rows, phrasing = rows.to(self.device), phrasing.to(self.device)
+        return self.texts[rows, phrasing].long(), self.labels[rows].long()
+
+    def scores(self, modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
+        encoding, ends = modules["text_encoder"](ids), ends_of(ids, self.end)
+        return modules["reader"](encoding[torch.arange(len(ids), device=ids.device), ends])
+
+    def losses(self, modules: nn.ModuleDict, ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+        losses = reading_losses(*self.scores(modules, ids), known)
+        return {"loss": sum(losses.values()), **losses}
+
+    def read(self, modules: nn.ModuleDict) -> list[Tensor]:
+        """Which facts of every tested caption are read rightly: of each (21,)."""
+        slots, whole = self.scores(modules, self.tested_ids)
+        slots = torch.stack([s.argmax(-1) for s in slots.split(SLOT_SIZES, -1)], -1).flatten(1)
+        whole = torch.stack([s.argmax(-1) for s in whole.split(WHOLE_SIZES, -1)], -1)
+        seen = torch.cat([slots, whole], -1).cpu()
+        return [(row == known) | (known == IGNORE) for row, known in zip(seen, self.wanted, strict=True)]
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """The share of held-out captions, with all facts named, of which every fact is read rightly."""
+        return {"read": sum(row.all().item() for row in self.read(modules)) / len(self.tested)}
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        """The captions that are read wrongly."""
+        wrong = [text for text, row in zip(self.tested, self.read(modules), strict=True) if not row.all()]
+        write_text(path.with_suffix(".txt"), "".join(f"{text}\n" for text in wrong))
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        folder = weights / "stable-diffusion"
+        published = {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "bos_token_id": self.begin,
+            "eos_token_id": self.end,
+            "pad_token_id": 0,
+            "projection_dim": self.sizes.hidden_size,
+            "torch_dtype": "float16",
+        }
+        write_part(folder / "text_encoder", "model", modules["text_encoder"], published | asdict(self.sizes))
+        for file in self.tokenizer_folder.iterdir():
+            write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
