@@ -1,5 +1,6 @@
-"""What all commands share: one line for an error, the device, the number type."""
+"""What all commands share: one line for an error, defaults that go with the weights, the device, the number type."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from loading import read_json
+
+MINIATURE = Path(__file__).resolve().parent / "miniature" / "weights"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -20,6 +24,24 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    layout = "folder of the published layout (README, Published weights); default: the miniature"
+    parser.add_argument("--weights", type=Path, default=MINIATURE, metavar="DIR", help=layout)
+
+
+def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
+    """Read the command line. What suits a size is its weights' to say: options that are not given take the values that
+    WEIGHTS/minigpt5/config.json has under `command`, where there is one. ValueError if it names an unknown option."""
+    first = argparse.ArgumentParser(add_help=False)
+    add_weights_option(first)
+    path = first.parse_known_args()[0].weights / "minigpt5" / "config.json"
+    suited = read_json(path).get(command, {}) if path.is_file() else {}
+    if unknown := set(suited) - set(vars(parser.parse_args([]))):
+        raise ValueError(f"{path}: {command} has no option {', '.join(sorted(unknown))}")
+    parser.set_defaults(**suited)
+    return parser.parse_args()
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,9 +1,9 @@
 """Ask MiniGPT-5: text and pictures in, text and pictures out.
 
-    python sample.py --weights weights --prompt "a red boat on the sea at night"
+    python sample.py --prompt "a red boat on the sea at night"
+    python sample.py --prompt "a kite flies over the meadow." --turns 4      # a story, step by step
+    python sample.py --chat                                                  # a talk in the terminal
     python sample.py --weights weights --prompt "what is this?" --image a.jpg --image b.jpg --out out/answer
-    python sample.py --weights weights --prompt "a kite flies over the meadow." --turns 4    # a story, step by step
-    python sample.py --weights weights --chat                                                # a talk in the terminal
 
 Prints the answer and writes into OUT the pictures 0.png, 1.png ..., storyboard.png (pictures with their words),
 index.html (the same as one page without other files) and answer.json:
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cli import DTYPES, make_folder, pick_device, run
+from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from generation import Sampling, answer
 from images import draw_grid, read_image, save_image
 from minigpt5 import MiniGPT5, load_minigpt5
@@ -38,8 +38,8 @@ def arguments() -> argparse.Namespace:
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
     add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
     add("--chat", action="store_true", help="talk: a line a turn, `/image FILE` adds a picture, an empty line ends")
-    add("--weights", type=Path, default=Path("weights"), help="folder of the published layout (README, Weights)")
-    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: WEIGHTS/minigpt5")
+    add_weights_option(parser)
+    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: WEIGHTS/minigpt5's")
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add("--steps", type=int, default=50, help="denoising steps of a picture")
@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     add("--force-image", action="store_true", help="begin every answer with a picture")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
-    args = parser.parse_args()
+    args = parse(parser, "sample")
     if not args.prompt and not args.chat:
         parser.error("--prompt is needed, or --chat")
     if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
@@ -181,7 +181,9 @@ def main() -> None:
     pictures = [read_image(path) for path in args.image]
     out = make_folder(args.out)
     start = time.perf_counter()
-    checkpoint = find_checkpoint(args.checkpoint or args.weights / "minigpt5")
+    trained = args.weights / "minigpt5"
+    places = [trained / "mls-story.safetensors"] * (args.turns is not None) + [trained]
+    checkpoint = next(filter(None, map(find_checkpoint, [args.checkpoint] if args.checkpoint else places)), None)
     if checkpoint is None and args.checkpoint:
         raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
     if checkpoint is None:

@@ -1,13 +1,14 @@
 """Stage 2, multimodal learning (paper section 3.3): stories and dialogues teach when and what to say and to show.
 
-    python train_mls.py --weights weights --data vist-train.tar --uas runs/uas --out runs/mls
-    python train_mls.py --weights weights --data mmdialog-train.tar --uas runs/uas --out runs/chat --prefix
-    python sample.py --weights weights --checkpoint runs/mls --prompt "what happens next?" --image a.jpg
+    python train_mls.py                                                # the miniature, on stories of its drawn world
+    python train_mls.py --weights weights --data vist-train.tar --uas runs/cc3m --out runs/vist
+    python train_mls.py --weights weights --data mmdialog-train.tar --uas runs/cc3m --out runs/chat --prefix
+    python sample.py --weights weights --checkpoint runs/vist --prompt "what happens next?" --image a.jpg
 
-Starts from a run of stage 1 (--uas; without it from untrained vokens, the paper's ablation). Trained are LoRA matrices
-in Vicuna, or a prefix of virtual tokens, the voken rows and the mapper's transformer; its MLP and queries stay as stage
-1 left them. The loss is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text
-for a picture, or both. Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5.
+Starts from a run of stage 1, or with --no-uas from untrained vokens. Trained are LoRA matrices in Vicuna, or a prefix
+of virtual tokens, the voken rows and the mapper's transformer; its MLP and queries stay as stage 1 left them. The loss
+is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text for a picture, or both.
+Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cli import DTYPES, pick_device, run
+from miniature.world import write_stories
 from minigpt5 import DROP_RATE, collate, load_minigpt5
 from qformer import preprocess_input
 from stories import TASKS, open_stories
@@ -29,6 +31,7 @@ from training import (
     check_run_options,
     cut_log,
     draw_losses,
+    drawn_data,
     find_checkpoint,
     learning_rate_factor,
     load_checkpoint,
@@ -51,8 +54,9 @@ def task_weights(text: str) -> dict[str, float]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", required=True, help="interleaved tars, as `python data.py vist|mmdialog` writes them")
-    add("--uas", type=Path, help="stage 1's run or checkpoint to start from")
+    add("--data", nargs="+", help="interleaved tars, as `python data.py vist|mmdialog` writes them; default: drawn")
+    add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
+    add("--no-uas", action="store_true", help="start from untrained vokens and mapper (the paper's ablation)")
     add("--prefix", action="store_true", help="prefix tuning in the place of LoRA")
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
         help=f"how often a story step is each task, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
@@ -60,7 +64,7 @@ def arguments() -> argparse.Namespace:
     add("--vokens", type=int, default=8, help="vokens of a picture; with --uas those of its run")
     add("--max-tokens", type=int, default=2048, help="longest row; the oldest steps of a history are left out")
     add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
-    return check_run_options(parser)
+    return check_run_options(parser, "train_mls")
 
 
 def main() -> None:
@@ -70,7 +74,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     out = open_run(args)
     log = out / "log.jsonl"
-    first = find_checkpoint(args.uas) if args.uas else None
+    first = None if args.no_uas else find_checkpoint(args.uas or args.weights / "minigpt5")
     if args.uas and first is None:
         raise ValueError(f"{args.uas}: neither a checkpoint nor the folder of a run that has one")
 
@@ -81,12 +85,13 @@ def main() -> None:
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
     trained = [p for p in model.trained_parameters().values() if p.requires_grad]
+    print(f"stage 1: {first or 'none, vokens and mapper are untrained'}")
     adapter = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
     print(f"trained: {sum(p.numel() for p in trained):,} parameters in {adapter}, voken rows and mapper transformer")
 
     image_size = model.image_encoder.vision_model.config.image_size
     batches = open_stories(
-        args.data,
+        args.data or drawn_data(write_stories, args, model.picture_size),
         model.tokenizer,
         model.queries,
         partial(preprocess_input, size=image_size),  # cropped, as released; what is to be drawn is padded

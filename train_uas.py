@@ -1,8 +1,9 @@
 """Stage 1, unimodal alignment (paper section 3.3): from caption-picture pairs the vokens learn to carry a picture.
 
-    python train_uas.py --weights weights --data cc3m-train-{0000..0575}.tar --out runs/uas
-    python train_uas.py --weights weights --data cc3m.tar --out runs/uas --resume       # go on after a stop
-    python sample.py --weights weights --checkpoint runs/uas --prompt "a lighthouse in a storm"
+    python train_uas.py                                                # the miniature, on pictures of its drawn world
+    python train_uas.py --weights weights --data cc3m-train-{0000..0575}.tar --out runs/cc3m
+    python train_uas.py --weights weights --data cc3m-train-{0000..0575}.tar --out runs/cc3m --resume   # after a stop
+    python sample.py --weights weights --checkpoint runs/cc3m --prompt "a lighthouse in a storm"
 
 Trained are the voken rows of Vicuna's two embeddings and the feature mapper; all else is frozen. The loss is
 0.01 L_text + L_LDM + 0.1 L_CAP. Defaults are the released run's: 2 epochs, batches of 48, AdamW, 2e-5 for the rows and
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from cli import DTYPES, pick_device, run
 from data import open_batches, uas_texts
+from miniature.world import write_pairs
 from minigpt5 import DROP_RATE, collate, load_minigpt5
 from training import (
     Meter,
@@ -26,6 +28,7 @@ from training import (
     check_run_options,
     cut_log,
     draw_losses,
+    drawn_data,
     learning_rate_factor,
     load_checkpoint,
     open_run,
@@ -43,12 +46,12 @@ LONGEST = 256  # tokens of a row; a longer caption is cut at its end
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", required=True, help="tars, folders of tars, patterns, brace lists, http(s) addresses")
+    add("--data", nargs="+", help="tars, folders, patterns, brace lists, http(s) addresses; default: drawn")
     add("--lr", type=float, default=2e-5, help="for the voken rows; the mapper learns at ten times this")
     add("--vokens", type=int, default=8, help="vokens of a picture")
     add("--no-cap", action="store_true", help="without L_CAP (the paper's ablation)")
     add_run_options(parser, out="runs/uas", epochs=2, batch_size=48)
-    return check_run_options(parser)
+    return check_run_options(parser, "train_uas")
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def main() -> None:
     print(f"trained: {rows_count:,} parameters in the voken rows, {mapper_count:,} in the mapper; all else is frozen")
 
     batches = open_batches(
-        args.data,
+        args.data or drawn_data(write_pairs, args, model.picture_size),
         partial(preprocess_output, size=model.picture_size),
         batch_size=args.batch_size,
         seed=args.seed,

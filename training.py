@@ -16,13 +16,14 @@ import os
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from cli import DTYPES, make_folder
+from cli import DTYPES, add_weights_option, make_folder, parse
 from generation import Sampling, paint
 from images import draw_grid, save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
@@ -35,9 +36,10 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, batch_size: int) -> None:
     """The options that both stages have, with their defaults."""
     add = parser.add_argument
-    add("--weights", type=Path, default=Path("weights"), help="folder of the published layout (README, Weights)")
+    add_weights_option(parser)
     add("--out", type=Path, default=Path(out), help="folder of the run")
     add("--resume", action="store_true", help="go on from the newest whole checkpoint in --out, or start")
+    add("--drawn", type=int, default=20_000, help="without --data: samples of the miniature's world to draw")
     add("--epochs", type=float, default=epochs, help="passes over the data")
     add("--steps", type=int, help="optimiser steps in all; overrides --epochs")
     add("--batch-size", type=int, default=batch_size, help="samples of one forward pass")
@@ -57,9 +59,9 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step; default: on a GPU")
 
 
-def check_run_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    args = parser.parse_args()
-    for name in ("batch_size", "accumulate", "save_every", "log_every", "vokens"):
+def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
+    args = parse(parser, command)
+    for name in ("drawn", "batch_size", "accumulate", "save_every", "log_every", "vokens"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
@@ -71,6 +73,15 @@ def open_run(args: argparse.Namespace) -> Path:
     if checkpoint_folders(out) and not args.resume:
         raise ValueError(f"{out} holds a run already: --resume goes on with it, another --out starts anew")
     return out
+
+
+def drawn_data(write: Callable[..., None], args: argparse.Namespace, size: int) -> list[str]:
+    """A tar of the miniature's world in the run's folder, drawn once: `write` is one of miniature.world's writers."""
+    path = args.out / f"drawn-{args.drawn}.tar"
+    if not path.exists():
+        print(f"drawing {args.drawn:,} samples into {path}", flush=True)
+        write(path, args.drawn, args.seed, size=size)
+    return [str(path)]
 
 
 def total_steps(args: argparse.Namespace, samples: int | None) -> int:
