@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from images import draw_grid, to_image
+from miniature.backdrop import VARIANTS
+from miniature.facts import SCENES, TIMES, Picture
 from miniature.judge import Judge, load_judge, shares
 from miniature.reader import PHRASINGS, caption_sets, ends_of, full_caption, tokenizer_at
 from miniature.recipe import Recipe, Shop, normal, write_json, write_part
-from miniature.sets import cached, pictures, to_pixels
-from miniature.world import random_stream, sample_pair
+from miniature.sets import cached, pictures, rows_of, to_pixels
+from miniature.world import draw, random_stream, sample_pair
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
 from text_encoder import load_text_encoder
 from unet import UNet, UNetConfig
@@ -46,6 +49,9 @@ UNET_SIZES = UNetConfig(
 )
 SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
 KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
+THING_WEIGHT = (
+    4.0  # a pixel of a thing counts one and this: there are few of them, and they are what a picture is about
+)
 DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
 PROMPTS = 301  # purpose of the random streams
 
@@ -63,6 +69,15 @@ def decibels(a: Tensor, b: Tensor) -> Tensor:
     return -10 * ((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)).log10()
 
 
+BACKDROPS = list(product(SCENES, TIMES, range(VARIANTS)))
+
+
+def backdrop_row(seed: int, i: int) -> np.ndarray:
+    """Which of BACKDROPS is behind the things of picture i."""
+    picture, _, jitter = sample_pair(seed, i)
+    return np.array(BACKDROPS.index((picture.scene, picture.time, jitter % VARIANTS)), np.int16)
+
+
 def judge_in(weights: Path, device: torch.device) -> Judge | None:
     """The judge, if it is trained already."""
     path = weights / "judge.safetensors"
@@ -70,7 +85,8 @@ def judge_in(weights: Path, device: torch.device) -> Judge | None:
 
 
 class AutoencoderRecipe(Recipe):
-    """L1 on pixels and on their differences, and a touch of KL. Latents are unscaled until the export."""
+    """L1 on pixels, those of things above all, and on their differences, and a touch of KL. Latents are unscaled until
+    the export."""
 
     name, lr, matrix_lr, hold = "vae", 1e-3, 0.02, 2000
 
@@ -79,6 +95,10 @@ class AutoencoderRecipe(Recipe):
         self.batch_size = 512 if shop.device.type == "cuda" else 8
         self.device = shop.device
         self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
+        path = shop.sets / f"backdrops-{shop.seed}-{shop.pictures}.npy"
+        self.behind = cached(path, shop.pictures, rows_of(partial(backdrop_row, shop.seed)), shop.workers)
+        empty = [np.asarray(draw(Picture(scene, time, ()), variant)) for scene, time, variant in BACKDROPS]
+        self.backdrops = torch.from_numpy(np.stack(empty)).to(shop.device)
         self.tested = to_pixels(pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device))
         self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
         self.judge = judge_in(shop.weights, shop.device)
@@ -86,14 +106,17 @@ class AutoencoderRecipe(Recipe):
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
         noise = normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator, self.device)
-        return to_pixels(self.pictures[rows.to(self.device)]), noise
+        drawn, behind = self.pictures[rows.to(self.device)], self.backdrops[self.behind[rows].long().to(self.device)]
+        weight = 1 + THING_WEIGHT * (drawn != behind).any(-1)[:, None]  # (B, 1, 64, 64)
+        return to_pixels(drawn), weight / weight.mean(), noise
 
-    def losses(self, modules: nn.ModuleDict, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         vae = modules["vae"]
         mean, logvar = vae.encode(pixels)
         drawn = vae.decode(vae.sample(mean, logvar, noise))
-        pixel_loss = F.l1_loss(drawn, pixels)
-        edge_loss = sum(map(F.l1_loss, edges(drawn), edges(pixels)))
+        error = drawn - pixels
+        pixel_loss = (weight * error.abs()).mean()
+        edge_loss = sum((weight[..., : e.shape[2], : e.shape[3]] * e.abs()).mean() for e in edges(error))
         kl_loss = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean()
         loss = pixel_loss + edge_loss + KL_WEIGHT * kl_loss
         return {"loss": loss, "pixel_loss": pixel_loss, "edge_loss": edge_loss, "kl_loss": kl_loss}
