@@ -1,40 +1,28 @@
-"""Recipes of the miniature's "Stable Diffusion": the autoencoder; then the UNet, between it and the text encoder.
+"""Recipe of the miniature's UNet, which learns with the frozen text encoder and autoencoder in the weights folder.
 
-    vae          pixels (B, 3, 64, 64) <-> latents (B, 16, 8, 8)
-    diffusion    noisy latents, timesteps (B,), caption encodings (B, 32, 128) -> velocity (B, 16, 8, 8)
-
-The UNet learns with the frozen text encoder and autoencoder in the weights folder. The latents are made once from that
-autoencoder: a better one brings new ones.
+noisy latents (B, 16, 8, 8), timesteps (B,), caption encodings (B, 32, 128) -> velocity (B, 16, 8, 8)
 """
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
-from itertools import product
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from images import draw_grid, to_image
-from miniature.backdrop import VARIANTS
-from miniature.facts import SCENES, TIMES, Picture
-from miniature.judge import Judge, load_judge, shares
+from miniature.autoencoder import judge_in, latent_set
+from miniature.judge import shares
 from miniature.reader import PHRASINGS, caption_sets, ends_of, full_caption, tokenizer_at
 from miniature.recipe import Recipe, Shop, normal, write_json, write_part
-from miniature.sets import cached, pictures, rows_of, to_pixels
-from miniature.world import draw, random_stream, sample_pair
+from miniature.sets import pictures
+from miniature.world import random_stream, sample_pair
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
 from text_encoder import load_text_encoder
 from unet import UNet, UNetConfig
-from vae import VAE, VAEConfig, load_vae
+from vae import load_vae
 
-VAE_SIZES = VAEConfig(
-    block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=8, scaling_factor=1.0
-)
 UNET_SIZES = UNetConfig(
     sample_size=8,
     in_channels=16,
@@ -48,121 +36,8 @@ UNET_SIZES = UNetConfig(
     norm_num_groups=16,
 )
 SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
-KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
-THING_WEIGHT = (
-    4.0  # a pixel of a thing counts one and this: there are few of them, and they are what a picture is about
-)
 DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
 PROMPTS = 301  # purpose of the random streams
-
-
-# ---- autoencoder
-
-
-def edges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels: the outlines, which a plain distance lets blur."""
-    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
-
-
-def decibels(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of pictures in [-1, 1], (B, 3, h, w) twice -> (B,)."""
-    return -10 * ((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)).log10()
-
-
-BACKDROPS = list(product(SCENES, TIMES, range(VARIANTS)))
-
-
-def backdrop_row(seed: int, i: int) -> np.ndarray:
-    """Which of BACKDROPS is behind the things of picture i."""
-    picture, _, jitter = sample_pair(seed, i)
-    return np.array(BACKDROPS.index((picture.scene, picture.time, jitter % VARIANTS)), np.int16)
-
-
-def judge_in(weights: Path, device: torch.device) -> Judge | None:
-    """The judge, if it is trained already."""
-    path = weights / "judge.safetensors"
-    return load_judge(path, device) if path.exists() else None
-
-
-class AutoencoderRecipe(Recipe):
-    """L1 on pixels, those of things above all, and on their differences, and a touch of KL. Latents are unscaled until
-    the export."""
-
-    name, lr, matrix_lr, hold = "vae", 1e-3, 0.02, 2000
-
-    def __init__(self, shop: Shop):
-        self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
-        self.batch_size = 512 if shop.device.type == "cuda" else 8
-        self.device = shop.device
-        self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
-        path = shop.sets / f"backdrops-{shop.seed}-{shop.pictures}.npy"
-        self.behind = cached(path, shop.pictures, rows_of(partial(backdrop_row, shop.seed)), shop.workers)
-        empty = [np.asarray(draw(Picture(scene, time, ()), variant)) for scene, time, variant in BACKDROPS]
-        self.backdrops = torch.from_numpy(np.stack(empty)).to(shop.device)
-        self.tested = to_pixels(pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device))
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
-        self.judge = judge_in(shop.weights, shop.device)
-
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
-        noise = normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator, self.device)
-        drawn, behind = self.pictures[rows.to(self.device)], self.backdrops[self.behind[rows].long().to(self.device)]
-        weight = 1 + THING_WEIGHT * (drawn != behind).any(-1)[:, None]  # (B, 1, 64, 64)
-        return to_pixels(drawn), weight / weight.mean(), noise
-
-    def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        vae = modules["vae"]
-        mean, logvar = vae.encode(pixels)
-        drawn = vae.decode(vae.sample(mean, logvar, noise))
-        error = drawn - pixels
-        pixel_loss = (weight * error.abs()).mean()
-        edge_loss = sum((weight[..., : e.shape[2], : e.shape[3]] * e.abs()).mean() for e in edges(error))
-        kl_loss = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean()
-        loss = pixel_loss + edge_loss + KL_WEIGHT * kl_loss
-        return {"loss": loss, "pixel_loss": pixel_loss, "edge_loss": edge_loss, "kl_loss": kl_loss}
-
-    def round_trip(self, modules: nn.ModuleDict, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures -> their latent means and what is drawn from them."""
-        means = [modules["vae"].encode(part)[0] for part in pixels.split(32)]
-        return torch.cat(means), torch.cat([modules["vae"].decode(mean) for mean in means])
-
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
-        """ "right": drawn again so that the judge still reads every fact."""
-        means, drawn = self.round_trip(modules, self.tested)
-        figures = {"psnr": decibels(drawn, self.tested).mean().item(), "latent_deviation": means.std().item()}
-        return figures | ({"right": shares(self.judge, drawn, self.wanted)["all"]} if self.judge else {})
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        shown = self.tested[:10]
-        drawn = self.round_trip(modules, shown)[1]
-        columns = zip(shown, drawn, decibels(drawn, shown), strict=True)
-        draw_grid([(f"{dB:.1f} dB", [to_image(a), to_image(b)]) for a, b, dB in columns], path.with_suffix(".png"))
-
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        means, _ = self.round_trip(modules, self.tested)
-        config = replace(VAE_SIZES, scaling_factor=round(1 / means.std().item(), 5))
-        levels = len(config.block_out_channels)
-        published = {
-            "_class_name": "AutoencoderKL",
-            "act_fn": "silu",
-            "sample_size": 64,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
-        folder = weights / "stable-diffusion" / "vae"
-        write_part(folder, "diffusion_pytorch_model", modules["vae"], published | asdict(config))
-
-
-# ---- diffusion
-
-
-def latent_block(vae: VAE, drawn: Tensor, rows: range) -> np.ndarray:
-    """float16 (rows, 2, C, h, w): mean and deviation of the scaled latents."""
-    with torch.no_grad():
-        encoded = [vae.encode(to_pixels(part)) for part in drawn[rows.start : rows.stop].split(64)]
-        mean, logvar = map(torch.cat, zip(*encoded, strict=True))
-        both = torch.stack([mean, torch.exp(0.5 * logvar)], 1) * vae.config.scaling_factor
-    return both.half().cpu().numpy()
 
 
 @torch.no_grad()
@@ -189,10 +64,7 @@ class DiffusionRecipe(Recipe):
         tokenizer_folder, self.texts, _ = caption_sets(shop)
         self.tokenizer = tokenizer_at(tokenizer_folder)
         self.empty = self.tokenizer([""])[0].to(shop.device)
-        version = hashlib.sha256((folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:8]
-        drawn = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
-        path = shop.sets / f"latents-{version}-{shop.seed}-{shop.pictures}.npy"
-        self.latents = cached(path, shop.pictures, partial(latent_block, self.vae, drawn), 1).to(shop.device)
+        self.latents = latent_set(shop, self.vae, pictures(shop.sets, shop.pictures, shop.seed, shop.workers))
         self.judge = judge_in(shop.weights, shop.device)
         self.prompts, self.wanted = [], []
         for i in range(min(64, shop.tested)):

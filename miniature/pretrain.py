@@ -10,6 +10,7 @@ Parts, in the order in which they need one another:
 | --------- | -------------------------------------------- | ----------------------------------------------------- |
 | judge     | judge.safetensors                            | to read every fact off a picture; measures the others |
 | vae       | stable-diffusion/vae                         | to draw pictures again from their latents             |
+| decoder   | stable-diffusion/vae, its decoder            | the same, its latents as they are                     |
 | text      | stable-diffusion/text_encoder, tokenizer     | to read the facts off captions                        |
 | diffusion | stable-diffusion/unet, scheduler             | to draw what captions say, in the latents             |
 | language  | vicuna                                       | captions, stories, conversations                      |
@@ -45,8 +46,9 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import make_folder, pick_device, run
+from miniature.autoencoder import AutoencoderRecipe, DecoderRecipe
 from miniature.judge import JudgeRecipe
-from miniature.painter import AutoencoderRecipe, DiffusionRecipe
+from miniature.painter import DiffusionRecipe
 from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
@@ -55,6 +57,7 @@ from training import append_log, cut_log, draw_losses, read_log, step_generator
 PARTS = {
     "judge": JudgeRecipe,
     "vae": AutoencoderRecipe,
+    "decoder": DecoderRecipe,
     "text": TextRecipe,
     "diffusion": DiffusionRecipe,
     "language": LanguageRecipe,
@@ -62,7 +65,8 @@ PARTS = {
 }
 MINUTES = {  # of training, on a GPU and on a CPU
     "judge": (1, 15),
-    "vae": (6, 360),
+    "vae": (4, 200),
+    "decoder": (2, 120),
     "text": (1, 15),
     "diffusion": (10, 600),
     "language": (3, 60),
@@ -118,7 +122,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
 def optimizers_of(recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices, others = [], []
     for name, parameter in recipe.modules.named_parameters():
-        (matrices if parameter.dim() > 1 and not OUTER.search(name) else others).append(parameter)
+        if parameter.requires_grad:
+            (matrices if parameter.dim() > 1 and not OUTER.search(name) else others).append(parameter)
     fused = others[0].device.type == "cuda"
     return [
         torch.optim.AdamW(others, recipe.lr, (0.9, 0.99), weight_decay=0.0, fused=fused),

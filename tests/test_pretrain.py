@@ -14,9 +14,10 @@ import torch
 from llama import Llama, Tokenizer, Vokens, load_llama
 from loading import WeightsError
 from mapper import VokenMapper
-from miniature import documents, painter, pretrain, reader, speaker, world
+from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
-from miniature.painter import UNET_SIZES, VAE_SIZES
+from miniature.autoencoder import VAE_SIZES
+from miniature.painter import UNET_SIZES
 from miniature.reader import TEXT_SIZES
 from miniature.recipe import Shop
 from miniature.sets import cached, pictures, to_pixels
@@ -31,7 +32,7 @@ from vae import VAE, load_vae
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 SMALLER = [
-    (painter, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
+    (autoencoder, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
     (painter, "UNET_SIZES", {"block_out_channels": (32, 32), "attention_head_dim": (2, 2)}),
     (reader, "TEXT_SIZES", {"num_hidden_layers": 1}),
     (speaker, "LANGUAGE_SIZES", {"num_hidden_layers": 1}),
@@ -255,7 +256,9 @@ def test_exports_load(shop):
     vae, unet, schedule = load_vae(sd / "vae"), load_unet(sd / "unet"), load_schedule(sd / "scheduler")
     text, tokenizer = load_text_encoder(sd / "text_encoder"), ClipTokenizer(sd / "tokenizer")
     llama, encoder = load_llama(weights / "vicuna"), load_image_encoder(weights)
-    assert asdict(vae.config) | {"scaling_factor": 1.0} == asdict(painter.VAE_SIZES) and vae.config.scaling_factor != 1
+    assert (
+        asdict(vae.config) | {"scaling_factor": 1.0} == asdict(autoencoder.VAE_SIZES) and vae.config.scaling_factor != 1
+    )
     assert unet.config == painter.UNET_SIZES and schedule.config == painter.SCHEDULE
     assert llama.config == speaker.LANGUAGE_SIZES
     for module in (vae, unet, text, llama, encoder):
