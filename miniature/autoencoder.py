@@ -67,7 +67,7 @@ class AutoencoderRecipe(Recipe):
     """L1 on pixels, those of things above all, and on their differences, and a touch of KL. Latents are unscaled until
     the export."""
 
-    name, lr, matrix_lr, hold = "vae", 1e-3, 0.02, 2000
+    name, lr, matrix_lr, hold = "vae", 1e-3, 0.02, 200
 
     def __init__(self, shop: Shop):
         self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
@@ -158,7 +158,7 @@ def latent_set(shop: Shop, vae: VAE, drawn: Tensor) -> Tensor:
 class DecoderRecipe(AutoencoderRecipe):
     """The decoder alone, from the weights folder on."""
 
-    name = "decoder"
+    name, lr, matrix_lr, hold = "decoder", 3e-4, 0.005, 500
 
     def __init__(self, shop: Shop):
         super().__init__(shop)

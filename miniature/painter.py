@@ -50,7 +50,7 @@ def paint(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, 
 
 
 class DiffusionRecipe(Recipe):
-    name, lr, matrix_lr, hold = "diffusion", 1e-3, 0.01, 5000
+    name, lr, matrix_lr, hold = "diffusion", 1e-3, 0.01, 1000
 
     def __init__(self, shop: Shop):
         self.modules = nn.ModuleDict({"unet": UNet(UNET_SIZES)})

@@ -143,7 +143,7 @@ def caption_sets(shop: Shop) -> tuple[Path, Tensor, Tensor]:
 
 
 class TextRecipe(Recipe):
-    name, lr, matrix_lr, hold = "text", 2e-3, 0.02, 1000
+    name, lr, matrix_lr, hold = "text", 2e-3, 0.02, 200
 
     def __init__(self, shop: Shop):
         self.tokenizer_folder, self.texts, self.labels = caption_sets(shop)

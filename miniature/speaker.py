@@ -82,7 +82,7 @@ def continue_rows(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -
 
 
 class LanguageRecipe(Recipe):
-    name, lr, matrix_lr, hold = "language", 3e-3, 0.02, 1000
+    name, lr, matrix_lr, hold = "language", 3e-3, 0.02, 300
 
     def __init__(self, shop: Shop):
         self.modules = nn.ModuleDict({"llama": Llama(LANGUAGE_SIZES)})
@@ -160,7 +160,7 @@ class CaptionerRecipe(Recipe):
     """Two losses: the answer's through the frozen language model, on a quarter of the batch; and the distance of the
     vectors from the embeddings of the words that the language model was trained with in their place."""
 
-    name, lr, matrix_lr, hold = "captioner", 1e-3, 0.02, 2000
+    name, lr, matrix_lr, hold = "captioner", 1e-3, 0.02, 300
 
     def __init__(self, shop: Shop):
         self.llama = load_llama(shop.weights / "vicuna", torch.float32, shop.device)
