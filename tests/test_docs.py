@@ -1,0 +1,81 @@
+"""README's figure and reading order stay true: the figure to its script and to the code, the order to the imports."""
+
+import ast
+import base64
+import io
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llama import LlamaConfig
+from mapper import VokenMapper
+from qformer import QFormerConfig, VisionConfig
+from unet import UNetConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURE = ROOT / "docs" / "how-it-works.svg"
+HELPERS = {"cli", "images", "loading"}  # README says so above its table
+
+
+def halves(svg):
+    """The drawing without its pictures, and the pictures: how tightly PNG packs them is up to the zlib at hand."""
+    pictures = re.findall(r"data:image/png;base64,([^\"]+)", svg)
+    decoded = [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))), int) for picture in pictures]
+    return re.sub(r"base64,[^\"]+", "", svg), decoded
+
+
+def test_figure_is_what_its_script_draws():
+    committed, pictures = halves(FIGURE.read_text(encoding="utf-8"))
+    drawn, drawn_pictures = halves(runpy.run_path(str(ROOT / "docs" / "how_it_works.py"))["figure"]())
+    assert drawn == committed, "run python docs/how_it_works.py"
+    largest = max(abs(a - b).max() for a, b in zip(pictures, drawn_pictures, strict=True))
+    print(f"{len(pictures)} pictures, largest difference {largest} of 255")
+    assert largest <= 2, "run python docs/how_it_works.py"
+
+
+def test_figure_says_the_published_sizes():
+    svg = FIGURE.read_text(encoding="utf-8")
+    vision, qformer, llama, unet = VisionConfig(), QFormerConfig(), LlamaConfig(), UNetConfig()
+    with torch.device("meta"):
+        queries, width = VokenMapper().t2i_decoder_prompt.shape[1:]
+    latents = (unet.in_channels, unet.sample_size, unet.sample_size)
+    patches = (vision.image_size // vision.patch_size) ** 2 + 1
+    shapes = [(3, vision.image_size, vision.image_size), (patches, vision.hidden_size), latents, (queries, width)]
+    shapes += [(qformer.num_query_tokens, size) for size in (qformer.hidden_size, llama.hidden_size)]
+    shapes += [(8, width), (9, llama.hidden_size), (llama.vocab_size, llama.hidden_size)]
+    assert not [shape for shape in shapes if str(shape) not in svg]
+    assert f"(T, {llama.vocab_size + 9})" in svg and unet.cross_attention_dim == width
+    assert not [name for name in re.findall(r"\w+\.py", svg) if not (ROOT / name).exists()]
+
+
+def test_reading_order_has_no_step_back():
+    """Whatever a file imports was read before, or its row says that it comes further down."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("### Reading order")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if re.match(r"\| \d", line)]
+    files = [re.search(r"`(\w+)", row[1])[1] for row in rows]
+    below = [set(re.findall(r"\w+", row[3])) for row in rows]
+    assert set(files) | HELPERS == {path.stem for path in ROOT.glob("*.py")} | {"miniature"}
+    for i, name in enumerate(files):
+        assert below[i] <= set(files[i + 1 :]), name
+        assert i == 0 or name in set.union(*below[:i]) or not (ROOT / f"{name}.py").exists() or starts(name), name
+        if name in files[i + 1 :] or not (ROOT / f"{name}.py").exists():  # read to its end in a later row; a folder
+            continue
+        used = {module.split(".")[0] for module in imports(ROOT / f"{name}.py")} & {*files, *HELPERS}
+        assert used <= HELPERS | set(files[:i]) | below[i], f"{name} uses {used - HELPERS - set(files[:i]) - below[i]}"
+
+
+def starts(name):
+    """Whether the file is a command, with which one may begin."""
+    return "__main__" in (ROOT / f"{name}.py").read_text(encoding="utf-8")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
