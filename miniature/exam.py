@@ -1,0 +1,194 @@
+"""What `score.py` measures with: the weights, questions in batches, and the shares of facts that come out right.
+
+    text_to_pictures    prompts -> pictures, through the frozen text encoder: "zero-shot Stable Diffusion"
+    ask                 sources and their pictures -> words and a picture, as `generation.answer` gives them
+    look                pictures -> the facts that the judge sees
+    right_shares        facts seen, facts wanted -> the share that is right, of each attribute
+
+Prompt i starts from the same noise on every way to a picture. Words are always the likeliest ones.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from generation import Sampling, answer
+from images import draw_grid, to_image, to_tensor
+from miniature.facts import Picture
+from miniature.judge import ATTRIBUTES, Judge, load_judge, read, right
+from miniature.tales import Turn as Told
+from miniature.words import facts_in
+from miniature.world import draw, random_stream, sample_pair
+from minigpt5 import MiniGPT5, load_minigpt5
+from scheduler import SAMPLERS, load_schedule
+from stories import Turn
+from text_encoder import ClipTokenizer, load_text_encoder
+from unet import load_unet
+from vae import load_vae
+
+BATCH = 50  # prompts at a time
+SHOWN = 10  # examples of a sheet
+LONGEST = 96  # tokens of an answer
+SIDE = 64  # of the judge's pictures
+NOISE = 400  # purpose of the random streams
+NOTHING = Picture(None, None, ())  # what is seen where no picture came
+Figures = dict[str, dict[str, float]]  # {row: {column: figure}}
+
+
+@dataclass
+class Exam:
+    """What is measured, and with how many samples. Judge and model are loaded when they are first asked for."""
+
+    weights: Path
+    checkpoint: Path | None  # of the parts that MiniGPT-5 trains
+    device: torch.device
+    sampling: Sampling
+    n: int
+    seed: int
+    sheets: Path | None = None  # folder for pictures of examples
+    done: dict[str, Figures] = field(default_factory=dict)  # figures of the parts measured before
+
+    @cached_property
+    def judge(self) -> Judge:
+        return load_judge(self.weights / "judge.safetensors", self.device)
+
+    @cached_property
+    def model(self) -> MiniGPT5:
+        return load_minigpt5(self.weights, self.checkpoint, dtype=torch.float32, device=self.device).eval()
+
+    def generator(self, i: int) -> torch.Generator:
+        """The random numbers of prompt i: its noise."""
+        return torch.Generator().manual_seed(int(random_stream(self.seed, i, NOISE).integers(1 << 62)))
+
+    def sheet(self, name: str, columns: Iterable[tuple[str, list[Image.Image | None]]]) -> None:
+        """The first examples, words below their pictures; a picture that did not come is grey."""
+        if self.sheets:
+            blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
+            shown = [(words, [picture or blank for picture in pictures]) for words, pictures in islice(columns, SHOWN)]
+            draw_grid(shown, self.sheets / f"{'-'.join(re.findall(r'[a-z0-9]+', name))}.png")
+
+
+# ---- samples
+
+
+def held_out_pictures(exam: Exam) -> tuple[list[Picture], list[Image.Image]]:
+    """Facts and their pictures."""
+    samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
+    return [facts for facts, _, _ in samples], [draw(facts, jitter, SIDE) for facts, _, jitter in samples]
+
+
+def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]:
+    """Captions of pictures with so many things, and the facts that they name."""
+    captions = [sample_pair(exam.seed, i, "held-out", things)[1] for i in range(exam.n)]
+    return captions, [facts_in(caption) for caption in captions]
+
+
+def heard(told: list[Told], jitter: int) -> list[Turn]:
+    """Turns of a story or a dialogue as the language model reads them, their pictures drawn."""
+    return [Turn(turn.text, (draw(turn.picture, jitter, SIDE),) if turn.picture else ()) for turn in told]
+
+
+# ---- ways to answers
+
+
+class Said(NamedTuple):
+    text: str
+    picture: Image.Image | None  # the first one, if any came
+
+
+@torch.no_grad()
+def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
+    """Drawn as Stable Diffusion alone does, which reads a prompt's padding too; no language model takes part."""
+    folder, device, sampling = exam.weights / "stable-diffusion", exam.device, exam.sampling
+    tokenizer = ClipTokenizer(folder / "tokenizer")
+    text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, device)
+    unet = load_unet(folder / "unet", torch.float32, device)
+    vae = load_vae(folder / "vae", torch.float32, device)
+    schedule = load_schedule(folder / "scheduler").to(device)
+    size, channels = unet.config.sample_size, unet.config.in_channels
+
+    def encode(texts: list[str]) -> Tensor:
+        return text_encoder(tokenizer(texts)[0].to(device))
+
+    pictures = []
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        condition = torch.cat([encode([""] * len(part)), encode(part)])  # (2B, S, Dc)
+        generators = [exam.generator(start + i) for i in range(len(part))]
+        latents = torch.cat([torch.randn(1, channels, size, size, generator=g) for g in generators]).to(device)
+        sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps)
+        for index, timestep in enumerate(sampler.timesteps):
+            without, given = unet(torch.cat([latents, latents]), timestep, condition).chunk(2)
+            latents = sampler.step(without + sampling.guidance * (given - without), index, latents)
+        pictures += map(to_image, vae.decode(latents))
+    return pictures
+
+
+def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] | None = None, **options) -> list[Said]:
+    """What the model answers to each source, which holds a placeholder for each of its pictures. `options` change the
+    sampling's."""
+    sampling = Sampling(**vars(exam.sampling) | options)
+    pictures = pictures or [()] * len(sources)
+    said = []
+    for start in range(0, len(sources), BATCH):
+        part = slice(start, start + BATCH)
+        generators = [exam.generator(start + i) for i in range(len(sources[part]))]
+        for segments in answer(exam.model, sources[part], pictures[part], sampling, generators):
+            words = " ".join(s for s in segments if isinstance(s, str))
+            # Where the frozen language model has no vokens to say, it goes on with words for a picture: not its text.
+            words = words.partition("<Img>")[0].strip()
+            said.append(Said(words, next((s for s in segments if not isinstance(s, str)), None)))
+    return said
+
+
+# ---- what came out right
+
+
+def look(exam: Exam, pictures: list[Image.Image | None]) -> list[Picture]:
+    """What the judge sees; nothing where there is no picture."""
+    given = [picture for picture in pictures if picture]
+    if not given:
+        return [NOTHING] * len(pictures)
+    if given[0].size != (SIDE, SIDE):
+        raise ValueError(f"the judge reads pictures of {SIDE}x{SIDE}, these are {given[0].width}x{given[0].height}")
+    seen = iter(read(exam.judge, torch.stack([2 * to_tensor(picture) - 1 for picture in given]).to(exam.device)))
+    return [next(seen) if picture else NOTHING for picture in pictures]
+
+
+def share(values: list[bool]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def means(rows: list[dict[str, bool]]) -> dict[str, float]:
+    """The share that is true, column by column."""
+    return {name: share([row[name] for row in rows]) for name in rows[0]}
+
+
+def asks_for(wanted: Picture, attribute: str) -> bool:
+    """Whether `wanted` asks for the attribute: a fact that is None is not asked for."""
+    if attribute in ("scene", "time"):
+        return getattr(wanted, attribute) is not None
+    return attribute in ("count", "all") or any(getattr(thing, attribute) for thing in wanted.things)
+
+
+def named_shares(wanted: list[Picture]) -> dict[str, float]:
+    return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}
+
+
+def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]:
+    """Of each attribute the share that is right where it is asked for; "all": all that is asked for."""
+    rows = [(right(a, b), b) for a, b in zip(seen, wanted, strict=True)]
+    return {name: share([row[name] for row, facts in rows if asks_for(facts, name)]) for name in (*ATTRIBUTES, "all")}
+
+
+def ratios(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    """`one` over `other`, of what both have; 0 where `other` is 0."""
+    return {name: one[name] / value if value else 0.0 for name, value in other.items() if name in one}

@@ -1,0 +1,269 @@
+"""Measures the miniature's weights, with the judge for pictures and the reader of `words.py` for texts.
+
+    python miniature/score.py                                   # everything
+    python miniature/score.py prompts vokens --n 100 --sheets sheets --out scores.json
+    python miniature/score.py stories --checkpoint uas          # stories before stage 2
+
+| part     | measures                                                                             |
+| -------- | ------------------------------------------------------------------------------------ |
+| judge    | facts that the judge reads rightly off real pictures                                 |
+| vae      | pictures after the autoencoder's round trip                                          |
+| prompts  | pictures drawn through the frozen text encoder: "zero-shot Stable Diffusion"         |
+| vokens   | the same prompts and noise through the language model, its vokens and the mapper     |
+| captions | pictures that the language model describes                                           |
+| replies  | whether a picture comes when one is asked for, and none when words are               |
+| stories  | the next step of a story, with and without its history; its own pictures fed back    |
+
+All samples are held out: their kind, colour and scene were never trained together. Figures are shares. A fact that a
+prompt does not name is not asked for: "named" is how many prompts name it, the other figures are of those. A prompt
+that gets no picture is wrong in everything; an extra or a doubled thing makes all that is said of things wrong.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from itertools import count, groupby
+from pathlib import Path
+
+import torch
+
+if __package__ in (None, ""):  # run as a script: the package is the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cli import add_weights_option, make_folder, pick_device, run
+from data import REQUESTS, uas_texts
+from generation import Sampling
+from images import to_image, to_tensor
+from miniature.autoencoder import decibels
+from miniature.documents import look_document
+from miniature.exam import (
+    BATCH,
+    LONGEST,
+    SHOWN,
+    Exam,
+    Figures,
+    ask,
+    heard,
+    held_out_pictures,
+    held_out_prompts,
+    look,
+    named_shares,
+    ratios,
+    right_shares,
+    share,
+    text_to_pictures,
+)
+from miniature.facts import Picture
+from miniature.judge import right
+from miniature.recipe import write_json
+from miniature.score_stories import stories
+from miniature.words import agrees, facts_in
+from miniature.world import random_stream, sample_dialogue
+from scheduler import SAMPLERS
+from stories import dialog_source, first_heard
+from training import find_checkpoint
+from vae import load_vae
+
+QUESTIONS = 401  # purpose of the random streams
+SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
+COUNTS = {"one thing": 1, "two things": 2}
+
+
+# ---- pictures
+
+
+def judge(exam: Exam) -> Figures:
+    wanted, pictures = held_out_pictures(exam)
+    seen = look(exam, pictures)
+    columns = [(in_words(facts), [picture]) for facts, picture in zip(seen, pictures, strict=True)]
+    fine = [right(a, b)["all"] for a, b in zip(seen, wanted, strict=True)]
+    exam.sheet("judge", [columns[i] for i in sorted(range(exam.n), key=fine.__getitem__)])  # the wrong ones first
+    return {"real pictures, right": right_shares(seen, wanted)}
+
+
+def in_words(facts: Picture) -> str:
+    things = " and ".join(f"{thing.size} {thing.colour} {thing.kind} {thing.place}" for thing in facts.things)
+    return f"{facts.scene}, {facts.time}, {things}"
+
+
+@torch.no_grad()
+def vae(exam: Exam) -> Figures:
+    """Decoded from the means of the latents."""
+    wanted, pictures = held_out_pictures(exam)
+    autoencoder = load_vae(exam.weights / "stable-diffusion" / "vae", torch.float32, exam.device)
+    pixels = 2 * torch.stack([to_tensor(picture) for picture in pictures]).to(exam.device) - 1
+    latents = torch.cat([autoencoder.encode(part)[0] for part in pixels.split(BATCH)])
+    latents = latents * autoencoder.config.scaling_factor
+    decoded = torch.cat([autoencoder.decode(part) for part in latents.split(BATCH)])
+    quality, drawn = decibels(decoded, pixels), [to_image(picture) for picture in decoded]
+    columns = zip(quality, pictures, drawn, strict=True)
+    exam.sheet("vae", ((f"{dB:.1f} dB", [before, after]) for dB, before, after in columns))
+    return {"after the round trip, right": {"dB": quality.mean().item(), **right_shares(look(exam, drawn), wanted)}}
+
+
+def prompts(exam: Exam) -> Figures:
+    figures = {}
+    for name, things in COUNTS.items():
+        texts, wanted = held_out_prompts(exam, things)
+        drawn = text_to_pictures(exam, texts)
+        exam.sheet(f"prompts {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        figures[f"{name}, named"] = named_shares(wanted)
+        figures[f"{name}, right"] = right_shares(look(exam, drawn), wanted)
+    return figures
+
+
+def vokens(exam: Exam) -> Figures:
+    """A prompt is read as stage 1 reads it: the bare caption."""
+    through_text = exam.done.get("prompts") or prompts(exam)
+    figures = {}
+    for name, things in COUNTS.items():
+        texts, wanted = held_out_prompts(exam, things)
+        drawn = [said.picture for said in ask(exam, [uas_texts(text)[0] for text in texts])]
+        exam.sheet(f"vokens {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        came = {"drawn": share([picture is not None for picture in drawn])}
+        figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
+        reference = {"drawn": 1.0} | through_text[f"{name}, right"]
+        figures[f"{name}, over text encoder"] = ratios(figures[f"{name}, right"], reference)
+    return figures
+
+
+# ---- words
+
+
+def captions(exam: Exam) -> Figures:
+    """Questions and pictures in the forms of `documents.look_document`. A fact is right if it is said and true; "no
+    error": nothing that is said is wrong, and no thing is left out."""
+    wanted, pictures = held_out_pictures(exam)
+    streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
+    sources = [look_document(rng, exam.seed, i, "held-out").source for i, rng in enumerate(streams)]
+    texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
+    exam.sheet("captions", ((text, [picture]) for text, picture in zip(texts, pictures, strict=True)))
+    told = [facts_in(text) for text in texts]
+    no_error = [len(a.things) == len(b.things) and agrees(a, b) for a, b in zip(told, wanted, strict=True)]
+    return {"described, right": right_shares(told, wanted) | {"no error": share(no_error)}}
+
+
+def turns_to_answer(exam: Exam) -> dict[bool, list[tuple[str, tuple]]]:
+    """What precedes n turns of dialogues that have a picture (True) and n that have none: the source, its pictures."""
+    asked = {True: [], False: []}
+    for i in count():
+        told, jitter = sample_dialogue(exam.seed, i, "held-out")
+        for k in range(1, len(told), 2):
+            before = heard(told[first_heard(k) : k], jitter)
+            pictures = tuple(picture for turn in before for picture in turn.pictures)
+            asked[told[k].picture is not None].append((dialog_source(before, k), pictures))
+        if min(map(len, asked.values())) >= exam.n:
+            return {wish: rows[: exam.n] for wish, rows in asked.items()}
+
+
+def replies(exam: Exam) -> Figures:
+    """Requests in stage 1's form, and the human's turns in dialogues."""
+    requests = [uas_texts(c, instruction=i % len(REQUESTS))[0] for i, c in enumerate(held_out_prompts(exam, 1)[0])]
+    turns, figures = turns_to_answer(exam), {}
+    for name, wish, rows in (
+        ("a caption's picture is asked for", True, [(source, ()) for source in requests]),
+        ("a dialogue asks for a picture", True, turns[True]),
+        ("a dialogue asks for words", False, turns[False]),
+    ):
+        sources, pictures = zip(*rows, strict=True)
+        said = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
+        came = [answer.picture is not None for answer in said]
+        figures[name] = {"a picture came": share(came), "right": share([picture == wish for picture in came])}
+        if exam.sheets:
+            said = ask(exam, sources[:SHOWN], pictures[:SHOWN])
+            lines = [s.rpartition("###Human: ")[2].replace("###Assistant:", " > ") for s in sources[:SHOWN]]
+            exam.sheet(name, ((line + a.text, [a.picture]) for line, a in zip(lines, said, strict=True)))
+    return figures
+
+
+# ---- the command
+
+PARTS = {  # each takes the exam to figures
+    "judge": judge,
+    "vae": vae,
+    "prompts": prompts,
+    "vokens": vokens,
+    "captions": captions,
+    "replies": replies,
+    "stories": stories,
+}
+NEED_CHECKPOINT = ("vokens", "replies", "stories")
+
+
+def tables(figures: Figures) -> str:
+    """Markdown: rows that have the same columns make a table. Shares are given in per cent."""
+    lines = []
+    for columns, rows in groupby(figures.items(), key=lambda row: tuple(row[1])):
+        lines += [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+        for name, row in rows:
+            values = (f"{value:.1f}" if column == "dB" else f"{100 * value:.1f}" for column, value in row.items())
+            lines.append(f"| {name} | {' | '.join(values)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None:
+    """What `--checkpoint` names; without it stage 1's, for stories stage 2's if it is there."""
+    trained = weights / "minigpt5"
+    if wanted:
+        places = [wanted, trained / f"{wanted}.safetensors"]
+    else:
+        places = [trained / "mls-story.safetensors"] * (part == "stories") + [trained]
+    found = next(filter(None, map(find_checkpoint, places)), None)
+    if found is None and (wanted or part in NEED_CHECKPOINT):
+        raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")
+    return found
+
+
+def part_name(text: str) -> str:
+    if text not in PARTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PARTS)}")
+    return text
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("parts", nargs="*", type=part_name, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    add_weights_option(parser)
+    add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
+    add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
+    add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
+    add("--steps", type=int, default=20, help="denoising steps of a picture")
+    add("--guidance", type=float, default=3.0, help="against the empty condition; 1: off")
+    add("--sampler", choices=sorted(SAMPLERS), default="dpm")
+    add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
+    add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    if args.seed < 0 or args.steps < 1 or (args.n is not None and args.n < 1):
+        parser.error("--n and --steps are at least 1, --seed at least 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    sampling = Sampling(
+        temperature=0,
+        repetition_penalty=1.0,
+        max_new_tokens=LONGEST,
+        sampler=args.sampler,
+        steps=args.steps,
+        guidance=args.guidance,
+    )
+    sheets = make_folder(args.sheets) if args.sheets else None
+    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
+    settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
+    record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": exam.done}
+    for part in args.parts or PARTS:
+        checkpoint = checkpoint_for(part, args.weights, args.checkpoint)
+        n = args.n or (STORIES if part == "stories" else SAMPLES)
+        exam.done[part] = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
+        record["samples"][part], record["checkpoints"][part] = n, checkpoint and checkpoint.name
+        print(f"## {part}, {n} samples, in per cent\n\n{tables(exam.done[part])}", flush=True)
+        if args.out:
+            write_json(args.out, record)
+
+
+if __name__ == "__main__":
+    run(main)

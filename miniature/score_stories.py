@@ -1,0 +1,162 @@
+"""The part "stories" of `score.py`: whether a story goes on as it should, and what its history is good for.
+
+A step of a held-out story is asked for as in stage 2's three tasks (`stories.py`), each with no history, with its texts
+and with its texts and pictures:
+
+    image         the text is given: every fact of the picture that follows from it and from the history
+    text          the picture is given: the text is true of it, and tells the change if not true of the picture before
+    text+image    nothing is given: the text is true of the picture, which keeps scene, hero and hero's colour; and
+                  there is something new if the text was not true before
+
+Then from its first sentence on, the model tells four steps by itself, reading its own pictures again: what is left of
+scene, hero and colour. Where a text says that the hero takes another colour, that is the one to be kept.
+"""
+
+import re
+from typing import NamedTuple
+
+from miniature.exam import Exam, Figures, Said, ask, heard, look, means, right_shares
+from miniature.facts import Picture
+from miniature.tales import PARTS as PARTINGS
+from miniature.words import COLOUR_WORDS, agrees, facts_in
+from miniature.world import random_stream, sample_story
+from stories import REQUESTS, Turn, story_row, story_source
+
+CHOICE = 402  # purpose of the random streams
+CONTEXTS = ("no history", "its texts", "texts and pictures")
+OWN_STEPS = 4
+
+LEAVES = re.compile("|".join(phrase.replace("{}", r"\w+") for phrase in PARTINGS))
+COLOUR = "|".join(sorted((word for words in COLOUR_WORDS.values() for word in words), key=len, reverse=True))
+RECOLOURED = re.compile(rf"\b(?:turns|becomes|is|makes (?:it|the(?: \w+)? \w+)) ({COLOUR})\b")
+
+
+class Step(NamedTuple):
+    before: list[Turn]  # the steps before, with their pictures
+    turn: Turn
+    last: Picture  # facts of the picture before
+    wanted: Picture  # facts of its own picture
+
+
+def story_steps(exam: Exam) -> list[Step]:
+    """One step of each story, any but its first."""
+    steps = []
+    for i in range(exam.n):
+        told, jitter = sample_story(exam.seed, i, "held-out")
+        k = int(random_stream(exam.seed, i, CHOICE).integers(1, len(told)))
+        *before, turn = heard(told[: k + 1], jitter)
+        steps.append(Step(before, turn, told[k - 1].picture, told[k].picture))
+    return steps
+
+
+# ---- what a text tells
+
+
+def true_of(text: str, picture: Picture) -> bool:
+    """Whether a sentence says something of a picture and all of it is true; who leaves must not be there any more."""
+    text = text.lower()
+    left = LEAVES.search(text)
+    if left:
+        gone = {thing.kind for thing in facts_in(left[0]).things}
+        if gone & {thing.kind for thing in picture.things}:
+            return False
+        text = text.replace(left[0], "")
+    told = facts_in(text)
+    return bool(left or told.scene or told.time or told.things) and agrees(told, picture)
+
+
+def hero_colour(text: str, colour: str) -> str:
+    """The colour that the hero has after a sentence, before which it had `colour`."""
+    change = RECOLOURED.search(text.lower())
+    return facts_in(change[1]).things[0].colour if change else colour
+
+
+def kept(seen: Picture, story: Picture, colour: str) -> dict[str, bool]:
+    """What a picture keeps of a story: its scene, its hero (the first thing), which should have this colour."""
+    kind = story.things[0].kind
+    coloured = any((thing.kind, thing.colour) == (kind, colour) for thing in seen.things)
+    there = {"scene": seen.scene == story.scene, "kind": any(thing.kind == kind for thing in seen.things)}
+    return there | {"colour": coloured, "all": there["scene"] and coloured}
+
+
+# ---- figures
+
+
+def history(step: Step, context: str) -> list[Turn]:
+    if context == "no history":
+        return []
+    return [Turn(turn.text) for turn in step.before] if context == "its texts" else step.before
+
+
+def ask_steps(exam: Exam, steps: list[Step], task: str, context: str) -> list[Said]:
+    rows = [story_row(history(step, context), step.turn, task, 0, "") for step in steps]
+    return ask(exam, [row.source for row in rows], [row.inputs for row in rows])
+
+
+def image_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, float]:
+    return right_shares(look(exam, [answer.picture for answer in said]), [step.wanted for step in steps])
+
+
+def text_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, float]:
+    rows = []
+    for answer, step in zip(said, steps, strict=True):
+        true = true_of(answer.text, step.wanted)
+        rows.append({"true": true, "tells the change": true and not true_of(answer.text, step.last)})
+    return means(rows)
+
+
+def mixed_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, float]:
+    rows = []
+    for answer, step, seen in zip(said, steps, look(exam, [answer.picture for answer in said]), strict=True):
+        true, old = true_of(answer.text, seen), true_of(answer.text, step.last)
+        keeps = kept(seen, step.last, hero_colour(answer.text, step.last.things[0].colour))["all"]
+        rows.append(
+            {
+                "text true": true,
+                "picture keeps": keeps,
+                "both": true and keeps,
+                "both, and new": true and keeps and not old,
+            }
+        )
+    return means(rows)
+
+
+FIGURES = {"image": image_figures, "text+image": mixed_figures, "text": text_figures}
+
+
+def own_story_figures(exam: Exam) -> Figures:
+    """Told as `sample.py --turns` does: a picture for the first sentence, then step after step."""
+    firsts = [sample_story(exam.seed, i, "held-out")[0][0] for i in range(exam.n)]
+    colours = [first.picture.things[0].colour for first in firsts]
+    tales, figures = [[] for _ in firsts], {}
+    for step in range(1, OWN_STEPS + 1):
+        if step == 1:
+            sources = [story_source([], REQUESTS["image"][0].format(first.text)) for first in firsts]
+        else:
+            sources = [story_source(tale, REQUESTS["text+image"][0]) for tale in tales]
+        said = ask(exam, sources, [tuple(picture for turn in tale for picture in turn.pictures) for tale in tales])
+        seen, rows = look(exam, [answer.picture for answer in said]), []
+        for i, (first, tale, answer) in enumerate(zip(firsts, tales, said, strict=True)):
+            text = first.text if step == 1 else exam.model.tokenizer.plain(answer.text)
+            tale.append(Turn(text, (answer.picture,) if answer.picture else ()))
+            colours[i] = hero_colour(text, colours[i])
+            rows.append({"drawn": bool(tale[-1].pictures)} | kept(seen[i], first.picture, colours[i]))
+        figures[f"own story, step {step}, kept"] = means(rows)
+    for i, tale in enumerate(tales[:2], 1):
+        exam.sheet(f"stories own {i}", ((turn.text, list(turn.pictures) or [None]) for turn in tale))
+    return figures
+
+
+def stories(exam: Exam) -> Figures:
+    steps, figures = story_steps(exam), {}
+    for task, figures_of in FIGURES.items():
+        for context in CONTEXTS:
+            said = ask_steps(exam, steps, task, context)
+            figures[f"{task}, {context}"] = figures_of(exam, said, steps)
+        columns = []  # the picture before, then what was drawn or, where words were asked for, what they are about
+        for step, answer in zip(steps, said, strict=True):
+            text = step.turn.text if task == "image" else answer.text
+            picture = step.turn.pictures[0] if task == "text" else answer.picture
+            columns.append((text, [step.before[-1].pictures[0], picture]))
+        exam.sheet(f"stories {task}", columns)
+    return figures | own_story_figures(exam)

@@ -1,0 +1,391 @@
+"""score.py: what counts as right, the parts on tiny untrained weights, and the command."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from cli import run
+from generation import Sampling
+from miniature import autoencoder, documents, painter, pretrain, reader, score, score_stories, speaker, world
+from miniature import exam as examining
+from miniature.exam import NOTHING, Exam, Said
+from miniature.recipe import Shop
+from miniature.words import description
+from miniature.world import Picture, Thing
+from minigpt5 import load_minigpt5
+
+CPU = torch.device("cpu")
+SMALLER = [
+    (autoencoder, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
+    (painter, "UNET_SIZES", {"block_out_channels": (32, 32), "attention_head_dim": (2, 2)}),
+    (reader, "TEXT_SIZES", {"num_hidden_layers": 1}),
+    (speaker, "LANGUAGE_SIZES", {"num_hidden_layers": 1}),
+    (speaker, "VISION_SIZES", {"num_hidden_layers": 1}),
+    (speaker, "QFORMER_SIZES", {"num_hidden_layers": 2}),
+]
+WORDS = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=4, sampler="dpm", steps=2, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Every part in a small size, untrained, and checkpoints of both stages."""
+    patch = pytest.MonkeyPatch()
+    for module, name, changes in SMALLER:
+        patch.setattr(module, name, replace(getattr(module, name), **changes))
+    patch.setattr(documents, "TEXTS", 1000)
+    patch.setattr(reader, "TEXTS", 1000)
+    folder = tmp_path_factory.mktemp("miniature")
+    shop = Shop(folder / "runs", folder / "weights", CPU, seed=3, pictures=8, tested=2)
+    torch.manual_seed(0)
+    for recipe_class in pretrain.PARTS.values():
+        recipe = recipe_class(shop)
+        if "unet" in recipe.modules:
+            torch.nn.init.normal_(recipe.modules["unet"].conv_out.weight)  # zeros would hide the condition
+        with torch.no_grad():
+            recipe.export(recipe.modules.eval(), shop.weights)
+    patch.undo()
+    (shop.weights / "minigpt5").mkdir()
+    model = load_minigpt5(shop.weights, None, read_pictures=False)
+    model.save_trained(shop.weights / "minigpt5" / "uas.safetensors", "uas")
+    model.add_adapters(lora={})
+    model.save_trained(shop.weights / "minigpt5" / "mls-story.safetensors", "mls")
+    return shop.weights
+
+
+@pytest.fixture
+def exam(weights):
+    return Exam(weights, weights / "minigpt5" / "uas.safetensors", CPU, WORDS, 3, 0)
+
+
+# ---- what counts as right
+
+BOAT, KITE = Thing("boat", "red", "small", "left"), Thing("kite", "blue", "big", "right")
+SEEN = Picture("sea", "night", (BOAT,))
+
+
+def test_only_named_facts_are_asked_for():
+    bare, full = (
+        Picture("sea", None, (Thing("boat", "red"),)),
+        Picture("city", "night", (replace(BOAT, place="middle"),)),
+    )
+    assert examining.named_shares([bare, full])["size"] == examining.named_shares([bare, full])["time"] == 0.5
+    shares = examining.right_shares([SEEN, SEEN], [bare, full])
+    assert shares == {
+        **{"scene": 0.5, "time": 1.0, "count": 1.0, "kind": 1.0, "colour": 1.0, "size": 1.0, "place": 0.0},
+        "all": 0.5,
+    }
+
+
+def test_no_picture_is_wrong_in_everything():
+    shares = examining.right_shares([NOTHING, SEEN], [SEEN, SEEN])
+    assert set(shares.values()) == {0.5}
+    assert set(examining.right_shares([NOTHING], [Picture("sea", None, (Thing("boat", "red"),))]).values()) == {0.0}
+
+
+def test_ratios():
+    assert examining.ratios({"a": 0.4, "b": 0.3, "c": 1.0}, {"a": 0.8, "b": 0.0}) == {"a": 0.5, "b": 0.0}
+
+
+def test_story_texts_are_read():
+    """Every sentence of the world's stories is true of its picture, not of the one before; hero colours are told."""
+    colours = 0
+    for i in range(400):
+        for before, after in pairwise(world.sample_story(5, i, "held-out")[0]):
+            assert score_stories.true_of(after.text, after.picture), after
+            assert not score_stories.true_of(after.text, before.picture), (before, after)
+            one, two = (turn.picture.things[0].colour for turn in (before, after))
+            assert score_stories.hero_colour(after.text, one) == two, after
+            colours += one != two
+    assert colours > 100
+
+
+@pytest.mark.parametrize(
+    "text, true",
+    [
+        ("The small boat drifts to the left.", True),
+        ("it is night.", True),
+        ("the boat turns blue.", False),
+        ("the kite goes away and the boat is alone again.", True),
+        ("the boat goes away.", False),
+        ("a kite appears.", False),
+        ("once more.", False),  # says nothing
+        ("", False),
+    ],
+)
+def test_true_of(text, true):
+    assert score_stories.true_of(text, SEEN) == true
+
+
+def test_kept():
+    story = Picture("sea", "day", (BOAT, KITE))
+    assert all(score_stories.kept(SEEN, story, "red").values())
+    assert score_stories.kept(SEEN, story, "blue") == {"scene": True, "kind": True, "colour": False, "all": False}
+    assert not any(score_stories.kept(NOTHING, story, "red").values())
+    assert not score_stories.kept(replace(SEEN, scene="city"), story, "red")["all"]
+
+
+# ---- the parts, with answers whose worth is known
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Pictures carry their facts, and the judge reads them there."""
+
+    def draw(facts, jitter=0, size=64):
+        picture = Image.new("RGB", (64, 64))
+        picture.info["facts"] = facts
+        return picture
+
+    def look(exam, pictures):
+        return [picture.info["facts"] if picture else NOTHING for picture in pictures]
+
+    for module in (score, score_stories):
+        monkeypatch.setattr(module, "look", look)
+    monkeypatch.setattr(examining, "draw", draw)
+    return draw
+
+
+def test_vokens_beside_the_text_encoder(exam, draw, monkeypatch):
+    """Every other prompt gets no picture, the others the right one: half of what the text encoder gets right."""
+    exam = replace(exam, n=8)
+    facts = {}
+    for i, things in product(range(exam.n), (1, 2)):
+        picture, caption, _ = world.sample_pair(exam.seed, i, "held-out", things)
+        facts[caption] = picture
+
+    def ask(exam, sources):
+        return [Said("", draw(facts[source]) if i % 2 else None) for i, source in enumerate(sources)]
+
+    monkeypatch.setattr(score, "text_to_pictures", lambda exam, prompts: [draw(facts[prompt]) for prompt in prompts])
+    monkeypatch.setattr(score, "ask", ask)
+    through_text, through_vokens = score.prompts(exam), score.vokens(exam)
+    for name in score.COUNTS:
+        assert set(through_text[f"{name}, right"].values()) == {1.0}
+        assert through_text[f"{name}, named"]["colour"] == 1.0 > through_text[f"{name}, named"]["place"] > 0.3
+        found, ratio = through_vokens[f"{name}, right"], through_vokens[f"{name}, over text encoder"]
+        assert found["drawn"] == found["scene"] == found["all"] == 0.5 and found == ratio
+
+
+def test_round_trip_undoes_the_scaling(exam, draw, monkeypatch):
+    class Halves:
+        config = SimpleNamespace(scaling_factor=2.0)
+
+        def encode(self, pixels):
+            return pixels + 0.001, None
+
+        def decode(self, latents):
+            return latents / 2
+
+    monkeypatch.setattr(score, "load_vae", lambda *_: Halves())
+    monkeypatch.setattr(
+        score, "look", lambda exam, pictures: [world.sample_pair(0, i, "held-out")[0] for i in range(3)]
+    )
+    figures = score.vae(exam)["after the round trip, right"]
+    assert figures["dB"] == pytest.approx(66.02, abs=0.1) and figures["all"] == 1.0  # 20 log10(2 / 0.001)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_captions(exam, monkeypatch, shift):
+    exam = replace(exam, n=40)
+    pictures = [world.sample_pair(exam.seed, (i + shift) % exam.n, "held-out")[0] for i in range(exam.n)]
+    texts = [description(picture, world.random_stream(0, i), True, True) for i, picture in enumerate(pictures)]
+    monkeypatch.setattr(score, "ask", lambda *_: [Said(text, None) for text in texts])
+    figures = score.captions(exam)["described, right"]
+    assert set(figures.values()) == {1.0} if shift == 0 else figures["all"] == figures["no error"] == 0.0
+
+
+def test_replies(exam, draw, monkeypatch):
+    monkeypatch.setattr(score, "ask", lambda exam, sources, *_, **options: [Said("", draw(None)) for _ in sources])
+    assert [row["right"] for row in score.replies(exam).values()] == [1.0, 1.0, 0.0]
+    monkeypatch.setattr(score, "ask", lambda exam, sources, *_, **options: [Said("", None) for _ in sources])
+    assert [row["right"] for row in score.replies(exam).values()] == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("shift, least, most", [(0, 1.0, 1.0), (1, 0.0, 0.5)])
+def test_story_figures(exam, draw, shift, least, most):
+    steps = score_stories.story_steps(replace(exam, n=60))
+    said = [Said(step.turn.text, draw(step.wanted)) for step in steps]
+    said = said[shift:] + said[:shift]
+    for figures_of in score_stories.FIGURES.values():
+        figures = figures_of(exam, said, steps)
+        print(figures)
+        about_story = {name: value for name, value in figures.items() if name not in ("count", "text true", "true")}
+        assert all(least <= value <= most for value in about_story.values())
+
+
+def test_repeating_the_last_step_tells_nothing(exam, draw):
+    steps = score_stories.story_steps(replace(exam, n=60))
+    said = [Said(step.before[-1].text, draw(step.last)) for step in steps]
+    figures = score_stories.mixed_figures(exam, said, steps)
+    assert figures["both"] == 1.0 and figures["both, and new"] == 0.0
+    assert score_stories.text_figures(exam, said, steps)["tells the change"] == 0.0
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_own_stories(exam, draw, monkeypatch, shift):
+    """The world's own stories keep all; their own pictures and texts are what the next step reads."""
+    exam, asked = replace(exam, n=40), []
+    tales = [world.sample_story(exam.seed, (i + shift) % exam.n, "held-out")[0] for i in range(exam.n)]
+
+    def ask(exam, sources, pictures):
+        asked.append((sources, pictures))
+        return [Said(tale[len(asked) - 1].text, draw(tale[len(asked) - 1].picture)) for tale in tales]
+
+    monkeypatch.setattr(score_stories, "ask", ask)
+    figures = score_stories.own_story_figures(exam)
+    print(figures)
+    values = [value for row in figures.values() for name, value in row.items() if name != "drawn"]
+    assert len(figures) == 4 and (all(v == 1.0 for v in values) if shift == 0 else max(values) < 0.5)
+    sources, pictures = asked[3]
+    first = world.sample_story(exam.seed, 0, "held-out")[0][0].text
+    told = [first, tales[0][1].text, tales[0][2].text]
+    assert [picture.info["facts"] for picture in pictures[0]] == [turn.picture for turn in tales[0][:3]]
+    assert f"###Human:{''.join(text + '<Img><ImageHere></Img>' for text in told)}" in sources[0]
+
+
+def test_contexts(exam):
+    step = score_stories.story_steps(exam)[0]
+    none, texts, both = (score_stories.history(step, context) for context in score_stories.CONTEXTS)
+    assert none == [] and both == step.before and all(turn.pictures for turn in both)
+    assert [turn.text for turn in texts] == [turn.text for turn in both] and not any(turn.pictures for turn in texts)
+
+
+# ---- ways to pictures and words
+
+
+def test_one_noise_on_both_ways(exam):
+    """With the text encoding in the mapper's place, the vokens' way draws the very pictures of the text encoder's."""
+    prompts = examining.held_out_prompts(exam, 1)[0]
+    through_text = examining.text_to_pictures(exam, prompts)
+    model = load_minigpt5(exam.weights, None, read_pictures=False, read_captions=True)
+    texts = [""] * len(prompts) + prompts
+    with torch.no_grad():
+        condition = model.text_encoder(model.clip_tokenizer(texts)[0])
+
+    class Mapper(torch.nn.Module):
+        def forward(self, features):
+            return condition
+
+    exam.model.mapper = Mapper()
+    said = examining.ask(exam, prompts, force_image=True)
+    assert [a.tobytes() for a in through_text] == [answer.picture.tobytes() for answer in said]
+    other = examining.text_to_pictures(replace(exam, seed=1), prompts)
+    assert all(a.tobytes() != b.tobytes() for a, b in zip(through_text, other, strict=True))
+    condition = condition.flip(0)
+    changed = examining.ask(exam, prompts, force_image=True)
+    assert all(a.picture.tobytes() != b.picture.tobytes() for a, b in zip(said, changed, strict=True))
+
+
+def test_batches_do_not_matter(exam, monkeypatch):
+    prompts = examining.held_out_prompts(exam, 1)[0]
+    whole = examining.text_to_pictures(exam, prompts), examining.ask(exam, prompts, force_image=True)
+    monkeypatch.setattr(examining, "BATCH", 2)
+    parts = examining.text_to_pictures(exam, prompts), examining.ask(exam, prompts, force_image=True)
+    assert [said.text for said in whole[1]] == [said.text for said in parts[1]]
+    for a, b in zip(whole[0] + [s.picture for s in whole[1]], parts[0] + [s.picture for s in parts[1]], strict=True):
+        assert (torch.tensor(list(a.tobytes())) - torch.tensor(list(b.tobytes()))).abs().max() <= 1
+
+
+def test_words_for_a_picture_are_no_text(exam, monkeypatch):
+    answers = [["it drifts. <Img>sea day small", "red</Img>"], ["hello.", Image.new("RGB", (64, 64)), "look."], []]
+    monkeypatch.setattr(examining, "answer", lambda *_: answers)
+    monkeypatch.setattr(Exam, "model", None)
+    said = examining.ask(exam, ["", "", ""])
+    assert [answer.text for answer in said] == ["it drifts.", "hello. look.", ""]
+    assert [answer.picture is None for answer in said] == [True, False, True]
+
+
+def test_turns_to_answer(exam):
+    turns = score.turns_to_answer(replace(exam, n=40))
+    for wish, rows in turns.items():
+        assert len(rows) == 40 and all(source.count("<ImageHere>") == len(pictures) for source, pictures in rows)
+        assert all(source.endswith("###Assistant:") for source, _ in rows)
+        asked = [source.rpartition("###Human: ")[2] for source, _ in rows]
+        assert any("draw" in line for line in asked) == wish
+    assert any(pictures for _, pictures in turns[False])
+
+
+def test_wrong_picture_size(exam):
+    with pytest.raises(ValueError, match="64x64, these are 32x32"):
+        examining.look(exam, [None, Image.new("RGB", (32, 32))])
+
+
+# ---- the command
+
+
+def test_all_parts(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(score, "LONGEST", 12)
+    out = tmp_path / "scores" / "scores.json"
+    words = f"--weights {weights} --n 2 --steps 2 --device cpu --sheets {tmp_path / 'sheets'} --out {out}"
+    score.main(words.split())
+    record, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert list(record["figures"]) == list(score.PARTS) and set(record["samples"].values()) == {2}
+    assert record["checkpoints"]["stories"] == "mls-story.safetensors"
+    assert record["checkpoints"]["vokens"] == record["checkpoints"]["judge"] == "uas.safetensors"
+    for part, figures in record["figures"].items():
+        assert f"## {part}, 2 samples" in printed
+        for row, columns in figures.items():
+            assert f"| {row} | " in printed
+            assert all(0 <= value <= 1 or name == "dB" for name, value in columns.items() if "over" not in row), row
+    pictures = {path.stem for path in (tmp_path / "sheets").iterdir()}
+    for part in score.PARTS:
+        assert part == "replies" or any(name.startswith(part) for name in pictures), part
+    assert {"a-dialogue-asks-for-words", "stories-own-1", "stories-text-image"} <= pictures
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert len(record["figures"]["stories"]) == 13
+
+
+def test_one_part_and_its_checkpoint(weights, tmp_path, capsys):
+    words = f"replies --weights {weights} --n 1 --device cpu --out {tmp_path / 'a.json'} --checkpoint mls-story"
+    score.main(words.split())
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert list(record["figures"]) == ["replies"] and record["checkpoints"] == {"replies": "mls-story.safetensors"}
+    for row in record["figures"]["replies"].values():
+        assert set(row) == {"a picture came", "right"}
+
+
+def test_checkpoints(weights, tmp_path):
+    trained = weights / "minigpt5"
+    uas, mls = trained / "uas.safetensors", trained / "mls-story.safetensors"
+    assert score.checkpoint_for("vokens", weights, None) == uas
+    assert score.checkpoint_for("stories", weights, None) == mls
+    assert score.checkpoint_for("stories", weights, Path("uas")) == uas
+    assert score.checkpoint_for("vokens", weights, mls) == mls
+    assert score.checkpoint_for("prompts", tmp_path, None) is None
+    for part, wanted in (("stories", None), ("judge", Path("poems"))):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            score.checkpoint_for(part, tmp_path, wanted)
+
+
+def test_tables():
+    figures = {"a": {"dB": 31.25, "all": 0.5}, "b": {"dB": 30.0, "all": 1.0}, "c": {"drawn": 0.125}}
+    assert score.tables(figures).splitlines() == [
+        "| | dB | all |",
+        "| --- | ---: | ---: |",
+        "| a | 31.2 | 50.0 |",
+        "| b | 30.0 | 100.0 |",
+        "",
+        "| | drawn |",
+        "| --- | ---: |",
+        "| c | 12.5 |",
+    ]
+
+
+@pytest.mark.parametrize("words, says", [("poems", "'poems' is not one of judge"), ("judge --n 0", "at least 1")])
+def test_wrong_arguments(words, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        score.main(words.split())
+    assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_missing_weights_end_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: score.main(f"judge --weights {tmp_path} --n 1 --device cpu".split()))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path / 'judge.safetensors'}: no such file\n")
