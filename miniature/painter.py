@@ -27,12 +27,12 @@ UNET_SIZES = UNetConfig(
     sample_size=8,
     in_channels=16,
     out_channels=16,
-    block_out_channels=(96, 128),
+    block_out_channels=(64, 128),
     layers_per_block=1,
     down_block_types=("CrossAttnDownBlock2D",) * 2,
     up_block_types=("CrossAttnUpBlock2D",) * 2,
     cross_attention_dim=128,
-    attention_head_dim=(3, 4),
+    attention_head_dim=(2, 4),
     norm_num_groups=16,
 )
 SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
