@@ -8,7 +8,7 @@ picture, which name its facts, where the stages have a picture or vokens:
 So the language model learns to retell a picture from ten vectors, which the captioner will put there, and by the end
 of a text to know what its picture has to show.
 
-    language_row    (LENGTH,)                      whole documents, one after the other
+    language_row    (2, LENGTH)                    whole documents, one after the other; how much each token counts
     look_row        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
 """
 
@@ -32,6 +32,7 @@ PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commones
 TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training row
+PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
 ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS = 200, 201  # purposes of the random streams
 
@@ -123,21 +124,27 @@ def tokenizer_at(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def encode(tokenizer: Tokenizer, row: Row) -> list[int]:
-    """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture."""
-    ids, left = [tokenizer.bos_id], iter(row.inputs + row.outputs)
+def encode(tokenizer: Tokenizer, row: Row) -> list[tuple[int, int]]:
+    """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture. The ids
+    and how much each counts."""
+    weighted = [*((picture, 1) for picture in row.inputs), *((picture, PICTURE_WEIGHT) for picture in row.outputs)]
+    tokens, left = [(tokenizer.bos_id, 1)], iter(weighted)
     for i in tokenizer.encode(row.source) + tokenizer.encode(row.target):
-        ids += tokenizer.pieces.encode(picture_words(next(left))) if i == tokenizer.image_id else [i]
-    return ids
+        if i == tokenizer.image_id:
+            picture, weight = next(left)
+            tokens += [(word, weight) for word in tokenizer.pieces.encode(picture_words(picture))]
+        else:
+            tokens.append((i, 1))
+    return tokens
 
 
 def language_row(path: Path, seed: int, split: str, i: int) -> np.ndarray:
-    """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off."""
-    tokenizer, ids, number = tokenizer_at(path), [], LENGTH * i  # no row can hold so many documents
-    while len(ids) < LENGTH:
-        ids += [*encode(tokenizer, document(seed, number, split)), tokenizer.eos_id]
+    """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off. Ids, then weights."""
+    tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no row can hold so many documents
+    while len(tokens) < LENGTH:
+        tokens += [*encode(tokenizer, document(seed, number, split)), (tokenizer.eos_id, 1)]
         number += 1
-    return np.array(ids[:LENGTH], np.int16)
+    return np.array(tokens[:LENGTH], np.int16).T
 
 
 def look_row(path: Path, seed: int, i: int) -> np.ndarray:

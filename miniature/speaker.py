@@ -106,16 +106,19 @@ class LanguageRecipe(Recipe):
         rows = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
         return (self.rows[rows.to(self.device)].long(),)
 
-    def losses(self, modules: nn.ModuleDict, ids: Tensor) -> dict[str, Tensor]:
-        llama = modules["llama"]
+    def losses(self, modules: nn.ModuleDict, rows: Tensor) -> dict[str, Tensor]:
+        """rows (B, 2, T): ids, and how much each counts."""
+        llama, (ids, weights) = modules["llama"], rows.unbind(1)
         logits = llama.lm_head(llama(llama.model.embed_tokens(ids[:, :-1])))
-        wanted = ids[:, 1:].masked_fill(ids[:, 1:] == self.tokenizer.bos_id, -100)  # what comes next is chance
-        return {"loss": F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())}
+        surprise = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        weights = weights * (ids != self.tokenizer.bos_id)  # where a document ends is chance
+        weights = weights[:, 1:].flatten().float()
+        return {"loss": (surprise * weights).sum() / weights.sum()}
 
     def continued(self, modules: nn.ModuleDict, rows: list[Row]) -> list[str]:
         """The likeliest continuations of documents."""
         llama, eos = modules["llama"], self.tokenizer.eos_id
-        lines = [encode(self.tokenizer, row) for row in rows]
+        lines = [[i for i, _ in encode(self.tokenizer, row)] for row in rows]
         longest = max(map(len, lines))
         ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)

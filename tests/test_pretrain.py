@@ -17,6 +17,7 @@ from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
 from miniature.autoencoder import VAE_SIZES
+from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES
 from miniature.painter import UNET_SIZES
 from miniature.reader import TEXT_SIZES
 from miniature.recipe import Shop
@@ -193,11 +194,14 @@ def test_documents_fit_their_rows(shop):
         assert row.target.endswith(" ###") and not row.source.endswith(" ")
         for picture in shown:
             assert len(tokenizer.pieces.encode(documents.picture_words(picture))) == documents.WORDS
-        ids = documents.encode(tokenizer, row)
+        ids = [i for i, _ in documents.encode(tokenizer, row)]
         assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
         assert tokenizer.ends(ids)
-    row = documents.language_row(path, 0, "train", 5)
-    assert len(row) == documents.LENGTH and row[0] == tokenizer.bos_id and row.max() < documents.PIECES
+    ids, weights = documents.language_row(path, 0, "train", 5)
+    assert len(ids) == len(weights) == documents.LENGTH and ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
+    heavy = tokenizer.decode(ids[weights == documents.PICTURE_WEIGHT].tolist()).split()
+    assert set(weights) == {1, documents.PICTURE_WEIGHT}
+    assert set(heavy) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES, "nothing"}
 
 
 def test_look_rows(shop):
