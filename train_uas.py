@@ -47,7 +47,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", help="tars, folders, patterns, brace lists, http(s) addresses; default: drawn")
-    add("--lr", type=float, default=2e-5, help="for the voken rows; the mapper learns at ten times this")
+    add("--lr", type=float, default=2e-5, help="for the voken rows")
+    add("--mapper-lr", type=float, help="for the mapper; default: ten times --lr")
     add("--vokens", type=int, default=8, help="vokens of a picture")
     add("--no-cap", action="store_true", help="without L_CAP (the paper's ablation)")
     add_run_options(parser, out="runs/uas", epochs=2, batch_size=48)
@@ -82,7 +83,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(  # weight decay 0.01, torch's default, as released
         [
             {"params": list(model.vokens.parameters()), "lr": args.lr},
-            {"params": list(model.mapper.parameters()), "lr": 10 * args.lr},
+            {"params": list(model.mapper.parameters()), "lr": args.mapper_lr or 10 * args.lr},
         ],
         eps=1e-8,
         fused=device.type == "cuda",
