@@ -40,7 +40,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,6 +52,7 @@ from miniature.painter import DiffusionRecipe
 from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
+from muon import Muon
 from training import append_log, cut_log, draw_losses, read_log, step_generator
 
 PARTS = {
@@ -79,44 +80,6 @@ OUTER = re.compile(r"embed|lm_head|conv_in\b|conv_out\b|query_tokens|look\b")  #
 
 
 # ---- optimiser
-
-
-class Muon(torch.optim.Optimizer):
-    """Steps of matrices whose singular values are all made about equal (Jordan et al. 2024): far fewer steps needed.
-
-    A convolution's kernel is a matrix of its output channels by all else.
-    """
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.9):
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            shapes = {}
-            for parameter in group["params"]:
-                shapes.setdefault(parameter.flatten(1).shape, []).append(parameter)
-            for shape, parameters in shapes.items():
-                averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in parameters]
-                gradients = [p.grad for p in parameters]
-                torch._foreach_mul_(averages, group["momentum"])
-                torch._foreach_add_(averages, gradients)
-                ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
-                steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
-                size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for parameter, update in zip(parameters, steps, strict=True):
-                    parameter.add_(update.view_as(parameter), alpha=-size)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """(N, R, C) -> about the nearest matrices with all singular values 1, by five Newton-Schulz iterations."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):  # coefficients of Jordan et al.
-        gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 def optimizers_of(recipe: Recipe) -> list[torch.optim.Optimizer]:

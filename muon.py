@@ -1,0 +1,44 @@
+"""Muon (Jordan et al. 2024): steps of matrices whose singular values are all made about equal.
+
+AdamW's step of a matrix is ruled by a few directions that every sample shares; here each direction moves alike, so that
+far fewer steps are needed where weights start from nothing. For embeddings, vectors and what reads or writes pixels,
+AdamW stays the better one.
+"""
+
+import torch
+from torch import Tensor
+
+
+class Muon(torch.optim.Optimizer):
+    """A convolution's kernel is a matrix of its output channels by all else."""
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.9):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes = {}
+            for parameter in group["params"]:
+                shapes.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in parameters]
+                gradients = [p.grad for p in parameters]
+                torch._foreach_mul_(averages, group["momentum"])
+                torch._foreach_add_(averages, gradients)
+                ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
+                steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
+                size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
+                for parameter, update in zip(parameters, steps, strict=True):
+                    parameter.add_(update.view_as(parameter), alpha=-size)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(N, R, C) -> about the nearest matrices with all singular values 1, by five Newton-Schulz iterations."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):  # coefficients of Jordan et al.
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
