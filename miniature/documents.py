@@ -1,9 +1,10 @@
 """What the miniature's language model reads: documents of the drawn world, as text and as tokens.
 
-Captions, instructions, stories and dialogues as the two stages of MiniGPT-5 write them, but with ten words for each
-picture, which name its facts, where the stages have a picture or vokens:
+Captions, instructions, stories and dialogues as the two stages of MiniGPT-5 write them, but with words that name a
+picture's facts where the stages have a picture (ten words in a fixed order) or vokens (in any order):
 
-    a small red boat on the left at sea <Img>sea day small red boat left nothing nothing nothing nothing</Img> ###
+    <Img>sea day small red boat left nothing nothing nothing nothing</Img> what do you see?
+    a small red boat on the left at sea <Img>left boat day red small sea</Img> ###
 
 So the language model learns to retell a picture from ten vectors, which the captioner will put there, and by the end
 of a text to know what its picture has to show.
@@ -34,7 +35,7 @@ WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training row
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
 ANSWER_LENGTH = 112  # tokens of a question and its answer
-DOCUMENTS, LOOKS = 200, 201  # purposes of the random streams
+DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
 
 
 # ---- documents: the pictures of a row are facts, `inputs` and `outputs` alike
@@ -45,6 +46,15 @@ def picture_words(picture: Picture) -> str:
     things = sorted(picture.things, key=lambda thing: PLACES.index(thing.place))
     words = [picture.scene, picture.time, *(f"{t.size} {t.colour} {t.kind} {t.place}" for t in things)]
     return " ".join(words + ["nothing"] * (4 * (2 - len(things))))
+
+
+def shuffled_words(picture: Picture, rng: np.random.Generator) -> str:
+    """The facts in any order, those of one of two things together: "night left small boat red sea". Where every word
+    may come next, the language model has to hold all facts at once, as the vokens' features should."""
+    things = [[t.size, t.colour, t.kind, t.place] for t in picture.things]
+    groups = [[picture.scene], [picture.time], *(things if len(things) > 1 else ([word] for word in things[0]))]
+    shuffled = [groups[g] for g in rng.permutation(len(groups))]
+    return " ".join(group[k] for group in shuffled for k in rng.permutation(len(group)))
 
 
 def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
@@ -124,15 +134,16 @@ def tokenizer_at(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def encode(tokenizer: Tokenizer, row: Row) -> list[tuple[int, int]]:
-    """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture. The ids
-    and how much each counts."""
-    weighted = [*((picture, 1) for picture in row.inputs), *((picture, PICTURE_WEIGHT) for picture in row.outputs)]
+def encode(tokenizer: Tokenizer, row: Row, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
+    answer's in random order. The ids and how much each counts."""
+    weighted = [(picture_words(picture), 1) for picture in row.inputs]
+    weighted += [(shuffled_words(picture, rng), PICTURE_WEIGHT) for picture in row.outputs]
     tokens, left = [(tokenizer.bos_id, 1)], iter(weighted)
     for i in tokenizer.encode(row.source) + tokenizer.encode(row.target):
         if i == tokenizer.image_id:
-            picture, weight = next(left)
-            tokens += [(word, weight) for word in tokenizer.pieces.encode(picture_words(picture))]
+            words, weight = next(left)
+            tokens += [(word, weight) for word in tokenizer.pieces.encode(words)]
         else:
             tokens.append((i, 1))
     return tokens
@@ -142,7 +153,8 @@ def language_row(path: Path, seed: int, split: str, i: int) -> np.ndarray:
     """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off. Ids, then weights."""
     tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no row can hold so many documents
     while len(tokens) < LENGTH:
-        tokens += [*encode(tokenizer, document(seed, number, split)), (tokenizer.eos_id, 1)]
+        rng = random_stream(seed, number, ORDERS)
+        tokens += [*encode(tokenizer, document(seed, number, split), rng), (tokenizer.eos_id, 1)]
         number += 1
     return np.array(tokens[:LENGTH], np.int16).T
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -118,7 +119,7 @@ class LanguageRecipe(Recipe):
     def continued(self, modules: nn.ModuleDict, rows: list[Row]) -> list[str]:
         """The likeliest continuations of documents."""
         llama, eos = modules["llama"], self.tokenizer.eos_id
-        lines = [[i for i, _ in encode(self.tokenizer, row)] for row in rows]
+        lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in rows]
         longest = max(map(len, lines))
         ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)

@@ -24,6 +24,7 @@ from miniature.recipe import Shop
 from miniature.sets import cached, pictures, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.world import Picture, Thing
+from muon import orthogonal
 from qformer import ImageEncoder, load_image_encoder
 from scheduler import load_schedule
 from text_encoder import ClipTokenizer, TextEncoder, load_text_encoder
@@ -148,10 +149,10 @@ def test_foreign_checkpoint_is_refused(shop, tmp_path):
 
 def test_muon_makes_singular_values_equal():
     matrices = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(pretrain.orthogonal(matrices))
+    values = torch.linalg.svdvals(orthogonal(matrices))
     print(f"singular values from {values.min():.2f} to {values.max():.2f}")
     assert values.min() > 0.6 and values.max() < 1.3
-    assert torch.allclose(pretrain.orthogonal(matrices.mT), pretrain.orthogonal(matrices).mT, atol=1e-5)
+    assert torch.allclose(orthogonal(matrices.mT), orthogonal(matrices).mT, atol=1e-5)
 
 
 def test_rate_and_average():
@@ -194,14 +195,21 @@ def test_documents_fit_their_rows(shop):
         assert row.target.endswith(" ###") and not row.source.endswith(" ")
         for picture in shown:
             assert len(tokenizer.pieces.encode(documents.picture_words(picture))) == documents.WORDS
-        ids = [i for i, _ in documents.encode(tokenizer, row)]
+        rng = np.random.default_rng(i)
+        for picture in row.outputs:
+            words = documents.shuffled_words(picture, rng).split()
+            assert sorted(words) == sorted(documents.picture_words(picture).replace("nothing", "").split())
+            together = [sorted(words[k : k + 4]) for k in range(len(words) - 3)]
+            things = [sorted([t.size, t.colour, t.kind, t.place]) for t in picture.things]
+            assert len(things) == 1 or all(thing in together for thing in things), words
+        ids = [i for i, _ in documents.encode(tokenizer, row, rng)]
         assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
         assert tokenizer.ends(ids)
     ids, weights = documents.language_row(path, 0, "train", 5)
     assert len(ids) == len(weights) == documents.LENGTH and ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
     heavy = tokenizer.decode(ids[weights == documents.PICTURE_WEIGHT].tolist()).split()
     assert set(weights) == {1, documents.PICTURE_WEIGHT}
-    assert set(heavy) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES, "nothing"}
+    assert set(heavy) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES}
 
 
 def test_look_rows(shop):
