@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loading import WeightsError, fill, read_config, read_json, tensor_files
+from loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 
 @dataclass
@@ -42,17 +42,16 @@ class LlamaConfig:
 
 
 def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos and sin (B, T, 1, Dh) in float32, the Dh/2 angles written twice."""
+    """positions (B, T) -> cos and sin (B, T, 1, Dh) in float32: of the Dh/2 angles twice, the first sines negative."""
     frequencies = theta ** (-torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
-    angles = positions[..., None].float() * frequencies  # (B, T, Dh/2)
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, Dh)
-    return angles.cos(), angles.sin()
+    angles = positions[..., None, None].float() * frequencies  # (B, T, 1, Dh/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (B, T, H, Dh). Channel i turns with i + Dh/2, as in Hugging Face's files, not with i + 1."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary embedding of (..., Dh). Channel i turns with i + Dh/2, as in Hugging Face's files, not with i + 1."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class KVCache:
@@ -64,30 +63,38 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
         head_width = config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, batch, slots + 1, config.num_attention_heads, head_width)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch, slots + 1, config.num_attention_heads, head_width)
+        layers = range(config.num_hidden_layers)  # tensors of their own: torch.compile would copy a larger one whole
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]
-        self.slots = torch.arange(slots + 1, device=device)
+        self.all_slots = self.slots = torch.arange(slots + 1, device=device)
+        self.padding = slots
+
+    def look_at(self, used: int) -> None:
+        """Let attention read only as many slots as `used` tokens need, in steps of 64: shapes shall change seldom."""
+        self.slots = self.all_slots[: -(-used // 64) * 64]
 
     def positions(self, attention_mask: Tensor) -> Tensor:
         """Reserve slots for the real tokens of (B, T); returns the positions of all, the last slot's for padding."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1  # (B, T)
         self.lengths += attention_mask.sum(-1)
-        return torch.where(attention_mask.bool(), positions, self.slots[-1])
+        return torch.where(attention_mask.bool(), positions, self.padding)
 
     def update(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key, value (B, T, H, Dh) at `positions` (B, T); returns all slots of the layer (B, S, H, Dh)."""
-        self.keys[layer, self.rows, positions] = key
-        self.values[layer, self.rows, positions] = value
-        return self.keys[layer], self.values[layer]
+        """Store key, value (B, T, H, Dh) at `positions` (B, T); returns what attention reads (B, S, H, Dh)."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.rows, positions] = key
+        values[self.rows, positions] = value
+        return keys[:, : len(self.slots)], values[:, : len(self.slots)]
 
 
 class History:
-    """Keys and values of a training pass, for the next one to continue. Nothing is overwritten: gradients may pass.
+    """Keys and values that a training pass continues. Nothing is overwritten: gradients may pass.
 
-    Padding of a pass is seen by no token of a later one.
+    A pass without gradient is kept for the next one; padding in it is seen by no later token. A differentiated pass is
+    kept by nobody, so its layers may be computed once more when gradients are (gradient checkpointing).
     """
 
     def __init__(self, batch: int, device):
@@ -108,7 +115,8 @@ class History:
         """Append key, value (B, T, H, Dh) to the layer's; returns all of them (B, S, H, Dh)."""
         if layer in self.layers:
             key, value = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (key, value), strict=True))
-        self.layers[layer] = key, value
+        if not torch.is_grad_enabled():
+            self.layers[layer] = key, value
         return key, value
 
 
@@ -119,9 +127,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # computed in float32
 
 
 class TransposedBackward(torch.autograd.Function):
@@ -139,7 +145,7 @@ class TransposedBackward(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not weight.requires_grad:
+    if x.requires_grad and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not weight.requires_grad:
         return TransposedBackward.apply(x, weight)
     return F.linear(x, weight)
 
@@ -165,7 +171,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache) -> Tensor:
         B, T, D = x.shape
         q, k, v = (project(x).view(B, T, self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)  # (B, T, H, Dh)
+        q, k = rotate(torch.stack([q, k]), *rotary)  # (B, T, H, Dh) each
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, S, H, Dh)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
@@ -239,6 +245,8 @@ class Llama(nn.Module):
             positions, mask = torch.arange(T, device=device).expand(B, T), None
 
         head_width = self.config.hidden_size // self.config.num_attention_heads
+        if mask is not None:
+            mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # once, or each layer would convert it
         table = rotary_table(positions, head_width, self.config.rope_theta)
         rotary = tuple(t.to(embeddings.dtype) for t in table)
         x = embeddings
@@ -364,7 +372,7 @@ def load_llama(folder: Path, dtype: torch.dtype | None = None, device: str | tor
     config = read_config(LlamaConfig, folder / "config.json")
     if read_json(folder / "config.json").get("rope_scaling"):
         raise WeightsError(f"{folder / 'config.json'}: rope_scaling is not supported")
-    with torch.device("meta"):
+    with shapes_only():
         llama = Llama(config)
     return fill(llama, tensor_files(folder), published_name, dtype, device)
 

@@ -3,12 +3,12 @@
 Every part of the stack loads in the same three lines:
 
     config = read_config(UNetConfig, folder / "config.json")
-    with torch.device("meta"):
-        unet = UNet(config)                                # shapes only, no memory
+    with shapes_only():
+        unet = UNet(config)                                # no memory
     fill(unet, tensor_files(folder), dtype=torch.bfloat16)  # memory-mapped tensors become the parameters
 
 A module's attribute paths are the published names, so filling is `load_state_dict(strict, assign)`: a frozen weight
-whose type already fits is never copied, it stays a view of the file until something moves it to a GPU.
+whose type and layout already fit is never copied, it stays a view of the file until something moves it to a GPU.
 All errors are `WeightsError` with a one-line message that names the file, the key and the shapes.
 """
 
@@ -16,12 +16,31 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules built inside keep what memory held: no initialiser of torch.nn.init runs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules built inside have shapes but no memory, and no random values either: on the meta device those would
+    still cost a second, since torch imports its compiler for them."""
+    with torch.device("meta"), Uninitialised():
+        yield
 
 
 class WeightsError(ValueError):
@@ -145,12 +164,42 @@ def fill(
     rename: Callable[[str], str | None] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    channels_last: bool = False,
 ) -> nn.Module:
     """Make the tensors of `files` the parameters of the meta-device `model`, each cast and moved once. The model is
-    then frozen and in eval mode. `rename` and errors are those of `matched`."""
-    state = {name: tensor.to(device, dtype) for name, tensor in matched(model.state_dict(), files, rename).items()}
+    then frozen and in eval mode. `rename` and errors are those of `matched`. `channels_last`: convolutions, and with
+    them all feature maps, in memory as (B, h, w, C), which makes them faster and attention's reshaping free."""
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
+        return tensor.to(device, dtype, memory_format=layout)
+
+    state = {name: placed(tensor) for name, tensor in matched(model.state_dict(), files, rename).items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def pinned(module: nn.Module) -> nn.Module:
+    """Frozen weights into memory of the host that stays in place, from which a GPU reads several times as fast."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.pin_memory()
+    return module
+
+
+@contextmanager
+def on(device: torch.device, *modules: nn.Module) -> Iterator[None]:
+    """Inside, the modules have copies of their parameters on `device`, unless those are there already; afterwards their
+    own again. For frozen modules: nothing is copied back."""
+    layers = [layer for module in modules for layer in module.modules()]
+    own = [(layer, *named) for layer in layers for named in layer.named_parameters(recurse=False)]
+    moved = [(layer, name, parameter) for layer, name, parameter in own if parameter.device != device]
+    for layer, name, parameter in moved:
+        setattr(layer, name, nn.Parameter(parameter.to(device, non_blocking=True), requires_grad=False))
+    try:
+        yield
+    finally:
+        for layer, name, parameter in moved:
+            setattr(layer, name, parameter)
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

@@ -40,8 +40,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merge(self, sign: int = 1) -> None:
         """Add the update to the frozen matrix (sign 1) or take it out again (-1), rounding to the matrix's type."""
-        assert self.merged == (sign < 0)
         weight = self.frozen.weight
+        assert self.merged == (sign < 0) and weight.is_floating_point()
         update = self.scale * self.lora_B.weight @ self.lora_A.weight
         self.frozen.weight = nn.Parameter((weight.float() + sign * update).to(weight.dtype), requires_grad=False)
         self.merged = sign > 0
@@ -89,7 +89,8 @@ class Prefix(nn.Module):
         """Decoding: the first P slots of every row."""
         keys, values = self()
         P = keys.shape[1]
-        cache.keys[:, :, :P], cache.values[:, :, :P] = keys[:, None].to(cache.keys), values[:, None].to(cache.keys)
+        for layer in range(self.layers):
+            cache.keys[layer][:, :P], cache.values[layer][:, :P] = keys[layer], values[layer]
         cache.lengths += P
 
     def history(self, batch: int, dtype: torch.dtype) -> History:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from images import resize_and_crop, to_tensor
-from loading import fill, read_config, stored, tensor_files
+from loading import fill, read_config, shapes_only, stored, tensor_files
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -274,7 +274,7 @@ def load_image_encoder(
     top = read_config(QFormerConfig, blip2 / "config.json")
     qformer = dataclasses.replace(qformer, num_query_tokens=top.num_query_tokens)
     shapes = {key: tensor.get_shape() for _, key, _, tensor in stored([projection])}
-    with torch.device("meta"):
+    with shapes_only():
         model = ImageEncoder(vision, qformer, shapes.get("llama_proj.weight", [4096])[0])
     files = [*tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens")), projection]
     return fill(model, files, lambda key: None if LEFT_OUT.match(key) else key, dtype, device)

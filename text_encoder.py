@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loading import WeightsError, fill, read_config, read_json, tensor_files
+from loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 # Tokenizer
 
@@ -308,7 +308,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The frozen encoder from Stable Diffusion's text_encoder/; None keeps the stored type. Raises WeightsError."""
     config = read_config(TextConfig, Path(folder) / "config.json")
-    with torch.device("meta"):
+    with shapes_only():
         model = TextEncoder(config)
     positions = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older files carry
     return fill(model, tensor_files(folder), lambda key: None if key == positions else key, dtype, device)

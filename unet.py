@@ -15,6 +15,7 @@ B batch, C channels, h w latent size, T = h*w tokens, S conditioning tokens, D w
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loading import WeightsError, fill, read_config, read_json, tensor_files
+from loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, H, S, Dh) each
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
-        y = y + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        y = y + self.time_emb_proj(time)[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
         return self.conv_shortcut(x) + y
 
 
 class Attention(nn.Module):
-    """Self-attention (context = x) or cross-attention. Only the output projection has a bias."""
+    """Self-attention (its keys and values are made of x) or cross-attention. Only the output projection has a bias."""
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
@@ -97,13 +100,16 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        B, T, D = x.shape
-        q = self.to_q(x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, Dh)
-        k = self.to_k(context).view(B, context.shape[1], self.heads, -1).transpose(1, 2)  # (B, H, S, Dh)
-        v = self.to_v(context).view(B, context.shape[1], self.heads, -1).transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(y.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, H, T, Dh)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, context: torch.Tensor) -> KeysValues:
+        return self.split(self.to_k(context)), self.split(self.to_v(context))  # (B, H, S, Dh)
+
+    def forward(self, x: torch.Tensor, keys_values: KeysValues) -> torch.Tensor:
+        y = F.scaled_dot_product_attention(self.split(self.to_q(x)), *keys_values)  # (B, H, T, Dh)
+        return self.to_out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class GEGLU(nn.Module):
@@ -135,9 +141,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: KeysValues) -> torch.Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, y)
+        x = x + self.attn1(y, self.attn1.keys_values(y))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -152,7 +158,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config.cross_attention_dim, heads)])
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: KeysValues) -> torch.Tensor:
         B, C, h, w = x.shape
         y = self.norm(x).permute(0, 2, 3, 1).reshape(B, h * w, C)  # (B, T, C)
         y = self.proj_in(y)
@@ -191,13 +197,13 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
 
     def forward(
-        self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor
+        self, x: torch.Tensor, time: torch.Tensor, contexts: Iterator[KeysValues]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, next(contexts))
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -211,9 +217,9 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(config, channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(config, channels, heads)])
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, time: torch.Tensor, contexts: Iterator[KeysValues]) -> torch.Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
+        x = self.attentions[0](x, next(contexts))
         return self.resnets[1](x, time)
 
 
@@ -232,12 +238,12 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
 
     def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], time: torch.Tensor, context: torch.Tensor
+        self, x: torch.Tensor, skips: list[torch.Tensor], time: torch.Tensor, contexts: Iterator[KeysValues]
     ) -> torch.Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips[i]], dim=1), time)
             if self.attentions:
-                x = self.attentions[i](x, context)
+                x = self.attentions[i](x, next(contexts))
         for upsample in self.upsamplers:
             x = upsample(x)
         return x
@@ -273,32 +279,45 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
+    def keys_values(self, encoder_hidden_states: torch.Tensor) -> list[KeysValues]:
+        """Conditioning (B, S, D) -> what every cross-attention makes of it, in the order of use. It is the same in all
+        steps of a picture; `forward` takes it in the conditioning's place."""
+        levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        blocks = [block for level in levels for spatial in level.attentions for block in spatial.transformer_blocks]
+        return [block.attn2.keys_values(encoder_hidden_states) for block in blocks]
+
     def forward(
-        self, sample: torch.Tensor, timesteps: torch.Tensor, encoder_hidden_states: torch.Tensor
+        self,
+        sample: torch.Tensor,
+        timesteps: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | list[KeysValues],
     ) -> torch.Tensor:
-        """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, encoder_hidden_states (B, S, D)
-        -> (B, C, h, w): epsilon or v, as the schedule's prediction_type says. h and w are multiples of 2^(levels - 1).
+        """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, encoder_hidden_states (B, S, D) or their
+        `keys_values` -> (B, C, h, w): epsilon or v, as the schedule's prediction_type says. h and w are multiples of
+        2^(levels - 1).
         """
         config = self.config
-        B, C, h, w = sample.shape
+        _, C, h, w = sample.shape
         factor = 2 ** (len(self.down_blocks) - 1)
         assert (C, h % factor, w % factor) == (config.in_channels, 0, 0), tuple(sample.shape)
-        assert encoder_hidden_states.shape[-1] == config.cross_attention_dim, tuple(encoder_hidden_states.shape)
+        if isinstance(encoder_hidden_states, torch.Tensor):
+            encoder_hidden_states = self.keys_values(encoder_hidden_states)
+        contexts = iter(encoder_hidden_states)
 
         time = timestep_embedding(  # in float32 always: half precision cannot tell large timesteps apart
-            timesteps.expand(B), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+            timesteps.reshape(-1), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         )
-        time = self.time_embedding(time.to(sample.dtype))
+        time = F.silu(self.time_embedding(time.to(sample.dtype)))  # (B or 1, 4 C0)
 
         x = self.conv_in(sample)
         kept = [x]
         for block in self.down_blocks:
-            x, skips = block(x, time, encoder_hidden_states)
+            x, skips = block(x, time, contexts)
             kept += skips
-        x = self.mid_block(x, time, encoder_hidden_states)
+        x = self.mid_block(x, time, contexts)
         for block in self.up_blocks:
             skips = [kept.pop() for _ in block.resnets]
-            x = block(x, skips, time, encoder_hidden_states)
+            x = block(x, skips, time, contexts)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -344,6 +363,6 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None, device: str | torc
     """stable-diffusion/unet -> frozen UNet in eval mode. Raises WeightsError."""
     folder = Path(folder)
     config = read_unet_config(folder / "config.json")
-    with torch.device("meta"):
+    with shapes_only():
         unet = UNet(config)
-    return fill(unet, tensor_files(folder), dtype=dtype, device=device)
+    return fill(unet, tensor_files(folder), dtype=dtype, device=device, channels_last=True)

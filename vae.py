@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from images import resize_and_crop, to_tensor
-from loading import WeightsError, fill, read_config, read_json, stored, tensor_files
+from loading import WeightsError, fill, read_config, read_json, shapes_only, stored, tensor_files
 
 EPS = 1e-6  # of every group norm; no published config names it
 
@@ -205,9 +205,11 @@ class VAE(nn.Module):
         return (mean + torch.exp(0.5 * logvar) * noise) * self.config.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) -> pixels (B, 3, 8h, 8w), about [-1, 1] but not clamped."""
+        """Scaled latents (B, C, h, w) of any type -> pixels (B, 3, 8h, 8w) in the weights' type, about [-1, 1] but not
+        clamped."""
         assert latents.shape[1] == self.config.latent_channels, tuple(latents.shape)
-        return self.decoder(self.post_quant_conv(latents / self.config.scaling_factor))
+        latents = latents.float() / self.config.scaling_factor
+        return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
 
 
 # The published file was written when the attention had other names.
@@ -231,20 +233,23 @@ def read_vae_config(path: Path) -> VAEConfig:
 
 
 def load_vae(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> VAE:
-    """stable-diffusion/vae -> frozen VAE in eval mode. Raises WeightsError."""
+    """stable-diffusion/vae -> frozen VAE in eval mode, never in float16: feature maps may pass its 65504,
+    and the picture would be black. Such weights become float32; bfloat16 has the range. Raises WeightsError.
+    """
     folder = Path(folder)
     config = read_vae_config(folder / "config.json")
-    with torch.device("meta"):
+    with shapes_only():
         vae = VAE(config)
     files = tensor_files(folder)
+    tensors = {name: tensor for name, _, _, tensor in stored(files, rename)}
+    if dtype == torch.float16 or (dtype is None and any(tensor.get_dtype() == "F16" for tensor in tensors.values())):
+        dtype = torch.float32
     # Some files hold the attention's linear layers as 1x1 convolutions: take them in at that shape, then drop the 1x1.
     linear = {f"{name}.weight": module for name, module in vae.named_modules() if isinstance(module, nn.Linear)}
-    as_convolution = [
-        linear[name] for name, _, _, tensor in stored(files, rename) if name in linear and len(tensor.get_shape()) == 4
-    ]
+    as_convolution = [linear[name] for name in linear if name in tensors and len(tensors[name].get_shape()) == 4]
     for module in as_convolution:
         module.weight = nn.Parameter(module.weight[:, :, None, None])
-    fill(vae, files, rename, dtype, device)
+    fill(vae, files, rename, dtype, device, channels_last=True)
     for module in as_convolution:
         module.weight = nn.Parameter(module.weight[:, :, 0, 0], requires_grad=False)
     return vae

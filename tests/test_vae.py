@@ -153,6 +153,28 @@ def test_bfloat16(tmp_path):
     assert difference(decoded.float(), theirs) <= 5e-2
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_no_black_pictures_in_half_precision(stored, tmp_path):
+    """A decoder whose feature maps pass float16's range, asked for in every type."""
+    reference = save_reference(tmp_path, TWO_LEVELS)
+    reference.decoder.conv_in.weight *= 1e6
+    reference.post_quant_conv.weight *= 10
+    reference.decoder.conv_in.weight.clamp_(-6e4, 6e4)
+    reference.to(stored).save_pretrained(tmp_path, safe_serialization=True)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    theirs = reference.float().decode(latents / 0.18215).sample
+    assert not reference.half().decode(latents.half() / 0.18215).sample.isfinite().all()  # the case is a real one
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, None):
+        vae = load_vae(tmp_path, dtype)
+        assert all(p.dtype in (torch.float32, torch.bfloat16) for p in vae.parameters())
+        for given in (torch.float16, torch.bfloat16, torch.float32):
+            ours = vae.decode(latents.to(given)).float()
+            figure = difference(ours, theirs)
+            print(f"stored {stored}, loaded as {dtype}, latents in {given}: {figure:.1e}")
+            assert figure <= 6e-2
+
+
 def test_every_parameter_trains_from_nothing():
     torch.manual_seed(0)
     vae = VAE(VAEConfig(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=16))
