@@ -1,6 +1,7 @@
 """Caption-picture tars into batches for stage 1 (UAS, section 3.3 of the paper, on CC3M).
 
-    python data.py cc3m cc3m_val.tsv --out cc3m-val.tar        # the published data sets into tars: published.py
+    python data.py cc3m cc3m_val.tsv --out cc3m-val.tar          # the published data sets into tars: published.py
+    python data.py precompute cc3m-val.tar --out features.tar    # frozen features for pictures: precompute.py
 
 The training order is one endless row of positions, epoch after epoch, each epoch a permutation of all pairs; at every
 step the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten pairs:
@@ -11,12 +12,16 @@ step the ranks take their blocks off its front. With batch_size 2 and world_size
 A broken pair's place is filled by another one, drawn by (seed, position). So every batch is full, has the same shape
 and is a function of (seed, position) alone: equal for any number of workers, ranks in step, and one number is enough
 to resume, even with another number of ranks. The price: a good pair is seen twice for each broken one.
-Tars behind http(s) cannot be read at random: `StreamBatches` reads them through a shuffle buffer.
+Tars behind http(s) cannot be read at random: streams.py reads them through a shuffle buffer.
+
+Batches of rows of like length have less padding: with group 8 each run of 8 batches is sorted by length, cut anew and
+put in random order again. To resume exactly the samples of a step must then be as many as before.
 
     batches = open_batches(["cc3m-train-{0000..0575}.tar"], partial(vae.preprocess_output, size=512), batch_size=48)
     batch = next(batches)
 
-    batch["pixels"]        (B, 3, size, size) float32 in [-1, 1]
+    batch["pixels"]        (B, 3, size, size) float32 in [-1, 1]. Of precomputed tars instead "moments" (B, 2, C, h, w)
+                           and perhaps "encoding" (B, S, Dc): see features.py
     batch["captions"]      B strings, cleaned; batch["keys"] beside them
     batch["instructions"]  B times None or the number of a request phrasing, for `uas_texts`
     batch["bad"]           Counter of the reasons of broken samples met for the first time
@@ -34,11 +39,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from features import NONE, Features, read_features
 from images import ImageError, read_image
 from tars import (
+    FEATURES,
     JSON,
     PICTURE,
     TEXT,
@@ -48,13 +55,11 @@ from tars import (
     is_url,
     read_index,
     read_member,
-    shuffled,
-    stream_tars,
-    streamed,
 )
 
 MAX_SIDE = 10_000  # pixels: pictures are padded to a square, so a long thin one would take side x side
 BAD_FROM = 1000  # samples seen before max_bad is looked at: two broken pairs of four need not stop a trial
+TENSORS = ("pixels", "moments", "encoding")  # of a sample, that are stacked
 TRIES = 1000  # broken samples in a row before the data counts as unusable
 
 SYSTEM = "You will be able to generate image according to command."
@@ -119,10 +124,14 @@ class Broken(NamedTuple):
     reason: str
 
 
-def make_sample(key: str, read: Callable[[int], bytes | None], transform: Callable) -> dict | Broken:
-    """{"key", "caption", "pixels"} from read(PICTURE | TEXT | JSON) -> bytes, None where there is no such member."""
+def make_sample(
+    key: str, read: Callable[[int], bytes | None], transform: Callable, features: Features = NONE
+) -> dict | Broken:
+    """{"key", "caption", "pixels" or else what `features` names} from read(PICTURE | TEXT | JSON | FEATURES) -> bytes,
+    None where there is no such member."""
     try:
-        image = decode(read(PICTURE))
+        tensors = None if "moments" not in features else read_features(read(FEATURES), features, features.made_with)
+        image = decode(read(PICTURE)) if tensors is None else None
         caption = clean_caption(read_caption(read))
         if not caption:
             raise Unusable("empty caption")
@@ -130,7 +139,7 @@ def make_sample(key: str, read: Callable[[int], bytes | None], transform: Callab
         return Broken(key, str(error))
     except OSError:
         return Broken(key, "tar not readable")
-    return {"key": key, "caption": caption, "pixels": transform(image)}
+    return {"key": key, "caption": caption, **(tensors or {"pixels": transform(image)})}
 
 
 def decode(content: bytes | None) -> Image.Image:
@@ -171,7 +180,7 @@ def collate(samples: list[dict]) -> dict:
         "captions": [sample["caption"] for sample in samples],
         "keys": [sample["key"] for sample in samples],
         "instructions": [sample["instruction"] for sample in samples],
-        "pixels": torch.stack([sample["pixels"] for sample in samples]),
+        **{name: torch.stack([sample[name] for sample in samples]) for name in TENSORS if name in samples[0]},
     }
 
 
@@ -219,6 +228,10 @@ class TarData(Dataset):
         """What is random in the sample at a position; a replacement for a broken item takes it over."""
         raise NotImplementedError
 
+    def length(self, i: int, draw: object) -> float:
+        """About how long the row of that sample will be, in any unit, without reading it."""
+        raise NotImplementedError
+
     def sample(self, i: int, draw: object) -> dict | Broken:
         """Item i as a sample; a broken one is a `Broken`, never an exception."""
         raise NotImplementedError
@@ -231,14 +244,14 @@ class TarData(Dataset):
 class PairData(TarData):
     """Pairs as samples {"key", "caption", "pixels", "instruction"}.
 
-    transform: RGB picture -> (3, size, size) float32 in [-1, 1].
+    transform: RGB picture -> (3, size, size) float32 in [-1, 1]. features: what is there in the place of "pixels".
     """
 
     unit = "pair"
 
-    def __init__(self, tars: list[str], transform: Callable):
+    def __init__(self, tars: list[str], transform: Callable, features: Features = NONE):
         super().__init__(tars)
-        self.transform = transform
+        self.transform, self.features = transform, features
 
     def __getitem__(self, i: int) -> dict | Broken:
         return self.sample(i, None)
@@ -249,10 +262,17 @@ class PairData(TarData):
     def draw(self, bits: np.random.PCG64) -> int | None:
         return draw_instruction(bits)
 
+    def length(self, i: int, draw: int | None) -> float:
+        """The caption's bytes and those of the request around it."""
+        tar, row = self.place(i)
+        sizes = self.indices[tar].table[row, 1::2]  # of the members, kind by kind
+        return max(sizes[TEXT], sizes[JSON] if sizes[TEXT] < 0 else 0) + (0 if draw is None else len(SYSTEM) + 50)
+
     def sample(self, i: int, draw: int | None) -> dict | Broken:
         tar, row = self.place(i)
         index = self.indices[tar]
-        sample = make_sample(index.key(row), partial(read_member, self.tars[tar], index.table[row]), self.transform)
+        read = partial(read_member, self.tars[tar], index.table[row])
+        sample = make_sample(index.key(row), read, self.transform, self.features)
         return sample if isinstance(sample, Broken) else {**sample, "instruction": draw}
 
     def collate(self, samples: list[dict]) -> dict:
@@ -294,10 +314,12 @@ class Batches:
 
     dataset: a TarData. `bad` and `seen` count this rank's share of the first pass over it: a broken item counts once,
     on one rank. ValueError where over `max_bad` of them are broken, from BAD_FROM seen on, and where none can be used.
+    group: among how many batches rows are sorted by length; 1: not at all.
     """
 
-    def __init__(self, dataset, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01):
+    def __init__(self, dataset, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01, group=1):
         self.dataset, self.batch_size, self.seed, self.max_bad = dataset, batch_size, seed, max_bad
+        self.group = group
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.size, self.bad, self.seen, self.loaded = len(dataset), Counter(), 0, None
         self.go_to({"epoch": 0, "position": 0})
@@ -336,7 +358,10 @@ class Batches:
         return {"seed": self.seed, "size": self.size, **self.place(), "bad": dict(self.bad), "seen": self.seen}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on exactly there; batch_size, world_size and workers may be others. ValueError for other data or seed."""
+        """Go on exactly there; workers may be others, and without groups batch_size and world_size too.
+
+        ValueError for other data or seed.
+        """
         for name, ours in (("seed", self.seed), ("size", self.size)):
             if state[name] != ours:
                 raise ValueError(f"cannot resume: the checkpoint's data has {name} {state[name]}, this run's {ours}")
@@ -363,115 +388,48 @@ class Batches:
         return {"dataset": WholeBatches(self.dataset, self.seed), "sampler": self.places()}
 
     def places(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.position + self.rank * self.batch_size
+        """This rank's share of step after step: (position, item) of each sample."""
+        step, at = self.batch_size * self.world_size, self.position
+        own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         while True:
-            block = [(p, *divmod(p, self.size)) for p in range(first, first + self.batch_size)]
-            yield [(p, int(epoch_order(self.size, self.seed, epoch)[k])) for p, epoch, k in block]
-            first += self.batch_size * self.world_size
+            first = at if self.group == 1 else at - at % (self.group * step)
+            steps = self.steps(first, step)
+            yield from (places[own] for places in steps[(at - first) // step :])
+            at = first + self.group * step
+
+    def steps(self, first: int, size: int) -> list[list[tuple[int, int]]]:
+        """The places of the `group` steps from position `first` on."""
+        numbers = [(p, *divmod(p, self.size)) for p in range(first, first + self.group * size)]
+        places = [(p, int(epoch_order(self.size, self.seed, epoch)[k])) for p, epoch, k in numbers]
+        if self.group == 1:
+            return [places]
+        draws = (self.dataset.draw(random_bits(1, self.seed, position)) for position, _ in places)
+        lengths = [self.dataset.length(item, draw) for (_, item), draw in zip(places, draws, strict=True)]
+        rows = np.argsort(lengths, kind="stable").reshape(self.group, size)
+        shuffled = np.argsort(random_bits(3, self.seed, first).random_raw(self.group), kind="stable")
+        return [[places[k] for k in rows[row]] for row in shuffled]
 
 
-# ---- tars behind http(s)
+# ---- what the commands use
 
 
-class StreamPairs:
-    """Tars behind http(s) as endless batches, for `StreamBatches`. len() is the number of tars.
-
-    The row of positions holds tars here, epoch after epoch in shuffled order; they are dealt in turn to slots, one slot
-    per rank and worker. Each slot shuffles its samples through a buffer that is emptied between two epochs.
-    """
-
-    def __init__(self, urls: list[str], transform: Callable, buffer: int = 1000):
-        self.urls, self.transform, self.buffer, self.notes = list(urls), transform, buffer, []
-
-    def __len__(self) -> int:
-        return len(self.urls)
-
-    def url(self, seed: int, tar: int) -> str:
-        epoch, place = divmod(tar, len(self))
-        return self.urls[epoch_order(len(self), seed, epoch)[place]]
-
-    def batches(self, batch_size: int, seed: int, slots: int, slot: int, tar: int, byte: int) -> Iterator[dict]:
-        """Endless full batches of one slot; the cursor of each is (slot, tar position, byte) that reading has come to.
-
-        Ends with an {"error": ...} in place of a batch, as an exception would lose its one line in a worker.
-        """
-        cursor, usable, barren, chosen, bad, seen = [tar, byte], tar, Counter(), [], Counter(), 0
-        raw = stream_tars(partial(self.url, seed), tar, byte, slots)
-        items = shuffled(raw, random_bits(2, seed, tar, byte), self.buffer, len(self), cursor)
-        try:
-            for tar, end, key, parts in items:
-                sample = make_sample(key, partial(streamed, parts), self.transform)
-                seen += tar < len(self)
-                if isinstance(sample, Broken):
-                    bad.update([sample.reason] if tar < len(self) else [])
-                    barren.update([sample.reason])
-                    if sum(barren.values()) > TRIES or tar > usable + len(self) + slots:
-                        raise ValueError(f"no usable pair in {self.url(seed, tar)}: {describe(barren)}")
-                    continue
-                chosen.append({**sample, "instruction": draw_instruction(random_bits(1, seed, tar, end))})
-                usable, barren = tar, Counter()
-                if len(chosen) == batch_size:
-                    yield {**collate(chosen), **tally(bad, seen, (slot, *cursor))}
-                    chosen, bad, seen = [], Counter(), 0
-        except ValueError as error:
-            yield {"error": str(error), **tally(bad, seen)}
-
-
-class StreamSource(IterableDataset):
-    """What a worker runs: the batches of its own slot."""
-
-    def __init__(self, batches: Callable, starts: list[tuple[int, int, int]]):
-        self.batches, self.starts = batches, starts
-
-    def __iter__(self) -> Iterator[dict]:
-        worker = get_worker_info()
-        return self.batches(*self.starts[worker.id if worker else 0])
-
-
-class StreamBatches(Batches):
-    """`Batches` of a StreamPairs; here the batches do depend on the number of ranks and workers.
-
-    To resume means: each slot opens the tar that it was reading at the first sample not yet read. Nothing is repeated;
-    what lay in shuffle buffers and in unfinished batches is passed over. With another number of slots, or in a rank
-    whose own state was not saved, the tars from the earliest unfinished one on are read from their fronts.
-    """
-
-    def dataset_size(self) -> None:
-        return None
-
-    def go_to(self, state: dict) -> None:
-        workers, first = max(self.workers, 1), state["epoch"] * self.size + state["position"]
-        self.slots = self.world_size * workers
-        known = state["cursors"] if state.get("slots") == self.slots else []
-        own = range(self.rank * workers, (self.rank + 1) * workers)
-        self.cursors = {slot: (first + (slot - first) % self.slots, 0) for slot in own}
-        self.cursors |= {slot: (tar, byte) for slot, tar, byte in known if slot in self.cursors}
-
-    def place(self) -> dict:
-        epoch, position = divmod(min(tar for tar, _ in self.cursors.values()), self.size)
-        cursors = [[slot, *cursor] for slot, cursor in self.cursors.items()]
-        return {"epoch": epoch, "position": position, "slots": self.slots, "cursors": cursors}
-
-    def advance(self, cursor: tuple[int, int, int]) -> None:
-        self.cursors[cursor[0]] = cursor[1:]
-
-    def source(self) -> dict:
-        batches, starts = self.dataset.batches, [(slot, *cursor) for slot, cursor in self.cursors.items()]
-        return {"dataset": StreamSource(partial(batches, self.batch_size, self.seed, self.slots), starts)}
-
-
-def open_batches(data: list[str], transform: Callable, batch_size: int, **options) -> Batches:
-    """What the user named (see `tars.expand`) -> its batches; `options` are those of `Batches`."""
+def open_batches(
+    data: list[str], transform: Callable, batch_size: int, features: Features = NONE, **options
+) -> Batches:
+    """What the user named (see `tars.expand`) -> its batches. features: what `find_features` finds in these tars;
+    `options` are those of `Batches`."""
     tars = expand(data)
     remote = [tar for tar in tars if is_url(tar)]
     if not remote:
-        return Batches(PairData(tars, transform), batch_size, **options)
+        return Batches(PairData(tars, transform, features), batch_size, **options)
     if len(remote) < len(tars):
         raise ValueError(f"{remote[0]} is streamed, {(set(tars) - set(remote)).pop()} is not: give only one of the two")
+    from streams import StreamBatches, StreamPairs  # which imports this file
+
     return StreamBatches(StreamPairs(tars, transform), batch_size, **options)
 
 
-if __name__ == "__main__":  # python data.py vist|mmdialog|cc3m: the published data sets into tars
+if __name__ == "__main__":  # python data.py vist|mmdialog|cc3m|precompute: tars out of others and of published data
     from cli import run
     from published import main
 

@@ -11,14 +11,18 @@ the same alone and in a batch.
 B prompts, T tokens, N vokens of a picture, M pictures, D width of the language model, S Dc conditioning.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from images import to_image
-from llama import KVCache
+from llama import KVCache, Llama
+from loading import on
 from minigpt5 import MiniGPT5, expand_placeholders, type_of
 from qformer import preprocess_input
 from scheduler import SAMPLERS
@@ -37,22 +41,28 @@ class Sampling:
     sampler: str = "pndm"
     steps: int = 50
     guidance: float = 7.5  # 1: no guidance
+    compile: bool = False  # torch.compile for the token, the denoising step and the decoder
 
 
-def pick_token(logits: Tensor, said: list[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample the next id from logits (V,): repetition penalty over the ids in `said`, temperature, top k, top p."""
-    logits = logits.float().cpu()
-    seen = torch.tensor(sorted(set(said)))
-    scores = logits[seen]
+@cache
+def compiled(function: Callable, replayed: bool = False, **options: bool) -> Callable:
+    """`function` by torch.compile, a graph for each shape. `replayed`: a GPU gets all its kernels at once (CUDA graph);
+    what it returns is overwritten by the next call."""
+    return torch.compile(function, dynamic=False, options={"triton.cudagraphs": replayed, **options})
+
+
+def pick_tokens(logits: Tensor, said: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
+    """The next ids (B,) from logits (B, V'): repetition penalty over the ids in `said` (B, V'), temperature, top k and
+    top p. Uniform numbers `chances` (B,) decide: they are places in the cumulated probabilities."""
     penalty = sampling.repetition_penalty
-    logits = logits.scatter(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
+    logits = torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
-        return int(logits.argmax())
-    scores, order = (logits / sampling.temperature).topk(min(sampling.top_k, len(logits)))
-    probabilities = scores.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens: the first is always kept
-    probabilities[before >= sampling.top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+        return logits.argmax(-1)
+    scores, order = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]))
+    mass = scores.softmax(-1).cumsum(-1)  # of a token and all likelier ones
+    last = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)  # the first that reaches top p
+    place = (mass < chances[:, None] * mass.gather(-1, last)).sum(-1, keepdim=True)
+    return order.gather(-1, place)[:, 0]
 
 
 def padded(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -63,7 +73,54 @@ def padded(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tens
     return ids, mask
 
 
-@torch.no_grad()
+def next_token(
+    model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, said: Tensor, chances: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
+    """Feed a token a row: ids and mask (B, 1) -> the state (B, D) that predicts the next one, and the next ids (B,)."""
+    hidden = model.llama(model.embed(ids), mask, cache)[:, 0]
+    return hidden, pick_tokens(model.vokens.logits(model.llama, hidden), said, chances, sampling)
+
+
+def compiled_next_token(*inputs) -> tuple[Tensor, Tensor]:
+    """`next_token` compiled. So is its attention: a ready-made kernel would keep most of a GPU idle for one query."""
+    torch.compiler.cudagraph_mark_step_begin()
+    with sdpa_kernel(SDPBackend.MATH):
+        hidden, picked = compiled(next_token, replayed=True, coordinate_descent_tuning=True)(*inputs)
+    return hidden.clone(), picked.clone()
+
+
+@lru_cache(maxsize=1)
+def lasting_cache(llama: Llama, batch: int, slots: int, device: torch.device) -> KVCache:
+    """A cache for compiled steps, kept: a CUDA graph reads and writes where the cache lay when it was recorded."""
+    cache = KVCache(llama.config, batch, slots, type_of(llama), device)
+    for tensor in (*cache.keys, *cache.values, cache.lengths):
+        torch._dynamo.mark_static_address(tensor, guard=False)
+    return cache
+
+
+def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling) -> KVCache:
+    """An empty cache, or one that holds the prefix."""
+    if sampling.compile:  # in steps of 256 slots, as every size is compiled
+        cache = lasting_cache(model.llama, batch, -(-slots // 256) * 256, model.device)
+        cache.lengths.zero_()
+    else:
+        cache = KVCache(model.llama.config, batch, slots, type_of(model.llama), model.device)
+    if model.prefix:
+        model.prefix.fill(cache)
+    return cache
+
+
+@dataclass
+class Answer:
+    """An answer in the making."""
+
+    used: int  # tokens so far, the prompt's among them
+    ids: list[int] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)  # (N, D) of each picture
+    active: bool = True
+
+
+@torch.inference_mode()
 def say(
     model: MiniGPT5,
     prompts: list[str],
@@ -78,65 +135,100 @@ def say(
     max_new_tokens or where the positions end; the stop ids stay in it. The repetition penalty counts <s> and what was
     said, not the prompt. ValueError for a prompt that leaves no room.
     """
-    tokenizer, device, config = model.tokenizer, model.device, model.llama.config
-    start, vokens, N = tokenizer.voken_ids[0], tokenizer.voken_ids, len(tokenizer.voken_ids)
+    tokenizer, N = model.tokenizer, len(model.tokenizer.voken_ids)
     rows = [[tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(p), model.queries)] for p in prompts]
     virtual = model.prefix.embedding.num_embeddings if model.prefix else 0
-    used = [virtual + len(row) for row in rows]
-    slots = min(max(used) + sampling.max_new_tokens + 8 * N, config.max_position_embeddings)
-    if max(used) + N > slots:
-        raise ValueError(f"the prompt has {max(used) - virtual} tokens, room is for {slots - N - virtual}")
-    cache = KVCache(config, len(rows), slots, type_of(model.llama), device)
-    if model.prefix:
-        model.prefix.fill(cache)
+    answers = [Answer(virtual + len(row)) for row in rows]
+    longest = max(answer.used for answer in answers)
+    slots = min(longest + sampling.max_new_tokens + 8 * N, model.llama.config.max_position_embeddings)
+    if longest + N > slots:
+        raise ValueError(f"the prompt has {longest - virtual} tokens, room is for {slots - N - virtual}")
+    inputs = None
+    if pixels is not None:
+        with on(model.device, model.image_encoder):
+            inputs = model.image_encoder(pixels)  # (P, Q, D)
+    with on(model.device, model.llama):
+        decode(model, rows, inputs, answers, slots, sampling, generators)
+    empty = torch.empty(0, N, model.llama.config.hidden_size, device=model.device)
+    return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
+
+
+def decode(
+    model: MiniGPT5,
+    rows: list[list[int]],
+    inputs: Tensor | None,
+    answers: list[Answer],
+    slots: int,
+    sampling: Sampling,
+    generators: list[torch.Generator],
+) -> None:
+    """Continue the prompts' ids `rows` until every answer has ended."""
+    tokenizer, device = model.tokenizer, model.device
+    start, vokens, N = tokenizer.voken_ids[0], tokenizer.voken_ids, len(tokenizer.voken_ids)
+    batch, every = torch.arange(len(rows), device=device), torch.ones(len(rows), 1, dtype=torch.long, device=device)
+    step, cache = compiled_next_token if sampling.compile else next_token, open_cache(model, len(rows), slots, sampling)
+    length = sampling.max_new_tokens
+    chances = torch.stack([torch.rand(length, generator=g, device=g.device) for g in generators], 1).to(device)
+    said = torch.zeros(len(rows), len(tokenizer), dtype=torch.bool, device=device)
+    said[:, tokenizer.bos_id] = True
 
     ids, mask = padded(rows, tokenizer.eos_id, device)
-    hidden = model.llama(model.embed(ids, pixels), mask, cache)
-    hidden = hidden[torch.arange(len(rows)), mask.sum(1) - 1]  # (B, D), the state that predicts the next token
-    answers = [([], []) for _ in rows]
-    active = [True] * len(rows)
-    for _ in range(sampling.max_new_tokens):
-        logits = model.vokens.logits(model.llama, hidden)  # (B, V')
-        fed, drawn = [[] for _ in rows], [False] * len(rows)
-        for row, (said, features) in enumerate(answers):
-            if not active[row]:
-                continue
-            forced = sampling.force_image and not features
-            history = [tokenizer.bos_id, *said]
-            said.append(start if forced else pick_token(logits[row], history, sampling, generators[row]))
-            drawn[row] = said[-1] == start
-            fed[row] = vokens if drawn[row] else said[-1:]
-            used[row] += len(fed[row])
-            active[row] = not tokenizer.ends(said) and used[row] + N <= slots
-        if not any(active) and not any(drawn):
+    hidden = model.llama(model.embed(ids, inputs), mask, cache)[batch, mask.sum(1) - 1]  # (B, D)
+    picked = pick_tokens(model.vokens.logits(model.llama, hidden), said, chances[0], sampling)  # (B,)
+    if sampling.force_image:
+        picked = torch.full_like(picked, start)
+    for turn in range(1, sampling.max_new_tokens + 1):
+        said[batch, picked] = True
+        fed, drawn = [[] for _ in rows], []
+        for row, token in enumerate(picked.tolist()):  # here the host waits for the device, and nowhere else
+            answer = answers[row]
+            if answer.active:
+                answer.ids.append(token)
+                fed[row] = vokens if token == start else [token]
+                drawn += [row] if token == start else []
+                answer.used += len(fed[row])
+                answer.active = not tokenizer.ends(answer.ids) and answer.used + N <= slots
+        last = turn == sampling.max_new_tokens or not any(answer.active for answer in answers)
+        if last and not drawn:
             break
-        ids, mask = padded(fed, tokenizer.eos_id, device)
-        following = model.llama(model.embed(ids), mask, cache)  # (B, N or 1, D)
-        for row in [row for row in range(len(rows)) if drawn[row]]:
-            answers[row][1].append(torch.cat([hidden[row : row + 1], following[row, : N - 1]]).float())
-        hidden = following[torch.arange(len(rows)), (mask.sum(1) - 1).clamp(min=0)]
-        if not any(active):
+        if not sampling.compile:
+            cache.look_at(max(answer.used for answer in answers))
+        if all(len(row) == 1 for row in fed):
+            ids, mask = picked[:, None], every
+        else:
+            ids, mask = padded(fed, tokenizer.eos_id, device)
+        if not drawn:
+            hidden, picked = step(model, cache, ids, mask, said, chances[turn], sampling)
+            continue
+        following = model.llama(model.embed(ids), mask, cache)  # (B, N, D)
+        for row in drawn:
+            answers[row].features.append(torch.cat([hidden[row : row + 1], following[row, : N - 1]]).float())
+        if last:
             break
-    empty = torch.empty(0, N, config.hidden_size, device=device)
-    return [(said, torch.stack(features) if features else empty) for said, features in answers]
+        hidden = following[batch, (mask.sum(1) - 1).clamp(min=0)]
+        picked = pick_tokens(model.vokens.logits(model.llama, hidden), said, chances[turn], sampling)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor) -> Tensor:
     """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1], guided against zeros."""
     guided, dtype = sampling.guidance != 1, type_of(model.unet)
+    unet, decode_latents = model.unet, model.vae.decode
+    if sampling.compile:
+        unet, decode_latents = compiled(unet, replayed=True), compiled(decode_latents)
     if guided:
         features = torch.cat([torch.zeros_like(features), features])
-    conditioning = model.mapper(features).to(dtype)  # (2M or M, S, Dc)
     sampler = SAMPLERS[sampling.sampler](model.schedule, sampling.steps)
-    for index, timestep in enumerate(sampler.timesteps):
-        x = torch.cat([latents, latents]) if guided else latents
-        prediction = model.unet(x.to(dtype), timestep, conditioning).float()
-        if guided:
-            without, given = prediction.chunk(2)
-            prediction = without + sampling.guidance * (given - without)
-        latents = sampler.step(prediction, index, latents)
-    return model.vae.decode(latents.to(type_of(model.vae))).float()
+    with on(model.device, model.unet, model.vae):
+        keys_values = model.unet.keys_values(model.mapper(features).to(dtype))  # the same in all steps
+        for index, timestep in enumerate(sampler.timesteps):
+            x = torch.cat([latents, latents] if guided else [latents])
+            prediction = unet(x.to(dtype), timestep, keys_values).to(torch.float32, copy=True)
+            if guided:
+                without, given = prediction.chunk(2)
+                prediction = without + sampling.guidance * (given - without)
+            latents = sampler.step(prediction, index, latents)
+        return decode_latents(latents).float()
 
 
 def segments_of(model: MiniGPT5, ids: list[int], pictures: list[Image.Image]) -> list[str | Image.Image]:

@@ -14,18 +14,23 @@ B batch, T tokens, N vokens of a picture, M pictures in the batch, S conditionin
 language and of the diffusion model, C latent channels, h w latent height and width.
 """
 
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
-from loading import WeightsError, matched, open_safetensors, read_config, save_safetensors, stored
+from loading import WeightsError, matched, open_safetensors, pinned, read_config, save_safetensors, stored
 from lora import Prefix, add_lora
 from mapper import VokenMapper
 from qformer import ImageEncoder, load_image_encoder
+from quantize import load_int8_llama
 from scheduler import NoiseSchedule, load_schedule
 from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
 from unet import UNet, load_unet
@@ -46,7 +51,7 @@ class Rows(NamedTuple):
     picture_starts: Tensor  # (M,) position before its [IMG0]
 
     def to(self, device: torch.device) -> "Rows":
-        return Rows(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Rows(*(send(tensor, device) for tensor in self))
 
 
 class Draws(NamedTuple):
@@ -58,16 +63,39 @@ class Draws(NamedTuple):
     timesteps: Tensor  # (M,)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device. To a GPU through pinned memory: from other memory the host would wait until the GPU has done all
+    that it was given."""
+    if tensor.device == device or device.type == "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def few_lengths(length: int) -> int:
+    """The next of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ...: every shape costs a compilation."""
+    step = 1 << max(4, length.bit_length() - 3)
+    return -(-length // step) * step
+
+
+def padded(x: Tensor, length: int, dim: int = 0, value: int = 0) -> Tensor:
+    """x with `value` after its end along `dim`, up to `length`."""
+    return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]], value=value)
+
+
 def expand_placeholders(tokenizer: Tokenizer, ids: list[int], queries: int) -> list[int]:
     """Each placeholder id as often as a picture has query embeddings."""
     return [i for token in ids for i in [token] * (queries if token == tokenizer.image_id else 1)]
 
 
 def collate(
-    tokenizer: Tokenizer, pairs: list[tuple[str, str]], queries: int, multiple: int = 1, limit: int = 2048
+    tokenizer: Tokenizer,
+    pairs: list[tuple[str, str]],
+    queries: int,
+    length: Callable[[int], int] = int,
+    limit: int = 2048,
 ) -> Rows:
     """(source, target) texts -> rows of <s> source target. Padded on the right, so that the longest source is followed
-    by as many places as the longest target has tokens, and to a multiple of `multiple`.
+    by as many places as the longest target has tokens; `length` (see `few_lengths`) then makes it longer.
 
     Learned are the target's tokens but for [IMG1]..[IMGN-2]: of the vokens only the first, which says that a picture
     belongs here, and the last, with which text goes on. A source is cut at its end so that a row has at most `limit`
@@ -85,16 +113,29 @@ def collate(
         labels.append([IGNORE] * len(source_ids) + learned)
         pictures += [(row, at - 1) for at, label in enumerate(labels[-1]) if label == tokenizer.voken_ids[0]]
     L = max(len(row) - start for row, start in zip(rows, starts, strict=True))
-    length = -(-(max(starts) + L) // multiple) * multiple
-    padded = [row + [tokenizer.eos_id] * (length - len(row)) for row in rows]
-    padded_labels = [label + [IGNORE] * (length - len(label)) for label in labels]
+    T = length(max(starts) + L)
+    rows = [row + [tokenizer.eos_id] * (T - len(row)) for row in rows]
+    labels = [label + [IGNORE] * (T - len(label)) for label in labels]
     where = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2)
     targets = torch.tensor(starts)[:, None] + torch.arange(L)
-    return Rows(torch.tensor(padded), torch.tensor(padded_labels), targets, where[:, 0], where[:, 1])
+    return Rows(torch.tensor(rows), torch.tensor(labels), targets, where[:, 0], where[:, 1])
 
 
 def type_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+@torch.no_grad()
+def encode_captions(encoder: TextEncoder, tokenizer: ClipTokenizer, captions: list[str]) -> Tensor:
+    """Captions -> (B, S, Dc), Stable Diffusion's own encoding. As in the released code the encoder gets the padding
+    mask, which Stable Diffusion does not give it."""
+    device = next(encoder.parameters()).device
+    return encoder(*(send(tensor, device) for tensor in tokenizer(captions)))
+
+
+def twice(layer: Callable, *inputs) -> Tensor:
+    """What `layer` makes of its inputs; computed again when gradients are, so that only the inputs are kept."""
+    return checkpoint(layer, *inputs, use_reentrant=False) if torch.is_grad_enabled() else layer(*inputs)
 
 
 class MiniGPT5(nn.Module):
@@ -121,44 +162,44 @@ class MiniGPT5(nn.Module):
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2, see add_adapters
+        self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # embeddings of an input picture
+        self.compiled_for = 0  # see compile_losses
 
     @property
     def device(self) -> torch.device:
         return self.vokens.input.device
 
     @property
-    def queries(self) -> int:
-        """Embeddings that one input picture becomes; without the image encoder no picture can be read."""
-        return self.image_encoder.query_tokens.shape[1] if self.image_encoder else 1
-
-    @property
     def picture_size(self) -> int:
         """Side of an output picture in pixels."""
         return self.unet.config.sample_size * self.vae.config.downsampling
 
-    def embed(self, ids: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """ids (B, T) -> (B, T, D). The pictures' query embeddings fill the placeholders in order of rows, then tokens;
-        pixels (P, 3, H, W) are as qformer.preprocess_input makes them."""
+    def embed(self, ids: Tensor, inputs: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> (B, T, D). The input pictures' query embeddings fill the placeholders in order of rows, then
+        tokens. inputs: pixels (P, 3, H, W) as qformer.preprocess_input makes them, or query embeddings (P, Q, D)."""
         embeddings = self.vokens.embed(self.llama, ids)
-        if pixels is not None:
-            with torch.no_grad():
-                pictures = self.image_encoder(pixels)  # (P, Q, D)
+        if inputs is not None:
+            inputs = send(inputs, self.device)
+            if inputs.dim() == 4:
+                with torch.no_grad():
+                    inputs = self.image_encoder(inputs)  # (P, Q, D)
             embeddings = embeddings.masked_scatter(
-                (ids == self.tokenizer.image_id)[..., None], pictures.to(embeddings.dtype)
+                (ids == self.tokenizer.image_id)[..., None], inputs.to(embeddings.dtype)
             )
         return embeddings
 
-    @torch.no_grad()
-    def encode_captions(self, captions: list[str]) -> Tensor:
-        """Captions -> (B, S, Dc) float32, Stable Diffusion's own encoding, target of L_CAP. As in the released code the
-        encoder gets the padding mask, which Stable Diffusion does not give it."""
-        ids, mask = (t.to(self.device) for t in self.clip_tokenizer(captions))
-        return self.text_encoder(ids, mask).float()
+    def encode_captions(self, captions: list[str] | Tensor) -> Tensor:
+        """Captions, or what was precomputed of them -> (B, S, Dc) float32, the target of L_CAP."""
+        if isinstance(captions, list):
+            return encode_captions(self.text_encoder, self.clip_tokenizer, captions).float()
+        return send(captions, self.device).float()
 
     @torch.no_grad()
-    def encode_pictures(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (M, 3, H, W) in [-1, 1] -> mean and log variance (M, C, h, w) of the latents' posterior."""
-        return self.vae.encode(pixels.to(type_of(self.vae)))
+    def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance (M, C, h, w) of the latents' posterior, from pixels (M, 3, H, W) in [-1, 1] or from
+        what was precomputed of them: both in one tensor (M, 2, C, h, w)."""
+        pictures = send(pictures, self.device)
+        return pictures.unbind(1) if pictures.dim() == 5 else self.vae.encode(pictures.to(type_of(self.vae)))
 
     def draw(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Draws:
         """The random numbers of one step, drawn on the generator's device and moved to the model's."""
@@ -166,44 +207,75 @@ class MiniGPT5(nn.Module):
         posterior, noise = self.draw_latents(pictures, generator), self.draw_latents(pictures, generator)
         steps = len(self.schedule.alphas_cumprod)
         timesteps = torch.randint(steps, (pictures,), generator=generator, device=generator.device)
-        return Draws(drop.to(self.device), posterior, noise, timesteps.to(self.device))
+        return Draws(send(drop, self.device), posterior, noise, send(timesteps, self.device))
 
     def draw_latents(self, pictures: int, generator: torch.Generator) -> Tensor:
         """Standard normal (M, C, h, w)."""
         size = self.unet.config.sample_size
         shape = (pictures, self.unet.config.in_channels, size, size)
-        return torch.randn(shape, generator=generator, device=generator.device).to(self.device)
+        return send(torch.randn(shape, generator=generator, device=generator.device), self.device)
 
-    def read(self, rows: Rows, pixels: Tensor | None = None) -> Tensor:
-        """Rows and their input pictures -> the language model's hidden states (B, T, D).
+    def read(self, rows: Rows, inputs: Tensor | None = None) -> Tensor:
+        """Rows and their input pictures, as `embed` takes them -> the language model's hidden states (B, T, D)."""
+        return MiniGPT5.hidden_states(self, self.embed(rows.ids, inputs), rows.targets)  # never the compiled one
 
-        Sources are read first, targets continue them. In stage 1 nothing before the vokens trains: the sources' keys
-        and values are constants, and only the few positions of the targets are differentiated. This is exact.
+    def hidden_states(self, embeddings: Tensor, targets: Tensor) -> Tensor:
+        """embeddings (B, T, D), positions of the targets (B, L) -> (B, T, D).
+
+        In stage 1 nothing before the vokens trains. So sources are read first, their keys and values are constants, and
+        only the few positions of the targets, which continue them, are differentiated. This is exact.
         """
-        embeddings = self.embed(rows.ids, pixels)  # (B, T, D)
         B, T, D = embeddings.shape
-        L = rows.targets.shape[1]
-        at = rows.targets[..., None].expand(-1, -1, D)
-        is_source = torch.arange(T - L, device=self.device) < rows.targets[:, :1]  # (B, T - L)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.lora or self.prefix)):
-            history = self.prefix.history(B, embeddings.dtype) if self.prefix else History(B, self.device)
-            hidden = self.llama(embeddings[:, : T - L], is_source.long(), history)
+        if self.lora or self.prefix:
+            return self.llama(embeddings, cache=self.prefix.history(B, embeddings.dtype) if self.prefix else None)
+        L = targets.shape[1]
+        at = targets[..., None].expand(-1, -1, D)
+        is_source = torch.arange(T - L, device=self.device) < targets[:, :1]  # (B, T - L)
+        history = History(B, self.device)
+        with torch.no_grad():
+            source = self.llama(embeddings[:, : T - L], is_source.long(), history)
         target = self.llama(embeddings.gather(1, at), cache=history)  # (B, L, D)
-        return F.pad(hidden, (0, 0, 0, L)).scatter(1, at, target)
+        return F.pad(source, (0, 0, 0, L)).scatter(1, at, target)
 
     def voken_features(self, hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
         """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1]. The last voken's own is not used."""
         offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
         return hidden[rows[:, None], starts[:, None] + offsets].float()
 
+    def text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The states (B, L, D) that predict the labels (B, L), IGNORE among them."""
+        logits = self.vokens.logits(self.llama, hidden)  # (B, L, V')
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+
     def ldm_loss(self, conditioning: Tensor, latents: Tensor, draws: Draws, gamma: float) -> Tensor:
-        """Eq. 3, each picture weighted by min(SNR, gamma) / SNR as the released code does; gamma 0: the paper's."""
+        """Eq. 3, of each picture (M,), weighted by min(SNR, gamma) / SNR as the released code does; gamma 0: the
+        paper's."""
         noisy = self.schedule.add_noise(latents, draws.noise, draws.timesteps)
         dtype = type_of(self.unet)
         predicted = self.unet(noisy.to(dtype), draws.timesteps, conditioning.to(dtype)).float()
         target = self.schedule.target(latents, draws.noise, draws.timesteps)
-        per_picture = (predicted - target).square().mean((1, 2, 3))
-        return (self.schedule.snr_weight(draws.timesteps, gamma) * per_picture).mean()
+        return self.schedule.snr_weight(draws.timesteps, gamma) * (predicted - target).square().mean((1, 2, 3))
+
+    def picture_losses(
+        self,
+        features: Tensor,
+        draws: Draws,
+        share: Tensor,
+        posterior: tuple[Tensor, Tensor] | None,
+        captions: tuple[Tensor, Tensor] | None,
+        gamma: float,
+    ) -> dict[str, Tensor]:
+        """Voken features (M, N, D) -> "ldm_loss" and "cap_loss", where their inputs are given. share (M,): of each
+        picture in the means."""
+        features = features.masked_fill(draws.drop[:, None, None], 0.0)
+        conditioning, losses = self.mapper(features), {}  # (M, S, Dc)
+        if posterior is not None:
+            latents = self.vae.sample(posterior[0].float(), posterior[1].float(), draws.posterior)
+            losses["ldm_loss"] = (share * self.ldm_loss(conditioning, latents, draws, gamma)).sum()
+        if captions is not None:
+            target = torch.where(draws.drop[:, None, None], captions[1], captions[0])
+            losses["cap_loss"] = (share * (conditioning - target).square().mean((1, 2))).sum()
+        return losses
 
     def losses(
         self,
@@ -211,36 +283,58 @@ class MiniGPT5(nn.Module):
         draws: Draws | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
         captions: tuple[Tensor, Tensor] | None = None,
-        pixels: Tensor | None = None,
+        inputs: Tensor | None = None,
         min_snr_gamma: float = 5.0,
-        ldm_weight: float = LDM_WEIGHT,
     ) -> dict[str, Tensor]:
         """{"loss", "text_loss", "ldm_loss", "cap_loss"}, the last two only where their inputs are given.
 
         posterior: mean and log variance of the M output pictures; captions: encodings of the M captions (M, S, Dc) and
-        of the empty one (1, S, Dc), which a dropped picture is held to; pixels: the input pictures, if any.
+        of the empty one (1, S, Dc), which a dropped picture is held to; inputs: the input pictures, if any.
         """
-        hidden = self.read(rows, pixels)  # (B, T, D)
+        hidden = self.hidden_states(self.embed(rows.ids, inputs), rows.targets)  # (B, T, D)
         before = (rows.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        logits = self.vokens.logits(self.llama, hidden.gather(1, before))  # (B, L, V'), what predicts the targets
-        labels = rows.labels.gather(1, rows.targets)
-        text_loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        predicting, labels = hidden.gather(1, before), rows.labels.gather(1, rows.targets)
+        if self.compiled_for:
+            L = few_lengths(labels.shape[1])
+            predicting, labels = padded(predicting, L, 1), padded(labels, L, 1, IGNORE)
+        text_loss = self.text_loss(predicting, labels)
         losses = {"loss": TEXT_WEIGHT * text_loss, "text_loss": text_loss}
         if draws is None:
             return losses
 
         features = self.voken_features(hidden, rows.picture_rows, rows.picture_starts)  # (M, N, D)
-        features = features.masked_fill(draws.drop[:, None, None], 0.0)
-        conditioning = self.mapper(features)  # (M, S, Dc)
-        if ldm_weight:
-            latents = self.vae.sample(posterior[0].float(), posterior[1].float(), draws.posterior)
-            losses["ldm_loss"] = self.ldm_loss(conditioning, latents, draws, min_snr_gamma)  # Eq. 3
-            losses["loss"] = losses["loss"] + ldm_weight * losses["ldm_loss"]
-        if captions is not None:
-            target = torch.where(draws.drop[:, None, None], captions[1], captions[0])
-            losses["cap_loss"] = F.mse_loss(conditioning, target)
-            losses["loss"] = losses["loss"] + CAP_WEIGHT * losses["cap_loss"]
+        M = len(features)
+        share = torch.full((M,), 1 / M, device=self.device)
+        if self.compiled_for:  # pictures without a share fill up
+            step = -(-self.compiled_for // 8)
+            fill = partial(padded, length=-(-M // step) * step)
+            features, share, draws = fill(features), fill(share), Draws(*map(fill, draws))
+            posterior = posterior and tuple(map(fill, posterior))
+            captions = captions and (fill(captions[0]), captions[1])
+        losses |= self.picture_losses(features, draws, share, posterior, captions, min_snr_gamma)
+        for name, weight in (("ldm_loss", LDM_WEIGHT), ("cap_loss", CAP_WEIGHT)):
+            if name in losses:
+                losses["loss"] = losses["loss"] + weight * losses[name]
         return losses
+
+    def checkpoint_gradients(self) -> None:
+        """Of the frozen networks that gradients pass through keep no more than each layer's input, and compute the
+        layer again in the backward pass (arXiv 1604.06174): the same gradients, less memory, more work."""
+        unet = self.unet
+        halves = [(b.resnets, b.attentions) for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
+        for layer in chain(self.llama.model.layers, *(layers for block in halves for layers in block)):
+            layer.forward = partial(twice, layer.forward)
+
+    def compile_losses(self, batch_size: int) -> None:
+        """Compile what the losses are made of, for batches of that size.
+
+        In three parts, as each depends on one length alone: of the rows, of the targets, of the list of pictures. So
+        there are as many graphs as lengths, not as many as combinations of them; and of each there are few.
+        """
+        torch._dynamo.config.cache_size_limit = 64  # graphs of a part
+        self.compiled_for = batch_size
+        for name in ("hidden_states", "text_loss", "picture_losses"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
 
     def add_adapters(self, lora: dict | None = None, prefix: dict | None = None) -> None:
         """Stage 2's change of the language model: the options of `add_lora`, or those of `Prefix`."""
@@ -313,6 +407,20 @@ def checkpoint_adapters(path: Path) -> dict:
     return adapters
 
 
+def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:
+    """Of the frozen parts that read (language model, encoders of pictures and captions), and of UNet and autoencoder.
+
+    dtype None: bfloat16 on a GPU. On a CPU, whose bfloat16 convolutions are far slower than float32 ones, float32,
+    except that the parts that read stay in bfloat16 where they are too big for that.
+    """
+    if not weights.is_dir():
+        raise WeightsError(f"{weights}: no such folder")
+    width = read_config(LlamaConfig, weights / "vicuna" / "config.json").hidden_size
+    on_gpu = torch.device(device).type != "cpu"
+    painting = torch.bfloat16 if on_gpu else torch.float32
+    return dtype or (torch.bfloat16 if width >= 2048 else painting), dtype or painting
+
+
 def load_minigpt5(
     weights: Path,
     checkpoint: Path | None = None,
@@ -321,33 +429,30 @@ def load_minigpt5(
     device: str | torch.device = "cpu",
     read_pictures: bool = True,
     read_captions: bool = False,
+    int8: bool = False,
+    offload: bool = False,
 ) -> MiniGPT5:
     """The stack in the folder `weights` (README, "Weights"), with the trained parts of `checkpoint` or untrained ones.
 
-    dtype None: bfloat16 on a GPU. On a CPU, whose bfloat16 convolutions are far slower than float32 ones, float32,
-    except that the language model and the image encoder stay in bfloat16 where they are too big for that. Without
-    read_pictures the image encoder, without read_captions the text encoder is left out.
+    dtype: see `number_types`. Without read_pictures the image encoder, without read_captions the text encoder is left
+    out. int8: the language model's matrices in 8 bits. offload: the frozen parts stay on the host until `loading.on`
+    brings them, as answers do.
     """
     weights = Path(weights)
-    if not weights.is_dir():
-        raise WeightsError(f"{weights}: no such folder")
     diffusion = weights / "stable-diffusion"
-    on_gpu = torch.device(device).type != "cpu"
-    width = read_config(LlamaConfig, weights / "vicuna" / "config.json").hidden_size
-    painting = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    language = dtype or (torch.bfloat16 if on_gpu or width >= 2048 else torch.float32)
-
+    language, painting = number_types(weights, dtype, device)
+    home, load_language = "cpu" if offload else device, load_int8_llama if int8 else load_llama
     if checkpoint:
         vokens = checkpoint_contents(checkpoint)[1]["vokens.input"].get_shape()[0] - 1
     tokenizer = Tokenizer(weights / "vicuna" / "tokenizer.model", vokens)
     model = MiniGPT5(
         tokenizer,
-        load_llama(weights / "vicuna", language, device),
-        load_unet(diffusion / "unet", painting, device),
-        load_vae(diffusion / "vae", painting, device),
+        load_language(weights / "vicuna", language, home),
+        load_unet(diffusion / "unet", painting, home),
+        load_vae(diffusion / "vae", painting, home),
         load_schedule(diffusion / "scheduler").to(device),
         read_config(TextConfig, diffusion / "text_encoder" / "config.json").max_position_embeddings,
-        load_image_encoder(weights, language, device) if read_pictures else None,
+        load_image_encoder(weights, language, home) if read_pictures else None,
         load_text_encoder(diffusion / "text_encoder", language, device) if read_captions else None,
         ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
     )
@@ -356,4 +461,7 @@ def load_minigpt5(
     if checkpoint:
         model.add_adapters(**checkpoint_adapters(checkpoint))
         model.load_trained(checkpoint)
+    if offload and torch.device(device).type == "cuda":
+        for part in filter(None, (model.llama, model.unet, model.vae, model.image_encoder)):
+            pinned(part)
     return model

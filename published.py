@@ -300,14 +300,22 @@ def in_order(calls: Iterable[Callable], workers: int) -> Iterator:
 
 
 def write_tar(jobs: Iterator[tuple], make: Callable, out: Path, workers: int = 1) -> Report:
-    """make(key, *job) of every job into a tar, which is there whole or not at all. ValueError where nothing is kept."""
+    """make(key, *job) of every job into a tar."""
+    calls = (partial(attempt, make, number, job) for number, job in enumerate(jobs))
+    return write_samples(in_order(calls, workers), out)
+
+
+def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None = None) -> Report:
+    """Samples, or the reasons why there is none, into a tar, which is there whole or not at all.
+
+    ValueError where nothing is kept.
+    """
     report, temporary = Report(), out.with_name(f".{out.name}.{os.getpid()}.tmp")
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out}: " + ("a folder" if out.is_dir() else f"no folder {out.parent}"))
-    calls = (partial(attempt, make, number, job) for number, job in enumerate(jobs))
     try:
         with tarfile.open(temporary, "w") as tar:
-            for sample in tqdm(in_order(calls, workers), unit=" samples", delay=2, leave=False):
+            for sample in tqdm(samples, total=total, unit=" samples", delay=2, leave=False):
                 if isinstance(sample, str):
                     report.dropped[sample] += 1
                     continue
@@ -344,6 +352,8 @@ def convert(kind: str, sources: list[Path], out: Path, max_tokens: int = 50, wor
 
 
 def main() -> None:
+    import precompute  # which imports this file
+
     parser = argparse.ArgumentParser(
         prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -363,7 +373,10 @@ def main() -> None:
         add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
         if kind == "mmdialog":
             add("--max-tokens", type=int, default=50, help="end a dialogue at a turn of more words; 0: never")
+    precompute.add_options(kinds.add_parser("precompute", help=precompute.__doc__.split("\n")[0]))
     args = vars(parser.parse_args())
+    if args["kind"] == "precompute":
+        return precompute.main(argparse.Namespace(**args))
     if args["workers"] < 1 or args.get("max_tokens", 0) < 0:
         parser.error("--workers is at least 1, --max-tokens at least 0")
     print(f"{convert(**args)}\n{args['out']}: {args['out'].stat().st_size:,} bytes")

@@ -52,6 +52,9 @@ def arguments() -> argparse.Namespace:
     add("--force-image", action="store_true", help="begin every answer with a picture")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
+    add("--int8", action="store_true", help="the language model's matrices in 8 bits")
+    add("--offload", action="store_true", help="keep on the host what is not in use: for a GPU of 16 GB")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: to --chat on a GPU")
     args = parse(parser, "sample")
     if not args.prompt and not args.chat:
         parser.error("--prompt is needed, or --chat")
@@ -190,8 +193,17 @@ def main() -> None:
         torch.manual_seed(args.seed)
         print("no trained checkpoint found: the voken rows and the mapper are random, pictures will be noise")
     reads = bool(pictures) or args.chat or args.turns is not None
+    device = pick_device(args.device)
+    if args.compile is None:  # it takes minutes: for one answer that is too long
+        args.compile = args.chat and device.type == "cuda" and not args.offload
     model = load_minigpt5(
-        args.weights, checkpoint, dtype=DTYPES[args.dtype], device=pick_device(args.device), read_pictures=reads
+        args.weights,
+        checkpoint,
+        dtype=DTYPES[args.dtype],
+        device=device,
+        read_pictures=reads,
+        int8=args.int8,
+        offload=args.offload,
     ).eval()
     loaded = time.perf_counter()
 
@@ -204,7 +216,10 @@ def main() -> None:
         sampler=args.sampler,
         steps=args.steps,
         guidance=args.guidance,
+        compile=args.compile,
     )
+    if args.compile:
+        print("the first answer and its first picture compile the model, which may take minutes; --no-compile does not")
     conversation = Conversation(model, sampling, args.seed)
     if args.chat:
         return chat(conversation, args.prompt, pictures, out, args.seed)

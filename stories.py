@@ -16,8 +16,9 @@ data.py's head explains, so an epoch meets each once; the task of a story's step
     batch = next(batches)
 
     batch["pairs"]          B (source, target), made for minigpt5.collate
-    batch["input_pixels"]   (P, 3, H, W) of all <ImageHere> of the batch, row by row; None where there is none
-    batch["output_pixels"]  (M, 3, H, W) of all vokens of the batch, row by row; None where there is none
+    batch["inputs"]         (P, 3, H, W) of all <ImageHere> of the batch, row by row; None where there is none
+    batch["outputs"]        (M, 3, H, W) of all vokens of the batch, row by row; None where there is none
+                            of precomputed tars (P, Q, D) and (M, 2, C, h, w), see features.py
     batch["tasks"]          B names of tasks; batch["keys"] beside them, KEY.k
     batch["bad"]            as in data.py
 
@@ -35,8 +36,9 @@ import numpy as np
 import torch
 
 from data import Batches, Broken, TarData, decode
+from features import NONE, Features, read_features
 from llama import Tokenizer
-from tars import JSON, TarIndex, Unusable, expand, is_url, member_of, read_member
+from tars import FEATURES, JSON, NUMBERED, TarIndex, Unusable, expand, is_url, member_of, read_member
 
 TASKS = ("image", "text+image", "text")
 PICTURE = "<Img><ImageHere></Img>"
@@ -162,6 +164,7 @@ class StoryData(TarData):
     tokenizer: its `plain` guards what comes from the tar, its `encode` tells lengths; queries: positions that an input
     picture takes. A row has at most `limit` tokens, pictures and <s> counted: the oldest turns are left out whole, the
     last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). weights: of TASKS, for stories.
+    features: what is there in the place of pictures.
     """
 
     def __init__(
@@ -173,10 +176,11 @@ class StoryData(TarData):
         to_output: Callable,
         limit: int = 2048,
         weights: dict[str, float] | None = None,
+        features: Features = NONE,
     ):
         super().__init__(tars)
         self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
-        self.to_input, self.to_output = to_input, to_output
+        self.to_input, self.to_output, self.features = to_input, to_output, features
         self.weights = task_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
         self.row_ends = [np.cumsum(row_items(index)) for index in self.indices]
 
@@ -188,26 +192,44 @@ class StoryData(TarData):
         task, phrase = bits.random_raw(2)
         return int(task), int(phrase)
 
-    def sample(self, i: int, draw: tuple[int, int]) -> dict | Broken:
-        """{"key", "task", "source", "target", "inputs", "outputs"}, the last two lists of tensors."""
+    def turn(self, i: int) -> tuple[int, int, int]:
+        """Item -> (tar, row in its table, how many turns before the end: 1 for the last)."""
         tar, at = self.place(i)
         row = int(np.searchsorted(self.row_ends[tar], at, side="right"))
+        return tar, row, int(self.row_ends[tar][row]) - at
+
+    def length(self, i: int, draw: tuple[int, int]) -> float:
+        """The turns before it and a picture to be told of: what can be known of a story without reading it."""
+        tar, row, last = self.turn(i)
+        return self.indices[tar].turns[row] - last + (pick_task(self.weights, draw[0]) == "text")
+
+    def sample(self, i: int, draw: tuple[int, int]) -> dict | Broken:
+        """{"key", "task", "source", "target", "inputs", "outputs"}, the last two lists of tensors."""
+        tar, row, last = self.turn(i)
         index = self.indices[tar]
-        last = int(self.row_ends[tar][row]) - at  # 1 for the last turn
         key, read = index.key(row), partial(read_member, self.tars[tar], index.table[row])
         try:
             kind, turns = read_turns(read(JSON), key, self.tokenizer.plain)
             k = len(turns) - last
             task = pick_task(self.weights, draw[0]) if kind == "story" else "reply"
             fitting = self.fit(kind, turns[: k + 1], task, draw[1])
-            inputs = [self.to_input(decode(read(member))) for member in fitting.inputs]
-            outputs = [self.to_output(decode(read(member))) for member in fitting.outputs]
+            inputs, outputs = self.pictures(read, fitting)
         except Unusable as error:
             return Broken(key, str(error))
         except OSError:
             return Broken(key, "tar not readable")
         words = {"key": f"{key}.{k}", "task": task, "source": fitting.source, "target": fitting.target}
         return {**words, "inputs": inputs, "outputs": outputs}
+
+    def pictures(self, read: Callable[[int], bytes | None], row: Row) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The row's inputs and outputs, or what was precomputed of them. Raises Unusable, OSError."""
+        if "moments" in self.features:
+            inputs = [f"{k - NUMBERED}.queries" for k in row.inputs]
+            outputs = [f"{k - NUMBERED}.moments" for k in row.outputs]
+            tensors = read_features(read(FEATURES), self.features, inputs + outputs)
+            return [tensors[name] for name in inputs], [tensors[name] for name in outputs]
+        inputs = [self.to_input(decode(read(k))) for k in row.inputs]
+        return inputs, [self.to_output(decode(read(k))) for k in row.outputs]
 
     def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Row:
         """The last of `turns` as a row with as much of its history as has room. Raises Unusable."""
@@ -222,11 +244,11 @@ class StoryData(TarData):
                 row = story_row(before[first:], turn, task, phrase, vokens)
             else:
                 row = dialog_row(before[first:], turn, k, vokens)
-            if self.length(row) <= self.limit:
+            if self.tokens(row) <= self.limit:
                 return row
         raise Unusable("too long")
 
-    def length(self, row: Row) -> int:
+    def tokens(self, row: Row) -> int:
         """Tokens of the row as minigpt5.collate makes it: <s>, source, target."""
         words = len(self.tokenizer.encode(row.source)) + len(self.tokenizer.encode(row.target))
         return 1 + words + (self.queries - 1) * len(row.inputs)
@@ -237,8 +259,8 @@ class StoryData(TarData):
             "pairs": [(sample["source"], sample["target"]) for sample in samples],
             "tasks": [sample["task"] for sample in samples],
             "keys": [sample["key"] for sample in samples],
-            "input_pixels": torch.stack(inputs) if inputs else None,
-            "output_pixels": torch.stack(outputs) if outputs else None,
+            "inputs": torch.stack(inputs) if inputs else None,
+            "outputs": torch.stack(outputs) if outputs else None,
         }
 
 
@@ -273,10 +295,13 @@ def open_stories(
     batch_size: int,
     limit: int = 2048,
     weights: dict[str, float] | None = None,
+    features: Features = NONE,
     **options,
 ) -> Batches:
     """What the user named (see `tars.expand`) -> its batches. Arguments: StoryData's, `options`: those of Batches."""
     tars = expand(data)
     for tar in filter(is_url, tars):
         raise ValueError(f"{tar}: stories are read at random, give local tars")
-    return Batches(StoryData(tars, tokenizer, queries, to_input, to_output, limit, weights), batch_size, **options)
+    return Batches(
+        StoryData(tars, tokenizer, queries, to_input, to_output, limit, weights, features), batch_size, **options
+    )

@@ -1,11 +1,12 @@
 """Samples out of webdataset tars as raw bytes: local tars at random through an index, http(s) tars as a stream.
 
 Members that share the path up to the first dot of the base name are one sample: `KEY.jpg|jpeg|png|webp` its picture,
-`KEY.txt` its caption, `KEY.json` more about it. An interleaved sample has `KEY.json` with a list of "turns" and the
-pictures `KEY.0.jpg`, `KEY.1.png` ... Only regular members count and nothing is ever unpacked to disk.
+`KEY.txt` its caption, `KEY.json` more about it, `KEY.safetensors` what was precomputed of it (features.py). An
+interleaved sample has `KEY.json` with a list of "turns" and the pictures `KEY.0.jpg`, `KEY.1.png` ... Only regular
+members count and nothing is ever unpacked to disk.
 
     expand(["cc3m-train-{0000..0575}.tar", "more/"])  -> list of paths and URLs
-    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 6 or more)
+    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 8 or more)
     read_member("x.tar", table[i], PICTURE)           -> bytes
     stream_tar("https://.../x.tar")                   -> (key, {PICTURE: bytes, TEXT: bytes}, next byte), in order
 """
@@ -29,12 +30,13 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
-INDEX_VERSION = 2
-PICTURE, TEXT, JSON, NUMBERED = range(4)  # kinds of members; the picture KEY.k.jpg has kind NUMBERED + k
+INDEX_VERSION = 3
+PICTURE, TEXT, JSON, FEATURES, NUMBERED = range(5)  # kinds of members; the picture KEY.k.jpg has kind NUMBERED + k
 MOST_NUMBERED = 100  # pictures of an interleaved sample
-KINDS = {"jpg": PICTURE, "jpeg": PICTURE, "png": PICTURE, "webp": PICTURE, "txt": TEXT, "json": JSON}
+KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), PICTURE)  # endings
+KINDS |= {"txt": TEXT, "json": JSON, "safetensors": FEATURES}
 ERRORS = "surrogateescape"  # member names that are not UTF-8 stay apart from each other
-MAX_BYTES = (64 << 20, 64 << 10, 1 << 20)  # of a picture, a text, a JSON member; see most_bytes
+MAX_BYTES = (64 << 20, 64 << 10, 1 << 20, 128 << 20)  # of a member of the first four kinds; see most_bytes
 BUFFER_BYTES = 256 << 20  # of a shuffle buffer, however few samples that is
 TIMEOUT, RETRIES, PAUSE = 60.0, 5, 1.0  # a connection: seconds, new attempts, seconds before the first (then doubled)
 
@@ -166,7 +168,7 @@ class TarIndex(NamedTuple):
     """Where the members of a tar's n samples lie. All arrays are plain numbers, so that the cache needs no pickle."""
 
     stamp: np.ndarray  # INDEX_VERSION, the tar's size and its time of change in ns
-    table: np.ndarray  # (n, 2 * kinds): offset and size of picture, text, JSON, pictures 0, 1 ...; -1: none
+    table: np.ndarray  # (n, 2 * kinds): offset and size of a member, kind by kind; -1: none
     turns: np.ndarray  # (n,): of an interleaved sample how many turns its JSON has, else 0
     keys: np.ndarray  # the keys one after another, UTF-8
     ends: np.ndarray  # (n + 1,): key i is keys[ends[i] : ends[i + 1]]

@@ -20,15 +20,18 @@ import torch
 from tqdm import tqdm
 
 from cli import DTYPES, pick_device, run
+from features import find_features, picture_size
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, collate, load_minigpt5
+from minigpt5 import DROP_RATE, collate, few_lengths, load_minigpt5
 from qformer import preprocess_input
 from stories import TASKS, open_stories
+from tars import expand
 from training import (
     Meter,
     add_run_options,
     append_log,
     check_run_options,
+    compiled_graphs,
     cut_log,
     draw_losses,
     drawn_data,
@@ -78,7 +81,14 @@ def main() -> None:
     if args.uas and first is None:
         raise ValueError(f"{args.uas}: neither a checkpoint nor the folder of a run that has one")
 
-    model = load_minigpt5(args.weights, first, args.vokens, DTYPES[args.dtype], device)
+    size = picture_size(args.weights)
+    data = args.data or drawn_data(write_stories, args, size)
+    features = find_features(expand(data), args.weights)
+
+    sees = "queries" not in features
+    model = load_minigpt5(args.weights, first, args.vokens, DTYPES[args.dtype], device, read_pictures=sees)
+    if not sees:
+        model.vae.encoder, model.queries = None, features.shapes["queries"][0]
     if model.lora or model.prefix:
         raise ValueError(f"{first}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": {}}))
@@ -88,35 +98,42 @@ def main() -> None:
     print(f"stage 1: {first or 'none, vokens and mapper are untrained'}")
     adapter = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
     print(f"trained: {sum(p.numel() for p in trained):,} parameters in {adapter}, voken rows and mapper transformer")
+    print(f"precomputed: {', '.join(features.made_with) or 'nothing'}")
 
-    image_size = model.image_encoder.vision_model.config.image_size
+    side = model.image_encoder.vision_model.config.image_size if sees else None
     batches = open_stories(
-        args.data or drawn_data(write_stories, args, model.picture_size),
+        data,
         model.tokenizer,
         model.queries,
-        partial(preprocess_input, size=image_size),  # cropped, as released; what is to be drawn is padded
-        partial(preprocess_output, size=model.picture_size),
+        partial(preprocess_input, size=side),  # cropped, as released; what is to be drawn is padded
+        partial(preprocess_output, size=size),
         args.batch_size,
         min(args.max_tokens, model.llama.config.max_position_embeddings),
         args.tasks,
+        features,
         seed=args.seed,
         workers=args.workers,
         max_bad=args.max_bad,
+        group=args.group,
     )
     for note in batches.dataset.notes:
         print(note)
     total = total_steps(args, batches.dataset_size())
 
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=device.type == "cuda")  # weight decay 0.01
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01
     start = 0
-    if args.resume and (state := load_checkpoint(out, model, optimizer)):
+    if args.resume and (state := load_checkpoint(out, model, [optimizer])):
         start = state["step"]
         batches.load_state_dict(state["data"])
         print(f"resumed from step {start}")
     cut_log(log, start)
 
     compiled = device.type == "cuda" if args.compile is None else args.compile
-    losses_of = torch.compile(model.losses) if compiled else model.losses
+    if args.gradient_checkpointing:
+        model.checkpoint_gradients()
+    if compiled:
+        model.compile_losses(args.batch_size)
+    length = few_lengths if compiled else int  # of the rows: as it comes where nothing is compiled
     drop_rate = 0.0 if args.no_cfg else DROP_RATE
     meter, shown = Meter(args.batch_size * args.accumulate), None
     model.train()  # LoRA's dropout; the frozen parts have none
@@ -129,22 +146,13 @@ def main() -> None:
             batch = next(batches)
             generator = step_generator(args.seed, step, micro)
             torch.manual_seed(generator.initial_seed())  # of the dropout
-            rows = collate(model.tokenizer, batch["pairs"], model.queries, multiple=16).to(device)
-            inputs = batch["input_pixels"]
-            if inputs is not None:
-                inputs = inputs.to(device, model.image_encoder.query_tokens.dtype, non_blocking=True)
+            rows = collate(model.tokenizer, batch["pairs"], model.queries, length).to(device)
             draws = posterior = None
-            if batch["output_pixels"] is not None:
+            if batch["outputs"] is not None:
                 draws = model.draw(len(rows.picture_rows), generator, drop_rate)
-                posterior = model.encode_pictures(batch["output_pixels"].to(device, non_blocking=True))
-            losses = losses_of(
-                rows,
-                draws,
-                posterior,
-                pixels=inputs,
-                min_snr_gamma=args.min_snr_gamma,
-                ldm_weight=float(not args.no_ldm),
-            )
+                posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
+            inputs = batch["inputs"]
+            losses = model.losses(rows, draws, posterior, inputs=inputs, min_snr_gamma=args.min_snr_gamma)
             (losses["loss"] / args.accumulate).backward()
             meter.add(losses)
         optimizer.step()
@@ -153,10 +161,11 @@ def main() -> None:
         # ---- the step is done
 
         done = step + 1
-        if shown is None and posterior is not None:
-            shown = (rows, inputs, batch["output_pixels"], [target for _, target in batch["pairs"]])
+        if shown is None and draws is not None:
+            shown = (rows, inputs, batch["outputs"], [target for _, target in batch["pairs"]])
         if done % args.log_every == 0 or done == total:
             record = meter.line(done, optimizer, batches.bad, device)
+            record |= {"graphs": compiled_graphs()} if compiled else {}
             append_log(log, record)
             bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
         if args.sample_every and done % args.sample_every == 0:
@@ -165,7 +174,7 @@ def main() -> None:
             draw_losses(read_log(log), out / "losses.png")
         if done % args.save_every == 0 or done == total:
             state = {"data": batches.state_dict(), "arguments": json.loads(json.dumps(vars(args), default=str))}
-            save_checkpoint(out, done, model, optimizer, state, "mls")
+            save_checkpoint(out, done, model, [optimizer], state, "mls")
     batches.close()
     print(f"done: {total} steps, broken samples {dict(batches.bad) or 'none'}, see {out}")
 

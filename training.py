@@ -6,7 +6,7 @@ A run's folder:
     losses.png samples.png  drawn as the run goes on
     step-00000500/          a checkpoint, written under another name and then renamed: there is no half one
         trained.safetensors    the voken rows and the mapper, what sample.py --checkpoint reads
-        optimizer.safetensors  AdamW's moments under the same names
+        optimizer.safetensors  the optimisers' moments under the same names
         state.json             step, position in the data, the command's arguments
 """
 
@@ -27,7 +27,7 @@ from cli import DTYPES, add_weights_option, make_folder, parse
 from generation import Sampling, paint
 from images import draw_grid, save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
-from minigpt5 import MiniGPT5, Rows
+from minigpt5 import MiniGPT5, Rows, send, type_of
 
 KEEP = 2  # newest checkpoints kept of a run
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -49,6 +49,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--no-ldm", action="store_true", help="without L_LDM (the paper's ablation)")
     add("--min-snr-gamma", type=float, default=5.0, help="L_LDM weighted by min(SNR, gamma)/SNR, as released; 0: not")
     add("--seed", type=int, default=0)
+    add("--group", type=int, default=8, help="batches among which rows are sorted by length, for less padding; 1: none")
     add("--workers", type=int, default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=float, default=0.01, help="stop when more than this share of the samples is broken")
     add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step always has one")
@@ -56,12 +57,13 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, which hold means over them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the step; default: on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
+    add("--gradient-checkpointing", action="store_true", help="compute frozen layers twice to save memory")
 
 
 def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
     args = parse(parser, command)
-    for name in ("drawn", "batch_size", "accumulate", "save_every", "log_every", "vokens"):
+    for name in ("drawn", "batch_size", "accumulate", "group", "save_every", "log_every", "vokens"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
@@ -110,6 +112,13 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process: once all lengths were met, it should stay the same."""
+    from torch._dynamo.utils import counters  # takes a second to import
+
+    return counters["stats"]["unique_graphs"]
+
+
 # ---- checkpoints
 
 
@@ -128,7 +137,9 @@ def find_checkpoint(place: Path) -> Path | None:
     return None
 
 
-def save_checkpoint(out: Path, step: int, model, optimizer: torch.optim.AdamW, state: dict, stage: str) -> Path:
+def save_checkpoint(
+    out: Path, step: int, model, optimizers: list[torch.optim.Optimizer], state: dict, stage: str
+) -> Path:
     """Write step-NNNNNNNN/ whole or not at all, then drop all but the KEEP newest."""
     folder = out / f"step-{step:08d}"
     temporary = out / f".{folder.name}.{os.getpid()}.tmp"
@@ -138,8 +149,8 @@ def save_checkpoint(out: Path, step: int, model, optimizer: torch.optim.AdamW, s
         model.save_trained(temporary / "trained.safetensors", stage)
         moments = {}
         for name, parameter in model.trained_parameters().items():
-            for moment, tensor in optimizer.state.get(parameter, {}).items():
-                moments[f"{moment}.{name}"] = tensor
+            for optimizer in optimizers:
+                moments |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state.get(parameter, {}).items()}
         save_safetensors(moments, temporary / "optimizer.safetensors")
         with open(temporary / "state.json", "w", encoding="utf-8") as file:
             json.dump({"step": step, **state}, file, indent=1)
@@ -154,8 +165,8 @@ def save_checkpoint(out: Path, step: int, model, optimizer: torch.optim.AdamW, s
     return folder
 
 
-def load_checkpoint(out: Path, model, optimizer: torch.optim.AdamW) -> dict | None:
-    """Continue from the newest whole checkpoint of `out`: fills model and optimiser, returns its state, None if none.
+def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -> dict | None:
+    """Continue from the newest whole checkpoint of `out`: fills model and optimisers, returns its state, None if none.
 
     A checkpoint that cannot be read is named and passed over; ValueError if that leaves none.
     """
@@ -169,10 +180,12 @@ def load_checkpoint(out: Path, model, optimizer: torch.optim.AdamW) -> dict | No
         except WeightsError as error:
             print(f"passed over: {error}")
             continue
-        for name, parameter in model.trained_parameters().items():
-            own = {key.partition(".")[0]: t for key, t in moments.items() if key.partition(".")[2] == name}
-            if own:
-                optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in own.items()}
+        names = {parameter: name for name, parameter in model.trained_parameters().items()}
+        for optimizer in optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                own = {k.partition(".")[0]: t for k, t in moments.items() if k.partition(".")[2] == names[parameter]}
+                if own:
+                    optimizer.state[parameter] = {kind: t.to(parameter.device) for kind, t in own.items()}
         return state
     if folders:
         raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
@@ -256,12 +269,16 @@ def draw_losses(records: list[dict], path: Path) -> None:
 def paint_samples(
     model: MiniGPT5, rows: Rows, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path
 ) -> None:
-    """The first four pictures of a batch above what their vokens paint, each with its words, always from one noise."""
+    """The first four pictures of a batch, pixels or moments, above what their vokens paint, each with its words, always
+    from one noise."""
     training = model.training
     hidden = model.eval().read(rows, inputs)
     features = model.voken_features(hidden, rows.picture_rows[:4], rows.picture_starts[:4])
     latents = model.draw_latents(len(features), torch.Generator().manual_seed(0))
     painted = paint(model, features, Sampling(sampler="dpm", steps=20), latents)
+    if real.dim() == 5:
+        means = send(real[:4, 0], model.device).to(type_of(model.vae))
+        real = model.vae.decode(means * model.vae.config.scaling_factor)
     model.train(training)
     columns = zip(rows.picture_rows.tolist(), real, painted, strict=False)
     draw_grid([(words[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)

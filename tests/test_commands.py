@@ -208,6 +208,16 @@ def test_samplers_and_guidance(monkeypatch, weights, tmp_path, sampler):
     assert {"image": "0.png"} in answer["segments"]
 
 
+def test_memory_switches(monkeypatch, weights, tmp_path):
+    """--offload changes nothing; with --int8 the picture is another, and still one."""
+    pictures = []
+    for switches in ((), ("--offload", "--no-compile"), ("--int8", "--offload")):
+        answer = ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--force-image", *switches)
+        assert {"image": "0.png"} in answer["segments"]
+        pictures.append((tmp_path / "0.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
 def test_sample_from_a_run(monkeypatch, weights, tar, tmp_path, capsys):
     """A trained run is read by its folder: after some steps the model answers a caption with a picture."""
     train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 60, "--vokens", 4, "--log-every", 60)

@@ -20,7 +20,8 @@ from PIL import Image
 
 import data
 import tars
-from data import Batches, Broken, PairData, StreamBatches, StreamPairs, clean_caption, epoch_order, open_batches
+from data import Batches, Broken, PairData, clean_caption, epoch_order, open_batches
+from streams import StreamBatches, StreamPairs
 from tars import expand, read_index
 from vae import preprocess_output
 
@@ -356,6 +357,39 @@ def test_resume_goes_on_exactly(pairs, workers):
             wrong.load_state_dict(state)
 
 
+def words_of(batch: dict) -> list[int]:
+    return [len(caption.split()) for caption in batch["captions"]]
+
+
+def test_groups_of_batches_are_sorted_by_length(tmp_path, monkeypatch):
+    """Every epoch still meets every pair once, ranks and workers share it, it is resumed exactly, in any place."""
+    members = [
+        m for i in range(48) for m in ((f"{i:05}.png", picture(i)), (f"{i:05}.txt", b"word " * (1 + 7 * i % 48)))
+    ]
+    pairs = PairData([str(write_tar(tmp_path / "x.tar", members))], small)
+    whole = [words_of(batch) for batch in take(Batches(pairs, 4, seed=1, group=3), 24)]
+    assert sorted(sum(whole[:12], [])) == sorted(sum(whole[12:], [])) == list(range(1, 49))  # noqa: RUF017
+    plain = [words_of(batch) for batch in take(Batches(pairs, 4, seed=1), 24)]
+    for first in range(0, 24, 3):
+        group, mixed = whole[first : first + 3], plain[first : first + 3]
+        assert sorted(sum(group, [])) == sorted(sum(mixed, []))  # noqa: RUF017
+        group.sort()
+        assert max(group[0]) <= min(group[1]) and max(group[1]) <= min(group[2])
+    assert whole[:3] != sorted(whole[:3]) or whole[3:6] != sorted(whole[3:6])  # in random order
+    shares = [Batches(pairs, 2, seed=1, rank=rank, world_size=2, workers=rank, group=3) for rank in range(2)]
+    assert [words_of(next(shares[0])) + words_of(next(shares[1])) for _ in range(24)] == whole
+    shares[1].close()
+    first = Batches(pairs, 4, seed=1, group=3)
+    for done in range(1, 8):
+        next(first)
+        again = Batches(pairs, 4, seed=1, group=3)
+        again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert [words_of(batch) for batch in take(again, 12)] == whole[done : done + 12]
+    monkeypatch.setattr(data, "draw_instruction", lambda bits: bits.random_raw() % 2 or None)
+    requests = [batch["instructions"] for batch in take(Batches(pairs, 4, seed=1, group=12), 12)]
+    assert len({tuple(row) for row in requests if len(set(row)) == 1}) == 2  # a request is longer than these captions
+
+
 def test_real_tar(tmp_path):
     path = HERE.parent.parent / "shared" / "samples" / "cc3m" / "cc3m-validation-0000.tar"
     if not path.exists():
@@ -431,7 +465,7 @@ def test_stream(tmp_path, server, workers):
 
 
 def test_stream_counts_broken_samples(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(tars, "MAX_BYTES", (5000, 5000, 5000))
+    monkeypatch.setattr(tars, "MAX_BYTES", (5000,) * 4)
     large = [("x.png", bytes(6000)), ("x.txt", b"a")]
     write_tar(tmp_path / "0.tar", [*good(range(9)), *(m for s in BROKEN.values() for m in s), *large])
     write_tar(tmp_path / "1.tar", [("readme.md", b"")])

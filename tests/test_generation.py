@@ -1,13 +1,20 @@
 """Answers in batches, the token sampler, segments; what the recordings of test_golden.py do not show."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 from common import assert_close
 from PIL import Image
 from random_weights import write_random_weights
+from torch._dynamo.testing import CompileCounter
 
-from generation import Sampling, answer, pick_token, say, segments_of
+import generation
+from generation import Sampling, answer, pick_tokens, say, segments_of
 from images import to_tensor
+from loading import on
 from minigpt5 import load_minigpt5
 from qformer import preprocess_input
 
@@ -85,27 +92,108 @@ def test_segments(model):
         ]
 
 
-def test_pick_token():
+def picks(logits, said, sampling, chances):
+    """pick_tokens for one row of logits and many chances."""
+    logits = torch.tensor(logits).expand(len(chances), -1)
+    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    seen[:, said] = True
+    return pick_tokens(logits, seen, chances, sampling)
+
+
+def test_pick_tokens():
     """Penalty before temperature, top k and top p, in the order of the released code's library."""
-    logits = torch.tensor([3.0, 2.0, 1.0, -1.0, -2.0])
+    logits, some = [3.0, 2.0, 1.0, -1.0, -2.0], torch.rand(400, generator=torch.Generator().manual_seed(0))
     greedy = Sampling(temperature=0.0, repetition_penalty=2.0)
-    generator = torch.Generator().manual_seed(0)
-    assert pick_token(logits, [4], greedy, generator) == 0
-    assert pick_token(logits, [0], greedy, generator) == 1  # 3 / 2 < 2
-    assert pick_token(torch.tensor([-1.0, -1.5]), [0], greedy, generator) == 1  # -1 * 2 < -1.5
-    drawn = {pick_token(logits, [4], Sampling(top_p=0.9, top_k=50), generator) for _ in range(300)}
+    assert picks(logits, [4], greedy, some[:1]).tolist() == [0]
+    assert picks(logits, [0], greedy, some[:1]).tolist() == [1]  # 3 / 2 < 2
+    assert picks([-1.0, -1.5], [0], greedy, some[:1]).tolist() == [1]  # -1 * 2 < -1.5
+    drawn = set(picks(logits, [4], Sampling(top_p=0.9, top_k=50), some).tolist())
     assert drawn == {0, 1, 2}  # 0.66 + 0.24 = 0.90 of the mass is not yet over 0.9
-    assert {pick_token(logits, [4], Sampling(top_p=1.0, top_k=2), generator) for _ in range(200)} == {0, 1}
-    assert {pick_token(logits, [4], Sampling(top_p=0.01), generator) for _ in range(50)} == {0}
-    counts = torch.bincount(
-        torch.tensor(
-            [
-                pick_token(logits, [4], Sampling(temperature=2.0, top_p=1.0, repetition_penalty=1.0), generator)
-                for _ in range(4000)
-            ]
-        )
+    assert set(picks(logits, [4], Sampling(top_p=1.0, top_k=2), some).tolist()) == {0, 1}
+    ends = torch.tensor([0.0, 1 - 2**-24])  # the least and the greatest number that torch.rand gives
+    assert picks(logits, [4], Sampling(top_p=0.01), ends).tolist() == [0, 0]
+    assert picks(logits, [4], Sampling(top_p=0.9), ends).tolist() == [0, 2]
+    assert picks(logits, [4], Sampling(top_p=1.0), ends).tolist() == [0, 4]
+    unchanged = Sampling(temperature=2.0, top_p=1.0, repetition_penalty=1.0)
+    counts = torch.bincount(picks(logits, [4], unchanged, torch.linspace(0, 1, 4000)), minlength=5)
+    assert (counts / 4000 - (torch.tensor(logits) / 2).softmax(-1)).abs().max() < 1e-3
+
+
+def test_compiled_answers(model, monkeypatch):
+    """The same answers as without torch.compile, every shape compiled once, whatever the prompt."""
+    counters = {}
+
+    def traced(function, **options):
+        counters.setdefault(function, CompileCounter())
+        return torch.compile(function, backend=counters[function], fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(generation, "compiled", cache(traced))
+    generation.lasting_cache.cache_clear()
+    sampling = Sampling(max_new_tokens=24, steps=3, top_p=0.99)
+    for prompts in (["a red boat", "and what then?"], ["the kite drifts", "a"], ["go on with a longer prompt", "so"]):
+        said = [say(model, prompts, None, s, generators(2)) for s in (sampling, replace(sampling, compile=True))]
+        for (ids, features), (compiled_ids, compiled_features) in zip(*said, strict=True):
+            assert compiled_ids == ids
+            if len(features):
+                assert_close(compiled_features, features, 1e-5, "voken features")
+    features, latents = (
+        torch.randn(2, *model.mapper.fc[0].weight.shape[1:])[:, None],
+        model.draw_latents(2, *generators(1)),
     )
-    assert (counts / 4000 - (logits / 2).softmax(-1)).abs().max() < 0.03
+    features = features.expand(-1, len(model.tokenizer.voken_ids), -1)
+    for guidance in (7.5, 1.0):
+        plain = replace(sampling, guidance=guidance)
+        for _ in range(2):
+            painted = generation.paint(model, features, replace(plain, compile=True), latents)
+        assert_close(painted, generation.paint(model, features, plain, latents), 1e-5, "pixels")
+    counts = sorted(counter.frame_count for counter in counters.values())
+    print(f"compiled graphs: {counts}")
+    assert counts == [1, 1, 2]  # the token, the decoder, the UNet with and without guidance
+
+
+def test_parts_are_on_the_device_only_when_used(model, monkeypatch):
+    """Answers with pictures in and out where the parts have no values but inside `on`: as those of the whole model."""
+    parts = [model.llama, model.image_encoder, model.unet, model.vae]
+    values = {part: part.state_dict() for part in parts}
+    nothing = {part: {name: value.to("meta") for name, value in values[part].items()} for part in parts}
+    prompt, picture, sampling = (
+        f"{PICTURE} go on",
+        noise_picture(0),
+        Sampling(max_new_tokens=4, steps=2, force_image=True),
+    )
+    expected = answer(model, [prompt], [[picture]], sampling, generators(1))[0]
+    brought = []
+
+    def place(modules, values):
+        for module in modules:
+            module.load_state_dict(values[module], assign=True)
+
+    @contextmanager
+    def brings(device, *modules):
+        assert device == model.device
+        brought.append([parts.index(module) for module in modules])
+        place(modules, values)
+        yield
+        place(modules, nothing)
+
+    monkeypatch.setattr(generation, "on", brings)
+    try:
+        place(parts, nothing)
+        segments = answer(model, [prompt], [[picture]], sampling, generators(1))[0]
+    finally:
+        place(parts, values)
+    assert brought == [[1], [0], [2, 3]]
+    for ours, without in zip(segments, expected, strict=True):
+        assert ours == without if isinstance(ours, str) else torch.equal(to_tensor(ours), to_tensor(without))
+
+
+def test_on_brings_and_takes_back():
+    module, there = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3, device="meta")
+    before, unmoved = list(module.parameters()), there.weight
+    with pytest.raises(RuntimeError, match="in between"), on(torch.device("meta"), module, there):
+        assert all(p.device.type == "meta" for p in module.parameters()) and there.weight is unmoved
+        raise RuntimeError("in between")
+    assert all(p is own for p, own in zip(module.parameters(), before, strict=True))
 
 
 def test_places_and_pictures_must_agree(model):

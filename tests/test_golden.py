@@ -448,7 +448,7 @@ def test_text_only_batch(golden):
     model = stage.model
     rows = collate(model.tokenizer, stage.pairs[:1], model.queries)
     model.zero_grad(set_to_none=True)
-    losses = model.losses(rows, pixels=stage.record["input_images_0"])
+    losses = model.losses(rows, inputs=stage.record["input_images_0"])
     losses["loss"].backward()
     losses_close(losses, {n: v for n, v in expected["losses"].items() if n != "image_loss"}, "text only")
     ours = model.trained_parameters()

@@ -162,7 +162,7 @@ def test_a_text_injects_nothing(tmp_path, tokenizer, kind):
         assert sample["target"].count("###") == 1 and sample["source"].count("###") == (3 if kind == "dialog" else 2)
         batch = data.collate([sample, data.sample(0, (0, 0))])
         rows = collate(tokenizer, batch["pairs"], 8)
-        assert int((rows.ids == tokenizer.image_id).sum()) == 8 * len(batch["input_pixels"])
+        assert int((rows.ids == tokenizer.image_id).sum()) == 8 * len(batch["inputs"])
         assert len(rows.picture_rows) == (2 if found else 0)
 
 
@@ -200,12 +200,26 @@ def test_every_turn_after_the_first_is_an_item(tmp_path, tokenizer):
     assert [sample["key"] for sample in samples] == ["a.1", "a.2", "a.3", "a.4", "b/c.1", "b/c.2", "b/c.3", "d.1"]
     assert [sample["task"] for sample in samples] == ["image"] * 4 + ["reply"] * 3 + ["image"]
     batch = data.collate(samples)
-    assert shades(batch["input_pixels"], False) == [10, 10, 11, 10, 11, 12, 10, 11, 12, 13, 91, 91, 92, 93, 20]
-    assert shades(batch["output_pixels"], True) == [11, 12, 13, 14, 91, 92, 93, 21]
-    assert batch["input_pixels"].shape[1:] == (3, 8, 8) and batch["output_pixels"].shape[1:] == (3, 16, 16)
+    assert shades(batch["inputs"], False) == [10, 10, 11, 10, 11, 12, 10, 11, 12, 13, 91, 91, 92, 93, 20]
+    assert shades(batch["outputs"], True) == [11, 12, 13, 14, 91, 92, 93, 21]
+    assert batch["inputs"].shape[1:] == (3, 8, 8) and batch["outputs"].shape[1:] == (3, 16, 16)
     rows = collate(tokenizer, batch["pairs"], 8)
     assert int((rows.ids == tokenizer.image_id).sum()) == 8 * 15
     assert rows.picture_rows.tolist() == [0, 1, 2, 3, 4, 5, 5, 7]
+
+
+def test_groups_have_histories_of_like_length(tmp_path, tokenizer):
+    data = open_data(write(tmp_path / "x.tar", {str(i): story(i, 5) for i in range(6)}), tokenizer)
+    plain, grouped = (take(Batches(data, 4, group=group), 6) for group in (1, 6))
+    assert sorted(sum((b["keys"] for b in plain), [])) == sorted(sum((b["keys"] for b in grouped), []))  # noqa: RUF017
+
+    def padding(batch):
+        rows = collate(tokenizer, batch["pairs"], 8)
+        return rows.ids.numel() / int((rows.ids != tokenizer.eos_id).sum())
+
+    before, after = (sum(map(padding, batches)) / 6 for batches in (plain, grouped))
+    print(f"places a token: {before:.2f}, in groups {after:.2f}")
+    assert after < 1 + 0.6 * (before - 1)
 
 
 def test_tasks(tmp_path, tokenizer):
@@ -219,8 +233,8 @@ def test_tasks(tmp_path, tokenizer):
         data = open_data(tar, tokenizer, weights=only(task))
         batch = data.collate([data.sample(1, (1 << 63, 0))])
         assert batch["tasks"] == [task] and batch["pairs"][0][0].endswith(end) and batch["pairs"][0][1] == target
-        assert shades(batch["input_pixels"], False) == inputs and shades(batch["output_pixels"], True) == outputs
-    assert batch["output_pixels"] is None  # a batch of nothing but the text task
+        assert shades(batch["inputs"], False) == inputs and shades(batch["outputs"], True) == outputs
+    assert batch["outputs"] is None  # a batch of nothing but the text task
 
 
 def test_task_weights(tmp_path, tokenizer):
@@ -364,7 +378,7 @@ def test_the_miniatures_tars(tmp_path, tokenizer):
     assert batches.dataset_size() == turns
     for batch in take(batches, -(-turns // 4)):
         rows = collate(tokenizer, batch["pairs"], 8)
-        inputs, outputs = (0 if p is None else len(p) for p in (batch["input_pixels"], batch["output_pixels"]))
+        inputs, outputs = (0 if p is None else len(p) for p in (batch["inputs"], batch["outputs"]))
         assert int((rows.ids == tokenizer.image_id).sum()) == 8 * inputs and len(rows.picture_rows) == outputs
     assert not batches.bad and batches.seen == turns
     assert (tmp_path / "s.tar.index.npz").exists()

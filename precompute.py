@@ -1,0 +1,201 @@
+"""Tars of frozen features: what training would compute anew in every epoch, of every picture and caption, made once.
+
+    python data.py precompute cc3m-train-{0000..0575}.tar --weights weights --out features
+    python train_uas.py --weights weights --data features --out runs/cc3m
+
+    source                           computed                                           kept of the source
+    picture of a pair                moments (2, C, h, w) of its latents, by the VAE    its caption, cleaned
+    caption                          encoding (S, Dc), by the text encoder
+    picture of a story or dialogue   moments; queries (Q, D), by the image encoder      its JSON
+
+Everything is stored in 16 bit, or as --store says. A sample is a function of the source and the weights alone, written
+in the source's order; samples that cannot be used are left out and counted. What trains, and what is random (dropped
+pictures, the noise of the latents and of the diffusion), is not touched by this: the losses are those of the source but
+for the rounding. features.py has the format.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cli import DTYPES, add_weights_option, make_folder, pick_device
+from data import Broken, PairData, decode
+from features import MARKER, Features, identity, marker_bytes, picture_size
+from minigpt5 import encode_captions, number_types, type_of
+from published import Report, Sample, write_samples
+from qformer import load_image_encoder, preprocess_input
+from stories import read_turns
+from tars import JSON, NUMBERED, Unusable, expand, is_url, read_index, read_member
+from text_encoder import ClipTokenizer, load_text_encoder
+from vae import load_vae, preprocess_output
+
+STORE = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+class StoryRows(Dataset):
+    """The stories and dialogues of a tar, each whole.
+
+    {"key", "json", "numbers": of n pictures, "inputs" and "outputs" (n, 3, H, W), "cut": why a picture is missing, None
+    if all are there}.
+    """
+
+    def __init__(self, tar: str, to_input: Callable, to_output: Callable):
+        self.tar, self.index, self.to_input, self.to_output = tar, read_index(tar), to_input, to_output
+
+    def __len__(self) -> int:
+        return len(self.index.table)
+
+    def __getitem__(self, i: int) -> dict | Broken:
+        key, read = self.index.key(i), partial(read_member, self.tar, self.index.table[i])
+        images, cut = {}, None
+        try:
+            content = read(JSON)
+            _, turns = read_turns(content, key, str)
+            for member in sorted({member for turn in turns for member in turn.pictures}):
+                try:
+                    images[member - NUMBERED] = decode(read(member))
+                except Unusable as error:
+                    cut = str(error)
+        except Unusable as error:
+            return Broken(key, str(error))
+        except OSError:
+            return Broken(key, "tar not readable")
+        inputs, outputs = ([to(image) for image in images.values()] for to in (self.to_input, self.to_output))
+        pixels = {"inputs": torch.stack(inputs), "outputs": torch.stack(outputs)} if images else {}
+        return {"key": key, "json": content, "numbers": list(images), "cut": cut, **pixels}
+
+
+class Encoders:
+    """The frozen parts that a kind of tar needs, and what they make of lists of pictures and captions."""
+
+    def __init__(self, weights: Path, stories: bool, captions: bool, dtype: torch.dtype | None, device, store: str):
+        language, painting = number_types(weights, dtype, device)
+        sd = weights / "stable-diffusion"
+        self.device, self.store, self.size = device, STORE[store], picture_size(weights)
+        self.vae = load_vae(sd / "vae", painting, device)
+        latent = (self.vae.config.latent_channels, *[self.size // self.vae.config.downsampling] * 2)
+        shapes, self.empty_caption = {"moments": (2, *latent)}, None
+        if stories:
+            self.image_encoder = load_image_encoder(weights, language, device)
+            queries, width = self.image_encoder.query_tokens.shape[1], self.image_encoder.llama_proj.out_features
+            shapes["queries"] = queries, width
+        elif captions:
+            self.text_encoder = load_text_encoder(sd / "text_encoder", language, device)
+            self.tokenizer = ClipTokenizer(sd / "tokenizer")
+            self.empty_caption = self.encodings([""])
+            shapes["encoding"] = tuple(self.empty_caption.shape[1:])
+        self.features = Features({name: identity(weights, name) for name in shapes}, shapes, self.empty_caption)
+
+    def stored(self, x: Tensor) -> Tensor:
+        """As it is written. ValueError where 16 bit cannot hold it."""
+        x = x.to("cpu", self.store).contiguous()
+        if not x.isfinite().all():
+            raise ValueError("a feature is too large for 16 bit, or no number at all; --store fp32 holds large ones")
+        return x
+
+    @torch.no_grad()
+    def moments(self, pixels: Tensor) -> Tensor:
+        """(M, 3, H, W) in [-1, 1] -> (M, 2, C, h, w)."""
+        return self.stored(torch.stack(self.vae.encode(pixels.to(self.device, type_of(self.vae))), 1))
+
+    @torch.no_grad()
+    def queries(self, pixels: Tensor) -> Tensor:
+        """(P, 3, H, W), normalised -> (P, Q, D)."""
+        return self.stored(self.image_encoder(pixels.to(self.device)))
+
+    def encodings(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, S, Dc)."""
+        return self.stored(encode_captions(self.text_encoder, self.tokenizer, captions))
+
+
+load_encoders = lru_cache(maxsize=1)(Encoders)  # the tars of a data set follow one another
+
+
+def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
+    pairs = PairData([tar], partial(preprocess_output, size=encoders.size))
+    for batch in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=list):
+        yield from (sample.reason for sample in batch if isinstance(sample, Broken))
+        good = [sample for sample in batch if not isinstance(sample, Broken)]
+        if not good:
+            continue
+        captions = [sample["caption"] for sample in good]
+        tensors = {"moments": encoders.moments(torch.stack([sample["pixels"] for sample in good]))}
+        if encoders.empty_caption is not None:
+            tensors["encoding"] = encoders.encodings(captions)
+        for i, (sample, caption) in enumerate(zip(good, captions, strict=True)):
+            features = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
+            key = sample["key"]
+            yield Sample([(f"{key}.txt", caption.encode()), (f"{key}.safetensors", features)], {"pairs": 1})
+
+
+def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
+    side = encoders.image_encoder.vision_model.config.image_size
+    stories = StoryRows(tar, partial(preprocess_input, size=side), partial(preprocess_output, size=encoders.size))
+    for story in DataLoader(stories, batch_size=None, num_workers=workers):
+        if isinstance(story, Broken):
+            yield story.reason
+            continue
+        tensors, numbers, key = {}, story["numbers"], story["key"]
+        if numbers:
+            queries = torch.cat([encoders.queries(part) for part in story["inputs"].split(batch_size)])
+            moments = torch.cat([encoders.moments(part) for part in story["outputs"].split(batch_size)])
+            tensors |= {f"{k}.queries": tensor.clone() for k, tensor in zip(numbers, queries, strict=True)}
+            tensors |= {f"{k}.moments": tensor.clone() for k, tensor in zip(numbers, moments, strict=True)}
+        members = [(f"{key}.json", story["json"]), (f"{key}.safetensors", safetensors.torch.save(tensors))]
+        yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)}, story["cut"])
+
+
+def precompute(
+    tar: str,
+    out: Path,
+    weights: Path,
+    dtype: torch.dtype | None = None,
+    store: str = "fp16",
+    captions: bool = True,
+    batch_size: int = 16,
+    workers: int = 0,
+    device: str | torch.device = "cpu",
+) -> Report:
+    """The features of one local tar into another. ValueError and WeightsError as everywhere."""
+    index = read_index(tar)
+    if out.exists() and out.samefile(tar):
+        raise ValueError(f"--out {out} is the source")
+    stories = bool(index.turns.any())
+    encoders = load_encoders(weights, stories, captions, dtype, device, store)
+    first = Sample([(MARKER, marker_bytes(encoders.features))], {})
+    samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
+    return write_samples(chain([first], samples), out, 1 + len(index.table))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("sources", nargs="+", metavar="TAR", help="tars of pairs, or of stories and dialogues; folders, lists")
+    add("--out", type=Path, required=True, help="the tar to write; of several sources the folder")
+    add_weights_option(parser)
+    add("--store", choices=STORE, default="fp16", help="number type of what is written")
+    add("--no-captions", action="store_true", help="leave captions to the text encoder in training: smaller tars")
+    add("--batch-size", type=int, default=16, help="pictures encoded at once")
+    add("--workers", type=int, default=2, help="processes that read pictures; 0: none")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.batch_size < 1 or args.workers < 0:
+        raise ValueError("--batch-size is at least 1, --workers at least 0")
+    tars = expand(args.sources)
+    for tar in filter(is_url, tars):
+        raise ValueError(f"{tar}: only local tars can be precomputed")
+    into = make_folder(args.out) if len(tars) > 1 or args.out.is_dir() else None
+    for tar in tars:
+        out = into / Path(tar).name if into else args.out
+        options = {"captions": not args.no_captions, "batch_size": args.batch_size, "workers": args.workers}
+        options |= {"dtype": DTYPES[args.dtype], "store": args.store, "device": pick_device(args.device)}
+        print(f"{precompute(tar, out, args.weights, **options)}\n{out}: {out.stat().st_size:,} bytes", flush=True)

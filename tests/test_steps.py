@@ -1,0 +1,247 @@
+"""The training step: few shapes, no recompilation, no waiting for the GPU, gradient checkpointing that is exact."""
+
+import random
+from collections import defaultdict
+from functools import partial
+
+import pytest
+import torch
+from random_weights import write_random_weights
+from test_commands import pairs, picture_bytes, train, write_tar
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minigpt5 import Rows, collate, few_lengths, load_minigpt5
+from training import Meter, step_generator
+
+VOKENS = "".join(f"[IMG{i}]" for i in range(8)) + " ###"
+WORDS = "a big red boat on the sea at night two small dogs in it and the moon above".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+
+
+def open_model(weights, adapter=None):
+    """Of one seed; with LoRA's dropout, and its matrices as if trained."""
+    torch.manual_seed(0)
+    model = load_minigpt5(weights, read_pictures=False, read_captions=True)
+    if adapter:
+        model.add_adapters(**{adapter: {}})
+    for name, parameter in model.trained_parameters().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+def texts(seed: int, batch: int, pictures: float = 1.0) -> list[tuple[str, str]]:
+    """Captions of 1 to 60 words, and now and then a text in the place of a picture."""
+    draw = random.Random(seed)
+    samples = []
+    for _ in range(batch):
+        words, picture = draw.choices(WORDS, k=draw.randint(1, 60)), draw.random() < pictures
+        samples.append((" ".join(words), VOKENS if picture else " ".join(draw.choices(WORDS, k=draw.randint(1, 40)))))
+    return samples
+
+
+def losses_of(model, samples, seed: int = 0, length=int) -> dict:
+    """As train_uas.py has them."""
+    rows = collate(model.tokenizer, samples, model.queries, length)
+    M = len(rows.picture_rows)
+    pixels = torch.rand(M, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    captions = [samples[row][0] for row in rows.picture_rows.tolist()]
+    encoded = model.encode_captions(captions), model.encode_captions([""])
+    torch.manual_seed(seed)  # of the dropout
+    return model.losses(rows, model.draw(M, step_generator(0, seed, 0)), model.encode_pictures(pixels), encoded)
+
+
+def gradients(model, losses) -> dict:
+    model.zero_grad(set_to_none=True)
+    losses["loss"].backward()
+    return {name: p.grad for name, p in model.trained_parameters().items() if p.grad is not None}
+
+
+# ---- few shapes
+
+
+def test_few_lengths():
+    lengths = [few_lengths(n) for n in range(1, 2049)]
+    assert sorted(set(lengths))[:12] == [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]
+    assert len(set(lengths)) == 24 and lengths == sorted(lengths) and lengths[-1] == 2048
+    assert all(n <= length < n + 16 or length < 1.25 * n for n, length in enumerate(lengths, 1))
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
+def test_padding_changes_nothing(weights, adapter):
+    """Rows, targets and the list of pictures filled up to few lengths: the same losses and gradients."""
+    samples = texts(1, 9, pictures=0.5)
+    results = []
+    for padded in (False, True):
+        model = open_model(weights, adapter).eval()
+        model.compiled_for = 32 if padded else 0  # the lengths of compilation, without it
+        losses = losses_of(model, samples, length=few_lengths if padded else int)
+        results.append((losses, gradients(model, losses)))
+    (losses, exact), (padded_losses, padded) = results
+    assert losses.keys() == padded_losses.keys() and exact.keys() == padded.keys()
+    worst = max(abs(padded_losses[name] / losses[name] - 1).item() for name in losses)
+    print(f"largest relative difference of a loss: {worst:.1e}")
+    assert worst <= 1e-5
+    for name, gradient in exact.items():
+        assert (padded[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, name
+
+
+def test_a_stage_2_run_meets_few_shapes(weights):
+    """200 batches of 16 samples with and without pictures: shapes of the compiled parts, which here compute nothing."""
+    model, met = open_model(weights, "lora"), defaultdict(set)
+
+    def hidden_states(embeddings, targets):
+        met["hidden_states"].add(embeddings.shape)
+        return embeddings
+
+    def text_loss(hidden, labels):
+        met["text_loss"].add((hidden.shape, labels.shape))
+        return hidden.sum()
+
+    def picture_losses(features, draws, share, posterior, captions, gamma):
+        shapes = [x.shape for x in (features, *draws, share, *posterior)]
+        assert len({shape[0] for shape in shapes}) == 1 and abs(share.sum() - 1) < 1e-6
+        met["picture_losses"].add(tuple(shapes))
+        return {"ldm_loss": features.sum()}
+
+    model.hidden_states, model.text_loss, model.picture_losses = hidden_states, text_loss, picture_losses
+    model.compiled_for, exact = 16, set()
+    for seed in range(200):
+        samples = texts(seed, 16, pictures=0.67)
+        rows = collate(model.tokenizer, samples, model.queries, few_lengths)
+        M = len(rows.picture_rows)
+        model.losses(
+            rows, model.draw(M, step_generator(0, seed, 0)), model.encode_pictures(torch.zeros(M, 2, 4, 16, 16))
+        )
+        exact.add((collate(model.tokenizer, samples, 8).ids.shape[1], rows.targets.shape[1], M))
+    counts = {name: len(shapes) for name, shapes in met.items()}
+    print(f"{len(exact)} combinations of lengths, {counts} shapes")
+    assert len(exact) > 100 and all(count <= 8 for count in counts.values())
+
+
+def test_no_recompilation(monkeypatch, weights, tmp_path):
+    """train_uas.py --compile over three epochs, its graphs run as they are: one for the pictures' losses, one for the
+    text's, and one whenever a length is met for the first time; and the losses of no compilation."""
+    tar = {}
+    for i, words in enumerate((2, 14, 3, 15, 2, 13, 2, 14)):
+        tar |= {f"{i}.png": picture_bytes(i), f"{i}.txt": " ".join(WORDS[:words]).encode()}
+    tar = write_tar(tmp_path / "x.tar", tar)
+    options = ("--steps", 12, "--group", 4)  # an epoch's batches are one group: their lengths are those of all epochs
+    exact = train(monkeypatch, weights, tar, tmp_path / "eager", *options)
+    assert "graphs" not in exact[0]
+    lengths = []
+    monkeypatch.setattr(Rows, "to", lambda rows, device: lengths.append(rows.ids.shape[1]) or rows)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.utils.counters.clear()
+    log = train(monkeypatch, weights, tar, tmp_path / "compiled", *options, "--compile")
+    graphs = [record["graphs"] for record in log]
+    print(f"lengths {lengths}, graphs {graphs}")
+    assert graphs == [2 + len(set(lengths[:step])) for step in range(1, 13)]
+    assert len(set(lengths)) > 1 and graphs[3] == graphs[-1]  # no step after the first epoch waits for a compiler
+    for ours, expected in zip(log, exact, strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+# ---- no waiting for the GPU
+
+
+class NoReading(TorchDispatchMode):
+    """Fails at what makes the host wait for a GPU: values and sizes that depend on values."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        indices = arguments[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = any(torch.is_tensor(index) and index.dtype == torch.bool for index in indices)
+        if masks or any(name.startswith(waiting) for waiting in self.WAITING):
+            raise AssertionError(f"{name} waits for the GPU")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
+def test_no_value_is_read_in_a_step(weights, adapter):
+    model = open_model(weights, adapter)
+    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), fused=True), Meter(4)
+    samples = texts(0, 4)
+    rows = collate(model.tokenizer, samples, model.queries)
+    captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
+    draws, pixels = model.draw(4, step_generator(0, 0, 0)), torch.zeros(4, 3, 32, 32)
+    with NoReading():
+        losses = model.losses(rows, draws, model.encode_pictures(pixels), captions)
+        losses["loss"].backward()
+        meter.add(losses)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for waits in (lambda: losses["loss"].item(), lambda: rows.ids[rows.ids > 3], lambda: bool(draws.drop.any())):
+        with pytest.raises(AssertionError, match="waits"), NoReading():
+            waits()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_waiting_on_a_gpu(weights):
+    device = torch.device("cuda", torch.cuda.current_device())
+    model = load_minigpt5(weights, device=device, read_pictures=False, read_captions=True)
+    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), fused=True), Meter(4)
+    samples, empty = texts(0, 4), model.encode_captions([""])
+
+    def step():
+        rows = collate(model.tokenizer, samples, model.queries).to(device)
+        draws, captions = model.draw(4, step_generator(0, 0, 0)), model.encode_captions([text for text, _ in samples])
+        losses = model.losses(rows, draws, model.encode_pictures(torch.zeros(4, 3, 32, 32)), (captions, empty))
+        losses["loss"].backward()
+        meter.add(losses)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- gradient checkpointing
+
+
+class Kept:
+    """Bytes that are kept for the backward pass, but for what is inside checkpointed layers."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    def count(self, tensor):
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
+def test_gradient_checkpointing_is_exact(weights, adapter):
+    """The same losses and gradients to the bit, through LoRA's dropout too."""
+    results = []
+    for checkpointed in (False, True):
+        model, kept = open_model(weights, adapter), Kept()
+        if checkpointed:
+            model.checkpoint_gradients()
+        with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
+            losses = losses_of(model, texts(2, 4))
+        results.append((losses, gradients(model, losses), kept.bytes))
+    (losses, exact, most), (again, ours, least) = results
+    assert all(torch.equal(losses[name], again[name]) for name in losses)
+    assert exact.keys() == ours.keys() and all(torch.equal(exact[name], ours[name]) for name in exact)
+    print(f"kept {most:,} bytes, {least:,} beside the layers that are computed twice")
+    assert least < 0.6 * most
+
+
+def test_gradient_checkpointing_of_a_run(monkeypatch, weights, tmp_path):
+    tar = write_tar(tmp_path / "x.tar", pairs(4))
+    options, runs = ("--steps", 2, "--sample-every", 2), []
+    for more in ((), ("--gradient-checkpointing",)):
+        log = train(monkeypatch, weights, tar, tmp_path / str(len(more)), *options, *more)
+        runs.append([(record["loss"], record["text_loss"]) for record in log])
+    assert runs[0] == runs[1] and len(runs[0]) == 2
