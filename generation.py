@@ -167,8 +167,10 @@ def decode(
     start, vokens, N = tokenizer.voken_ids[0], tokenizer.voken_ids, len(tokenizer.voken_ids)
     batch, every = torch.arange(len(rows), device=device), torch.ones(len(rows), 1, dtype=torch.long, device=device)
     step, cache = compiled_next_token if sampling.compile else next_token, open_cache(model, len(rows), slots, sampling)
-    length = sampling.max_new_tokens
-    chances = torch.stack([torch.rand(length, generator=g, device=g.device) for g in generators], 1).to(device)
+    chances = torch.zeros(sampling.max_new_tokens, len(rows), device=device)
+    if sampling.temperature:  # else nothing is drawn, and the noise of pictures is each generator's first
+        numbers = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
+        chances = torch.stack(numbers, 1).to(device)
     said = torch.zeros(len(rows), len(tokenizer), dtype=torch.bool, device=device)
     said[:, tokenizer.bos_id] = True
 
