@@ -274,6 +274,13 @@ class Vokens(nn.Module):
         for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
             rows.copy_(table[: self.base].mean(0, dtype=torch.float32).expand_as(rows))
 
+    @torch.no_grad()
+    def start_as(self, llama: Llama, ids: list[int]) -> None:
+        """The vokens start as the pieces `ids`, those after the last one as that one."""
+        ids = (ids + ids[-1:] * len(self.input))[: len(self.input) - 1]
+        for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
+            rows[:-1] = table[ids].to(rows.dtype)
+
     def embed(self, llama: Llama, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, D) in the frozen table's type."""
         old = F.embedding(ids.clamp(max=self.base - 1), llama.model.embed_tokens.weight)
@@ -309,6 +316,7 @@ class Tokenizer:
         self.added = dict(zip(added, [*self.voken_ids, self.image_id], strict=True))
         self.special = {"<unk>": self.unk_id, "<s>": self.bos_id, "</s>": self.eos_id, **self.added}
         self.names = {i: name for name, i in self.special.items()}
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special)))
         added_pattern = r"\s*(?:" + "|".join(map(re.escape, self.added)) + r")\s*"
         self.pattern = re.compile(f"({added_pattern}|<unk>|<s>|</s>)")
         # An answer ends with </s> or "###", which is other pieces at the start of a run than after a word.
@@ -328,7 +336,7 @@ class Tokenizer:
 
     def plain(self, text: str) -> str:
         """`text` with a space set into whatever would be read as a special token: for text of the outside world."""
-        return re.sub("|".join(map(re.escape, self.special)), lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -372,7 +380,9 @@ def load_llama(folder: Path, dtype: torch.dtype | None = None, device: str | tor
     config = read_config(LlamaConfig, folder / "config.json")
     if read_json(folder / "config.json").get("rope_scaling"):
         raise WeightsError(f"{folder / 'config.json'}: rope_scaling is not supported")
-    with shapes_only():
+    if config.hidden_size // config.num_attention_heads % 2:
+        raise WeightsError(f"{folder / 'config.json'}: rotary positions need heads of even width")
+    with shapes_only(folder / "config.json"):
         llama = Llama(config)
     return fill(llama, tensor_files(folder), published_name, dtype, device)
 

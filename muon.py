@@ -10,13 +10,15 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """A convolution's kernel is a matrix of its output channels by all else."""
+    """A convolution's kernel is a matrix of its output channels by all else. As with torch's fused optimisers, a step
+    with the attribute `found_inf`, a tensor, at 1 leaves everything as it was; gradients must be finite even then."""
 
     def __init__(self, parameters, lr: float, momentum: float = 0.9):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
+        kept = getattr(self, "found_inf", 0.0)
         for group in self.param_groups:
             shapes = {}
             for parameter in group["params"]:
@@ -24,13 +26,13 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in shapes.items():
                 averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in parameters]
                 gradients = [p.grad for p in parameters]
-                torch._foreach_mul_(averages, group["momentum"])
+                torch._foreach_mul_(averages, group["momentum"] ** (1 - kept))
                 torch._foreach_add_(averages, gradients)
                 ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
                 steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
                 size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, steps, strict=True):
-                    parameter.add_(update.view_as(parameter), alpha=-size)
+                    parameter.add_((1 - kept) * update.view_as(parameter), alpha=-size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
@@ -20,29 +19,38 @@ import torch
 from tqdm import tqdm
 
 from cli import DTYPES, pick_device, run
+from data import describe
 from features import find_features, picture_size
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE, collate, few_lengths, load_minigpt5
+from parallel import Gradients, World
 from qformer import preprocess_input
 from stories import TASKS, open_stories
 from tars import expand
 from training import (
     Meter,
     add_run_options,
+    added,
     append_log,
     check_run_options,
     compiled_graphs,
     cut_log,
     draw_losses,
+    draw_pictures,
     drawn_data,
     find_checkpoint,
+    go_on,
     learning_rate_factor,
     load_checkpoint,
     open_run,
     paint_samples,
     read_log,
+    resume_command,
+    run_state,
     save_checkpoint,
     step_generator,
+    stop_if_nonfinite,
+    stop_signals,
     total_steps,
 )
 from vae import preprocess_output
@@ -75,14 +83,16 @@ def main() -> None:
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # the mapper's and the adapters' float32 products may use TF32
     torch.manual_seed(args.seed)
-    out = open_run(args)
+    world = World(device)
+    out = open_run(args, world)
     log = out / "log.jsonl"
     first = None if args.no_uas else find_checkpoint(args.uas or args.weights / "minigpt5")
     if args.uas and first is None:
         raise ValueError(f"{args.uas}: neither a checkpoint nor the folder of a run that has one")
 
     size = picture_size(args.weights)
-    data = args.data or drawn_data(write_stories, args, size)
+    with world.first():
+        data = args.data or drawn_data(write_stories, args, size)
     features = find_features(expand(data), args.weights)
 
     sees = "queries" not in features
@@ -92,6 +102,7 @@ def main() -> None:
     if model.lora or model.prefix:
         raise ValueError(f"{first}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": {}}))
+    model.mapper.requires_grad_(not args.no_ldm)  # else no loss reaches it
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
     trained = [p for p in model.trained_parameters().values() if p.requires_grad]
@@ -101,32 +112,37 @@ def main() -> None:
     print(f"precomputed: {', '.join(features.made_with) or 'nothing'}")
 
     side = model.image_encoder.vision_model.config.image_size if sees else None
-    batches = open_stories(
-        data,
-        model.tokenizer,
-        model.queries,
-        partial(preprocess_input, size=side),  # cropped, as released; what is to be drawn is padded
-        partial(preprocess_output, size=size),
-        args.batch_size,
-        min(args.max_tokens, model.llama.config.max_position_embeddings),
-        args.tasks,
-        features,
-        seed=args.seed,
-        workers=args.workers,
-        max_bad=args.max_bad,
-        group=args.group,
-    )
+    with world.first():  # it leaves the indices of the tars to the other ranks
+        batches = open_stories(
+            data,
+            model.tokenizer,
+            model.queries,
+            partial(preprocess_input, size=side),  # cropped, as released; what is to be drawn is padded
+            partial(preprocess_output, size=size),
+            args.batch_size,
+            min(args.max_tokens, model.llama.config.max_position_embeddings),
+            args.tasks,
+            features,
+            seed=args.seed,
+            rank=world.rank,
+            world_size=world.size,
+            workers=args.workers,
+            max_bad=args.max_bad,
+            group=args.group,
+        )
     for note in batches.dataset.notes:
         print(note)
-    total = total_steps(args, batches.dataset_size())
+    total = total_steps(args, batches.dataset_size(), world.size)
 
     optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01
-    start = 0
-    if args.resume and (state := load_checkpoint(out, model, [optimizer])):
-        start = state["step"]
-        batches.load_state_dict(state["data"])
-        print(f"resumed from step {start}")
-    cut_log(log, start)
+    gradients = Gradients(trained, [optimizer], world)
+    meter = Meter(world.size * args.batch_size * args.accumulate)
+    if world.size > 1:
+        print(f"{world.size} processes; each step adds up {gradients.flat.nbytes:,} bytes of them: gradients and loss")
+    state = load_checkpoint(out, model, [optimizer]) if args.resume else None
+    start = go_on(state, args, batches, meter, gradients)
+    if world.rank == 0:
+        cut_log(log, start)
 
     compiled = device.type == "cuda" if args.compile is None else args.compile
     if args.gradient_checkpointing:
@@ -135,48 +151,58 @@ def main() -> None:
         model.compile_losses(args.batch_size)
     length = few_lengths if compiled else int  # of the rows: as it comes where nothing is compiled
     drop_rate = 0.0 if args.no_cfg else DROP_RATE
-    meter, shown = Meter(args.batch_size * args.accumulate), None
+    done, shown = start, None
     model.train()  # LoRA's dropout; the frozen parts have none
 
-    bar = tqdm(range(start, total), initial=start, total=total, desc="mls", unit="step", dynamic_ncols=True)
-    for step in bar:
-        # ---- one step
-        optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
-        for micro in range(args.accumulate):
-            batch = next(batches)
-            generator = step_generator(args.seed, step, micro)
-            torch.manual_seed(generator.initial_seed())  # of the dropout
-            rows = collate(model.tokenizer, batch["pairs"], model.queries, length).to(device)
-            draws = posterior = None
-            if batch["outputs"] is not None:
-                draws = model.draw(len(rows.picture_rows), generator, drop_rate)
-                posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
-            inputs = batch["inputs"]
-            losses = model.losses(rows, draws, posterior, inputs=inputs, min_snr_gamma=args.min_snr_gamma)
-            (losses["loss"] / args.accumulate).backward()
-            meter.add(losses)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        meter.steps += 1
-        # ---- the step is done
+    bar = partial(tqdm, unit="step", dynamic_ncols=True, disable=world.rank > 0)
+    with stop_signals() as asked, bar(range(start, total), "mls", total, initial=start) as bar:
+        for step in bar:
+            # ---- one step
+            optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
+            for micro in range(args.accumulate):
+                batch = next(batches)
+                place = micro * world.size + world.rank  # of this batch among those of the step
+                torch.manual_seed(step_generator(args.seed, step, place, 1).initial_seed())  # of the dropout
+                rows = collate(model.tokenizer, batch["pairs"], model.queries, length)
+                draws = posterior = None
+                if batch["outputs"] is not None:
+                    places = (args.seed, step, place * args.batch_size)
+                    draws = draw_pictures(model, rows.picture_rows.tolist(), drop_rate, *places)
+                    posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
+                rows, inputs = rows.to(device), batch["inputs"]
+                losses = model.losses(rows, draws, posterior, inputs=inputs, min_snr_gamma=args.min_snr_gamma)
+                gradients.backward(losses["loss"] / args.accumulate)
+                meter.add(losses)
+            gradients.step()
+            meter.steps += 1
+            # ---- the step is done
 
-        done = step + 1
-        if shown is None and draws is not None:
-            shown = (rows, inputs, batch["outputs"], [target for _, target in batch["pairs"]])
-        if done % args.log_every == 0 or done == total:
-            record = meter.line(done, optimizer, batches.bad, device)
-            record |= {"graphs": compiled_graphs()} if compiled else {}
-            append_log(log, record)
-            bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
-        if args.sample_every and done % args.sample_every == 0:
-            if shown is not None:
-                paint_samples(model, *shown, out / "samples.png")
-            draw_losses(read_log(log), out / "losses.png")
-        if done % args.save_every == 0 or done == total:
-            state = {"data": batches.state_dict(), "arguments": json.loads(json.dumps(vars(args), default=str))}
-            save_checkpoint(out, done, model, [optimizer], state, "mls")
+            done, stopping = step + 1, world.any(bool(asked))
+            if shown is None and draws is not None:
+                shown = (rows, inputs, batch["outputs"], [target for _, target in batch["pairs"]])
+            if done % args.log_every == 0 or done == total:
+                record = meter.line(done, optimizer, batches.bad, gradients)
+                record |= {"graphs": compiled_graphs()} if compiled else {}
+                if world.rank == 0:
+                    append_log(log, record)
+                bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
+                stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
+            if world.rank == 0 and args.sample_every and done % args.sample_every == 0:
+                if shown is not None:
+                    paint_samples(model, *shown, out / "samples.png")
+                draw_losses(read_log(log), out / "losses.png")
+            if done % args.save_every == 0 or done == total or stopping:
+                state = run_state(args, batches, meter, gradients)
+                if world.rank == 0:
+                    save_checkpoint(out, done, model, [optimizer], state, "mls")
+            if stopping:
+                break
     batches.close()
-    print(f"done: {total} steps, broken samples {dict(batches.bad) or 'none'}, see {out}")
+    bad = describe(added(world.gather(dict(batches.bad))))
+    if done < total:
+        print(f"stopped after step {done} of {total}; to go on: {resume_command()}")
+    else:
+        print(f"done: {total} steps, broken samples: {bad}, see {out}")
 
 
 if __name__ == "__main__":

@@ -12,35 +12,41 @@ ten times that for the mapper, 1000 steps of warm-up, then linearly to zero.
 """
 
 import argparse
-import json
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from cli import DTYPES, pick_device, run
-from data import open_batches, uas_texts
+from data import describe, open_batches, uas_texts
 from features import find_features, picture_size
 from miniature.world import write_pairs
 from minigpt5 import DROP_RATE, collate, few_lengths, load_minigpt5
 from muon import Muon
+from parallel import Gradients, World
 from tars import expand
 from training import (
     Meter,
     add_run_options,
+    added,
     append_log,
     check_run_options,
     compiled_graphs,
     cut_log,
     draw_losses,
+    draw_pictures,
     drawn_data,
+    go_on,
     learning_rate_factor,
     load_checkpoint,
     open_run,
     paint_samples,
     read_log,
+    resume_command,
+    run_state,
     save_checkpoint,
-    step_generator,
+    stop_if_nonfinite,
+    stop_signals,
     total_steps,
 )
 from vae import preprocess_output
@@ -56,6 +62,7 @@ def arguments() -> argparse.Namespace:
     add("--mapper-lr", type=float, help="for the mapper; default: ten times --lr, as released")
     add("--muon", type=float, metavar="LR", help="Muon for the mapper's matrices; default: AdamW for all, as released")
     add("--vokens", type=int, default=8, help="vokens of a picture")
+    add("--start-as", metavar="TEXT", help="rows of the vokens start as this text's pieces; default: the tables' mean")
     add("--no-cap", action="store_true", help="without L_CAP (the paper's ablation)")
     add_run_options(parser, out="runs/uas", epochs=2, batch_size=48)
     return check_run_options(parser, "train_uas")
@@ -66,31 +73,37 @@ def main() -> None:
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # the mapper's float32 products may use TF32
     torch.manual_seed(args.seed)
-    out = open_run(args)
+    world = World(device)
+    out = open_run(args, world)
     log = out / "log.jsonl"
 
     size, captioned = picture_size(args.weights), not args.no_cap
-    data = args.data or drawn_data(write_pairs, args, size)
-    features = find_features(expand(data), args.weights)
-    batches = open_batches(
-        data,
-        partial(preprocess_output, size=size),
-        args.batch_size,
-        features,
-        seed=args.seed,
-        workers=args.workers,
-        max_bad=args.max_bad,
-        group=args.group,
-    )
+    with world.first():  # it draws, and leaves the indices of the tars to the other ranks
+        data = args.data or drawn_data(write_pairs, args, size)
+        features = find_features(expand(data), args.weights)
+        batches = open_batches(
+            data,
+            partial(preprocess_output, size=size),
+            args.batch_size,
+            features,
+            seed=args.seed,
+            rank=world.rank,
+            world_size=world.size,
+            workers=args.workers,
+            max_bad=args.max_bad,
+            group=args.group,
+        )
     for note in batches.dataset.notes:
         print(note)
-    total = total_steps(args, batches.dataset_size())
+    total = total_steps(args, batches.dataset_size(), world.size)
 
     encodes = captioned and "encoding" not in features
     dtype = DTYPES[args.dtype]
     model = load_minigpt5(args.weights, None, args.vokens, dtype, device, read_pictures=False, read_captions=encodes)
     if "moments" in features:
         model.vae.encoder = None
+    if args.start_as:
+        model.vokens.start_as(model.llama, model.tokenizer.encode(args.start_as))
     rows_count, mapper_count = (sum(p.numel() for p in part.parameters()) for part in (model.vokens, model.mapper))
     print(f"trained: {rows_count:,} parameters in the voken rows, {mapper_count:,} in the mapper; all else is frozen")
     print(f"precomputed: {', '.join(features.made_with) or 'nothing'}")
@@ -107,12 +120,14 @@ def main() -> None:
     for group in groups:
         group["full_lr"] = group["lr"]
 
-    start = 0
-    if args.resume and (state := load_checkpoint(out, model, optimizers)):
-        start = state["step"]
-        batches.load_state_dict(state["data"])
-        print(f"resumed from step {start}")
-    cut_log(log, start)
+    gradients = Gradients([p for group in groups for p in group["params"]], optimizers, world)
+    meter = Meter(world.size * args.batch_size * args.accumulate)
+    if world.size > 1:
+        print(f"{world.size} processes; each step adds up {gradients.flat.nbytes:,} bytes of them: gradients and loss")
+    state = load_checkpoint(out, model, optimizers) if args.resume else None
+    start = go_on(state, args, batches, meter, gradients)
+    if world.rank == 0:
+        cut_log(log, start)
 
     compiled = device.type == "cuda" if args.compile is None else args.compile
     if args.gradient_checkpointing:
@@ -122,48 +137,57 @@ def main() -> None:
     length = few_lengths if compiled else int  # of the rows: as it comes where nothing is compiled
     empty_caption = model.encode_captions([""] if encodes else features.empty_caption) if captioned else None
     drop_rate = 0.0 if args.no_cfg else DROP_RATE
-    meter, shown = Meter(args.batch_size * args.accumulate), None
+    done, shown = start, None
 
-    bar = tqdm(range(start, total), initial=start, total=total, desc="uas", unit="step", dynamic_ncols=True)
-    for step in bar:
-        # ---- one step
-        factor = learning_rate_factor(step, args.warmup, total)
-        for group in groups:
-            group["lr"] = factor * group["full_lr"]
-        for micro in range(args.accumulate):
-            batch = next(batches)
-            plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
-            pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]
-            rows = collate(model.tokenizer, pairs, model.queries, length, LONGEST).to(device)
-            draws = model.draw(len(pairs), step_generator(args.seed, step, micro), drop_rate)
-            pictures = batch["moments" if "moments" in features else "pixels"]
-            posterior = None if args.no_ldm else model.encode_pictures(pictures)
-            texts = batch["captions" if encodes else "encoding"] if captioned else None
-            captions = (model.encode_captions(texts), empty_caption) if captioned else None
-            losses = model.losses(rows, draws, posterior, captions, min_snr_gamma=args.min_snr_gamma)
-            (losses["loss"] / args.accumulate).backward()
-            meter.add(losses)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        meter.steps += 1
-        # ---- the step is done
+    bar = partial(tqdm, unit="step", dynamic_ncols=True, disable=world.rank > 0)
+    with stop_signals() as asked, bar(range(start, total), "uas", total, initial=start) as bar:
+        for step in bar:
+            # ---- one step
+            factor = learning_rate_factor(step, args.warmup, total)
+            for group in groups:
+                group["lr"] = factor * group["full_lr"]
+            for micro in range(args.accumulate):
+                batch = next(batches)
+                plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
+                pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]
+                rows = collate(model.tokenizer, pairs, model.queries, length, LONGEST).to(device)
+                place = (micro * world.size + world.rank) * args.batch_size  # of our first sample among the step's
+                draws = draw_pictures(model, range(len(pairs)), drop_rate, args.seed, step, place)
+                pictures = batch["moments" if "moments" in features else "pixels"]
+                posterior = None if args.no_ldm else model.encode_pictures(pictures)
+                texts = batch["captions" if encodes else "encoding"] if captioned else None
+                captions = (model.encode_captions(texts), empty_caption) if captioned else None
+                losses = model.losses(rows, draws, posterior, captions, min_snr_gamma=args.min_snr_gamma)
+                gradients.backward(losses["loss"] / args.accumulate)
+                meter.add(losses)
+            gradients.step()
+            meter.steps += 1
+            # ---- the step is done
 
-        done = step + 1
-        shown = shown or (rows, None, pictures, batch["captions"])
-        if done % args.log_every == 0 or done == total:
-            record = meter.line(done, optimizers[0], batches.bad, device)
-            record |= {"graphs": compiled_graphs()} if compiled else {}
-            append_log(log, record)
-            bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
-        if args.sample_every and done % args.sample_every == 0:
-            paint_samples(model, *shown, out / "samples.png")
-            draw_losses(read_log(log), out / "losses.png")
-        if done % args.save_every == 0 or done == total:
-            state = {"data": batches.state_dict(), "arguments": json.loads(json.dumps(vars(args), default=str))}
-            save_checkpoint(out, done, model, optimizers, state, "uas")
+            done, stopping = step + 1, world.any(bool(asked))
+            shown = shown or (rows, None, pictures, batch["captions"])
+            if done % args.log_every == 0 or done == total:
+                record = meter.line(done, optimizers[0], batches.bad, gradients)
+                record |= {"graphs": compiled_graphs()} if compiled else {}
+                if world.rank == 0:
+                    append_log(log, record)
+                bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
+                stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
+            if world.rank == 0 and args.sample_every and done % args.sample_every == 0:
+                paint_samples(model, *shown, out / "samples.png")
+                draw_losses(read_log(log), out / "losses.png")
+            if done % args.save_every == 0 or done == total or stopping:
+                state = run_state(args, batches, meter, gradients)
+                if world.rank == 0:
+                    save_checkpoint(out, done, model, optimizers, state, "uas")
+            if stopping:
+                break
     batches.close()
-    print(f"done: {total} steps, broken samples {dict(batches.bad) or 'none'}, see {out}")
+    bad = describe(added(world.gather(dict(batches.bad))))
+    if done < total:
+        print(f"stopped after step {done} of {total}; to go on: {resume_command()}")
+    else:
+        print(f"done: {total} steps, broken samples: {bad}, see {out}")
 
 
 if __name__ == "__main__":

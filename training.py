@@ -1,4 +1,4 @@
-"""What both training scripts need: common options, learning rate, checkpoints, the log, the pictures of a run.
+"""What both training scripts need: common options, learning rate, stopping, checkpoints, log, pictures of a run.
 
 A run's folder:
 
@@ -7,16 +7,21 @@ A run's folder:
     step-00000500/          a checkpoint, written under another name and then renamed: there is no half one
         trained.safetensors    the voken rows and the mapper, what sample.py --checkpoint reads
         optimizer.safetensors  the optimisers' moments under the same names
-        state.json             step, position in the data, the command's arguments
+        state.json             step, position in the data, sums of the next line of the log, the command's arguments
 """
 
 import argparse
 import json
 import os
 import resource
+import shlex
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +32,8 @@ from cli import DTYPES, add_weights_option, make_folder, parse
 from generation import Sampling, paint
 from images import draw_grid, save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
-from minigpt5 import MiniGPT5, Rows, send, type_of
+from minigpt5 import Draws, MiniGPT5, Rows, send, type_of
+from parallel import Gradients, World
 
 KEEP = 2  # newest checkpoints kept of a run
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -42,7 +48,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--drawn", type=int, default=20_000, help="without --data: samples of the miniature's world to draw")
     add("--epochs", type=float, default=epochs, help="passes over the data")
     add("--steps", type=int, help="optimiser steps in all; overrides --epochs")
-    add("--batch-size", type=int, default=batch_size, help="samples of one forward pass")
+    add("--batch-size", type=int, default=batch_size, help="samples of one forward pass, on each GPU")
     add("--accumulate", type=int, default=1, help="forward passes of one optimiser step")
     add("--warmup", type=int, default=1000, help="steps of linear warm-up")
     add("--no-cfg", action="store_true", help="never drop the condition (the paper's ablation)")
@@ -52,6 +58,12 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--group", type=int, default=8, help="batches among which rows are sorted by length, for less padding; 1: none")
     add("--workers", type=int, default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=float, default=0.01, help="stop when more than this share of the samples is broken")
+    add(
+        "--max-nonfinite",
+        type=int,
+        default=20,
+        help="stop after so many steps in a row that were skipped, as not finite",
+    )
     add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step always has one")
     add("--sample-every", type=int, default=1000, help="steps between samples.png; 0: never")
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, which hold means over them")
@@ -63,15 +75,18 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
 
 def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
     args = parse(parser, command)
-    for name in ("drawn", "batch_size", "accumulate", "group", "save_every", "log_every", "vokens"):
+    for name in ("drawn", "batch_size", "accumulate", "group", "max_nonfinite", "save_every", "log_every", "vokens"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
-def open_run(args: argparse.Namespace) -> Path:
+def open_run(args: argparse.Namespace, world: World) -> Path:
     """The run's folder. ValueError where it holds a run already that is not to be resumed."""
     out = make_folder(args.out)
+    for left in sorted(out.glob(".*.tmp")) if world.rank == 0 else []:
+        print(f"removed: {left}, which an earlier process could not finish")
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     if checkpoint_folders(out) and not args.resume:
         raise ValueError(f"{out} holds a run already: --resume goes on with it, another --out starts anew")
     return out
@@ -86,10 +101,10 @@ def drawn_data(write: Callable[..., None], args: argparse.Namespace, size: int) 
     return [str(path)]
 
 
-def total_steps(args: argparse.Namespace, samples: int | None) -> int:
+def total_steps(args: argparse.Namespace, samples: int | None, ranks: int) -> int:
     if args.steps is None and samples is None:
         raise ValueError("--steps is needed: streamed tars do not tell how many samples they hold")
-    return args.steps or max(1, round(args.epochs * samples / (args.batch_size * args.accumulate)))
+    return args.steps or max(1, round(args.epochs * samples / (ranks * args.batch_size * args.accumulate)))
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -99,10 +114,19 @@ def learning_rate_factor(step: int, warmup: int, total: int) -> float:
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
-def step_generator(seed: int, step: int, micro: int) -> torch.Generator:
-    """The random numbers of one forward pass, a function of its place alone: a resumed run draws the same ones."""
-    entropy = np.random.SeedSequence([seed, step, micro]).generate_state(1, np.uint64)[0]
+def step_generator(seed: int, step: int, *place: int) -> torch.Generator:
+    """The random numbers of a place in a step, a function of it alone: a resumed run draws the same ones. Zeros at the
+    end of a place make no other place."""
+    entropy = np.random.SeedSequence([seed, step, *place]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(entropy) >> 1)
+
+
+def draw_pictures(model: MiniGPT5, picture_rows: list[int], drop_rate: float, seed: int, step: int, at: int) -> Draws:
+    """`model.draw` for a batch that begins with sample `at` of the step. A sample's random numbers are the same on
+    whichever rank and in whichever forward pass it comes. picture_rows: see `Rows`."""
+    pictures = Counter(picture_rows)  # of each row, in their order
+    draws = [model.draw(n, step_generator(seed, step, at + row), drop_rate) for row, n in pictures.items()]
+    return Draws(*map(torch.cat, zip(*draws, strict=True)))
 
 
 def peak_memory(device: torch.device) -> float:
@@ -117,6 +141,40 @@ def compiled_graphs() -> int:
     from torch._dynamo.utils import counters  # takes a second to import
 
     return counters["stats"]["unique_graphs"]
+
+
+# ---- stopping
+
+
+@contextmanager
+def stop_signals() -> Iterator[list]:
+    """A list that is no longer empty once the process was asked to stop (SIGTERM, Ctrl-C)."""
+    asked = []
+    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resume_command() -> str:
+    """The command that goes on with this run; of several machines, but for where they meet."""
+    start, local = [Path(sys.executable).name], int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if local:  # by torchrun
+        start = ["torchrun", "--nnodes", str(int(os.environ["WORLD_SIZE"]) // local), "--nproc-per-node", str(local)]
+    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+
+
+def stop_if_nonfinite(gradients: Gradients, limit: int, step: int, out: Path) -> None:
+    """ValueError where `limit` steps in a row were skipped, as all ranks know. Looked at with each line of the log."""
+    longest = int(gradients.longest)
+    if longest >= limit:
+        if gradients.world.rank > 0:
+            sys.exit(2)  # rank 0 says why
+        saved = next((folder.name for folder in checkpoint_folders(out)), "none yet")
+        what = f"loss or gradients of {longest} steps in a row up to step {step} were not finite"
+        raise ValueError(f"{what}, --max-nonfinite is {limit}; the newest checkpoint is whole: {out}, {saved}")
 
 
 # ---- checkpoints
@@ -140,29 +198,51 @@ def find_checkpoint(place: Path) -> Path | None:
 def save_checkpoint(
     out: Path, step: int, model, optimizers: list[torch.optim.Optimizer], state: dict, stage: str
 ) -> Path:
-    """Write step-NNNNNNNN/ whole or not at all, then drop all but the KEEP newest."""
+    """Write step-NNNNNNNN/ whole or not at all, on the disk when this returns, then drop all but the KEEP newest.
+
+    ValueError where that fails, and where there is something to save that is not finite.
+    """
     folder = out / f"step-{step:08d}"
     temporary = out / f".{folder.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    trained = model.trained_parameters()
+    moments = {}
+    for name, parameter in trained.items():
+        for optimizer in optimizers:
+            moments |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state.get(parameter, {}).items()}
     try:
+        for name, tensor in (trained | moments).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite, training has diverged")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         model.save_trained(temporary / "trained.safetensors", stage)
-        moments = {}
-        for name, parameter in model.trained_parameters().items():
-            for optimizer in optimizers:
-                moments |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state.get(parameter, {}).items()}
         save_safetensors(moments, temporary / "optimizer.safetensors")
         with open(temporary / "state.json", "w", encoding="utf-8") as file:
             json.dump({"step": step, **state}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.replace(folder)
+        sync_folder(out)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        kept = ", ".join(old.name for old in checkpoint_folders(out)) or "none"
+        raise ValueError(f"{folder}: not written: {reason}; checkpoints of this run: {kept}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoint_folders(out)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk, too."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -> dict | None:
@@ -174,6 +254,8 @@ def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -
     for folder in folders:
         try:
             state = read_json(folder / "state.json")
+            if not {"step", "data"} <= state.keys():
+                raise WeightsError(f"{folder / 'state.json'}: neither step nor position in the data")
             with open_safetensors(folder / "optimizer.safetensors") as file:
                 moments = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no dictionary
             model.load_trained(folder / "trained.safetensors")
@@ -192,11 +274,45 @@ def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -
     return None
 
 
+def run_state(args: argparse.Namespace, batches, meter: "Meter", gradients: Gradients) -> dict:
+    """What a checkpoint says besides tensors. Over all ranks, so all of them have to call this."""
+    ranks = gradients.world.gather({**batches.state_dict(), **meter.state()})
+    data = dict(min(ranks, key=lambda rank: (rank["epoch"], rank["position"])))
+    data |= {name: added(rank[name] for rank in ranks) for name in ("bad", "sums", "passes")}
+    data |= {"seen": sum(rank["seen"] for rank in ranks)}
+    if "cursors" in data:  # of streamed tars, each rank's own
+        data["cursors"] = [cursor for rank in ranks for cursor in rank["cursors"]]
+    arguments = json.loads(json.dumps(vars(args), default=str))
+    groups = [args.group, args.batch_size * len(ranks)]
+    return {"data": data, "groups": groups, "nonfinite": int(gradients.skipped), "arguments": arguments}
+
+
+def go_on(state: dict | None, args: argparse.Namespace, batches, meter: "Meter", gradients: Gradients) -> int:
+    """Take up what `run_state` said, on any number of ranks; the step to go on with. ValueError where samples would be
+    repeated or left out: those of a group (see data.py) are in batches of one size."""
+    step, world = state["step"] if state else 0, gradients.world
+    if len(set(world.gather(step))) > 1:
+        raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
+    if state:
+        groups = [args.group, args.batch_size * world.size]
+        group, size = state.get("groups", groups)
+        if [group, size] != groups and max(group, args.group) > 1:
+            now = f"{args.group} batches of {groups[1]}"
+            raise ValueError(f"cannot resume: --group sorted {group} batches of {size} samples of all ranks, now {now}")
+        batches.load_state_dict(state["data"])
+        gradients.skipped += state.get("nonfinite", 0)
+        if world.rank == 0:
+            meter.load_state(state["data"])
+        print(f"resumed from step {step}")
+    return step
+
+
 # ---- the log
 
 
 class Meter:
-    """Means of the losses since the last line of the log. Reads no value from the GPU until a line is due."""
+    """Means of the losses since the last line of the log, over all ranks and without what is not finite. Reads no value
+    from the GPU until a line is due."""
 
     def __init__(self, per_step: int):
         self.per_step, self.sums, self.passes, self.steps, self.clock = per_step, {}, {}, 0, time.perf_counter()
@@ -204,22 +320,54 @@ class Meter:
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         """The losses of one forward pass; a batch without pictures has fewer of them."""
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
-            self.passes[name] = self.passes.get(name, 0) + 1
+            finite = value.detach().isfinite()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().where(finite, 0.0)
+            self.passes[name] = self.passes.get(name, 0) + finite
 
-    def line(self, step: int, optimizer: torch.optim.Optimizer, bad: dict, device: torch.device) -> dict:
+    def state(self) -> dict:
+        """What the next line of the log will say about this rank so far."""
+        return {"sums": values_of(self.sums), "passes": values_of(self.passes)}
+
+    def load_state(self, state: dict) -> None:
+        kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
+        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
+
+    def line(self, step: int, optimizer: torch.optim.Optimizer, bad: dict, gradients: Gradients) -> dict:
         """The line of the log after `step`, and a new start."""
-        seconds = time.perf_counter() - self.clock
-        record = {"step": step, **{name: total.item() / self.passes[name] for name, total in self.sums.items()}}
+        seconds, device = time.perf_counter() - self.clock, gradients.flat.device
+        ranks = gradients.world.gather({**self.state(), "bad": dict(bad)})
+        sums, passes, bad = (added(rank[kind] for rank in ranks) for kind in ("sums", "passes", "bad"))
+        record = {"step": step, **{name: total / passes[name] for name, total in sums.items() if passes[name]}}
         record |= {"lr": optimizer.param_groups[-1]["lr"]}
         record |= {"samples_per_s": round(self.steps * self.per_step / seconds, 3)}
-        record |= {"bad": dict(bad), "memory_gb": round(peak_memory(device), 2)}
+        record |= {"bad": bad, "nonfinite": int(gradients.skipped), "memory_gb": round(peak_memory(device), 2)}
         self.__init__(self.per_step)
         return record
 
 
+def values_of(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: tensor.item() for name, tensor in tensors.items()}
+
+
+def added(counts: Iterable[dict]) -> dict:
+    """The sum of dictionaries of numbers, name by name."""
+    total = {}
+    for count in counts:
+        total |= {name: total.get(name, 0) + value for name, value in count.items()}
+    return total
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of what writes `path` says so: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: not written: {error.strerror}") from None
+
+
 def append_log(path: Path, record: dict) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -238,8 +386,12 @@ def cut_log(path: Path, step: int) -> None:
     """Drop what was logged after `step`: a resumed run goes through those steps again."""
     lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with writing(path):
+            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- pictures of a run
@@ -248,6 +400,8 @@ def cut_log(path: Path, step: int) -> None:
 def draw_losses(records: list[dict], path: Path) -> None:
     """One small chart a loss over the steps, side by side, each from 0 to its own largest value."""
     names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss") if any(name in r for r in records)]
+    if not names:  # nothing was finite
+        return
     width, height, margin = 320, 220, 34
     chart = Image.new("RGB", (width * len(names), height), "white")
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)

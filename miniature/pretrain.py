@@ -32,11 +32,8 @@ import argparse
 import copy
 import os
 import re
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,7 +50,7 @@ from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from muon import Muon
-from training import append_log, cut_log, draw_losses, read_log, step_generator
+from training import append_log, cut_log, draw_losses, read_log, step_generator, stop_signals
 
 PARTS = {
     "judge": JudgeRecipe,
@@ -138,18 +135,6 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
 
 
 # ---- the loop
-
-
-@contextmanager
-def stop_signals() -> Iterator[list]:
-    """A list that is no longer empty once the process was asked to stop (SIGTERM, Ctrl-C)."""
-    asked = []
-    before = {number: signal.signal(number, lambda *_: asked.append(1)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = None) -> nn.ModuleDict | None:

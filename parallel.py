@@ -1,0 +1,112 @@
+"""One run in several processes, as torchrun starts them, each with a GPU: other samples in each, one step in all.
+
+    torchrun --nproc-per-node 2 train_uas.py --weights weights --data 'cc3m-train-{0000..0575}.tar'
+
+    rank 0   samples 0..B-1    -> losses -> gradients --+
+                                                        +-- mean, (trained parameters + 1,) -> the same step in both
+    rank 1   samples B..2B-1   -> losses -> gradients --+
+
+Each process reads the frozen weights itself and steps its own copy of what trains, which stays equal as all start and
+step alike. A step sends one thing from GPU to GPU: the gradients of what trains, in one flat buffer. That buffer takes
+the place of DistributedDataParallel, which would send them in pieces during the backward pass: of use between slow
+machines, but harder to see through. The hosts exchange single numbers beside it.
+"""
+
+import atexit
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what needs all processes: where one of them has ended, the others' errors are one line too."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's; NCCL does not return, and torchrun ends the process
+        raise ValueError(f"the other processes of the run do not answer ({str(error).splitlines()[0]})") from None
+
+
+class World:
+    """This process as one of `size`: as torchrun's environment says, or alone. Only rank 0 prints and writes."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1:
+            with together():
+                backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=timedelta(hours=2))  # to index many tars takes rank 0 a while
+            atexit.register(dist.destroy_process_group)
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
+
+    def gather(self, value: object) -> list:
+        """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
+        values = [value] * self.size
+        if self.size > 1:
+            with together():
+                dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any rank; from host to host, as `gather`, but quick enough for every step."""
+        votes = torch.tensor(int(flag))
+        if self.size > 1:
+            with together():
+                dist.all_reduce(votes)
+        return bool(votes)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 does what is inside before all others, who then find the files that it wrote."""
+        if self.rank > 0:
+            self.any(True)
+        yield
+        if self.rank == 0:
+            self.any(True)
+
+
+class Gradients:
+    """The gradients of `parameters` in one flat buffer, each `.grad` a view of it, with the loss behind them. One call
+    adds up the ranks', one tells whether all is finite, one clears them. What a step does not reach has gradient 0.
+
+    Where something is not finite the optimisers step with `found_inf` 1, which makes them leave everything as it was.
+    No host looks at that number before a line of the log is due, so none waits for its GPU.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizers: list[torch.optim.Optimizer], world: World):
+        parameters = list(parameters)
+        self.optimizers, self.world = optimizers, world
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
+        for parameter, part in zip(parameters, self.flat[:-1].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=self.flat.device)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.flat[-1] += loss.detach()
+
+    def step(self) -> None:
+        """One step of the optimisers along the mean over the ranks, or none."""
+        if self.world.size > 1:
+            self.flat /= self.world.size
+            with together():
+                dist.all_reduce(self.flat)
+        # The norm is infinite too where a square is, which AdamW's second moment would never recover from.
+        finite = torch.linalg.vector_norm(self.flat).isfinite()
+        found_inf = 1.0 - finite.float()
+        self.flat.masked_fill_(~finite, 0.0)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf
+            optimizer.step()
+        self.flat.zero_()
+        self.skipped = self.skipped + found_inf
+        self.in_a_row = (self.in_a_row + 1) * found_inf
+        self.longest = torch.maximum(self.longest, self.in_a_row)

@@ -1,0 +1,209 @@
+"""Several processes against one: the same losses and weights, every sample once, one stop for all, and what they send.
+
+The ranks of a run are forked from one process without a GPU, each in the environment that torchrun would give it.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from random_weights import write_random_weights
+from safetensors.torch import load_file
+from test_commands import pairs, write_tar
+
+import train_mls
+import train_uas
+from cli import run
+from data import Batches, PairData
+from miniature.world import write_stories
+from minigpt5 import MiniGPT5
+from training import checkpoint_folders, read_log
+
+SCRIPTS = {"uas": train_uas, "mls": train_mls}
+FIXED = ["--warmup", 5, "--lr", 1e-3, "--log-every", 1, "--sample-every", 0, "--workers", 0, "--steps", 4, "--group", 2]
+
+
+# ---- the ranks
+
+
+def run_rank(script, out: Path, arguments: list, stop_after: int = 0, spoiled: int = -1) -> None:
+    """One rank, which writes down its samples and what it sends. The last rank is asked to stop after some steps, and
+    its losses are NaN in one."""
+    torch.set_num_threads(1)
+    keys, sent, steps = [], [], iter(range(1000))
+    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", 1)) - 1)
+    read, reduce, losses_of = Batches.__next__, dist.all_reduce, MiniGPT5.losses
+
+    def next_batch(batches):
+        batch = read(batches)
+        keys.append(batch["keys"])
+        return batch
+
+    def all_reduce(tensor):
+        sent.append(tensor.nbytes)
+        reduce(tensor)
+
+    def losses(model, *inputs, **options):
+        step = next(steps)
+        if last and step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        values = losses_of(model, *inputs, **options)
+        return {n: v * float("nan") for n, v in values.items()} if last and step == spoiled else values
+
+    Batches.__next__, dist.all_reduce, MiniGPT5.losses = next_batch, all_reduce, losses
+    sys.argv = [f"{script.__name__}.py", "--out", str(out), *map(str, arguments)]
+    script.main()
+    note = out / f"rank-{os.environ.get('RANK', 0)}-{len(list(out.glob('rank-0-*')))}.json"
+    note.write_text(json.dumps({"keys": keys, "sent": sent}))
+
+
+def run_ranks(stage: str, ranks: int, out: str, *job) -> list[int]:
+    """Fork them; their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+        where |= {"MASTER_PORT": free.getsockname()[1]}
+    children = []
+    for rank in range(ranks):
+        children.append(os.fork())
+        if children[-1] > 0:
+            continue
+        os.environ |= {n: str(v) for n, v in (where | {"RANK": rank, "LOCAL_RANK": rank}).items()} if ranks > 1 else {}
+        with open(f"{out}/printed-{rank}", "a") as printed:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+        try:
+            run(lambda: run_rank(SCRIPTS[stage], Path(out), *job))
+        except SystemExit as error:
+            os._exit(error.code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All runs of this file, made in one go."""
+    folder = tmp_path_factory.mktemp("ranks")
+    weights = write_random_weights(folder / "weights", small=True)
+    pairs_tar, stories = write_tar(folder / "pairs.tar", pairs(8)), folder / "stories.tar"
+    write_stories(stories, 3, 0, "train")
+    uas = ["--weights", weights, "--data", pairs_tar, *FIXED]
+    mls = ["--weights", weights, "--data", stories, *FIXED, "--group", 1]
+    jobs = [
+        ("uas", 1, "one", [*uas, "--batch-size", 4]),
+        ("uas", 2, "two", [*uas, "--batch-size", 2]),
+        ("uas", 2, "two-one", [*uas, "--batch-size", 2], 1),
+        ("uas", 1, "two-one", [*uas, "--batch-size", 4, "--resume"]),
+        ("uas", 1, "one-two", [*uas, "--batch-size", 4], 3),
+        ("uas", 2, "one-two", [*uas, "--batch-size", 2, "--resume"]),
+        ("uas", 2, "spoiled", [*uas, "--batch-size", 2, "--save-every", 1], 2, 1),
+        ("mls", 1, "mls-one", [*mls, "--batch-size", 2, "--accumulate", 2]),
+        ("mls", 2, "mls-two", [*mls, "--batch-size", 2]),
+    ]
+    jobs = [(stage, ranks, str(folder / out), list(map(str, a)), *more) for stage, ranks, out, a, *more in jobs]
+    for job in jobs:
+        Path(job[2]).mkdir(exist_ok=True)
+    here = Path(__file__).resolve().parent
+    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parent}:{here}"}
+    code = "import json, sys, test_parallel; print([test_parallel.run_ranks(*job) for job in json.loads(sys.argv[1])])"
+    command = [sys.executable, "-c", code, json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    statuses = json.loads(done.stdout.splitlines()[-1])
+    assert all(set(status) == {0} for status in statuses), (statuses, done.stderr)
+    return folder
+
+
+def compare(folder, one: str, other: str) -> None:
+    """Largest relative difference of any loss, and that of the weights in the end: in all, as AdamW makes steps of one
+    size out of gradients that are nothing but rounding."""
+    logs = [read_log(folder / name / "log.jsonl") for name in (one, other)]
+    assert [record["step"] for record in logs[0]] == [record["step"] for record in logs[1]] == [1, 2, 3, 4]
+    names = ("loss", "text_loss", "ldm_loss", "cap_loss")
+    assert all([name in a for name in names] == [name in b for name in names] for a, b in zip(*logs, strict=True))
+    worst = max(abs(a[name] / b[name] - 1) for a, b in zip(*logs, strict=True) for name in names if name in a)
+    ours, theirs = (load_file(checkpoint_folders(folder / n)[0] / "trained.safetensors") for n in (one, other))
+    ours, theirs = (torch.cat([w[name].flatten() for name in sorted(theirs)]) for w in (ours, theirs))
+    weights = ((ours - theirs).norm() / theirs.norm()).item()
+    print(f"{one} against {other}: losses differ by {worst:.1e} of themselves, weights by {weights:.1e}")
+    assert worst <= 1e-5 and weights <= 1e-5
+
+
+def keys(folder, run: str) -> list[str]:
+    """All samples of a run by its ranks, process after process."""
+    return [k for f in sorted((folder / run).glob("rank-*")) for b in json.loads(f.read_text())["keys"] for k in b]
+
+
+# ---- tests
+
+
+@pytest.mark.parametrize("other", ["two", "two-one", "one-two"])
+def test_uas_on_two_ranks_is_that_on_one(folder, other):
+    """From beginning to end, and resumed on another number of ranks after a stop, in the middle of an epoch."""
+    compare(folder, other, "one")
+    counts = Counter(keys(folder, other))
+    assert len(counts) == 8 and set(counts.values()) == {2}  # two epochs
+
+
+def test_mls_on_two_ranks_is_that_of_two_forward_passes(folder):
+    """With LoRA's dropout and texts without pictures; means over tokens and over pictures are a forward pass's own."""
+    compare(folder, "mls-two", "mls-one")
+    assert Counter(keys(folder, "mls-two")) == Counter(keys(folder, "mls-one"))
+
+
+@pytest.mark.parametrize("run", ["two", "mls-two"])
+def test_only_what_trains_is_sent(folder, run):
+    printed = (folder / run / "printed-0").read_text()
+    trained = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:parameters|in the mapper)", printed))
+    bytes_a_step = int(re.search(r"adds up ([\d,]+) bytes", printed)[1].replace(",", ""))
+    assert bytes_a_step == 4 * (trained + 1)  # and the loss
+    for note in (folder / run).glob("rank-*"):
+        sent = Counter(json.loads(note.read_text())["sent"])
+        assert sent.pop(bytes_a_step) == 4 and set(sent) == {8}  # and whether somebody was asked to stop
+    print(f"{bytes_a_step:,} bytes a step")
+
+
+def test_one_rank_writes(folder):
+    """And prints; the other is silent, though it was the one that was asked to stop."""
+    assert (folder / "two-one" / "printed-1").read_text() == ""
+    printed = (folder / "two-one" / "printed-0").read_text()
+    assert "stopped after step 1 of 4; to go on: torchrun --nnodes 1 --nproc-per-node 2 train_uas.py" in printed
+    assert {path.name for path in (folder / "two").iterdir()} == {
+        *("log.jsonl", "step-00000004", "printed-0", "printed-1", "rank-0-0.json", "rank-1-0.json")
+    }
+
+
+def test_a_step_is_skipped_by_all_or_none(folder):
+    """Its loss was not finite on one rank, which was then asked to stop at the end of that same step."""
+    one, two = (load_file(path / "trained.safetensors") for path in checkpoint_folders(folder / "spoiled"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    log = read_log(folder / "spoiled" / "log.jsonl")
+    assert [record["nonfinite"] for record in log] == [0, 1] and np.isfinite(log[1]["loss"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_sample_once_an_epoch(folder, ranks, workers):
+    data = PairData([str(folder / "pairs.tar")], np.asarray)
+    data.collate = lambda samples: {"keys": [sample["key"] for sample in samples]}
+    met = Counter()
+    for rank in range(ranks):
+        batches = Batches(data, 4 // ranks, rank=rank, world_size=ranks, workers=workers, group=2)
+        met.update(key for _ in range(2) for key in next(batches)["keys"])
+        batches.close()
+    assert len(met) == 8 and set(met.values()) == {1}
