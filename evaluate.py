@@ -1,0 +1,239 @@
+"""The paper's metrics (section 4) of a run, or of any system's answers, on tars of pairs, stories or dialogues.
+
+    python evaluate.py --data held-out.tar --checkpoint runs/uas --out uas.json              # the miniature
+    python evaluate.py --data vist-val.tar --task image --last --context texts --checkpoint runs/mls --out texts.json \\
+        --weights weights --inception weights-inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
+    python evaluate.py --data vist-val.tar --task image --last --answers their-answers --out theirs.json
+
+`--checkpoint` asks the model for the answers that `--answers` (default: a folder beside OUT) does not hold yet, so a
+stopped run goes on; without it answers are only read. OUT gets all figures as JSON, a table stands beside it (.md).
+
+    metric                        of pictures that are wanted      a picture that did not come counts as
+    fid, is                       Inception's features             a grey picture
+    clip-i, clip-t, hps           cosine with picture, with text   0
+    judge-distance, judge-score   the miniature judge's features   a grey picture
+    attributes                    facts that the judge sees        wrong in everything
+
+    metric                        of words that are wanted         an answer without words counts as
+    bleu-1, bleu-2                n-grams of all answers           too short
+    rouge-l, meteor, s-bert       means over answers               0
+    mm-relevance                  words and pictures of dialogues  parts not said, in both definitions
+
+Where pictures are missing a second column has the same metrics of the cases that miss none, which is what the released
+code reports. A metric that cannot be computed is named with the reason.
+"""
+
+import argparse
+import gc
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
+from data import describe
+from evaluation.cases import (
+    CONTEXTS,
+    SETTINGS,
+    Case,
+    check_settings,
+    generate,
+    pictures_of,
+    read_answer,
+    read_cases,
+)
+from evaluation.comparisons import METRICS, Bench, Outcome, measure
+from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
+from generation import Sampling
+from miniature.recipe import write_json, write_text
+from minigpt5 import load_minigpt5
+from scheduler import SAMPLERS
+from stories import TASKS
+from tars import Unusable
+from training import find_checkpoint
+
+TOGETHER = 16  # cases whose pictures the networks see at a time
+
+
+# ---- cases into outcomes
+
+
+def outcomes_of(cases: list[Case], folder: Path, networks: dict) -> tuple[list[Outcome], Counter, Counter]:
+    """Also counts of what could not be asked, and of what is missing in the folder. A case without an answer has said
+    nothing. ValueError where there is no answer at all."""
+    outcomes, unusable, missing = [], Counter(), Counter()
+    for start in tqdm(range(0, len(cases), TOGETHER), desc="pictures", unit=f" x {TOGETHER} cases", delay=2):
+        pictures, places = [], []
+        for case in cases[start : start + TOGETHER]:
+            answer = read_answer(folder, case.key)
+            try:
+                if answer and answer.unusable:
+                    raise Unusable(answer.unusable)
+                wanted = pictures_of(case, case.pictures)
+            except Unusable as error:
+                unusable[str(error)] += 1
+                continue
+            missing.update([f"picture: {reason}" for reason in answer.lost] if answer else ["no answer"])
+            segments = answer.segments if answer else []
+            came = [segment for segment in segments if not isinstance(segment, str)]
+            numbers = iter(range(len(came)))
+            outcome = Outcome(case, [s if isinstance(s, str) else next(numbers) for s in segments], [], [])
+            outcomes.append(outcome)
+            pictures += wanted + came
+            places += [outcome.wanted] * len(wanted) + [outcome.came] * len(came)
+        for place, seen in zip(places, look(networks, pictures), strict=True):
+            place.append(seen)
+    if not outcomes:
+        raise ValueError(f"none of the {len(cases):,} cases can be used: {describe(unusable)}")
+    if missing["no answer"] == len(outcomes):
+        raise ValueError(f"{folder}: no answer to any of the {len(outcomes):,} cases")
+    return outcomes, unusable, missing
+
+
+def count_pictures(outcomes: list[Outcome]) -> dict[str, int]:
+    extra = sum(max(len(outcome.came) - len(outcome.wanted), 0) for outcome in outcomes)
+    wanted, came = (sum(len(getattr(outcome, name)) for outcome in outcomes) for name in ("wanted", "came"))
+    return {"wanted": wanted, "missing": sum(outcome.missing for outcome in outcomes), "came": came, "extra": extra}
+
+
+def table(record: dict) -> str:
+    """Markdown: a row a metric, then what was left out."""
+    counts, complete = record["pictures"], record["figures, no picture missing"]
+    lines = [f"{record['cases']:,} cases, {', '.join(f'{count:,} pictures {name}' for name, count in counts.items())}"]
+    for name in ("unusable", "not in the answers"):
+        lines += [f"{name}: {describe(record[name])}"] if record[name] else []
+    few = f" in the {record['cases, no picture missing']:,} cases that miss no picture |" if complete else ""
+    lines += ["", f"| metric | all cases |{few}", "| --- | ---: |" + " ---: |" * bool(few)]
+    for name, value in record["figures"].items():
+        second = f" {complete[name]:.4g} |" if name in complete else " |" * bool(few)
+        lines.append(f"| {name} | {value:.4g} |{second}")
+    lines += ["", *(f"- left out: {name} ({reason})" for name, reason in record["left out"].items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ---- the command
+
+
+def metric_name(text: str) -> str:
+    if text not in METRICS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(METRICS)}")
+    return text
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", nargs="+", help="tars of pairs, stories or dialogues; folders of them, patterns")
+    add("--out", type=Path, metavar="FILE", help="figures as JSON; FILE with the ending .md: a table")
+    add("--checkpoint", type=Path, help="what makes the answers: a file or a run's folder; default: they are there")
+    add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: OUT without ending, -answers")
+    add("--metrics", nargs="+", type=metric_name, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
+    add("--task", choices=TASKS, default="image", help="what a story's step asks for")
+    add("--context", choices=CONTEXTS, default="both", help="what of a story's earlier steps is told")
+    add("--last", action="store_true", help="of each story the last step alone")
+    add("--n", type=int, default=0, help="the first so many cases; 0: all")
+    for name, about in (
+        ("inception", "FID's Inception, as torch-fidelity has it"),
+        ("clip", "folder of a CLIP in the Hugging Face layout"),
+        ("hps", "HPS_v2_compressed.pt"),
+        ("sbert", "folder of a sentence-transformers model"),
+        ("meteor", "nltk_data folder with WordNet"),
+        ("judge", "the miniature's judge; default: judge.safetensors in WEIGHTS, if there"),
+    ):
+        add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
+    add_weights_option(parser)
+    add("--seed", type=int, default=0, help="same seed, same answers")
+    add("--steps", type=int, default=50, help="denoising steps of a picture")
+    add("--guidance", type=float, default=7.5, help="guidance against the zero-voken condition; 1: off")
+    add("--sampler", choices=sorted(SAMPLERS), default="pndm")
+    add("--temperature", type=float, default=1.0, help="of the words; 0: always the likeliest")
+    add("--top-p", type=float, default=0.9, help="sample among the likeliest words of this mass; 1: off")
+    add("--repetition-penalty", type=float, default=2.0, help="on words already said; 1: off")
+    add("--max-new-tokens", type=int, default=256, help="longest answer")
+    add("--force-image", action="store_true", help="begin every answer with a picture")
+    add("--batch-size", type=int, default=16, help="cases answered at a time")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
+    args = parse(parser, "evaluate")
+    if not args.data or not args.out or args.out.suffix != ".json":
+        parser.error("--data is needed, and --out with the ending .json")
+    if not args.checkpoint and not args.answers:
+        parser.error("--checkpoint is needed to make answers, or --answers to read them")
+    if min(args.max_new_tokens, args.steps, args.batch_size) < 1 or args.n < 0 or args.seed < 0:
+        parser.error("--max-new-tokens, --steps and --batch-size are at least 1, --n and --seed at least 0")
+    if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
+        parser.error("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
+    judge = args.weights / "judge.safetensors"
+    args.judge = args.judge or (judge if judge.is_file() else None)
+    args.answers = args.answers or args.out.with_name(f"{args.out.stem}-answers")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    device = pick_device(args.device)
+    cases, bad = read_cases(args.data, args.task, args.last)
+    if args.context != "both" and cases[0].task not in TASKS:
+        raise ValueError("--context is for stories, this data has none")
+    cases = cases[: args.n or None]
+    settings = {"task": cases[0].task, "context": args.context}
+    make_folder(args.out.parent)
+    if args.checkpoint:
+        settings |= ask(args, cases, device, settings)
+    elif not args.answers.is_dir():
+        raise ValueError(f"{args.answers}: no such folder of answers")
+    else:
+        check_settings(args.answers, settings)
+
+    networks, closed = {}, {}
+    for name in [name for name in OPENERS if name in {METRICS[metric].network for metric in args.metrics}]:
+        try:
+            networks[name] = open_network(name, getattr(args, name, None), device)
+        except Unavailable as error:
+            closed[name] = str(error)
+    outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)
+    bench = Bench(networks, look(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0])
+    figures, reasons = measure(args.metrics, bench, closed, outcomes)
+    counts, whole = count_pictures(outcomes), [outcome for outcome in outcomes if not outcome.missing]
+    of_pictures = [name for name in args.metrics if METRICS[name].of == "pictures"] if counts["missing"] else []
+    record = {
+        "data": args.data,
+        "answers": str(args.answers),
+        "settings": settings,
+        "cases": len(outcomes),
+        "unusable": dict(bad + unusable),
+        "not in the answers": dict(missing),
+        "pictures": counts,
+        "figures": figures,
+        "cases, no picture missing": len(whole),
+        "figures, no picture missing": measure(of_pictures, bench, closed, whole)[0] if whole else {},
+        "left out": reasons,
+    }
+    write_json(args.out, record)
+    write_text(args.out.with_suffix(".md"), table(record))
+    print(f"{table(record)}\nsee {args.out} and {args.out.with_suffix('.md')}")
+
+
+def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, settings: dict) -> dict:
+    """Make the answers that are not there yet; returns what they were made with."""
+    checkpoint = find_checkpoint(args.checkpoint)
+    if checkpoint is None:
+        raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
+    sampling = Sampling(**{name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__})
+    made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "seed": args.seed, **asdict(sampling)}
+    check_settings(make_folder(args.answers), settings | made)
+    write_json(args.answers / SETTINGS, settings | made)
+    reads = cases[0].task != "caption"
+    model = load_minigpt5(args.weights, checkpoint, dtype=DTYPES[args.dtype], device=device, read_pictures=reads)
+    count = generate(model.eval(), cases, args.answers, args.context, sampling, args.seed, args.batch_size)
+    print(f"{count:,} of {len(cases):,} cases answered now, see {args.answers}")
+    del model
+    gc.collect()  # the networks may need its memory
+    return made
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,252 @@
+"""What is asked in an evaluation, and the folder that holds a system's answers.
+
+A case is a pair, or a turn after the first of a story or dialogue (`stories.py` has the forms of their prompts):
+
+    task          from        prompt                                        wanted
+    caption       a pair      the bare caption, stage 1's form              its picture
+    image         a story     steps before, the text of this one            its picture
+    text+image    a story     steps before                                  its text and picture
+    text          a story     steps before, the picture of this one         its text
+    reply         a dialogue  the previous exchange and the turn before     its text, its pictures if any
+
+A folder of answers has KEY.json for every case, as `sample.py` writes answer.json, {"segments": [{"text": ...},
+{"image": "KEY.0.png"}, ...]}, and beside it the pictures. Whatever system writes such a folder can be evaluated.
+KEY.json is written last and under a temporary name, so a case is answered when it has one: a stopped run goes on there.
+`_answers.json` says how the answers were made; to go on with other settings is an error.
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data import clean_caption, decode, describe, read_caption, uas_texts
+from generation import Sampling, answer
+from images import ImageError, read_image, save_image
+from loading import read_json
+from miniature.facts import Picture
+from miniature.recipe import write_json
+from miniature.words import facts_in
+from minigpt5 import MiniGPT5
+from stories import Turn, dialog_row, first_heard, read_turns, story_row
+from tars import JSON, PICTURE, Unusable, expand, is_url, read_index, read_member
+
+CONTEXTS = {  # what of the steps before a story's step is told
+    "none": lambda before: [],
+    "texts": lambda before: [Turn(turn.text) for turn in before],
+    "pictures": lambda before: [Turn("", turn.pictures) for turn in before],
+    "both": lambda before: before,
+}
+SETTINGS = "_answers.json"
+
+
+class Case(NamedTuple):
+    key: str  # of a pair KEY, of turn k KEY.k
+    group: str  # KEY
+    task: str
+    before: list[Turn]  # all turns before; pictures stand as kinds of members of the tar
+    turn: Turn  # a pair: its caption and picture
+    facts: Picture | None  # what the wanted picture must show, where the miniature's world says so
+    read: Callable[[int], bytes | None]  # a member's bytes
+
+    @property
+    def words(self) -> str:
+        """The words that are wanted; empty where none are."""
+        return self.turn.text if self.task in ("text+image", "text", "reply") else ""
+
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        """The pictures that are wanted."""
+        return () if self.task == "text" else self.turn.pictures
+
+
+def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Counter]:
+    """The cases of tars, and how many samples cannot be used, by reason. task: of a story; last: its last step alone.
+    ValueError for tars that cannot be read or hold different things, and where a key comes twice."""
+    cases, bad = [], Counter()
+    for tar in expand(data):
+        if is_url(tar):
+            raise ValueError(f"{tar}: an evaluation reads at random, give local tars")
+        index = read_index(tar)
+        for row, turns in enumerate(index.turns):
+            read, key = partial(read_member, tar, index.table[row]), index.key(row)
+            try:
+                for case in turns_of(key, read, task, last) if turns else [pair_of(key, read)]:
+                    cases.append(case)
+            except Unusable as error:
+                bad[str(error)] += 1
+    name, kinds = ", ".join(data), {"caption": "pairs", "reply": "dialogues"}
+    found = sorted({kinds.get(case.task, "stories") for case in cases})
+    if len(found) != 1:
+        raise ValueError(f"{name}: " + (f"{' and '.join(found)} together" if found else f"no case, {describe(bad)}"))
+    twice = [key for key, count in Counter(case.key for case in cases).items() if count > 1]
+    if twice:
+        raise ValueError(f"{name}: {len(twice):,} keys come twice, {twice[0]} among them")
+    return cases, bad
+
+
+def pair_of(key: str, read: Callable[[int], bytes | None]) -> Case:
+    caption = clean_caption(read_caption(read))
+    if not caption:
+        raise Unusable("empty caption")
+    try:
+        labelled = "label" in json.loads(read(JSON) or b"{}")
+    except (ValueError, TypeError, RecursionError):
+        labelled = False
+    return Case(key, key, "caption", [], Turn(caption, (PICTURE,)), facts_in(caption) if labelled else None, read)
+
+
+def turns_of(key: str, read: Callable[[int], bytes | None], task: str, last: bool) -> Iterator[Case]:
+    content = read(JSON)
+    kind, turns = read_turns(content, key, str)
+    if kind == "story" and not all(turn.text and turn.pictures for turn in turns):
+        raise Unusable("step without text or picture")
+    labels = [turn.get("label") for turn in json.loads(content)["turns"]]
+    for k in range(len(turns) - 1 if last and kind == "story" else 1, len(turns)):
+        if not turns[k].text and not turns[k].pictures:
+            raise Unusable("empty turn")
+        task_of = task if kind == "story" else "reply"
+        yield Case(f"{key}.{k}", key, task_of, turns[:k], turns[k], facts_of(labels[k]), read)
+
+
+def facts_of(label: object) -> Picture | None:
+    """Facts as `Picture.label` wrote them; None for anything else."""
+    try:
+        return Picture.from_label(label)
+    except (TypeError, LookupError):
+        return None
+
+
+def pictures_of(case: Case, members: tuple[int, ...]) -> list[Image.Image]:
+    """Raises Unusable."""
+    try:
+        return [decode(case.read(member)) for member in members]
+    except OSError:
+        raise Unusable("tar not readable") from None
+
+
+def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[str, list[Image.Image]]:
+    """The prompt and its pictures; the oldest turns are left out where not `room` tokens would remain for the answer.
+    Raises Unusable where even none of them fit."""
+    tokenizer, k = model.tokenizer, len(case.before)
+    turn = Turn(tokenizer.plain(case.turn.text), case.turn.pictures)
+    if case.task == "caption":
+        return uas_texts(turn.text)[0], []
+    before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
+    for first in range(first_heard(k) if case.task == "reply" else 0, max(len(before), 1)):
+        if case.task == "reply":
+            row = dialog_row(before[first:], turn, k, "")
+        else:
+            row = story_row(before[first:], turn, case.task, 0, "")
+        used = 1 + len(tokenizer.encode(row.source)) + (model.queries - 1) * len(row.inputs)
+        if used + room <= model.llama.config.max_position_embeddings:
+            return row.source, pictures_of(case, row.inputs)
+    raise Unusable("prompt too long")
+
+
+# ---- the folder of answers
+
+
+class Answer(NamedTuple):
+    segments: list[str | Image.Image]
+    lost: tuple[str, ...] = ()  # why pictures that it names cannot be read
+    unusable: str | None = None  # why the case could not be asked
+
+
+def file_of(folder: Path, key: str, ending: str) -> Path:
+    return folder / f"{quote(key, safe=' ')}{ending}"
+
+
+def write_answer(folder: Path, key: str, segments: list[str | Image.Image], unusable: str | None = None) -> None:
+    described, pictures = [], 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for segment in segments:
+        if isinstance(segment, str):
+            described.append({"text": segment})
+            continue
+        path = file_of(folder, key, f".{pictures}.png")
+        save_image(segment, path)
+        described.append({"image": path.name})
+        pictures += 1
+    write_json(file_of(folder, key, ".json"), {"segments": described} | ({"unusable": unusable} if unusable else {}))
+
+
+def read_answer(folder: Path, key: str) -> Answer | None:
+    """None where there is none. ValueError for a file that is no answer."""
+    path = file_of(folder, key, ".json")
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    segments, lost = [], []
+    for segment in content.get("segments", [None]):
+        if isinstance(segment, dict) and isinstance(segment.get("text"), str):
+            segments.append(segment["text"])
+        elif isinstance(segment, dict) and isinstance(segment.get("image"), str):
+            try:
+                segments.append(read_image(folder / Path(segment["image"]).name))
+            except ImageError as error:
+                lost.append(error.reason)
+        else:
+            raise ValueError(f"{path}: segments should be a list of texts and images")
+    return Answer(spoken(segments), tuple(lost), content.get("unusable"))
+
+
+def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
+    """Without what the language model says from <Img> on: where it has no voken to say, a frozen one may go on with
+    words for the picture, which are no text of the answer."""
+    kept, ended = [], False
+    for segment in segments:
+        if isinstance(segment, str):
+            text, mark, _ = segment.partition("<Img>")
+            kept += [text.strip()] if text.strip() and not ended else []
+            ended = ended or bool(mark)
+        else:
+            kept.append(segment)
+    return kept
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """ValueError where the answers in `folder` were made with other `settings`."""
+    if (folder / SETTINGS).is_file():
+        there = read_json(folder / SETTINGS)
+        other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there.get(name) != value]
+        if other:
+            raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
+
+
+def generate(
+    model: MiniGPT5, cases: list[Case], folder: Path, context: str, sampling: Sampling, seed: int, batch_size: int
+) -> int:
+    """Answer the cases that have no answer yet; returns how many. An answer depends on seed and key alone."""
+    waiting = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
+    room = sampling.max_new_tokens + len(model.tokenizer.voken_ids)
+    bar = tqdm(total=len(waiting), desc="answers", unit="case", delay=2)
+    for start in range(0, len(waiting), batch_size):
+        asked = []
+        for case in waiting[start : start + batch_size]:
+            try:
+                asked.append((case.key, *prompt_of(case, model, context, room)))
+            except Unusable as error:
+                write_answer(folder, case.key, [], str(error))
+        if asked:
+            keys, prompts, pictures = zip(*asked, strict=True)
+            generators = [generator_of(seed, key) for key in keys]
+            for key, segments in zip(keys, answer(model, prompts, pictures, sampling, generators), strict=True):
+                write_answer(folder, key, segments)
+        bar.update(len(waiting[start : start + batch_size]))
+    bar.close()
+    return len(waiting)
+
+
+def generator_of(seed: int, key: str) -> torch.Generator:
+    entropy = np.random.SeedSequence([seed, zlib.crc32(key.encode())]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(entropy) >> 1)

@@ -1,0 +1,205 @@
+"""What is compared with what for every metric of `evaluate.py`; METRICS is the list.
+
+    METRICS["clip-i"].compute(bench, outcomes) -> figure      of what was said and drawn in answer to the cases
+
+An `Outcome` holds no pictures, only what the networks of `scorers.py` saw in them. The arithmetic is in `metrics.py`.
+How a picture that did not come counts: in `evaluate.py`'s head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from evaluation.cases import Case
+from evaluation.metrics import (
+    Part,
+    corpus_bleu,
+    cosine,
+    frechet_distance,
+    inception_score,
+    relevance_by_modality,
+    relevance_in_order,
+    rouge_l,
+    words,
+)
+from evaluation.scorers import Unavailable
+from miniature.exam import NOTHING, right_shares
+
+
+@dataclass
+class Outcome:
+    """A case, what was answered, and what the networks see in the pictures."""
+
+    case: Case
+    segments: list[str | int]  # the answer in order; numbers are places in `came`
+    wanted: list[dict]
+    came: list[dict]
+
+    @property
+    def text(self) -> str:
+        return " ".join(segment for segment in self.segments if isinstance(segment, str))
+
+    @property
+    def missing(self) -> int:
+        return max(len(self.wanted) - len(self.came), 0)
+
+    def pairs(self) -> list[tuple[dict, dict | None]]:
+        """Each wanted picture and the one that came in its place, if any."""
+        return list(zip(self.wanted, self.came + [None] * self.missing, strict=False))
+
+
+class Bench(NamedTuple):
+    networks: dict
+    blank: dict  # what they see in a grey picture
+
+
+# ---- metrics of pictures
+
+
+def distance(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
+    wanted = [picture[name] for outcome in outcomes for picture in outcome.wanted]
+    return frechet_distance(torch.stack(wanted), torch.stack(drawn(name, bench, outcomes)))
+
+
+def score(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
+    return inception_score(torch.stack(drawn(f"{name} classes", bench, outcomes)))
+
+
+def drawn(name: str, bench: Bench, outcomes: list[Outcome]) -> list[Tensor]:
+    """All pictures that came, also where none was wanted, and a blank for each that did not."""
+    return [row[name] for outcome in outcomes for row in outcome.came + [bench.blank] * outcome.missing]
+
+
+def beside_pictures(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
+    pairs = [pair for outcome in outcomes for pair in outcome.pairs()]
+    return mean([cosine(wanted[name], came[name]).item() if came else 0.0 for wanted, came in pairs])
+
+
+def beside_texts(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
+    """With the true text of the case, which the prompt of most tasks holds."""
+    outcomes = [outcome for outcome in outcomes if outcome.wanted]
+    texts = encode(bench, name, [outcome.case.turn.text for outcome in outcomes])
+    pairs = [(text, came) for text, o in zip(texts, outcomes, strict=True) for _, came in o.pairs()]
+    return mean([cosine(text, came[name]).item() if came else 0.0 for text, came in pairs])
+
+
+def attributes(bench: Bench, outcomes: list[Outcome]) -> dict[str, float]:
+    labelled = [outcome for outcome in outcomes if outcome.case.facts and outcome.wanted]
+    if not labelled:
+        raise Unavailable("the data has no labels of the miniature's world")
+    seen = [outcome.came[0]["facts"] if outcome.came else NOTHING for outcome in labelled]
+    return right_shares(seen, [outcome.case.facts for outcome in labelled])
+
+
+# ---- metrics of words
+
+
+def bleu(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
+    texts = [(words(outcome.text), words(outcome.case.words)) for outcome in outcomes if outcome.case.words]
+    return corpus_bleu(*map(list, zip(*texts, strict=True)), order)
+
+
+def over_answers(compare: Callable | None, bench: Bench, outcomes: list[Outcome]) -> float:
+    """The mean of compare(words of an answer, words of its reference); None: METEOR."""
+    compare = compare or bench.networks["meteor"].compare
+    return mean([compare(words(o.text), words(o.case.words)) if o.text else 0.0 for o in outcomes if o.case.words])
+
+
+def sentence_similarity(bench: Bench, outcomes: list[Outcome]) -> float:
+    outcomes = [outcome for outcome in outcomes if outcome.case.words]
+    said, known = (
+        encode(bench, "sbert", texts)
+        for texts in ([outcome.text for outcome in outcomes], [outcome.case.words for outcome in outcomes])
+    )
+    pairs = zip(outcomes, cosine(said, known).tolist(), strict=True)
+    return mean([value if outcome.text else 0.0 for outcome, value in pairs])
+
+
+def relevance(by_modality: bool, bench: Bench, outcomes: list[Outcome]) -> float:
+    """The mean over dialogues of the released code's definition, or over turns of MMDialog's own. The released code
+    takes a turn's words as one text, MMDialog as they stand between the pictures."""
+    said = [[outcome.text, *range(len(outcome.came))] if by_modality else outcome.segments for outcome in outcomes]
+    wanted = [[outcome.case.turn.text, *range(len(outcome.wanted))] for outcome in outcomes]
+    texts = sorted({part for parts in said + wanted for part in parts if isinstance(part, str) and part})
+    features = dict(zip(texts, encode(bench, "clip", texts), strict=True))
+
+    def parts(segments: list[str | int], pictures: list[dict]) -> list[Part]:
+        known = [segment for segment in segments if segment != ""]
+        return [
+            Part("words", features[s]) if isinstance(s, str) else Part("picture", pictures[s]["clip"]) for s in known
+        ]
+
+    groups = {}
+    for outcome, ours, theirs in zip(outcomes, said, wanted, strict=True):
+        turn = parts(ours, outcome.came), parts(theirs, outcome.wanted)
+        groups.setdefault(outcome.case.group, []).append(turn)
+    if by_modality:
+        return mean([relevance_by_modality(turns) for turns in groups.values()])
+    return mean([relevance_in_order(*turn) for turns in groups.values() for turn in turns])
+
+
+@torch.inference_mode()
+def encode(bench: Bench, name: str, texts: list[str]) -> Tensor:
+    """Features (n, D) of texts."""
+    network = bench.networks[name]
+    rows = [network.texts(texts[start : start + 64]) for start in range(0, len(texts), 64)]
+    return torch.cat(rows) if rows else torch.empty(0, 0)
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ---- the list
+
+
+class Metric(NamedTuple):
+    title: str
+    network: str | None  # of scorers.OPENERS
+    of: str  # "pictures", "words", "dialogues": what must be wanted
+    compute: Callable[[Bench, list[Outcome]], float | dict[str, float]]
+
+
+METRICS = {
+    "fid": Metric("FID", "inception", "pictures", partial(distance, "inception")),
+    "is": Metric("IS", "inception", "pictures", partial(score, "inception")),
+    "clip-i": Metric("CLIP-I", "clip", "pictures", partial(beside_pictures, "clip")),
+    "clip-t": Metric("CLIP-T", "clip", "pictures", partial(beside_texts, "clip")),
+    "hps": Metric("HPS v2", "hps", "pictures", partial(beside_texts, "hps")),
+    "judge-distance": Metric("Frechet distance, judge", "judge", "pictures", partial(distance, "judge")),
+    "judge-score": Metric("Inception-style score, judge", "judge", "pictures", partial(score, "judge")),
+    "image-text": Metric("image-text score, miniature", "pairing", "pictures", partial(beside_texts, "pairing")),
+    "attributes": Metric("right", "judge", "pictures", attributes),
+    "bleu-1": Metric("BLEU-1", None, "words", partial(bleu, 1)),
+    "bleu-2": Metric("BLEU-2", None, "words", partial(bleu, 2)),
+    "rouge-l": Metric("ROUGE-L", None, "words", partial(over_answers, rouge_l)),
+    "meteor": Metric("METEOR", "meteor", "words", partial(over_answers, None)),
+    "s-bert": Metric("S-BERT", "sbert", "words", sentence_similarity),
+    "mm-relevance": Metric("MM-Relevance, released code's", "clip", "dialogues", partial(relevance, True)),
+    "mm-relevance-mmdialog": Metric("MM-Relevance, MMDialog's", "clip", "dialogues", partial(relevance, False)),
+}
+
+
+def measure(wanted: list[str], bench: Bench, closed: dict[str, str], outcomes: list[Outcome]) -> tuple[dict, dict]:
+    """{title: figure} and {title: reason} of the metrics that cannot be computed. closed: network -> why it is not
+    there."""
+    pictures = any(outcome.wanted for outcome in outcomes)
+    asked = {"pictures": pictures, "words": any(o.case.words for o in outcomes)}
+    asked["dialogues"] = any(outcome.case.task == "reply" for outcome in outcomes)
+    figures, reasons = {}, {}
+    for metric in (METRICS[name] for name in wanted):
+        try:
+            if not asked[metric.of]:
+                raise Unavailable(f"no {metric.of} wanted in these cases")
+            if metric.network in closed:
+                raise Unavailable(closed[metric.network])
+            value = metric.compute(bench, outcomes)
+            values = value if isinstance(value, dict) else {"": value}
+            figures |= {f"{metric.title} {name}".strip(): value for name, value in values.items()}
+        except (Unavailable, ValueError) as error:
+            reasons[metric.title] = str(error)
+    return figures, reasons

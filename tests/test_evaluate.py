@@ -1,0 +1,486 @@
+"""metrics.py against other implementations and sums by hand; evaluate.py as a user runs it, on small random weights."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_weights import GOLDEN_TOKENIZERS, write_random_weights
+
+import evaluate
+import generation
+from cli import run
+from evaluation import cases, metrics, scorers
+from evaluation.cases import write_answer
+from evaluation.comparisons import METRICS
+from evaluation.metrics import Part
+from loading import save_safetensors
+from miniature import world
+from miniature.judge import Judge
+from minigpt5 import load_minigpt5
+
+WORDS = ("a", "the", "boat", "red", "small", "sea", "at", "night", "on", "and", "two", "cats", "kite", "sky", "it")
+
+
+def texts(seed: int, count: int, longest: int) -> list[list[str]]:
+    rng = np.random.default_rng(seed)
+    return [[str(word) for word in rng.choice(WORDS, rng.integers(1, longest + 1))] for _ in range(count)]
+
+
+# ---- words
+
+
+def test_words():
+    assert metrics.words("It's a RED-ish boat, isn't_it? Über 2 cats.") == (
+        ["it", "s", "a", "red", "ish", "boat", "isn", "t", "it", "über", "2", "cats"]
+    )
+
+
+@pytest.mark.parametrize("longest", [4, 12, 20])  # of answers: far too short, somewhat short, too long
+@pytest.mark.parametrize("library", ["sacrebleu", "nltk"])
+def test_bleu(library, longest):
+    """On 20 corpora of 30 answers, for sacrebleu some of them empty; for nltk of two words at least, as it counts a
+    bigram in shorter ones."""
+    module = {"sacrebleu": "sacrebleu", "nltk": "nltk.translate.bleu_score"}[library]
+    module, largest = pytest.importorskip(module, reason=f"{library} is not installed"), 0
+    for seed in range(20):
+        answers, references = texts(seed, 30, longest), texts(100 + seed, 30, 14)
+        least = 2 if library == "nltk" else 0
+        answers = [
+            ["sea"] * least if i % 10 == 9 or len(answer) < least else answer for i, answer in enumerate(answers)
+        ]
+        for order in (1, 2):
+            ours = metrics.corpus_bleu(answers, references, order)
+            if library == "nltk":
+                theirs = module.corpus_bleu([[reference] for reference in references], answers, (1 / order,) * order)
+            else:
+                bleu = module.BLEU(max_ngram_order=order, tokenize="none", smooth_method="none")
+                lines, known = ([" ".join(text) for text in many] for many in (answers, references))
+                theirs = bleu.corpus_score(lines, [known]).score / 100
+            largest = max(largest, abs(ours - theirs))
+            assert 0 < ours < 1 or order == 2
+    print(f"BLEU, {library}: largest difference {largest:.1e}")
+    assert largest < 1e-12
+
+
+def test_bleu_by_hand():
+    one = ["the", "boat", "the"], ["the", "red", "boat", "sails"]
+    # unigrams: the, boat of three words match; 2/3, times exp(1 - 4/3) as three words are said for four
+    assert metrics.corpus_bleu(*[[text] for text in one], 1) == pytest.approx(2 / 3 * np.exp(-1 / 3))
+    assert metrics.corpus_bleu(*[[text] for text in one], 2) == 0  # no bigram matches
+    assert metrics.corpus_bleu([[]], [["a"]], 1) == 0
+
+
+def test_rouge_l():
+    rouge = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed")
+    scorer = rouge.RougeScorer(["rougeL"], use_stemmer=False)
+    largest = 0
+    for answer, reference in zip(texts(1, 300, 12), texts(2, 300, 12), strict=True):
+        theirs = scorer.score(" ".join(reference), " ".join(answer))["rougeL"].fmeasure
+        largest = max(largest, abs(metrics.rouge_l(answer, reference) - theirs))
+    print(f"ROUGE-L: largest difference {largest:.1e}")
+    assert largest < 1e-12
+    # "the cat sat" and "the big cat" share "the cat": 2 * 2 / (3 + 3)
+    assert metrics.rouge_l(["the", "cat", "sat"], ["the", "big", "cat"]) == pytest.approx(2 / 3)
+    assert metrics.rouge_l([], ["a"]) == metrics.rouge_l([], []) == 0
+
+
+# ---- features
+
+
+@pytest.mark.parametrize("n, width", [(500, 8), (300, 64), (40, 64)])  # of the last the covariances are singular
+def test_frechet_distance(n, width):
+    linalg = pytest.importorskip("scipy.linalg", reason="scipy is not installed")
+    rng = np.random.default_rng(n)
+    mixing = rng.normal(size=(2, width, width))
+    one, other = rng.normal(size=(n, width)) @ mixing[0], rng.normal(size=(n + 7, width)) @ mixing[1] + 0.5
+    ours = metrics.frechet_distance(torch.from_numpy(one), torch.from_numpy(other))
+    a, b = np.cov(one, rowvar=False), np.cov(other, rowvar=False)
+    small = 1e-9 * np.eye(width) * (n < width)  # sqrtm of a singular product is inexact: the usual remedy
+    root = linalg.sqrtm((a + small) @ (b + small))
+    theirs = np.square(one.mean(0) - other.mean(0)).sum() + np.trace(a + b - 2 * root.real)
+    print(f"Frechet distance {ours:.6f}, scipy {theirs:.6f}, relative difference {abs(ours / theirs - 1):.1e}")
+    assert ours == pytest.approx(theirs, rel=1e-4 if n < width else 1e-9)
+    assert metrics.frechet_distance(torch.from_numpy(one), torch.from_numpy(one)) < 1e-9 * np.trace(a)
+
+
+def test_frechet_distance_closed_form():
+    """Features with exactly these moments. One-dimensional: (3 - 1)^2 + (2 - 0.5)^2. Two axes: each by itself."""
+    unit = torch.tensor([-1.0, 1.0]) / 2**0.5  # mean 0, deviation 1
+    one, other = (1 + 2 * unit)[:, None], (3 + 0.5 * unit)[:, None]
+    assert metrics.frechet_distance(one, other) == pytest.approx(4 + 2.25)
+    corners = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]]) * 0.75**0.5  # covariance: identity
+    apart = corners * torch.tensor([3.0, 1.0]) + torch.tensor([0.0, 5.0])
+    assert metrics.frechet_distance(corners, apart) == pytest.approx(25 + (3 - 1) ** 2)
+    with pytest.raises(ValueError, match="two pictures"):
+        metrics.frechet_distance(corners, corners[:1])
+
+
+def test_inception_score():
+    sure, unsure = torch.eye(5).repeat(20, 1), torch.full((100, 5), 0.2)
+    assert metrics.inception_score(sure) == pytest.approx(5)
+    assert metrics.inception_score(unsure) == pytest.approx(1)
+    assert metrics.inception_score(torch.eye(5)[:1].repeat(7, 1)) == pytest.approx(1)  # all of one class
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    p = torch.randn(250, 7, generator=torch.Generator().manual_seed(0)).double().softmax(-1).numpy()
+    theirs = np.mean([np.exp(stats.entropy(part, part.mean(0)[None], axis=1).mean()) for part in np.split(p, 10)])
+    assert metrics.inception_score(torch.from_numpy(p)) == pytest.approx(theirs, rel=1e-12)
+    with pytest.raises(ValueError, match="no picture"):
+        metrics.inception_score(torch.empty(0, 7))
+
+
+# ---- MM-Relevance: unit vectors of the plane, whose cosines are known
+
+EAST, NORTH = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+BETWEEN = torch.tensor([0.6, 0.8])  # cosine with EAST 0.6, with NORTH 0.8
+
+
+def test_relevance_by_modality():
+    """Turn 1 says words (0.6) and no picture where one is wanted; turn 2 says words (0.8) and a picture too many; turn
+    3 has words and picture (0 and 1). Similarities 0.6 + 0.8 + 0 + 1 = 2.4; said: 1 + 2 + 2 = 5 parts, wanted:
+    2 + 1 + 2 = 5. Precision 2.4 / 5, recall 2.4 / 5, F1 0.48."""
+    turns = [
+        ([Part("words", BETWEEN)], [Part("words", EAST), Part("picture", EAST)]),
+        ([Part("words", BETWEEN), Part("picture", NORTH)], [Part("words", NORTH)]),
+        ([Part("words", EAST), Part("picture", NORTH)], [Part("words", NORTH), Part("picture", NORTH)]),
+    ]
+    assert metrics.relevance_by_modality(turns) == pytest.approx(0.48)
+    # without turn 2: similarities 1.6, said 3, wanted 4: p = 1.6/3, r = 0.4, F1 = 2 p r / (p + r) = 3.2 / 7
+    p, r = 1.6 / 3, 1.6 / 4
+    assert metrics.relevance_by_modality(turns[::2]) == pytest.approx(2 * p * r / (p + r)) == pytest.approx(3.2 / 7)
+
+
+def test_relevance_in_order():
+    """Wanted: words EAST, picture NORTH. Said: a picture BETWEEN, words NORTH, a picture. From the left: 0.6 and 1,
+    whatever the modality; p = 1.6 / 3, r = 1.6 / 2, F1 = 2 * 1.6 / 5. By modality it is words 0 and picture 0.8."""
+    wanted = [Part("words", EAST), Part("picture", NORTH)]
+    said = [Part("picture", BETWEEN), Part("words", NORTH), Part("picture", EAST)]
+    assert metrics.relevance_in_order(said, wanted) == pytest.approx(0.64)
+    assert metrics.relevance_by_modality([(said, wanted)]) == pytest.approx(2 * 0.8 / 5)
+
+
+def test_relevance_of_nothing():
+    wanted = [Part("words", EAST)]
+    for said in ([], [Part("words", NORTH)]):
+        assert metrics.relevance_in_order(said, wanted) == metrics.relevance_by_modality([(said, wanted)]) == 0
+    assert metrics.relevance_in_order(wanted, wanted) == metrics.relevance_by_modality([(wanted, wanted)]) == 1
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Small random weights with checkpoints of both stages and an untrained judge."""
+    folder = write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+    torch.manual_seed(0)
+    save_safetensors(Judge().state_dict(), folder / "judge.safetensors")
+    (folder / "minigpt5").mkdir()
+    model = load_minigpt5(folder, None)
+    model.save_trained(folder / "minigpt5" / "uas.safetensors", "uas")
+    model.add_adapters(lora={})
+    model.save_trained(folder / "minigpt5" / "mls.safetensors", "mls")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("pairs", "stories", "dialogues"):
+        getattr(world, f"write_{name}")(folder / f"{name}.tar", 4, 1, "held-out")
+    return folder
+
+
+def call(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    evaluate.main()
+
+
+def evaluated(monkeypatch, tar, out, *arguments) -> dict:
+    call(monkeypatch, "--data", tar, "--out", out, *arguments)
+    assert not list(out.parent.rglob("*.tmp"))
+    return json.loads(out.read_text())
+
+
+def fails(monkeypatch, capsys, pattern: str, *arguments) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: call(monkeypatch, *arguments))
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and re.search(pattern, lines[0]), error
+
+
+QUICK = ("--steps", 2, "--max-new-tokens", 6, "--sampler", "dpm", "--device", "cpu")
+
+
+@pytest.fixture
+def quick(weights):
+    return (*QUICK, "--weights", weights)
+
+
+def test_pairs(monkeypatch, quick, weights, tars, tmp_path, capsys):
+    made = (*quick, "--checkpoint", weights / "minigpt5", "--force-image")
+    record = evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *made)
+    shown = (tmp_path / "a.md").read_text()
+    assert shown in capsys.readouterr().out and "| right all | " in shown
+    assert record["cases"] == record["pictures"]["wanted"] == 4 and record["pictures"]["missing"] == 0
+    assert record["figures, no picture missing"] == {} and record["unusable"] == record["not in the answers"] == {}
+    assert {"Frechet distance, judge", "Inception-style score, judge", "right all"} < record["figures"].keys()
+    assert all(0 <= value <= 1 for name, value in record["figures"].items() if name.startswith("right"))
+    left_out = {"FID": "--inception is not given", "CLIP-I": "--clip is not given"}
+    left_out |= {"BLEU-1": "no words wanted", "image-text score, miniature": "no contrastive image-text model"}
+    for name, reason in left_out.items():
+        assert reason in record["left out"][name] and f"- left out: {name} (" in shown
+    rows = {METRICS[name].title for name in METRICS}
+    assert rows == {name for name in rows if name in record["figures"] or name in record["left out"]} | {"right"}
+
+    answers = tmp_path / "a-answers"
+    assert len(list(answers.glob("*.json"))) == 5 and json.loads((answers / "_answers.json").read_text())["steps"] == 2
+    read = evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "b.json", *quick[-2:], "--answers", answers)
+    assert read["figures"] == record["figures"]
+
+
+def test_resume(monkeypatch, quick, weights, tars, tmp_path):
+    """Only what is missing is asked again, and comes out as before, whatever is in the batch beside it."""
+    made = (*quick, "--checkpoint", weights / "minigpt5", "--force-image", "--seed", 3)
+    evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *made)
+    answers, asked = tmp_path / "a-answers", []
+    before = {path.name: path.read_bytes() for path in answers.iterdir()}
+    (answers / "000000002.json").unlink()
+    original = generation.answer
+
+    def answer(model, prompts, *rest):
+        asked.extend(prompts)
+        return original(model, prompts, *rest)
+
+    monkeypatch.setattr(cases, "answer", answer)
+    evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *made, "--batch-size", 1)
+    assert len(asked) == 1 and {path.name: path.read_bytes() for path in answers.iterdir()} == before
+
+
+@pytest.mark.parametrize("task, words", [("image", False), ("text+image", True), ("text", True)])
+def test_stories(monkeypatch, quick, weights, tars, tmp_path, task, words):
+    made = (*quick, "--checkpoint", weights / "minigpt5" / "mls.safetensors", "--task", task)
+    record = evaluated(monkeypatch, tars / "stories.tar", tmp_path / "a.json", *made)
+    assert record["cases"] == sum(len(world.sample_story(1, i, "held-out")[0]) - 1 for i in range(4))
+    assert record["pictures"]["wanted"] == (0 if task == "text" else record["cases"])
+    assert ("BLEU-1" in record["figures"]) == ("ROUGE-L" in record["figures"]) == words
+    assert "METEOR" in record["left out"] and "S-BERT" in record["left out"]
+    if task != "text":
+        assert "right all" in record["figures"]
+
+
+def test_contexts_and_last_steps(monkeypatch, tars):
+    asked = {}
+    steps, _ = cases.read_cases([str(tars / "stories.tar")], "image", True)
+    assert len(steps) == 4
+    told = world.sample_story(1, 0, "held-out")[0]
+    assert steps[0].key == f"000000000.{len(told) - 1}" and steps[0].facts == told[-1].picture
+
+    class Model:
+        queries = 1
+        llama = type("Llama", (), {"config": type("Config", (), {"max_position_embeddings": 10_000})})
+        tokenizer = type("Plain", (), {"plain": staticmethod(str), "encode": staticmethod(list)})
+
+    for context in cases.CONTEXTS:
+        prompt, pictures = cases.prompt_of(steps[0], Model, context, 10)
+        asked[context] = (told[0].text in prompt, len(pictures), prompt.count("<ImageHere>"))
+        assert told[-1].text in prompt
+    earlier = len(told) - 1
+    assert asked == {
+        "none": (False, 0, 0),
+        "texts": (True, 0, 0),
+        "pictures": (False, earlier, earlier),
+        "both": (True, earlier, earlier),
+    }
+    Model.llama.config.max_position_embeddings = 500  # the oldest steps are left out
+    prompt, pictures = cases.prompt_of(steps[0], Model, "both", 10)
+    assert len(pictures) < earlier and told[0].text not in prompt and told[-1].text in prompt
+    with pytest.raises(cases.Unusable, match="too long"):
+        cases.prompt_of(steps[0], Model, "both", 490)
+
+
+def test_missing_pictures_count(monkeypatch, quick, weights, tars, tmp_path):
+    """Four pairs: two answered with the very picture, one with words alone, one with a picture that is not there."""
+    pairs, _ = cases.read_cases([str(tars / "pairs.tar")], "image", False)
+    monkeypatch.setattr(scorers, "read", lambda net, pixels: [pairs[0].facts] * len(pixels))
+    answers = tmp_path / "answers"
+    pictures = [cases.pictures_of(case, case.pictures)[0] for case in pairs]
+    for i, case in enumerate(pairs):
+        write_answer(answers, case.key, ["no"] if i == 2 else [pictures[i], "here"])
+    (answers / f"{pairs[3].key}.0.png").unlink()
+    record = evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *quick[-2:], "--answers", answers)
+    assert record["pictures"] == {"wanted": 4, "missing": 2, "came": 2, "extra": 0}
+    assert record["not in the answers"] == {"picture: no file": 1}
+    whole, figures = record["figures, no picture missing"], record["figures"]
+    judge = scorers.open_network("judge", weights / "judge.safetensors", torch.device("cpu"))
+    grey = Image.new("RGB", (64, 64), "grey")
+    wanted, came = (judge.pictures(shown)["judge"] for shown in (pictures, [*pictures[:2], grey, grey]))
+    assert figures["Frechet distance, judge"] == pytest.approx(metrics.frechet_distance(wanted, came), rel=1e-3)
+    assert record["cases, no picture missing"] == 2
+    assert whole["Frechet distance, judge"] < 1e-6 < figures["Frechet distance, judge"]
+    assert figures["right all"] == pytest.approx(whole["right all"] / 2)  # a share of four, not of two
+    shown = (tmp_path / "a.md").read_text()
+    assert "2 pictures missing" in shown and "in the 2 cases that miss no picture" in shown
+
+    (answers / f"{pairs[1].key}.json").unlink()  # no answer: it has said nothing
+    record = evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *quick[-2:], "--answers", answers)
+    assert record["cases"] == 4 and record["pictures"]["missing"] == 3
+    assert record["not in the answers"] == {"no answer": 1, "picture: no file": 1}
+
+
+def test_data_that_cannot_be_used(monkeypatch, quick, weights, tmp_path):
+    """A true picture that is broken, and one that is not there, are no misses: they are counted by themselves."""
+    from test_commands import pairs, write_tar
+
+    members = pairs(4)
+    members["00001.png"] = members["00001.png"][:60]
+    del members["00002.png"]
+    members["00003.txt"] = b"\xff\xfe\x80"
+    tar = write_tar(tmp_path / "x.tar", members)
+    made = (*quick, "--checkpoint", weights / "minigpt5", "--force-image")
+    record = evaluated(monkeypatch, tar, tmp_path / "a.json", *made)
+    assert record["unusable"] == {"broken image": 1, "no picture": 1, "caption not UTF-8": 1} and record["cases"] == 1
+    assert record["left out"]["right"] == "the data has no labels of the miniature's world"
+    assert "two pictures" in record["left out"]["Frechet distance, judge"]
+
+
+def test_words_for_a_picture_are_no_text():
+    blank = Image.new("RGB", (4, 4))
+    assert cases.spoken(["it drifts. <Img>sea day small", blank, "red</Img>"]) == ["it drifts.", blank]
+    assert cases.spoken(["hello.", blank, "look."]) == ["hello.", blank, "look."]
+
+
+def test_errors(monkeypatch, capsys, quick, weights, tars, tmp_path):
+    def evaluate_fails(pattern, *arguments, data=tars / "pairs.tar", out=tmp_path / "a.json"):
+        fails(monkeypatch, capsys, pattern, "--data", data, "--out", out, *quick, *arguments)
+
+    empty, broken, a_file = tmp_path / "empty", tmp_path / "broken", tmp_path / "file"
+    empty.mkdir()
+    a_file.write_text("in the way")
+    evaluate_fails("nothing: no such folder of answers", "--answers", tmp_path / "nothing")
+    evaluate_fails("file: no such folder of answers", "--answers", a_file)
+    evaluate_fails("empty: no answer to any of the 4 cases", "--answers", empty)
+    for content, pattern in (("{", "not readable as JSON"), ('{"segments": [3]}', "list of texts and images")):
+        write_answer(broken, "000000000", [])
+        (broken / "000000000.json").write_text(content)
+        evaluate_fails(f"broken/000000000.json: .*{pattern}", "--answers", broken)
+    evaluate_fails("--checkpoint is needed")
+    evaluate_fails("neither a checkpoint nor", "--checkpoint", tmp_path / "nothing")
+    evaluate_fails("'poems' is not one of fid, is", "--answers", empty, "--metrics", "poems")
+    evaluate_fails("no such tar", "--answers", empty, data=tmp_path / "no.tar")
+    evaluate_fails("pairs and stories together", "--answers", empty, data=tars)
+    evaluate_fails("ending .json", "--answers", empty, out=tmp_path / "a.txt")
+    evaluate_fails("--context is for stories", "--answers", empty, "--context", "none")
+    made = ("--checkpoint", weights / "minigpt5", "--metrics", "fid", "--n", 1)
+    evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "b.json", *quick, *made)
+    evaluate_fails("made with seed 0, not 1", *made, "--seed", 1, out=tmp_path / "b.json")
+
+
+# ---- networks of libraries, small and random
+
+
+def small_clip(folder):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shutil.copyfile(GOLDEN_TOKENIZERS / "clip_vocab.json", folder / "vocab.json")
+    shutil.copyfile(GOLDEN_TOKENIZERS / "clip_merges.txt", folder / "merges.txt")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokenizer = transformers.CLIPTokenizer(folder / "vocab.json", folder / "merges.txt", model_max_length=77)
+    text = {**sizes, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    transformers.CLIPImageProcessor(**size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_dialogues_with_clip(monkeypatch, quick, tars, tmp_path):
+    """Answered with its own words and pictures a dialogue scores 1, with another turn's it does not."""
+    clip = small_clip(tmp_path)
+    replies, _ = cases.read_cases([str(tars / "dialogues.tar")], "image", False)
+    found = {}
+    for name, said in (("same", replies), ("other", replies[1:] + replies[:1])):
+        for case, other in zip(replies, said, strict=True):
+            write_answer(tmp_path / name, case.key, [other.turn.text, *cases.pictures_of(other, other.pictures)])
+        options = (*quick[-2:], "--answers", tmp_path / name, "--clip", clip)
+        found[name] = evaluated(monkeypatch, tars / "dialogues.tar", tmp_path / f"{name}.json", *options)
+    names = ("CLIP-I", "BLEU-1", "BLEU-2", "ROUGE-L", "MM-Relevance, released code's", "MM-Relevance, MMDialog's")
+    for name in names:
+        assert found["same"]["figures"][name] == pytest.approx(1), name
+        assert found["other"]["figures"][name] < 0.97, name
+    assert -1 < found["same"]["figures"]["CLIP-T"] < 1 and found["same"]["cases"] == len(replies)
+    assert found["other"]["pictures"]["extra"] > 0 and found["other"]["pictures"]["missing"] > 0
+
+
+def test_clip_features(tmp_path):
+    """Features are those of transformers for the picture and the text alone, whatever is in the batch."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    clip = scorers.open_network("clip", small_clip(tmp_path), torch.device("cpu"))
+    model = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path)
+    pictures = [world.draw(world.sample_pair(0, i)[0], 0, 40 + 9 * i) for i in range(3)]
+    lines = ["a red boat", "the sea at night " * 60, "two"]
+    seen, told = scorers.look({"clip": clip}, pictures), clip.texts(lines)
+    for i in range(3):
+        given = processor(text=lines[i], images=pictures[i], return_tensors="pt", truncation=True)
+        with torch.no_grad():
+            reference = model(**given)
+        assert metrics.cosine(seen[i]["clip"], reference.image_embeds[0]).item() == pytest.approx(1, abs=1e-6)
+        assert metrics.cosine(told[i], reference.text_embeds[0]).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_sentence_bert(tmp_path):
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = transformers.BertTokenizerFast(tmp_path / "vocab.txt")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "b")
+    tokenizer.save_pretrained(tmp_path / "b")
+    library.SentenceTransformer(str(tmp_path / "b"), device="cpu").save(str(tmp_path / "s"))
+    network = scorers.open_network("sbert", tmp_path / "s", torch.device("cpu"))
+    same = metrics.cosine(network.texts(["a red boat", "the sea"]), network.texts(["a red boat", "at night"]))
+    assert same[0].item() == pytest.approx(1) and same[1].item() < 0.999
+
+
+def test_meteor(tmp_path, monkeypatch):
+    """Without WordNet it says so; with one that has no synonyms, words and stems match."""
+    corpus = pytest.importorskip("nltk.corpus", reason="nltk is not installed")
+    with pytest.raises(scorers.Unavailable, match="no corpora/wordnet in it"):
+        scorers.open_network("meteor", tmp_path, torch.device("cpu"))
+
+    class NoSynonyms:
+        ensure_loaded = staticmethod(lambda: None)
+        synsets = staticmethod(lambda word: [])
+
+    monkeypatch.setattr(corpus, "wordnet", NoSynonyms)
+    meteor = scorers.open_network("meteor", tmp_path, torch.device("cpu"))
+    # three of three words match in one chunk: 1 - 0.5 (1 / 3)^3
+    assert meteor.compare(["a", "red", "boat"], ["a", "red", "boats"]) == pytest.approx(1 - 0.5 / 27)
+    # one of two words said, one of four known: p = 1/2, r = 1/4, f = p r / (0.9 p + 0.1 r); one chunk of one: half
+    assert meteor.compare(["a", "cat"], ["a", "red", "boat", "sails"]) == pytest.approx(0.5 * 0.125 / 0.475)
+
+
+def test_why_a_network_is_not_there(tmp_path, monkeypatch):
+    """One line each, and nothing is looked for elsewhere."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    file, cpu = tmp_path / "weights.pth", torch.device("cpu")
+    file.write_bytes(b"no weights")
+    for name, path, reason in (
+        ("clip", None, "^--clip is not given$"),
+        ("clip", tmp_path / "no", "no: no such file or folder$"),
+        ("clip", tmp_path, "^transformers is not installed: pip install"),
+        ("judge", file, "not a whole safetensors file"),
+        ("pairing", None, "no contrastive image-text model"),
+    ):
+        with pytest.raises(scorers.Unavailable, match=reason) as caught:
+            scorers.open_network(name, path, cpu)
+        assert "\n" not in str(caught.value)
