@@ -97,9 +97,9 @@ def tokenizer_at(folder: Path) -> ClipTokenizer:
 
 
 def caption_row(folder: Path, seed: int, i: int) -> np.ndarray:
-    """int16 (PHRASINGS, S): the ids of several captions of picture i, half of which name every size and place."""
+    """int16 (PHRASINGS, S): the ids of several captions of picture i, the first of which names every size and place."""
     picture, rng = sample_pair(seed, i)[0], random_stream(seed, i, CAPTIONS)
-    texts = [(full_caption if k % 2 else caption)(picture, rng) for k in range(PHRASINGS)]
+    texts = [(caption if k else full_caption)(picture, rng) for k in range(PHRASINGS)]
     return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
 
 
