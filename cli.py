@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,22 +39,39 @@ def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
     add_weights_option(first)
     path = first.parse_known_args()[0].weights / "minigpt5" / "config.json"
     suited = read_json(path).get(command, {}) if path.is_file() else {}
+    if not isinstance(suited, dict):
+        raise ValueError(f"{path}: {command} should be an object of options and values")
     if unknown := set(suited) - set(vars(parser.parse_args([]))):
         raise ValueError(f"{path}: {command} has no option {', '.join(sorted(unknown))}")
-    parser.set_defaults(**suited)
+    options = {option.dest: option for option in parser._actions}
+    for name, value in suited.items():
+        option, is_flag = options[name], isinstance(value, bool)
+        if is_flag != (option.nargs == 0) or not isinstance(value, str | int | float) or value != value:
+            raise ValueError(f"{path}: {command} has {name} {value!r:.80}, which is no value for it")
+        if option.choices and value not in option.choices:
+            raise ValueError(f"{path}: {command} has {name} {value!r:.80}, not one of {', '.join(option.choices)}")
+        option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed
     return parser.parse_args()
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Under torchrun each process takes the GPU of its local rank."""
+    """ "auto" is the GPU where there is one. Under torchrun each process takes the GPU of its local rank. ValueError
+    for one that is not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: not auto, cpu, cuda or cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: this torch sees no GPU")
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(name)
-    return torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this torch sees no GPU")
+    own, count = name == "cuda", torch.cuda.device_count()
+    number = int(os.environ.get("LOCAL_RANK", 0) if own else name.removeprefix("cuda:"))
+    if number >= count:
+        raise ValueError(f"--device cuda:{number}: there are {count} GPUs, the first is cuda:0")
+    if own:
+        torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def make_folder(path: Path) -> Path:

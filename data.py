@@ -31,6 +31,7 @@ Left out: the released code's random horizontal flip of pictures.
 
 import json
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -53,6 +54,7 @@ from tars import (
     Unusable,
     expand,
     is_url,
+    most_bytes,
     read_index,
     read_member,
 )
@@ -161,12 +163,14 @@ def read_caption(read: Callable[[int], bytes | None]) -> str:
         if text is not None:
             return text.decode("utf-8-sig")
         content = json.loads(read(JSON) or b"{}")
-    except UnicodeDecodeError:
+        if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
+            raise Unusable("no caption")
+        if len(content["caption"].encode()) > most_bytes(TEXT):  # which fails at half a character, "\\ud83d" in JSON
+            raise Unusable("too large")
+    except UnicodeError:
         raise Unusable("caption not UTF-8") from None
     except (ValueError, RecursionError):
         raise Unusable("broken JSON") from None
-    if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
-        raise Unusable("no caption")
     return content["caption"]
 
 
@@ -209,7 +213,7 @@ class TarData(Dataset):
         self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
         if not len(self):
             raise ValueError(f"{self.name}: no picture, caption or JSON in it")
-        notes = zip(self.tars, (index.note.tobytes().decode() for index in self.indices), strict=True)
+        notes = zip(self.tars, (index.note.tobytes().decode("utf-8", "replace") for index in self.indices), strict=True)
         self.notes = [f"{tar}: {note}" for tar, note in notes if note]
 
     def __len__(self) -> int:
@@ -309,6 +313,12 @@ class WholeBatches(Dataset):
         return f"no usable {self.data.unit} in {self.data.name}: {describe(bad)}"
 
 
+def outlive_signals(worker: int) -> None:
+    """A signal to stop may go to all processes of a run; when a worker ends is up to its main process."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Batches:
     """Endless full batches of one rank, made by `workers` processes (0: in this one). The file's head has the order.
 
@@ -330,6 +340,7 @@ class Batches:
     def __next__(self) -> dict:
         if self.loaded is None:
             options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+            options["worker_init_fn"] = outlive_signals
             self.loaded = iter(DataLoader(**self.source(), batch_size=None, **options))
         batch = next(self.loaded)
         batch["bad"] = Counter(batch["bad"])

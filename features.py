@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from loading import WeightsError, tensor_files
-from tars import Unusable, is_url
+from tars import FEATURES, Unusable, is_url, most_bytes, open_tar
 from unet import read_unet_config
 from vae import read_vae_config
 
@@ -93,11 +93,11 @@ def marker_bytes(features: Features) -> bytes:
 def read_marker(path: str) -> Features:
     """NONE where nothing is precomputed. ValueError for a marker that cannot be read."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, open_tar(file, "r:") as tar:
             member = tar.next()
-            if member is None or member.name != MARKER:
+            if member is None or member.name != MARKER or not member.isreg():
                 return NONE
-            content = tar.extractfile(member).read()
+            content = tar.extractfile(member).read() if member.size <= most_bytes(FEATURES) else b""
     except (OSError, tarfile.TarError):  # what is wrong with a tar is told when it is indexed
         return NONE
     try:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # a picture that claims more is refused before its pixels are decoded
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would take more, and start Ghostscript for PostScript
 
 
 class ImageError(ValueError):
@@ -24,10 +25,11 @@ class ImageError(ValueError):
 
 
 def read_image(source: bytes | str | Path) -> Image.Image:
-    """Bytes or a path -> an upright RGB picture, transparent parts on white. Raises ImageError with one line."""
+    """Bytes or a path -> RGB picture, of an animation the first frame, transparent parts on white. Raises ImageError
+    with one line. It is turned upright as its EXIF data say, which the released code does not do."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError("too large", f"{name}: {image.width}x{image.height} is over {MAX_PIXELS:,} pixels")
             image = ImageOps.exif_transpose(image)
@@ -98,7 +100,7 @@ def draw_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, side: int =
         for row, picture in enumerate(pictures):
             sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, row * (side + 8) + 4))
         lines = [""]
-        for word in caption.split():
+        for word in caption[:1000].split():  # three lines hold fewer characters
             if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
                 lines.append(word)
             else:

@@ -15,6 +15,7 @@ All errors are `WeightsError` with a one-line message that names the file, the k
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,17 @@ class Uninitialised(TorchFunctionMode):
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
+def shapes_only(config: Path | str = "config") -> Iterator[None]:
     """Modules built inside have shapes but no memory, and no random values either: on the meta device those would
-    still cost a second, since torch imports its compiler for them."""
-    with torch.device("meta"), Uninitialised():
-        yield
+    still cost a second, since torch imports its compiler for them. `config` names the file in a WeightsError about
+    sizes that no module can have."""
+    try:
+        with torch.device("meta"), Uninitialised():
+            yield
+    except WeightsError:
+        raise
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{config}: no model has these sizes ({str(error).splitlines()[0]})") from None
 
 
 class WeightsError(ValueError):
@@ -56,34 +63,62 @@ def read_json(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: bad JSON and bad UTF-8 alike
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON and bad UTF-8 alike
         raise WeightsError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
+# The largest values that a config.json may ask for: of layers, so that building them ends, and of what no shape of a
+# tensor would contradict. Of other whole numbers MOST, of other numbers a million, of lists 16 entries.
+MOST = 1 << 24
+LIMITS = {"num_hidden_layers": 256, "layers_per_block": 16, "sample_size": 1024, "freq_shift": 1, "steps_offset": 1}
+LIMITS |= {"rms_norm_eps": 0.01, "layer_norm_eps": 0.01, "norm_eps": 0.01, "beta_start": 0.5, "beta_end": 0.5}
+
+
+def is_sane(name: str, value: object, default: object) -> bool:
+    """Whether `value` can stand in the place of `default`: its type, and a size that a model may have."""
+    if isinstance(default, tuple):
+        entries = value if isinstance(value, tuple) else ()
+        return 1 <= len(entries) <= 16 and all(is_sane(name, entry, default[0]) for entry in entries)
+    if type(value) is not type(default):
+        return False
+    if type(value) is int:
+        least = 0 if default < 2 else 1  # an offset may be none, a size not
+        return least <= value <= LIMITS.get(name, MOST)
+    return type(value) is not float or 1e-13 < value <= LIMITS.get(name, 1e6)
+
+
 def read_config(cls, path: Path, *nested: str):
     """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it.
 
     Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the
-    published model's value: published files leave defaults out.
+    published model's value: published files leave defaults out. WeightsError for other types and absurd sizes.
     """
     values = read_json(path)
     for key in nested:
         values = values.get(key) or {}
+        if not isinstance(values, dict):
+            raise WeightsError(f"{path}: {key} should be an object, found {values!r:.80}")
     known = {}
     for field in dataclasses.fields(cls):
         value = values.get(field.name)
         if value is None:
             continue
-        expected = type(field.default if field.default is not dataclasses.MISSING else field.default_factory())
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         value = tuple(value) if isinstance(value, list) else value
-        value = float(value) if expected is float and type(value) is int else value
-        if type(value) is not expected:
-            raise WeightsError(f"{path}: {field.name} should be {expected.__name__}, found {value!r}")
+        value = float(value) if type(default) is float and type(value) is int and abs(value) < MOST else value
+        if type(value) is not type(default):
+            raise WeightsError(f"{path}: {field.name} should be {type(default).__name__}, found {value!r:.80}")
+        if not is_sane(field.name, value, default):
+            raise WeightsError(f"{path}: {field.name} cannot be {value!r:.80}")
         known[field.name] = value
-    return cls(**known)
+    config = cls(**known)
+    heads = getattr(config, "num_attention_heads", 1)
+    if getattr(config, "hidden_size", heads) % heads:
+        raise WeightsError(f"{path}: hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
+    return config
 
 
 def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
@@ -93,12 +128,19 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(map(is_shard, weight_map.values())):
+            raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
         return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
     files = sorted(f for f in folder.glob("*.safetensors") if len(f.suffixes) == 1)
     if not files:
         raise WeightsError(f"{folder}: no .safetensors file")
     return files
+
+
+def is_shard(name: object) -> bool:
+    """A file's name alone: an index of unknown origin must not lead out of its folder."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", name) is not None
 
 
 def open_safetensors(path: Path):
@@ -109,6 +151,9 @@ def open_safetensors(path: Path):
         raise WeightsError(f"{path}: no such file") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # number types of weights
 
 
 def stored(files: Iterable[Path], rename: Callable[[str], str | None] | None = None) -> Iterator[tuple]:
@@ -125,7 +170,7 @@ def stored(files: Iterable[Path], rename: Callable[[str], str | None] | None = N
 
 
 def compare(wanted: dict[str, torch.Tensor], files: Iterable[Path], rename: Callable | None = None) -> list[str]:
-    """How `files` and the tensors `wanted` differ, one line a problem: unexpected, wrong shape, twice, missing."""
+    """How `files` and the tensors `wanted` differ, one line a problem: unexpected, twice, missing, another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     problems, seen = [], {}
     files = list(files)
@@ -136,6 +181,8 @@ def compare(wanted: dict[str, torch.Tensor], files: Iterable[Path], rename: Call
             problems.append(f"{path}: {key} is already in {seen[name]}")
         elif tuple(tensor.get_shape()) != expected[name]:
             problems.append(f"{path}: {key} has shape {tuple(tensor.get_shape())}, expected {expected[name]}")
+        elif tensor.get_dtype() not in FLOATS:
+            problems.append(f"{path}: {key} has type {tensor.get_dtype()}, expected {', '.join(FLOATS)}")
         seen[name] = path
     where = files[0] if len(files) == 1 else files[0].parent if files else "no file"
     problems += [f"{where}: tensor {name} {shape} is missing" for name, shape in expected.items() if name not in seen]

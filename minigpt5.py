@@ -15,6 +15,7 @@ language and of the diffusion model, C latent channels, h w latent height and wi
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
-from loading import WeightsError, matched, open_safetensors, pinned, read_config, save_safetensors, stored
+from loading import FLOATS, MOST, WeightsError, matched, open_safetensors, pinned, read_config, save_safetensors, stored
 from lora import Prefix, add_lora
 from mapper import VokenMapper
 from qformer import ImageEncoder, load_image_encoder
@@ -371,12 +372,14 @@ class MiniGPT5(nn.Module):
             table = self.llama.get_submodule(key.removesuffix(".weight"))
             weight = table.weight
             if key in tensors:
+                dtype, rows = tensors[key].get_dtype(), range(self.tokenizer.base_vocabulary, MOST)
+                rows_of(tensors, key, rows, path)
+                if tensors[key].get_shape()[1] != weight.shape[1] or dtype not in FLOATS:
+                    raise WeightsError(f"{path}: {key} is no table of weights {weight.shape[1]} wide ({dtype})")
                 replaced = tensors[key][:].to(weight.device, weight.dtype)
-                if replaced.shape[1:] != weight.shape[1:] or len(replaced) < self.tokenizer.base_vocabulary:
-                    raise WeightsError(f"{path}: {key} has shape {tuple(replaced.shape)}, too small a table")
                 table.weight = nn.Parameter(replaced, requires_grad=False)
             elif factor in metadata:
-                table.weight = nn.Parameter(weight * float(metadata[factor]), requires_grad=False)
+                table.weight = nn.Parameter(weight * number_of(metadata, factor, 1, path), requires_grad=False)
 
 
 TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
@@ -389,20 +392,38 @@ def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
     tensors = {name: tensor for name, _, _, tensor in stored([path])}
     if "vokens.input" not in tensors:
         raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
+    rows_of(tensors, "vokens.input", range(2, 1025), path)
     return metadata, tensors
+
+
+def rows_of(tensors: dict, name: str, sane: range, path: Path) -> int:
+    """Rows of a checkpoint's matrix: a size of the model to be built, so not any number."""
+    shape = tensors[name].get_shape() if name in tensors else []
+    if len(shape) != 2 or shape[0] not in sane:
+        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {sane.start} to {sane.stop - 1:,} rows")
+    return shape[0]
+
+
+def number_of(metadata: dict[str, str], name: str, default: float, path: Path) -> float:
+    """A positive number in a checkpoint's metadata."""
+    with suppress(ValueError):
+        if 0 < (number := float(metadata.get(name, default))) < 1e6:
+            return number
+    raise WeightsError(f"{path}: {name} cannot be {metadata[name]!r:.80}")
 
 
 def checkpoint_adapters(path: Path) -> dict:
     """The options of `MiniGPT5.add_adapters` for the adapters that a checkpoint holds."""
     metadata, tensors = checkpoint_contents(path)
-    matrices = {name: tensor for name, tensor in tensors.items() if name.endswith("lora_A.weight")}
-    adapters = {}
+    matrices, adapters = [name for name in tensors if name.endswith(".lora_A.weight")], {}
     if matrices:
-        rank = next(iter(matrices.values())).get_shape()[0]
+        rank = rows_of(tensors, matrices[0], range(1, 1025), path)
         targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
-        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": float(metadata.get("lora_alpha", 2 * rank))}
+        alpha = number_of(metadata, "lora_alpha", 2 * rank, path)
+        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
     if "prefix_encoder.embedding.weight" in tensors:
-        sizes = [tensors[f"prefix_encoder.{n}.weight"].get_shape()[0] for n in ("embedding", "transform.0")]
+        names = [f"prefix_encoder.{name}.weight" for name in ("embedding", "transform.0")]
+        sizes = [rows_of(tensors, name, range(1, 1 << 14), path) for name in names]
         adapters["prefix"] = dict(zip(("tokens", "hidden"), sizes, strict=True))
     return adapters
 

@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     add("--offload", action="store_true", help="keep on the host what is not in use: for a GPU of 16 GB")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: to --chat on a GPU")
     args = parse(parser, "sample")
+    args.prompt = args.prompt and valid(args.prompt)
     if not args.prompt and not args.chat:
         parser.error("--prompt is needed, or --chat")
     if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
@@ -63,6 +64,11 @@ def arguments() -> argparse.Namespace:
     if args.max_new_tokens < 1 or args.steps < 1 or (args.turns is not None and args.turns < 1):
         parser.error("--max-new-tokens, --steps and --turns are at least 1")
     return args
+
+
+def valid(text: str) -> str:
+    """What was typed with bytes that are not UTF-8 in a row of its own: Python keeps them as half characters."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def spoken(segments: list[str | Image.Image]) -> tuple[str, tuple[Image.Image, ...]]:
@@ -158,7 +164,7 @@ def show(segments: list[str | Image.Image], out: Path, pictures: int) -> int:
 
 def read_line() -> str:
     try:
-        return input("> ").strip()
+        return valid(input("> ")).strip()
     except EOFError:  # the end of what was piped in, or Ctrl-D
         return ""
 

@@ -43,6 +43,7 @@ from tars import FEATURES, JSON, NUMBERED, TarIndex, Unusable, expand, is_url, m
 TASKS = ("image", "text+image", "text")
 PICTURE = "<Img><ImageHere></Img>"
 END = " ###"
+LONGEST_PIECE = 16  # characters of a token, as sentencepiece models are trained
 SYSTEM = (
     "Give the following images in <Img>ImageContent</Img> format. "
     "You will be able to see the images once I provide it to you. "
@@ -211,6 +212,8 @@ class StoryData(TarData):
         try:
             kind, turns = read_turns(read(JSON), key, self.tokenizer.plain)
             k = len(turns) - last
+            if k < 1:
+                raise Unusable("tar and index differ")
             task = pick_task(self.weights, draw[0]) if kind == "story" else "reply"
             fitting = self.fit(kind, turns[: k + 1], task, draw[1])
             inputs, outputs = self.pictures(read, fitting)
@@ -239,17 +242,32 @@ class StoryData(TarData):
             raise Unusable("step without text or picture")
         if not turn.text and not turn.pictures:
             raise Unusable("empty turn")
-        for first in range(first_heard(k) if kind == "dialog" else 0, k):
+
+        def since(first: int) -> Row:
             if kind == "story":
-                row = story_row(before[first:], turn, task, phrase, vokens)
-            else:
-                row = dialog_row(before[first:], turn, k, vokens)
-            if self.tokens(row) <= self.limit:
-                return row
-        raise Unusable("too long")
+                return story_row(before[first:], turn, task, phrase, vokens)
+            return dialog_row(before[first:], turn, k, vokens)
+
+        oldest = first_heard(k) if kind == "dialog" else 0
+        fitting = since(oldest)
+        if self.tokens(fitting) <= self.limit:
+            return fitting
+        fitting = None
+        for first in reversed(range(oldest + 1, k)):  # few steps, even if there are ten thousand turns
+            row = since(first)
+            if self.tokens(row) > self.limit:
+                break
+            fitting = row
+        if fitting is None:
+            raise Unusable("too long")
+        return fitting
 
     def tokens(self, row: Row) -> int:
-        """Tokens of the row as minigpt5.collate makes it: <s>, source, target."""
+        """Tokens of the row as minigpt5.collate makes it: <s>, source, target. Of a row that is far too long, fewer:
+        a hostile one could take seconds to encode."""
+        least = max(self.queries * len(row.inputs), (len(row.source) + len(row.target)) // LONGEST_PIECE)
+        if least > self.limit:
+            return least
         words = len(self.tokenizer.encode(row.source)) + len(self.tokenizer.encode(row.target))
         return 1 + words + (self.queries - 1) * len(row.inputs)
 

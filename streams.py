@@ -25,7 +25,7 @@ from data import (
     random_bits,
     tally,
 )
-from tars import shuffled, stream_tars, streamed
+from tars import StreamRefused, shuffled, stream_tars, streamed
 
 
 class StreamPairs:
@@ -68,7 +68,7 @@ class StreamPairs:
                 if len(chosen) == batch_size:
                     yield {**collate(chosen), **tally(bad, seen, (slot, *cursor))}
                     chosen, bad, seen = [], Counter(), 0
-        except ValueError as error:
+        except (ValueError, StreamRefused) as error:
             yield {"error": str(error), **tally(bad, seen)}
 
 

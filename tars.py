@@ -24,6 +24,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -37,6 +38,8 @@ KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), PICTURE)  # endings
 KINDS |= {"txt": TEXT, "json": JSON, "safetensors": FEATURES}
 ERRORS = "surrogateescape"  # member names that are not UTF-8 stay apart from each other
 MAX_BYTES = (64 << 20, 64 << 10, 1 << 20, 128 << 20)  # of a member of the first four kinds; see most_bytes
+LARGEST, LONGEST_HEADER = 64 << 30, 16 << 10  # bytes of any member, and of a header that extends the next one
+PADDING = 1 << 20  # zeros that a tar may end with
 BUFFER_BYTES = 256 << 20  # of a shuffle buffer, however few samples that is
 TIMEOUT, RETRIES, PAUSE = 60.0, 5, 1.0  # a connection: seconds, new attempts, seconds before the first (then doubled)
 
@@ -47,6 +50,10 @@ class Unusable(Exception):
 
 class StreamCut(Exception):
     """A connection that broke in the middle of a tar and could not be taken up again."""
+
+
+class StreamRefused(Exception):
+    """A tar that the server does not give. The message is one line."""
 
 
 # ---- which tars
@@ -126,7 +133,15 @@ def most_bytes(kind: int) -> int:
 
 
 class Header(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the tar; here it is a ReadError."""
+    """tarfile takes a damaged header for the end of the tar, believes any size and reads a sparse member's list of any
+    length into memory; here all these are a ReadError."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Header":
+        header = super().frombuf(buf, encoding, errors)
+        if not 0 <= header.size <= (LONGEST_HEADER if header.type in EXTENDED else LARGEST):
+            raise tarfile.InvalidHeaderError(f"a header says {header.size} bytes")
+        return header
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
@@ -134,8 +149,16 @@ class Header(tarfile.TarInfo):
             return super().fromtarfile(tar)
         except (tarfile.EOFHeaderError, tarfile.EmptyHeaderError):  # two ways for a tar to end
             raise
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, EOFError, ValueError, OverflowError, LookupError, RecursionError) as error:
             raise tarfile.ReadError(str(error)) from None
+
+    def refuse(self, *_) -> None:
+        raise tarfile.InvalidHeaderError("a sparse member")
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = refuse
+
+
+EXTENDED = (b"x", b"g", b"X", b"L", b"K")  # pax headers, a long name, a long link
 
 
 def open_tar(file: BinaryIO, mode: str) -> tarfile.TarFile:
@@ -145,20 +168,24 @@ def open_tar(file: BinaryIO, mode: str) -> tarfile.TarFile:
 def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
     """(key, kind, member) of the regular members that count, in order. Raises tarfile.ReadError at a damaged header."""
     last = -1
-    while True:
-        try:
-            member = tar.next()
-        except (EOFError, ValueError, OverflowError, LookupError) as error:  # tarfile on a damaged extended header
-            raise tarfile.ReadError(str(error)) from None
-        if member is None:
-            return
-        if member.offset <= last or member.size < 0:  # a negative size would lead tarfile in a circle
+    while member := tar.next():
+        if member.offset <= last or not 0 <= member.size <= LARGEST:  # an extended header gives the size anew
             raise tarfile.ReadError("bad header")
         last = member.offset
         tar.members.clear()  # tarfile would collect them all
+        tar.pax_headers.clear()
         place = member_of(member.name)
-        if place and member.isreg() and not member.issparse():
+        if place and member.isreg():
             yield *place, member
+
+
+def check_end(tar: tarfile.TarFile) -> None:
+    """After `walk`: tarfile ends at the first block of zeros, or without one. ReadError if that was not the end."""
+    if tar.fileobj.tell() == tar.offset:
+        raise tarfile.ReadError("no end mark")
+    rest = tar.fileobj.read(PADDING)
+    if rest.strip(b"\0") or len(rest) == PADDING:
+        raise tarfile.ReadError("goes on after an end mark")
 
 
 # ---- local tars
@@ -206,6 +233,7 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
                         row[2 * kind : 2 * kind + 2] = member.offset_data, member.size
                         if kind == JSON and member.size <= most_bytes(JSON):
                             turns[key] = count_turns(tar.extractfile(member).read())
+                    check_end(tar)
                 except tarfile.TarError as error:
                     notes.append(f"cut short or damaged after {len(rows):,} samples ({error})")
     except (OSError, tarfile.TarError) as error:
@@ -226,6 +254,18 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     )
 
 
+def goes_together(index: TarIndex) -> bool:
+    """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
+    stamp, table, turns, keys, ends, note = index
+    places = table.reshape(len(turns), -1, 2)  # offset and size
+    there = (places >= 0).all(-1) | (places == -1).all(-1)
+    numbers = all(array.dtype == np.int64 for array in (stamp, table, turns, ends))
+    texts = all(array.dtype == np.uint8 and array.ndim == 1 for array in (keys, note))
+    cuts = len(ends) == len(turns) + 1 and ends[0] == 0 and ends[-1] == len(keys) and (np.diff(ends) >= 0).all()
+    counts = turns.ndim == 1 and ((turns >= 0) & (turns <= most_bytes(JSON))).all()
+    return bool(numbers and texts and cuts and counts and there.all())
+
+
 def read_index(path: str) -> TarIndex:
     """The index of a tar: cached beside it or in CACHE if that fits the tar's size and time of change, else scanned."""
     try:
@@ -238,8 +278,10 @@ def read_index(path: str) -> TarIndex:
     for place in places:
         with suppress(Exception):  # whatever is wrong with a cache, the tar itself is at hand
             with np.load(place, allow_pickle=False) as file:
+                if any(member.compress_type for member in file.zip.infolist()):
+                    continue  # not written here, and could be of any size
                 index = TarIndex(*(file[field] for field in TarIndex._fields))
-            if np.array_equal(index.stamp, stamp):
+            if np.array_equal(index.stamp, stamp) and goes_together(index):
                 return index
     index = scan_tar(path, stamp)
     for place in places:
@@ -277,25 +319,51 @@ def read_member(path: str, row: np.ndarray, kind: int) -> bytes | None:
 # ---- tars behind http(s)
 
 
+@cache
+def opener() -> urllib.request.OpenerDirector:
+    """urllib's for http and https alone: its usual one would also follow a redirection to ftp."""
+    made = urllib.request.OpenerDirector()
+    names = "ProxyHandler HTTPHandler HTTPSHandler HTTPRedirectHandler"
+    for name in f"{names} HTTPDefaultErrorHandler HTTPErrorProcessor UnknownHandler".split():
+        made.add_handler(getattr(urllib.request, name)())
+    return made
+
+
 class HttpFile:
     """The bytes of a URL from `start` on, read once in order. A broken connection is taken up again where it broke.
 
-    Raises ValueError where the server refuses or cannot be reached, StreamCut where only the rest cannot be had.
+    Raises StreamRefused where the server refuses or cannot be reached, StreamCut where only the rest cannot be had.
     """
 
     def __init__(self, url: str, start: int = 0):
-        self.url, self.position, self.end, self.response = url, start, None, None
+        self.url, self.position, self.response = url, start, None
+        self.end, self.version = None, None  # of the file at the first connection
 
     def connect(self) -> None:
         headers = {"Range": f"bytes={self.position}-"} if self.position else {}
-        self.response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
-        skip = self.position if self.response.status == 200 else 0  # a server without ranges starts from the front
-        if length := self.response.headers.get("Content-Length"):
-            self.end = self.position - skip + int(length)
-        while skip and (content := self.response.read(min(skip, 1 << 20))):
+        self.response = opener().open(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT)
+        status, length, headers = self.response.status, self.response.length, self.response.headers
+        if status == 206 and not headers.get("Content-Range", "").startswith(f"bytes {self.position}-"):
+            raise OSError("the server sends another part than asked for")
+        skip = self.position if status == 200 else 0  # a server without ranges starts from the front
+        end = None if length is None else self.position - skip + length
+        version = end, headers.get("ETag"), headers.get("Last-Modified")
+        if self.version not in (None, version):
+            raise OSError("the file has changed")
+        self.end, self.version = end, version
+        while skip and (content := self.receive(min(skip, 1 << 18))):
             skip -= len(content)
         if skip:
             raise OSError("cut")
+
+    def receive(self, size: int) -> bytes:
+        """`size` bytes, fewer at the end. TimeoutError also where a server sends drop by drop."""
+        content, until = b"", time.monotonic() + TIMEOUT
+        while len(content) < size and (more := self.response.read1(size - len(content))):
+            content += more
+            if time.monotonic() > until:
+                raise TimeoutError("too slow")
+        return content
 
     def read(self, size: int) -> bytes:
         for attempt in range(RETRIES + 1):
@@ -303,7 +371,7 @@ class HttpFile:
             try:
                 if self.response is None:
                     self.connect()
-                content = self.response.read(size)
+                content = self.receive(size if self.end is None else min(size, max(0, self.end - self.position)))
                 if content or self.end is None or self.position >= self.end:
                     self.position += len(content)
                     return content
@@ -313,12 +381,12 @@ class HttpFile:
                     return b""
                 reason = f"{error.code} {error.reason}"
                 if error.code < 500 and error.code not in (408, 429):
-                    raise ValueError(f"{self.url}: {reason}") from None
+                    break
             except (OSError, ValueError, http.client.HTTPException) as error:
-                reason = getattr(error, "reason", error)
+                reason = f"cannot be reached ({getattr(error, 'reason', error)})"
             self.close()
-        if self.end is None:
-            raise ValueError(f"{self.url}: cannot be reached ({reason})")
+        if self.version is None:
+            raise StreamRefused(f"{self.url}: {' '.join(reason.split())[:200]}")
         raise StreamCut
 
     def close(self) -> None:
@@ -331,7 +399,7 @@ def stream_tar(url: str, start: int = 0) -> Iterator[tuple[str, dict, int]]:
     """(key, parts, byte where the next sample starts) of the samples from byte `start` on.
 
     parts: kind -> bytes, or the reason (str) why they are not there. The members of a key must be adjacent. Raises
-    ValueError (no tar there at all), StreamCut, tarfile.TarError (damaged or truncated).
+    StreamRefused (no tar there at all), StreamCut, tarfile.TarError (damaged or truncated).
     """
     with closing(HttpFile(url, start)) as file:
         try:
@@ -339,7 +407,7 @@ def stream_tar(url: str, start: int = 0) -> Iterator[tuple[str, dict, int]]:
         except tarfile.ReadError as error:
             if start:
                 return
-            raise ValueError(f"{url}: not an uncompressed tar ({error})") from None
+            raise StreamRefused(f"{url}: not an uncompressed tar ({error})") from None
         current, parts = None, {}
         for key, kind, member in walk(tar):
             if kind >= NUMBERED:
@@ -351,6 +419,7 @@ def stream_tar(url: str, start: int = 0) -> Iterator[tuple[str, dict, int]]:
             parts[kind] = tar.extractfile(member).read() if member.size <= most_bytes(kind) else "too large"
         if parts:
             yield current.encode("utf-8", ERRORS).decode("utf-8", "replace"), parts, start + tar.offset
+        check_end(tar)
 
 
 def streamed(parts: dict, kind: int) -> bytes | None:
@@ -363,7 +432,7 @@ def streamed(parts: dict, kind: int) -> bytes | None:
 def stream_tars(url_of: Callable[[int], str], tar: int, byte: int, step: int) -> Iterator[tuple[int, int, str, dict]]:
     """(tar, next byte, key, parts) from a byte of `tar` on, then of tar + step and so on without end.
 
-    A tar that is empty, cut or damaged gives one more item that says so; its key is the URL.
+    A tar that is empty, cut or damaged gives one more item that says so; its key is the URL. Raises StreamRefused.
     """
     while True:
         url, problem = url_of(tar), "empty tar" if byte == 0 else None

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
+from loading import MOST, WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 # Tokenizer
 
@@ -62,6 +62,7 @@ REPLACED = _replacements()
 REMOVED = dict.fromkeys(
     chain(range(0x09), [0x0B], range(0x0E, 0x20), [0x7F], range(0x206A, 0x2070), [0xFEFF], range(0xFFF9, 0xFFFD))
 )
+MOST_STEPS = 20  # "&amp;amp;amp; ..." could ask for thousands
 ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 TERMINAL_CODE = re.compile("\033\\[[\\d;]*[a-zA-Z]")
 
@@ -75,7 +76,9 @@ def fix_text(text: str) -> str:
     lines, markup = [], False
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
         markup, before = markup or "<" in line, None
-        while line != before:  # what one step brings out may be work for another: "&amp;eacute;"
+        for _ in range(MOST_STEPS):  # what one step brings out may be work for another: "&amp;eacute;"
+            if line == before:
+                break
             before = line
             line = line if markup else ENTITY.sub(_unescape, line)
             line = line.translate(REPLACED)
@@ -113,6 +116,9 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+LONGEST_WORD = 2000  # characters; 77 tokens hold fewer, and the time to merge them grows with their square
+
+
 class ClipTokenizer:
     """vocab.json and merges.txt of `folder` -> a function from texts to ids. Follows transformers' CLIPTokenizer.
 
@@ -126,6 +132,8 @@ class ClipTokenizer:
     def __init__(self, folder: Path):
         folder = Path(folder)
         self.vocabulary: dict[str, int] = read_json(folder / "vocab.json")
+        if not all(type(i) is int and 0 <= i < MOST for i in self.vocabulary.values()):
+            raise WeightsError(f"{folder / 'vocab.json'}: should give every token its number")
         try:
             merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]  # line 0 is a version
         except (OSError, ValueError) as error:
@@ -136,8 +144,12 @@ class ClipTokenizer:
             if (folder / name).exists():
                 settings |= read_json(folder / name)
         pad = settings.get("pad_token") or "!"
-        self.pad = pad["content"] if isinstance(pad, dict) else pad
-        self.length = min(int(settings.get("model_max_length") or 77), 77)  # some files hold 1e30 for "no limit"
+        self.pad = pad.get("content") if isinstance(pad, dict) else pad
+        longest = settings.get("model_max_length") or 77  # some files hold 1e30 for "no limit"
+        if type(longest) not in (int, float) or not longest >= 3 or not isinstance(self.pad, str):
+            found = f"pad_token {pad!r:.80} and model_max_length {longest!r:.80}"
+            raise WeightsError(f"{folder}: its settings cannot be {found}")
+        self.length = int(min(longest, 77))
         for token in (self.START, self.END, self.pad):
             if token not in self.vocabulary:
                 raise WeightsError(f"{folder / 'vocab.json'}: special token {token!r} is missing")
@@ -147,7 +159,7 @@ class ClipTokenizer:
 
     def merge(self, word: str) -> tuple[int, ...]:
         """One word -> ids: from single bytes on, join the pair that training merged first, until no pair is known."""
-        parts = [self.byte_letters[byte] for byte in word.encode()]
+        parts = [self.byte_letters[byte] for byte in word[:LONGEST_WORD].encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
             pair = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
@@ -308,7 +320,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The frozen encoder from Stable Diffusion's text_encoder/; None keeps the stored type. Raises WeightsError."""
     config = read_config(TextConfig, Path(folder) / "config.json")
-    with shapes_only():
+    with shapes_only(Path(folder) / "config.json"):
         model = TextEncoder(config)
     positions = "text_model.embeddings.position_ids"  # 0, 1, 2, ...: a buffer that older files carry
     return fill(model, tensor_files(folder), lambda key: None if key == positions else key, dtype, device)

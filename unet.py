@@ -363,6 +363,6 @@ def load_unet(folder: Path, dtype: torch.dtype | None = None, device: str | torc
     """stable-diffusion/unet -> frozen UNet in eval mode. Raises WeightsError."""
     folder = Path(folder)
     config = read_unet_config(folder / "config.json")
-    with shapes_only():
+    with shapes_only(folder / "config.json"):
         unet = UNet(config)
     return fill(unet, tensor_files(folder), dtype=dtype, device=device, channels_last=True)

@@ -238,7 +238,7 @@ def load_vae(folder: Path, dtype: torch.dtype | None = None, device: str | torch
     """
     folder = Path(folder)
     config = read_vae_config(folder / "config.json")
-    with shapes_only():
+    with shapes_only(folder / "config.json"):
         vae = VAE(config)
     files = tensor_files(folder)
     tensors = {name: tensor for name, _, _, tensor in stored(files, rename)}

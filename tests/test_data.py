@@ -428,6 +428,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((self.path, start))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         content = content[start : server.silent_from]
         if server.cuts:
