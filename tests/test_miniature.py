@@ -1,0 +1,122 @@
+"""The weights that ship: transformers and diffusers load them and agree; they are small, and draw what is asked."""
+
+import json
+
+import torch
+from common import assert_close
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import Blip2Config, Blip2Model, CLIPTextModel, CLIPTokenizer, LlamaForCausalLM, T5Config
+
+import sample
+from cli import MINIATURE
+from images import read_image, to_tensor
+from llama import load_llama
+from miniature.judge import load_judge, read, shares
+from miniature.sets import pictures, to_pixels
+from miniature.words import facts_in
+from miniature.world import sample_pair
+from qformer import load_image_encoder
+from text_encoder import ClipTokenizer, load_text_encoder
+from unet import load_unet
+from vae import load_vae
+
+SD = MINIATURE / "stable-diffusion"
+TEXTS = ["a small red boat on the left at sea by moonlight", "", "two big kites, and an unknownword!"]
+FP32 = {"torch_dtype": torch.float32}
+LIMIT = 1e-4  # largest difference relative to the largest value
+
+
+def test_at_most_30_megabytes():
+    size = sum(file.stat().st_size for file in MINIATURE.rglob("*") if file.is_file())
+    print(f"{size / 1e6:.1f} MB")
+    assert size <= 30e6
+
+
+@torch.no_grad()
+def test_text_encoder_agrees():
+    ids, _ = ClipTokenizer(SD / "tokenizer")(TEXTS)
+    theirs = CLIPTokenizer.from_pretrained(SD / "tokenizer")
+    assert theirs(TEXTS, padding="max_length", truncation=True)["input_ids"] == ids.tolist()
+    reference = CLIPTextModel.from_pretrained(SD / "text_encoder", **FP32).eval()
+    ours = load_text_encoder(SD / "text_encoder", torch.float32)
+    assert_close(ours(ids), reference(ids).last_hidden_state, LIMIT, "text encoder")
+
+
+@torch.no_grad()
+def test_unet_agrees():
+    reference = UNet2DConditionModel.from_pretrained(SD / "unet", **FP32).eval()
+    ours, config = load_unet(SD / "unet", torch.float32), reference.config
+    latents = torch.randn(3, config.in_channels, config.sample_size, config.sample_size)
+    context, t = torch.randn(3, 32, config.cross_attention_dim), torch.tensor([999, 500, 3])
+    assert_close(ours(latents, t, context), reference(latents, t, context).sample, LIMIT, "UNet")
+
+
+@torch.no_grad()
+def test_autoencoder_agrees():
+    reference = AutoencoderKL.from_pretrained(SD / "vae", **FP32).eval()
+    ours = load_vae(SD / "vae", torch.float32)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    posterior = reference.encode(pixels).latent_dist
+    mean, logvar = ours.encode(pixels)
+    assert_close(mean, posterior.mean, LIMIT, "encoder, mean")
+    assert_close(logvar, posterior.logvar, LIMIT, "encoder, log variance")
+    scale = reference.config.scaling_factor
+    assert ours.config.scaling_factor == scale
+    assert_close(ours.decode(mean * scale), reference.decode(mean).sample, LIMIT, "decoder")
+
+
+@torch.no_grad()
+def test_language_model_agrees():
+    reference = LlamaForCausalLM.from_pretrained(MINIATURE / "vicuna", **FP32).eval()
+    ours = load_llama(MINIATURE / "vicuna", torch.float32)
+    ids = torch.randint(ours.config.vocab_size, (2, 40))
+    assert_close(ours.lm_head(ours(ours.model.embed_tokens(ids))), reference(ids).logits, LIMIT, "language model")
+
+
+@torch.no_grad()
+def test_image_encoder_agrees():
+    values = json.loads((MINIATURE / "blip2" / "config.json").read_text())
+    text = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).to_dict()  # not in the folder
+    config = Blip2Config(**values | {"text_config": text})
+    reference = Blip2Model.from_pretrained(MINIATURE / "blip2", config=config, **FP32).eval()
+    ours = load_image_encoder(MINIATURE, torch.float32)
+    pixels = torch.randn(2, 3, 64, 64)
+    seen = reference.vision_model(pixels).last_hidden_state
+    queries = reference.query_tokens.expand(2, -1, -1)
+    found = reference.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+    assert_close(ours(pixels), ours.llama_proj(found), LIMIT, "image encoder")
+
+
+def in_the_scene(pictures: list, texts: list[str]) -> float:
+    """The share of pictures with the scene and the time that their texts name."""
+    pixels = torch.stack([to_tensor(picture) for picture in pictures]) * 2 - 1
+    found = shares(load_judge(), pixels, [facts_in(text) for text in texts])
+    print(found)
+    return min(found["scene"], found["time"])
+
+
+def test_diffusers_pipeline_draws():
+    texts = ["a big red ball in the desert at night", "a small white bird on the left above the sea at sunset"]
+    pipeline = StableDiffusionPipeline.from_pretrained(SD, **FP32)
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipeline(texts, num_inference_steps=20, guidance_scale=3.0, generator=generator, height=64, width=64)
+    assert in_the_scene(drawn.images, texts) == 1
+
+
+def test_sample_draws_with_no_other_argument(tmp_path, monkeypatch):
+    """The README's first prompt: the sea at night, and one thing, which is red."""
+    prompt = "a red boat on the sea at night"
+    monkeypatch.setattr("sys.argv", ["sample.py", "--prompt", prompt, "--out", str(tmp_path)])
+    sample.main()
+    picture = read_image(tmp_path / "0.png")
+    seen = read(load_judge(), to_tensor(picture)[None] * 2 - 1)[0]
+    print(seen)
+    assert (seen.scene, seen.time) == ("sea", "night") and [thing.colour for thing in seen.things] == ["red"]
+
+
+def test_judge_reads_real_pictures(tmp_path):
+    """Every attribute of at least 99 of 100 held-out pictures (the whole measurement: miniature/README.md)."""
+    wanted = [sample_pair(0, i, "held-out")[0] for i in range(200)]
+    found = shares(load_judge(), to_pixels(pictures(tmp_path, 200, 0, 1, "held-out")), wanted)
+    print(found)
+    assert min(found.values()) >= 0.99
