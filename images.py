@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 64_000_000  # a picture that claims more is refused before its pixels are decoded
+MAX_PIXELS, MAX_LENGTH = 64_000_000, 65_535  # a picture that claims more, or a longer side, is refused undecoded
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would take more, and start Ghostscript for PostScript
 
 
@@ -32,9 +32,14 @@ def read_image(source: bytes | str | Path) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError("too large", f"{name}: {image.width}x{image.height} is over {MAX_PIXELS:,} pixels")
-            image = ImageOps.exif_transpose(image)
+            if max(image.size) > MAX_LENGTH:  # Pillow takes memory for every row
+                raise ImageError("too large", f"{name}: {image.width}x{image.height} has a side over {MAX_LENGTH:,}")
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):  # 16-bit grey: convert() would only clip it
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+                levels = np.array(image, np.int32).clip(0, 65535)
+                levels += 128
+                levels //= 257  # in place: 64 million pixels take 1.3 GB as floating-point numbers
+                image = Image.fromarray(levels.astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")

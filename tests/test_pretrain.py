@@ -273,8 +273,9 @@ def test_exports_load(shop):
     )
     assert unet.config == painter.UNET_SIZES and schedule.config == painter.SCHEDULE
     assert llama.config == speaker.LANGUAGE_SIZES
-    for module in (vae, unet, text, llama, encoder):
+    for module in (unet, text, llama, encoder):
         assert {p.dtype for p in module.parameters()} == {torch.float16}
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}  # never in float16
     judging.load_judge(weights / "judge.safetensors")
     ids, mask = tokenizer(["a small red boat"])
     assert ids.shape == (1, 32) and mask.sum() == 6
