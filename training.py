@@ -254,10 +254,15 @@ def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -
     for folder in folders:
         try:
             state = read_json(folder / "state.json")
-            if not {"step", "data"} <= state.keys():
-                raise WeightsError(f"{folder / 'state.json'}: neither step nor position in the data")
+            if "data" not in state or state.get("step") != int(folder.name.removeprefix("step-")):
+                raise WeightsError(f"{folder / 'state.json'}: not the state of this step, or no position in the data")
             with open_safetensors(folder / "optimizer.safetensors") as file:
                 moments = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, a file is no dictionary
+            shapes = {name: parameter.shape for name, parameter in model.trained_parameters().items()}
+            for key, tensor in moments.items():
+                if not tensor.is_floating_point() or tensor.shape not in ((), shapes.get(key.partition(".")[2])):
+                    kind = f"{tensor.dtype} {tuple(tensor.shape)}"
+                    raise WeightsError(f"{folder / 'optimizer.safetensors'}: {key} fits no trained tensor ({kind})")
             model.load_trained(folder / "trained.safetensors")
         except WeightsError as error:
             print(f"passed over: {error}")
