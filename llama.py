@@ -307,7 +307,7 @@ class Tokenizer:
     def __init__(self, path: Path, vokens: int = 8):
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: an error message that is not UTF-8
             raise WeightsError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())})") from None
         self.base_vocabulary = self.pieces.get_piece_size()
         self.voken_ids = list(range(self.base_vocabulary, self.base_vocabulary + vokens))

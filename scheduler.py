@@ -220,5 +220,5 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     for name, values in SUPPORTED.items():
         if published.get(name) not in values:
             known = " or ".join(repr(value) for value in values if value is not None) or "null"
-            raise WeightsError(f"{path}: {name} {published.get(name)!r} is not supported, only {known}")
+            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {known}")
     return NoiseSchedule(read_config(ScheduleConfig, path))

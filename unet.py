@@ -343,13 +343,15 @@ def read_unet_config(path: Path) -> UNetConfig:
     published = read_json(path)
     for name, values in SUPPORTED.items():
         if published.get(name) not in values:
-            raise WeightsError(f"{path}: {name} {published.get(name)!r} is not supported, only {values[0]!r}")
+            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {values[0]!r}")
     one_number = isinstance(published.get("attention_head_dim"), int)
     config = read_config(EqualHeadsConfig if one_number else UNetConfig, path)
     levels = len(config.block_out_channels)
     for name in ("down_block_types", "up_block_types", *(() if one_number else ("attention_head_dim",))):
         if len(getattr(config, name)) != levels:
             raise WeightsError(f"{path}: {name} should have {levels} entries, as block_out_channels has")
+    if config.sample_size % 2 ** (levels - 1):
+        raise WeightsError(f"{path}: sample_size {config.sample_size} cannot be halved {levels - 1} times")
     heads = (config.attention_head_dim,) * levels if one_number else config.attention_head_dim
     if any(number < 1 or channels % number for channels, number in zip(config.block_out_channels, heads, strict=True)):
         raise WeightsError(f"{path}: attention_head_dim should divide block_out_channels, found {heads}")

@@ -228,7 +228,7 @@ def read_vae_config(path: Path) -> VAEConfig:
     published = read_json(path)
     for name, values in {"act_fn": ("silu", None), "shift_factor": (None,), "latents_mean": (None,)}.items():
         if published.get(name) not in values:
-            raise WeightsError(f"{path}: {name} {published.get(name)!r} is not supported, only {values[0]!r}")
+            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {values[0]!r}")
     return read_config(VAEConfig, path)
 
 
