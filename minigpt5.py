@@ -36,7 +36,6 @@ from scheduler import NoiseSchedule, load_schedule
 from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
 from unet import UNet, load_unet
 from vae import VAE, load_vae
-from weights import mismatches
 
 TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # L = 0.01 L_text + 1.0 L_LDM + 0.1 L_CAP, section 3.3
 DROP_RATE = 0.1  # pictures trained with zeros for voken features, so that sampling has an unconditional branch
@@ -478,11 +477,6 @@ def load_minigpt5(
         load_text_encoder(diffusion / "text_encoder", language, device) if read_captions else None,
         ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
     )
-    parts = {"vicuna": model.llama, "vicuna tokenizer": tokenizer, "unet": model.unet, "vae": model.vae}
-    parts |= {"image encoder": model.image_encoder, "text encoder": model.text_encoder}
-    parts |= {"clip tokenizer": model.clip_tokenizer, "schedule": model.schedule}
-    if problems := mismatches({name: part for name, part in parts.items() if part is not None}):
-        raise WeightsError(f"{weights}: {problems[0]}", problems)
     model.vokens.to(device)
     model.mapper.to(device)
     if checkpoint:
