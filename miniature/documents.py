@@ -34,6 +34,7 @@ TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training row
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
+TOLD_WEIGHT = 3  # a word of an answer in words to a picture counts as much
 ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
 
@@ -91,7 +92,7 @@ def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -
     return dialog_row(turns[first_heard(k) : k], turns[k], k, PICTURE)
 
 
-MIXTURE = {caption_document: 0.3, look_document: 0.2, story_document: 0.25, dialogue_document: 0.25}
+MIXTURE = {caption_document: 0.25, look_document: 0.3, story_document: 0.225, dialogue_document: 0.225}
 
 
 def document(seed: int, i: int, split: str) -> Row:
@@ -137,15 +138,17 @@ def tokenizer_at(path: Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, row: Row, rng: np.random.Generator) -> list[tuple[int, int]]:
     """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
     answer's in random order. The ids and how much each counts."""
+    told = TOLD_WEIGHT if row.inputs and not row.outputs else 1
     weighted = [(picture_words(picture), 1) for picture in row.inputs]
     weighted += [(shuffled_words(picture, rng), PICTURE_WEIGHT) for picture in row.outputs]
     tokens, left = [(tokenizer.bos_id, 1)], iter(weighted)
-    for i in tokenizer.encode(row.source) + tokenizer.encode(row.target):
-        if i == tokenizer.image_id:
-            words, weight = next(left)
-            tokens += [(word, weight) for word in tokenizer.pieces.encode(words)]
-        else:
-            tokens.append((i, 1))
+    for text, count in ((row.source, 1), (row.target, told)):
+        for i in tokenizer.encode(text):
+            if i == tokenizer.image_id:
+                words, weight = next(left)
+                tokens += [(word, weight) for word in tokenizer.pieces.encode(words)]
+            else:
+                tokens.append((i, count))
     return tokens
 
 
