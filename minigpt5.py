@@ -27,7 +27,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
-from loading import FLOATS, MOST, WeightsError, matched, open_safetensors, pinned, read_config, save_safetensors, stored
+from loading import (
+    FLOATS,
+    MOST,
+    WeightsError,
+    is_shard,
+    matched,
+    open_safetensors,
+    pinned,
+    read_config,
+    save_safetensors,
+    stored,
+)
 from lora import Prefix, add_lora
 from mapper import VokenMapper
 from qformer import ImageEncoder, load_image_encoder
@@ -359,15 +370,20 @@ class MiniGPT5(nn.Module):
 
     @torch.no_grad()
     def load_trained(self, path: Path) -> None:
-        """Take a checkpoint's tensors; the model must have the adapters that it has.
+        """Take a checkpoint's tensors; the model must have the adapters that it has. Where it names a checkpoint that
+        it goes over (see `weights.py pack`), what it does not hold is taken from there.
 
         A converted released checkpoint may also bring the old rows of the two tables as its training left them (AdamW's
         weight decay shrank them, and the released model runs with the shrunk ones): whole, or as one factor.
         """
         trained = self.trained_parameters()
+        metadata, tensors = checkpoint_contents(path)
+        if (base := checkpoint_below(path)) is not None:
+            missing = {name: parameter for name, parameter in trained.items() if name not in tensors}
+            for name, tensor in matched(missing, [base], lambda key: key if key in missing else None).items():
+                trained.pop(name).copy_(tensor)
         for name, tensor in matched(trained, [path], lambda key: None if key in TABLES else key).items():
             trained[name].copy_(tensor)  # in place: an optimiser may hold these
-        metadata, tensors = checkpoint_contents(path)
         for key, factor in TABLES.items():
             table = self.llama.get_submodule(key.removesuffix(".weight"))
             weight = table.weight
@@ -394,6 +410,15 @@ def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
         raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
     rows_of(tensors, "vokens.input", range(2, 1025), path)
     return metadata, tensors
+
+
+def checkpoint_below(path: Path) -> Path | None:
+    """The checkpoint in the same folder that `path` goes over: stage 2's holds no more than what stage 2 changed."""
+    with open_safetensors(path) as file:
+        name = (file.metadata() or {}).get("over")
+    if name is not None and not is_shard(name):
+        raise WeightsError(f"{path}: should go over a .safetensors file of its folder, not over {name!r:.80}")
+    return None if name is None else path.with_name(name)
 
 
 def rows_of(tensors: dict, name: str, sane: range, path: Path) -> int:

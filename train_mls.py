@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     add("--prefix", action="store_true", help="prefix tuning in the place of LoRA")
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
         help=f"how often a story step is each task, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
+    add("--freeze-mapper", action="store_true", help="all of it; default: its transformer trains, as released")
     add("--lr", type=float, default=2e-5, help="for all that trains")
     add("--vokens", type=int, default=8, help="vokens of a picture; with --uas those of its run")
     add("--max-tokens", type=int, default=2048, help="longest row; the oldest steps of a history are left out")
@@ -102,13 +103,14 @@ def main() -> None:
     if model.lora or model.prefix:
         raise ValueError(f"{first}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": {}}))
-    model.mapper.requires_grad_(not args.no_ldm)  # else no loss reaches it
+    model.mapper.requires_grad_(not (args.no_ldm or args.freeze_mapper))  # without L_LDM no loss reaches it
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
     trained = [p for p in model.trained_parameters().values() if p.requires_grad]
     print(f"stage 1: {first or 'none, vokens and mapper are untrained'}")
     adapter = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
-    print(f"trained: {sum(p.numel() for p in trained):,} parameters in {adapter}, voken rows and mapper transformer")
+    mapper = "" if args.no_ldm or args.freeze_mapper else " and mapper transformer"
+    print(f"trained: {sum(p.numel() for p in trained):,} parameters in {adapter}, voken rows{mapper}")
     print(f"precomputed: {', '.join(features.made_with) or 'nothing'}")
 
     side = model.image_encoder.vision_model.config.image_size if sees else None

@@ -4,6 +4,7 @@
     python weights.py convert eva_vit_g.pth blip2_pretrained_flant5xxl.pth prerained_minigpt4_7b.pth --out weights/
     python weights.py convert vicuna-7b/ stage1_cc3m.ckpt stage2_vist.ckpt --out weights/
     python weights.py check weights/ --hash                # what is there, what is missing, what is not as published
+    python weights.py pack runs/mls/step-00001000/trained.safetensors --out weights/minigpt5/mls-story.safetensors
 
 The folder that they fill, which every loader reads (convert.py says how):
 
@@ -28,8 +29,9 @@ import torch
 from cli import run
 from convert import convert, read_tensors, readable
 from llama import Tokenizer, Vokens, load_llama
-from loading import WeightsError, compare, read_json, tensor_files
+from loading import WeightsError, compare, open_safetensors, read_json, save_safetensors, tensor_files
 from mapper import VokenMapper
+from minigpt5 import checkpoint_below
 from qformer import load_image_encoder
 from scheduler import load_schedule
 from text_encoder import ClipTokenizer, load_text_encoder
@@ -65,6 +67,25 @@ def sha256(path: Path) -> str:
 def has_hash(digest: str, known: str) -> bool:
     begin, _, end = known.partition("...")
     return digest.startswith(begin) and digest.endswith(end)
+
+
+# ----------------------------------------------------------------------------------------------------------- pack
+
+
+def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
+    """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that are there
+    already are left out: stage 2's file then goes over stage 1's, as the released ones do."""
+    tensors = {name: tensor[:].to(dtype) for name, tensor in read_tensors(checkpoint).items()}
+    with open_safetensors(checkpoint) as file:
+        metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "over"}
+    base = out.with_name("uas.safetensors")
+    if out.name != base.name and base.is_file():
+        first = read_tensors(base)
+        changed = {n: t for n, t in tensors.items() if n not in first or not torch.equal(t, first[n][:].to(dtype))}
+        if len(changed) < len(tensors):
+            tensors, metadata["over"] = changed, base.name
+    save_safetensors(tensors, out, metadata)
+    print(f"{out}: {len(tensors)} tensors, {readable(out.stat().st_size)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- check
@@ -162,7 +183,11 @@ def check_trained(path: Path, loaded: dict) -> None:
         model = VokenMapper(llm_width, loaded["unet"].config.cross_attention_dim, tokens)
         model.vokens = Vokens(rows.get_shape()[0] - 1, 0, llm_width)
     others = re.compile(r"model\.|lm_head\.|prefix_encoder\.")  # Vicuna's old rows, LoRA, a prefix
-    if problems := compare(model.state_dict(), [path], lambda key: None if others.match(key) else key):
+    wanted = model.state_dict()
+    if base := checkpoint_below(path):
+        below = read_tensors(base).keys() - read_tensors(path).keys()
+        wanted = {name: tensor for name, tensor in wanted.items() if name not in below}
+    if problems := compare(wanted, [path], lambda key: None if others.match(key) else key):
         raise WeightsError(problems[0], problems)
 
 
@@ -294,6 +319,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", type=Path, required=True, help="the weights folder")
     command.add_argument("--config", type=Path, help="config.json to use; default: the one in --out or beside FILE")
     command.add_argument("--dtype", **dtype)
+    command = commands.add_parser("pack", help="a run's checkpoint in 16 bit, without what stage 1's file holds")
+    command.add_argument("checkpoint", type=Path, help="trained.safetensors of a run's step")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beside it, if there: uas.safetensors")
+    command.add_argument("--dtype", choices=DTYPES, default="fp16")
     command = commands.add_parser("check", help="what is there and what is wrong; exit status 1 if anything is")
     command.add_argument("folder", type=Path)
     command.add_argument("--hash", action="store_true", help="read every file and compare its SHA-256")
@@ -302,6 +331,8 @@ def main(arguments: list[str] | None = None) -> int:
         fetch(options.folder, options.parts, DTYPES.get(options.dtype))
     elif options.command == "convert":
         convert(options.files, options.out, options.config, DTYPES.get(options.dtype))
+    elif options.command == "pack":
+        pack(options.checkpoint, options.out, DTYPES[options.dtype])
     else:
         problems = check(options.folder, options.hash)
         print("\n".join(problems) or "everything is there")

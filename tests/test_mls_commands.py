@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -14,6 +15,8 @@ from test_commands import train as train_uas
 
 import sample
 import train_mls
+import weights as weights_command
+from loading import WeightsError
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import load_minigpt5
 from training import checkpoint_folders, read_log
@@ -41,6 +44,10 @@ def uas(weights, tmp_path_factory):
     return folder / "run"
 
 
+def call_weights(*arguments) -> None:
+    assert weights_command.main([str(argument) for argument in arguments]) == 0
+
+
 def train(monkeypatch, weights, data, out, *arguments) -> list[dict]:
     fixed = ("--warmup", 5, "--lr", 1e-3, "--workers", 0, "--log-every", 1, "--sample-every", 0, "--batch-size", 3)
     call(train_mls.main, monkeypatch, "--weights", weights, "--data", data, "--out", out, *fixed, *arguments)
@@ -57,6 +64,25 @@ def test_what_trains(monkeypatch, weights, data, uas, tmp_path):
     lora = after.keys() - before.keys()
     assert len(lora) == 2 * 2 * 3 and all("lora_" in name for name in lora)
     assert all(after[name].abs().sum() > 0 for name in lora if "lora_B" in name)
+
+
+def test_packed_goes_over_stage_1(monkeypatch, weights, data, uas, tmp_path, capsys):
+    """With the mapper frozen, stage 2's packed file holds rows and LoRA alone, and loads as if it held everything."""
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 2, "--uas", uas, "--freeze-mapper")
+    checkpoint, folder = checkpoint_folders(tmp_path / "run")[0] / "trained.safetensors", tmp_path / "w" / "minigpt5"
+    shutil.copytree(weights, tmp_path / "w")
+    folder.mkdir(exist_ok=True)
+    for source, name in ((checkpoint_folders(uas)[0] / "trained.safetensors", "uas"), (checkpoint, "mls-story")):
+        call_weights("pack", source, "--out", folder / f"{name}.safetensors")
+    held = load_file(folder / "mls-story.safetensors")
+    assert set(held) == {name for name in load_file(checkpoint) if "lora_" in name or name.startswith("vokens.")}
+    model = load_minigpt5(tmp_path / "w", folder / "mls-story.safetensors")
+    expected = load_file(checkpoint)
+    assert all(torch.equal(p, expected[n].half().float()) for n, p in model.trained_parameters().items())
+    call_weights("check", tmp_path / "w")
+    (folder / "uas.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"uas\.safetensors: no such file"):
+        load_minigpt5(tmp_path / "w", folder / "mls-story.safetensors")
 
 
 @pytest.mark.parametrize("adapter", [(), ("--prefix",)])
