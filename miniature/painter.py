@@ -37,6 +37,7 @@ UNET_SIZES = UNetConfig(
 )
 SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
 DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
+DECIDING = 400, 950  # timesteps where it is decided what goes where: half of a batch is from these
 PROMPTS = 301  # purpose of the random streams
 
 
@@ -77,6 +78,8 @@ class DiffusionRecipe(Recipe):
         B, shape = self.batch_size, (self.batch_size, *self.latents.shape[2:])
         tops = (len(self.latents), PHRASINGS, SCHEDULE.num_train_timesteps)
         rows, phrasing, t = (torch.randint(top, (B,), generator=generator).to(self.device) for top in tops)
+        half = B // 2
+        t[:half] = torch.randint(*DECIDING, (half,), generator=generator).to(self.device)
         drop, unmasked = (torch.rand(B, generator=generator).to(self.device) < share for share in (DROP_RATE, 0.5))
         sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
         mean, deviation = self.latents[rows].float().unbind(1)
