@@ -205,10 +205,13 @@ def test_documents_fit_their_rows(shop):
         ids = [i for i, _ in documents.encode(tokenizer, row, rng)]
         assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
         assert tokenizer.ends(ids)
-    ids, weights = documents.language_row(path, 0, "train", 5)
-    assert len(ids) == len(weights) == documents.LENGTH and ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
+    rows = [documents.language_row(path, 0, "train", i) for i in range(20)]
+    for ids, weights in rows:
+        assert len(ids) == len(weights) == documents.LENGTH
+        assert ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
+    ids, weights = np.concatenate(rows, axis=1)
+    assert set(weights) == {1, documents.TOLD_WEIGHT, documents.PICTURE_WEIGHT}
     heavy = tokenizer.decode(ids[weights == documents.PICTURE_WEIGHT].tolist()).split()
-    assert set(weights) == {1, documents.PICTURE_WEIGHT}
     assert set(heavy) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES}
 
 
