@@ -41,6 +41,7 @@ from loading import (
 )
 from lora import Prefix, add_lora
 from mapper import VokenMapper
+from parallel import shard
 from qformer import ImageEncoder, load_image_encoder
 from quantize import load_int8_llama
 from scheduler import NoiseSchedule, load_schedule
@@ -301,7 +302,8 @@ class MiniGPT5(nn.Module):
         """{"loss", "text_loss", "ldm_loss", "cap_loss"}, the last two only where their inputs are given.
 
         posterior: mean and log variance of the M output pictures; captions: encodings of the M captions (M, S, Dc) and
-        of the empty one (1, S, Dc), which a dropped picture is held to; inputs: the input pictures, if any.
+        of the empty one (1, S, Dc), which a dropped picture is held to; inputs: the input pictures, if any. Draws of no
+        picture differ from None in that mapper and UNet are gone through, with no effect (see parallel.shard).
         """
         hidden = self.hidden_states(self.embed(rows.ids, inputs), rows.targets)  # (B, T, D)
         before = (rows.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
@@ -316,10 +318,10 @@ class MiniGPT5(nn.Module):
 
         features = self.voken_features(hidden, rows.picture_rows, rows.picture_starts)  # (M, N, D)
         M = len(features)
-        share = torch.full((M,), 1 / M, device=self.device)
-        if self.compiled_for:  # pictures without a share fill up
-            step = -(-self.compiled_for // 8)
-            fill = partial(padded, length=-(-M // step) * step)
+        share = torch.full((M,), 1 / max(1, M), device=self.device)
+        if self.compiled_for or not M:  # pictures without a share fill up
+            step = -(-self.compiled_for // 8) or 1
+            fill = partial(padded, length=max(1, -(-M // step)) * step)
             features, share, draws = fill(features), fill(share), Draws(*map(fill, draws))
             posterior = posterior and tuple(map(fill, posterior))
             captions = captions and (fill(captions[0]), captions[1])
@@ -327,7 +329,7 @@ class MiniGPT5(nn.Module):
         for name, weight in (("ldm_loss", LDM_WEIGHT), ("cap_loss", CAP_WEIGHT)):
             if name in losses:
                 losses["loss"] = losses["loss"] + weight * losses[name]
-        return losses
+        return losses if M else {name: losses[name] for name in ("loss", "text_loss")}
 
     def checkpoint_gradients(self) -> None:
         """Of the frozen networks that gradients pass through keep no more than each layer's input, and compute the
@@ -336,6 +338,11 @@ class MiniGPT5(nn.Module):
         halves = [(b.resnets, b.attentions) for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
         for layer in chain(self.llama.model.layers, *(layers for block in halves for layers in block)):
             layer.forward = partial(twice, layer.forward)
+
+    def shard(self) -> None:
+        """Leave this process its part of Vicuna's and the UNet's layers (see parallel.py): for training."""
+        shard(self.llama, self.llama.model.layers, self.device)
+        shard(self.unet, self.unet.layers(), self.device)
 
     def compile_losses(self, batch_size: int) -> None:
         """Compile what the losses are made of, for batches of that size.
@@ -477,24 +484,26 @@ def load_minigpt5(
     read_captions: bool = False,
     int8: bool = False,
     offload: bool = False,
+    sharded: bool = False,
 ) -> MiniGPT5:
     """The stack in the folder `weights` (README, "Weights"), with the trained parts of `checkpoint` or untrained ones.
 
     dtype: see `number_types`. Without read_pictures the image encoder, without read_captions the text encoder is left
     out. int8: the language model's matrices in 8 bits. offload: the frozen parts stay on the host until `loading.on`
-    brings them, as answers do.
+    brings them, as answers do. sharded: see `MiniGPT5.shard`.
     """
     weights = Path(weights)
     diffusion = weights / "stable-diffusion"
     language, painting = number_types(weights, dtype, device)
     home, load_language = "cpu" if offload else device, load_int8_llama if int8 else load_llama
+    cut = "cpu" if sharded else home  # layers go to the device one by one
     if checkpoint:
         vokens = checkpoint_contents(checkpoint)[1]["vokens.input"].get_shape()[0] - 1
     tokenizer = Tokenizer(weights / "vicuna" / "tokenizer.model", vokens)
     model = MiniGPT5(
         tokenizer,
-        load_language(weights / "vicuna", language, home),
-        load_unet(diffusion / "unet", painting, home),
+        load_language(weights / "vicuna", language, cut),
+        load_unet(diffusion / "unet", painting, cut),
         load_vae(diffusion / "vae", painting, home),
         load_schedule(diffusion / "scheduler").to(device),
         read_config(TextConfig, diffusion / "text_encoder" / "config.json").max_position_embeddings,
@@ -504,6 +513,8 @@ def load_minigpt5(
     )
     model.vokens.to(device)
     model.mapper.to(device)
+    if sharded:
+        model.shard()
     if checkpoint:
         model.add_adapters(**checkpoint_adapters(checkpoint))
         model.load_trained(checkpoint)

@@ -10,18 +10,26 @@ Each process reads the frozen weights itself and steps its own copy of what trai
 step alike. A step sends one thing from GPU to GPU: the gradients of what trains, in one flat buffer. That buffer takes
 the place of DistributedDataParallel, which would send them in pieces during the backward pass: of use between slow
 machines, but harder to see through. The hosts exchange single numbers beside it.
+
+With --shard no process holds all frozen weights: `shard` leaves each a part of every layer. A layer is put together
+when its turn comes, forward and backward, and taken apart again, so all processes have to go through it together.
 """
 
 import atexit
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -30,6 +38,10 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo's; NCCL does not return, and torchrun ends the process
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        sends = frame.f_globals.get("__name__", "").startswith("torch.distributed")
+        if not sends or isinstance(error, torch.OutOfMemoryError):
+            raise
         raise ValueError(f"the other processes of the run do not answer ({str(error).splitlines()[0]})") from None
 
 
@@ -110,3 +122,38 @@ class Gradients:
         self.skipped = self.skipped + found_inf
         self.in_a_row = (self.in_a_row + 1) * found_inf
         self.longest = torch.maximum(self.longest, self.in_a_row)
+
+
+# ---- frozen weights in parts
+
+
+class Layers(nn.Module):
+    """FSDP2 wants a module above the layers and would share out all that it finds under it: these, and nothing else."""
+
+    def __init__(self, layers: Iterable[nn.Module], forward: Callable):
+        super().__init__()
+        self.layers, self.forward = nn.ModuleList(layers), forward
+
+
+def shard(module: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
+    """Leave each process its part of the frozen `layers` of `module`, on `device`, and put all else of it there whole.
+
+    Each layer must be used by calling it. One inside another comes before it. They are moved to the device one by one,
+    so that a GPU need not hold them all at once. What is added to a layer later, such as LoRA's matrices, stays whole.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    root = Layers(layers, module.forward)
+    for layer in root.layers:
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP2 cuts no channels-last convolution
+        fully_shard(layer, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+    module.to(device)
+    module.forward = partial(nn.Module.__call__, root)  # not `root`, which would become a part of the module
+
+
+def weights_held(*modules: nn.Module) -> tuple[int, int]:
+    """Bytes of the modules' frozen weights on this process, and of all of them."""
+    frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
+    own = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
+    return own, sum(p.numel() * p.element_size() for p in frozen)

@@ -23,7 +23,7 @@ from data import describe
 from features import find_features, picture_size
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE, collate, few_lengths, load_minigpt5
-from parallel import Gradients, World
+from parallel import Gradients, World, together, weights_held
 from qformer import preprocess_input
 from stories import TASKS, open_stories
 from tars import expand
@@ -97,7 +97,8 @@ def main() -> None:
     features = find_features(expand(data), args.weights)
 
     sees = "queries" not in features
-    model = load_minigpt5(args.weights, first, args.vokens, DTYPES[args.dtype], device, read_pictures=sees)
+    parts = {"read_pictures": sees, "sharded": args.shard}
+    model = load_minigpt5(args.weights, first, args.vokens, DTYPES[args.dtype], device, **parts)
     if not sees:
         model.vae.encoder, model.queries = None, features.shapes["queries"][0]
     if model.lora or model.prefix:
@@ -112,6 +113,9 @@ def main() -> None:
     mapper = "" if args.no_ldm or args.freeze_mapper else " and mapper transformer"
     print(f"trained: {sum(p.numel() for p in trained):,} parameters in {adapter}, voken rows{mapper}")
     print(f"precomputed: {', '.join(features.made_with) or 'nothing'}")
+    if args.shard:
+        own, whole = weights_held(model.llama, model.unet)
+        print(f"sharded: each process holds {own:,} of the {whole:,} bytes of Vicuna and UNet")
 
     side = model.image_encoder.vision_model.config.image_size if sees else None
     with world.first():  # it leaves the indices of the tars to the other ranks
@@ -146,7 +150,7 @@ def main() -> None:
     if world.rank == 0:
         cut_log(log, start)
 
-    compiled = device.type == "cuda" if args.compile is None else args.compile
+    compiled = device.type == "cuda" and not args.shard if args.compile is None else args.compile
     if args.gradient_checkpointing:
         model.checkpoint_gradients()
     if compiled:
@@ -157,7 +161,7 @@ def main() -> None:
     model.train()  # LoRA's dropout; the frozen parts have none
 
     bar = partial(tqdm, unit="step", dynamic_ncols=True, disable=world.rank > 0)
-    with stop_signals() as asked, bar(range(start, total), "mls", total, initial=start) as bar:
+    with together(), stop_signals() as asked, bar(range(start, total), "mls", total, initial=start) as bar:
         for step in bar:
             # ---- one step
             optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
@@ -171,6 +175,9 @@ def main() -> None:
                     places = (args.seed, step, place * args.batch_size)
                     draws = draw_pictures(model, rows.picture_rows.tolist(), drop_rate, *places)
                     posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
+                elif args.shard:  # the other ranks may have pictures, and need this one's part of the UNet
+                    draws = model.draw(0, torch.Generator())
+                    posterior = None if args.no_ldm else (draws.noise, draws.noise)
                 rows, inputs = rows.to(device), batch["inputs"]
                 losses = model.losses(rows, draws, posterior, inputs=inputs, min_snr_gamma=args.min_snr_gamma)
                 gradients.backward(losses["loss"] / args.accumulate)
@@ -180,7 +187,7 @@ def main() -> None:
             # ---- the step is done
 
             done, stopping = step + 1, world.any(bool(asked))
-            if shown is None and draws is not None:
+            if shown is None and batch["outputs"] is not None:
                 shown = (rows, inputs, batch["outputs"], [target for _, target in batch["pairs"]])
             if done % args.log_every == 0 or done == total:
                 record = meter.line(done, optimizer, batches.bad, gradients)
@@ -189,10 +196,11 @@ def main() -> None:
                     append_log(log, record)
                 bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
                 stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
-            if world.rank == 0 and args.sample_every and done % args.sample_every == 0:
-                if shown is not None:
-                    paint_samples(model, *shown, out / "samples.png")
-                draw_losses(read_log(log), out / "losses.png")
+            if args.sample_every and done % args.sample_every == 0:
+                if not world.any(shown is None) and (world.rank == 0 or args.shard):
+                    paint_samples(model, *shown, None if world.rank else out / "samples.png")
+                if world.rank == 0:
+                    draw_losses(read_log(log), out / "losses.png")
             if done % args.save_every == 0 or done == total or stopping:
                 state = run_state(args, batches, meter, gradients)
                 if world.rank == 0:

@@ -23,7 +23,7 @@ from features import find_features, picture_size
 from miniature.world import write_pairs
 from minigpt5 import DROP_RATE, collate, few_lengths, load_minigpt5
 from muon import Muon
-from parallel import Gradients, World
+from parallel import Gradients, World, together, weights_held
 from tars import expand
 from training import (
     Meter,
@@ -99,7 +99,8 @@ def main() -> None:
 
     encodes = captioned and "encoding" not in features
     dtype = DTYPES[args.dtype]
-    model = load_minigpt5(args.weights, None, args.vokens, dtype, device, read_pictures=False, read_captions=encodes)
+    parts = {"read_pictures": False, "read_captions": encodes, "sharded": args.shard}
+    model = load_minigpt5(args.weights, None, args.vokens, dtype, device, **parts)
     if "moments" in features:
         model.vae.encoder = None
     if args.start_as:
@@ -107,6 +108,9 @@ def main() -> None:
     rows_count, mapper_count = (sum(p.numel() for p in part.parameters()) for part in (model.vokens, model.mapper))
     print(f"trained: {rows_count:,} parameters in the voken rows, {mapper_count:,} in the mapper; all else is frozen")
     print(f"precomputed: {', '.join(features.made_with) or 'nothing'}")
+    if args.shard:
+        own, whole = weights_held(model.llama, model.unet)
+        print(f"sharded: each process holds {own:,} of the {whole:,} bytes of Vicuna and UNet")
 
     matrices = [p for p in model.mapper.parameters() if args.muon and p.dim() == 2]
     others = [p for p in model.mapper.parameters() if not args.muon or p.dim() != 2]
@@ -129,7 +133,7 @@ def main() -> None:
     if world.rank == 0:
         cut_log(log, start)
 
-    compiled = device.type == "cuda" if args.compile is None else args.compile
+    compiled = device.type == "cuda" and not args.shard if args.compile is None else args.compile
     if args.gradient_checkpointing:
         model.checkpoint_gradients()
     if compiled:
@@ -140,7 +144,7 @@ def main() -> None:
     done, shown = start, None
 
     bar = partial(tqdm, unit="step", dynamic_ncols=True, disable=world.rank > 0)
-    with stop_signals() as asked, bar(range(start, total), "uas", total, initial=start) as bar:
+    with together(), stop_signals() as asked, bar(range(start, total), "uas", total, initial=start) as bar:
         for step in bar:
             # ---- one step
             factor = learning_rate_factor(step, args.warmup, total)
@@ -173,9 +177,11 @@ def main() -> None:
                     append_log(log, record)
                 bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
                 stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
-            if world.rank == 0 and args.sample_every and done % args.sample_every == 0:
-                paint_samples(model, *shown, out / "samples.png")
-                draw_losses(read_log(log), out / "losses.png")
+            if args.sample_every and done % args.sample_every == 0:
+                if world.rank == 0 or args.shard:
+                    paint_samples(model, *shown, None if world.rank else out / "samples.png")
+                if world.rank == 0:
+                    draw_losses(read_log(log), out / "losses.png")
             if done % args.save_every == 0 or done == total or stopping:
                 state = run_state(args, batches, meter, gradients)
                 if world.rank == 0:

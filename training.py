@@ -71,6 +71,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
     add("--gradient-checkpointing", action="store_true", help="compute frozen layers twice to save memory")
+    add("--shard", action="store_true", help="each of several processes holds a part of Vicuna and of the UNet")
 
 
 def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
@@ -78,11 +79,15 @@ def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse
     for name in ("drawn", "batch_size", "accumulate", "group", "max_nonfinite", "save_every", "log_every", "vokens"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.shard and args.compile:
+        parser.error("--shard goes without --compile: layers that are put together on the way cannot be compiled")
     return args
 
 
 def open_run(args: argparse.Namespace, world: World) -> Path:
-    """The run's folder. ValueError where it holds a run already that is not to be resumed."""
+    """The run's folder. ValueError where it holds a run already that is not to be resumed, or for --shard alone."""
+    if args.shard and world.size == 1:
+        raise ValueError("--shard needs several processes: torchrun starts them (README, Several GPUs)")
     out = make_folder(args.out)
     for left in sorted(out.glob(".*.tmp")) if world.rank == 0 else []:
         print(f"removed: {left}, which an earlier process could not finish")
@@ -426,10 +431,10 @@ def draw_losses(records: list[dict], path: Path) -> None:
 
 @torch.no_grad()
 def paint_samples(
-    model: MiniGPT5, rows: Rows, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path
+    model: MiniGPT5, rows: Rows, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path | None
 ) -> None:
     """The first four pictures of a batch, pixels or moments, above what their vokens paint, each with its words, always
-    from one noise."""
+    from one noise. Where layers are sharded all ranks have to paint, those without a path for the others."""
     training = model.training
     hidden = model.eval().read(rows, inputs)
     features = model.voken_features(hidden, rows.picture_rows[:4], rows.picture_starts[:4])
@@ -439,5 +444,7 @@ def paint_samples(
         means = send(real[:4, 0], model.device).to(type_of(model.vae))
         real = model.vae.decode(means * model.vae.config.scaling_factor)
     model.train(training)
+    if path is None:
+        return
     columns = zip(rows.picture_rows.tolist(), real, painted, strict=False)
     draw_grid([(words[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)

@@ -279,6 +279,12 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """Nearly all of the weights in pieces that are each called as a whole; one inside another comes before it."""
+        modules = list(self.modules())
+        early = [m for b in modules if isinstance(b, TransformerBlock) for m in (b.attn2.to_k, b.attn2.to_v)]
+        return early + [m for m in modules if isinstance(m, ResBlock | SpatialTransformer | Downsample | Upsample)]
+
     def keys_values(self, encoder_hidden_states: torch.Tensor) -> list[KeysValues]:
         """Conditioning (B, S, D) -> what every cross-attention makes of it, in the order of use. It is the same in all
         steps of a picture; `forward` takes it in the conditioning's place."""

@@ -93,6 +93,8 @@ def attempt(family: str, seed: int, number: int, folder: Path, limited: bool = T
         outcome, text = "memory", traceback.format_exc()
     except Exception as error:
         outcome, text = judged(error, folder), traceback.format_exc()
+        if outcome == "refused" and what.endswith("nothing"):
+            outcome = "wrong"  # nothing is bad in it
     finally:
         set_alarms(0, 0)
     used, seconds = max(0, memory("VmHWM") - before), time.process_time() - start

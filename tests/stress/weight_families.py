@@ -116,6 +116,8 @@ def read_bad_run(what: str, rng: Random, folder: Path) -> str:
         (folder / name).mkdir()
         for file, content in contents.items():
             (folder / name / file).write_bytes(content)
+    if older:
+        (folder / "step-00000003" / "state.json").write_text('{"step": 3, "data": {}}', encoding="utf-8")
     newest = folder / "step-00000007"
     if what == "state.json":
         content = contents["state.json"]
