@@ -45,7 +45,9 @@ WAIT = 0.2  # seconds between looks at the running jobs
 
 def check_settings(options: Options) -> None:
     """ValueError where OUT holds jobs of another budget or of other weights."""
-    files = sorted(path for path in options.weights.rglob("*") if path.is_file() and "minigpt5" not in path.parts)
+    files = [path for path in options.weights.rglob("*") if path.is_file()]
+    # No experiment starts from the checkpoints that are there, but all take the options in their folder's config.json.
+    files = sorted(path for path in files if path.parent.name != "minigpt5" or path.suffix == ".json")
     now = {name: value for name, value in asdict(options).items() if name in ("steps", "n", "samples", "denoise")}
     now |= {"weights": fingerprint(files), "networks": list(options.networks)}
     path = options.out / "settings.json"

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from random_weights import write_random_weights
 
-from experiments import claims, paper, report, systems
+from experiments import claims, paper, report
 from experiments.claims import CLAIMS, verdict
 from experiments.duel import WAYS, compare, judged
 from experiments.systems import METRICS, PARTS, SCORINGS, SYSTEMS, TABLES, Job, Options, plan
@@ -85,7 +85,6 @@ def test_every_job_and_the_report(monkeypatch, weights, tmp_path):
     """A second call runs nothing and writes the same report; other budgets and weights are refused."""
     monkeypatch.setattr(paper.subprocess, "Popen", InProcess)
     monkeypatch.setattr(paper, "WAIT", 0)
-    monkeypatch.setattr(systems, "GUIDANCES", (1, 3))
     small = (*SMALL, "--weights", weights, "--out", tmp_path / "out", "--report", tmp_path / "report")
     parts = ("table1", "table3", "table4", "table5", "table6", "figure7", "figure4", "pairs")
     call(monkeypatch, *small, "--seeds", 0, "--only", *parts)
@@ -96,9 +95,11 @@ def test_every_job_and_the_report(monkeypatch, weights, tmp_path):
                 line for line in shown.split(report.NAMES[part])[1].splitlines() if line.startswith(f"| {label} |")
             )
             assert any(cell[:1].isdigit() for cell in row.split("| ")[2:]), row
-    assert "not decided (one seed)" in shown and "not measured" in shown  # of Table 2 nothing was asked for
+    assert "**not decided (one seed)**" in shown and "**not measured**" in shown  # of Table 2 nothing was asked for
     pictures = {path.name: Image.open(path).size for path in (tmp_path / "report").glob("*.png")}
-    assert set(pictures) == {"figure7.png", "figure4.png", "pairs.png"} and pictures["figure4.png"][0] == 2 * (112 + 8)
+    assert set(pictures) == {"figure6.png", "figure7.png", "figure4.png", "pairs.png"} and pictures["figure4.png"][
+        0
+    ] == 2 * (112 + 8)
     jobs = (tmp_path / "out" / "times.jsonl").read_text()
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
