@@ -12,12 +12,15 @@ stopped run goes on; without it answers are only read. OUT gets all figures as J
     fid, is                       Inception's features             a grey picture
     clip-i, clip-t, hps           cosine with picture, with text   0
     judge-distance, judge-score   the miniature judge's features   a grey picture
+    image-image, image-text       as CLIP's, by the miniature's    0
     attributes                    facts that the judge sees        wrong in everything
 
     metric                        of words that are wanted         an answer without words counts as
     bleu-1, bleu-2                n-grams of all answers           too short
     rouge-l, meteor, s-bert       means over answers               0
+    true                          answers without a wrong fact     wrong
     mm-relevance                  words and pictures of dialogues  parts not said, in both definitions
+    relevance                     the released code's definition, by the miniature's pairing
 
 Where pictures are missing a second column has the same metrics of the cases that miss none, which is what the released
 code reports. A metric that cannot be computed is named with the reason.
@@ -142,6 +145,7 @@ def arguments() -> argparse.Namespace:
         ("sbert", "folder of a sentence-transformers model"),
         ("meteor", "nltk_data folder with WordNet"),
         ("judge", "the miniature's judge; default: judge.safetensors in WEIGHTS, if there"),
+        ("pairing", "the miniature's pairing; default: pairing.safetensors in WEIGHTS, if there"),
     ):
         add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
     add_weights_option(parser)
@@ -166,8 +170,10 @@ def arguments() -> argparse.Namespace:
         parser.error("--max-new-tokens, --steps and --batch-size are at least 1, --n and --seed at least 0")
     if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
         parser.error("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
-    judge = args.weights / "judge.safetensors"
-    args.judge = args.judge or (judge if judge.is_file() else None)
+    for name in ("judge", "pairing"):
+        path = args.weights / f"{name}.safetensors"
+        if getattr(args, name) is None and path.is_file():
+            setattr(args, name, path)
     args.answers = args.answers or args.out.with_name(f"{args.out.stem}-answers")
     return args
 

@@ -28,6 +28,7 @@ from evaluation.metrics import (
 )
 from evaluation.scorers import Unavailable
 from miniature.exam import NOTHING, right_shares
+from miniature.score_stories import true_of
 
 
 @dataclass
@@ -109,6 +110,14 @@ def over_answers(compare: Callable | None, bench: Bench, outcomes: list[Outcome]
     return mean([compare(words(o.text), words(o.case.words)) if o.text else 0.0 for o in outcomes if o.case.words])
 
 
+def truth(bench: Bench, outcomes: list[Outcome]) -> float:
+    """The share of answers that say something of the case's true picture and nothing that is wrong."""
+    labelled = [outcome for outcome in outcomes if outcome.case.words and outcome.case.facts]
+    if not labelled:
+        raise Unavailable("the data has no labels of the miniature's world")
+    return mean([true_of(outcome.text, outcome.case.facts) for outcome in labelled])
+
+
 def sentence_similarity(bench: Bench, outcomes: list[Outcome]) -> float:
     outcomes = [outcome for outcome in outcomes if outcome.case.words]
     said, known = (
@@ -119,19 +128,17 @@ def sentence_similarity(bench: Bench, outcomes: list[Outcome]) -> float:
     return mean([value if outcome.text else 0.0 for outcome, value in pairs])
 
 
-def relevance(by_modality: bool, bench: Bench, outcomes: list[Outcome]) -> float:
-    """The mean over dialogues of the released code's definition, or over turns of MMDialog's own. The released code
-    takes a turn's words as one text, MMDialog as they stand between the pictures."""
+def relevance(by_modality: bool, name: str, bench: Bench, outcomes: list[Outcome]) -> float:
+    """The mean over dialogues of the released code's definition, or over turns of MMDialog's own, with the features of
+    the network `name`. The released code takes a turn's words as one text, MMDialog as they stand between pictures."""
     said = [[outcome.text, *range(len(outcome.came))] if by_modality else outcome.segments for outcome in outcomes]
     wanted = [[outcome.case.turn.text, *range(len(outcome.wanted))] for outcome in outcomes]
     texts = sorted({part for parts in said + wanted for part in parts if isinstance(part, str) and part})
-    features = dict(zip(texts, encode(bench, "clip", texts), strict=True))
+    features = dict(zip(texts, encode(bench, name, texts), strict=True))
 
     def parts(segments: list[str | int], pictures: list[dict]) -> list[Part]:
         known = [segment for segment in segments if segment != ""]
-        return [
-            Part("words", features[s]) if isinstance(s, str) else Part("picture", pictures[s]["clip"]) for s in known
-        ]
+        return [Part("words", features[s]) if isinstance(s, str) else Part("picture", pictures[s][name]) for s in known]
 
     groups = {}
     for outcome, ours, theirs in zip(outcomes, said, wanted, strict=True):
@@ -172,15 +179,18 @@ METRICS = {
     "hps": Metric("HPS v2", "hps", "pictures", partial(beside_texts, "hps")),
     "judge-distance": Metric("Frechet distance, judge", "judge", "pictures", partial(distance, "judge")),
     "judge-score": Metric("Inception-style score, judge", "judge", "pictures", partial(score, "judge")),
-    "image-text": Metric("image-text score, miniature", "pairing", "pictures", partial(beside_texts, "pairing")),
+    "image-image": Metric("image-image score, pairing", "pairing", "pictures", partial(beside_pictures, "pairing")),
+    "image-text": Metric("image-text score, pairing", "pairing", "pictures", partial(beside_texts, "pairing")),
     "attributes": Metric("right", "judge", "pictures", attributes),
     "bleu-1": Metric("BLEU-1", None, "words", partial(bleu, 1)),
     "bleu-2": Metric("BLEU-2", None, "words", partial(bleu, 2)),
     "rouge-l": Metric("ROUGE-L", None, "words", partial(over_answers, rouge_l)),
+    "true": Metric("words true of the picture", None, "words", truth),
     "meteor": Metric("METEOR", "meteor", "words", partial(over_answers, None)),
     "s-bert": Metric("S-BERT", "sbert", "words", sentence_similarity),
-    "mm-relevance": Metric("MM-Relevance, released code's", "clip", "dialogues", partial(relevance, True)),
-    "mm-relevance-mmdialog": Metric("MM-Relevance, MMDialog's", "clip", "dialogues", partial(relevance, False)),
+    "mm-relevance": Metric("MM-Relevance, released code's", "clip", "dialogues", partial(relevance, True, "clip")),
+    "mm-relevance-mmdialog": Metric("MM-Relevance, MMDialog's", "clip", "dialogues", partial(relevance, False, "clip")),
+    "relevance": Metric("MM-Relevance, pairing", "pairing", "dialogues", partial(relevance, True, "pairing")),
 }
 
 

@@ -7,6 +7,7 @@
     sbert       folder of all-MiniLM-L6-v2                 sentence-transformers                       (n, D)
     meteor      nltk_data folder with corpora/wordnet      nltk                                        compares words
     judge       miniature/judge.py                         none                    (n, 128) (n, 72)
+    pairing     miniature/pairing.py                       none                    (n, 128)            (n, 128)
 
 The released code takes CLIP ViT-L/14, for MM-Relevance ViT-B/32. The libraries are those of `pip install -e '.[eval]'`.
 Nothing is downloaded: what is not where the command line says ends in `Unavailable`, one line that says why.
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from images import resize_and_crop, to_tensor
 from miniature.judge import WHOLE_SIZES, load_judge, read
+from miniature.pairing import load_pairing
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before the libraries are imported
 
@@ -145,8 +147,18 @@ class WorldJudge:
         }
 
 
-def no_pairing(path: Path, device: torch.device):
-    raise Unavailable("the miniature has no contrastive image-text model yet")
+class WorldPairing:
+    """The miniature's pictures and texts in one space."""
+
+    def __init__(self, path: Path, device: torch.device):
+        self.net, self.device = load_pairing(path, device), device
+
+    def pictures(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
+        pixels = 2 * pixels_of(pictures, JUDGED_SIDE) - 1
+        return {"pairing": self.net.see(pixels.to(self.device)).cpu()}
+
+    def texts(self, texts: list[str]) -> Tensor:
+        return self.net.read(texts).cpu()
 
 
 OPENERS: dict[str, Callable] = {
@@ -156,15 +168,15 @@ OPENERS: dict[str, Callable] = {
     "sbert": SentenceBert,
     "meteor": Meteor,
     "judge": WorldJudge,
-    "pairing": no_pairing,
+    "pairing": WorldPairing,
 }
 
 
 def open_network(name: str, path: Path | None, device: torch.device):
     """The network `name` with the weights at `path`. Raises Unavailable, whatever its library stumbles over."""
-    if path is None and name != "pairing":
+    if path is None:
         raise Unavailable(f"--{name} is not given")
-    if path is not None and not path.exists():
+    if not path.exists():
         raise Unavailable(f"--{name} {path}: no such file or folder")
     try:
         return OPENERS[name](path, device)

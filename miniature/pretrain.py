@@ -9,6 +9,7 @@ Parts, in the order in which they need one another:
 | part      | becomes                                      | learns                                                |
 | --------- | -------------------------------------------- | ----------------------------------------------------- |
 | judge     | judge.safetensors                            | to read every fact off a picture; measures the others |
+| pairing   | pairing.safetensors                          | which picture a text goes with; measures as CLIP does |
 | vae       | stable-diffusion/vae                         | to draw pictures again from their latents             |
 | decoder   | stable-diffusion/vae, its decoder            | the same, its latents as they are                     |
 | text      | stable-diffusion/text_encoder, tokenizer     | to read the facts off captions                        |
@@ -46,6 +47,7 @@ from cli import make_folder, pick_device, run
 from miniature.autoencoder import AutoencoderRecipe, DecoderRecipe
 from miniature.judge import JudgeRecipe
 from miniature.painter import DiffusionRecipe
+from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
@@ -54,6 +56,7 @@ from training import append_log, cut_log, draw_losses, read_log, step_generator,
 
 PARTS = {
     "judge": JudgeRecipe,
+    "pairing": PairingRecipe,
     "vae": AutoencoderRecipe,
     "decoder": DecoderRecipe,
     "text": TextRecipe,
@@ -63,6 +66,7 @@ PARTS = {
 }
 MINUTES = {  # of training, on a GPU and on a CPU
     "judge": (1, 15),
+    "pairing": (1, 15),
     "vae": (4, 200),
     "decoder": (2, 120),
     "text": (1, 15),

@@ -21,6 +21,7 @@ from evaluation.metrics import Part
 from loading import save_safetensors
 from miniature import world
 from miniature.judge import Judge
+from miniature.pairing import Pairing
 from minigpt5 import load_minigpt5
 
 WORDS = ("a", "the", "boat", "red", "small", "sea", "at", "night", "on", "and", "two", "cats", "kite", "sky", "it")
@@ -233,7 +234,7 @@ def test_pairs(monkeypatch, quick, weights, tars, tmp_path, capsys):
     assert {"Frechet distance, judge", "Inception-style score, judge", "right all"} < record["figures"].keys()
     assert all(0 <= value <= 1 for name, value in record["figures"].items() if name.startswith("right"))
     left_out = {"FID": "--inception is not given", "CLIP-I": "--clip is not given"}
-    left_out |= {"BLEU-1": "no words wanted", "image-text score, miniature": "no contrastive image-text model"}
+    left_out |= {"BLEU-1": "no words wanted", "image-text score, pairing": "--pairing is not given"}
     for name, reason in left_out.items():
         assert reason in record["left out"][name] and f"- left out: {name} (" in shown
     rows = {METRICS[name].title for name in METRICS}
@@ -420,6 +421,42 @@ def test_dialogues_with_clip(monkeypatch, quick, tars, tmp_path):
     assert found["other"]["pictures"]["extra"] > 0 and found["other"]["pictures"]["missing"] > 0
 
 
+def test_pairing(monkeypatch, quick, tars, tmp_path):
+    """As CLIP, in the miniature: its own pictures and words score 1, another turn's do not; a missing picture is 0."""
+    torch.manual_seed(0)
+    save_safetensors(Pairing().state_dict(), tmp_path / "pairing.safetensors")
+    replies, _ = cases.read_cases([str(tars / "dialogues.tar")], "image", False)
+    found = {}
+    for name, said in (("same", replies), ("other", replies[1:] + replies[:1]), ("silent", replies)):
+        for case, other in zip(replies, said, strict=True):
+            shown = [] if name == "silent" else cases.pictures_of(other, other.pictures)
+            write_answer(tmp_path / name, case.key, [other.turn.text, *shown])
+        options = (*quick[-2:], "--answers", tmp_path / name, "--pairing", tmp_path / "pairing.safetensors")
+        found[name] = evaluated(monkeypatch, tars / "dialogues.tar", tmp_path / f"{name}.json", *options)["figures"]
+    for name in ("image-image score, pairing", "MM-Relevance, pairing"):
+        assert found["same"][name] == pytest.approx(1) and found["other"][name] < 0.97, name
+    assert found["silent"]["image-image score, pairing"] == found["silent"]["image-text score, pairing"] == 0
+    assert found["silent"]["MM-Relevance, pairing"] < 0.97
+    # texts one by one as in a batch, white space and case aside
+    network = scorers.open_network("pairing", tmp_path / "pairing.safetensors", torch.device("cpu"))
+    texts = ["a red boat", "the sea " * 60, ""]
+    assert torch.allclose(network.texts(texts)[0], network.texts(["A  red boat."])[0], atol=1e-6)
+    assert network.texts(texts).norm(dim=-1) == pytest.approx(1)
+
+
+def test_truth_of_words(monkeypatch, quick, weights, tars, tmp_path):
+    """A caption of the true picture is true of it, one of another picture and silence are not."""
+    steps, _ = cases.read_cases([str(tars / "stories.tar")], "text", True)
+    other = next(case for case in steps[1:] if case.facts.scene != steps[0].facts.scene)
+    rng = np.random.default_rng(0)
+    for case, said in zip(steps, (world.caption(steps[0].facts, rng), "", "it is nice"), strict=False):
+        write_answer(tmp_path / "a", case.key, [said])
+    write_answer(tmp_path / "a", other.key, [world.caption(steps[0].facts, rng)])
+    options = (*quick[-2:], "--task", "text", "--last", "--answers", tmp_path / "a", "--metrics", "true")
+    record = evaluated(monkeypatch, tars / "stories.tar", tmp_path / "a.json", *options)
+    assert record["figures"] == {"words true of the picture": 1 / 4}
+
+
 def test_clip_features(tmp_path):
     """Features are those of transformers for the picture and the text alone, whatever is in the batch."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -479,7 +516,7 @@ def test_why_a_network_is_not_there(tmp_path, monkeypatch):
         ("clip", tmp_path / "no", "no: no such file or folder$"),
         ("clip", tmp_path, "^transformers is not installed: pip install"),
         ("judge", file, "not a whole safetensors file"),
-        ("pairing", None, "no contrastive image-text model"),
+        ("pairing", file, "not a whole safetensors file"),
     ):
         with pytest.raises(scorers.Unavailable, match=reason) as caught:
             scorers.open_network(name, path, cpu)

@@ -1,0 +1,211 @@
+"""Stable Diffusion alone, the paper's text-to-image baseline: a text is drawn through the frozen text encoder.
+
+    python baselines/stable_diffusion.py --data held-out.tar --answers sd-pairs                       # zero-shot
+    python baselines/train_sd.py --data stories.tar --out runs/sd
+    python baselines/stable_diffusion.py --data stories-test.tar --last --context texts --checkpoint runs/sd \\
+        --answers sd-stories                                                                          # fine-tuned
+    python baselines/stable_diffusion.py --data stories-test.tar --task text+image --words narrated \\
+        --answers two-stages                               # draws what another system's answers say: two stages
+    python evaluate.py --data held-out.tar --answers sd-pairs --out sd-pairs.json
+
+What is drawn of a case (evaluation/cases.py):
+
+    without --words   a pair's caption; of a story's step its text, after as many earlier ones as there is room for
+    with --words      the words that the other system answered, which stay the answer's words; in a dialogue only the
+                      description after "picture:" (divter.py), and no picture where there is none
+
+Pictures of the story so far cannot be told to it: --context has "none" and "texts" only.
+
+    captions -> encoding (B, S, Dc), noise (B, C, h, w) -> latents (B, C, h, w) -> pixels (B, 3, H, W)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # run as a script: the package is the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from baselines.divter import split_description
+from cli import DTYPES, add_weights_option, make_folder, pick_device, run
+from evaluation.cases import (
+    SETTINGS,
+    Case,
+    check_settings,
+    file_of,
+    generator_of,
+    read_answer,
+    read_cases,
+    write_answer,
+)
+from images import to_image
+from loading import matched, read_json, save_safetensors
+from miniature.recipe import write_json
+from minigpt5 import MiniGPT5, number_types, type_of
+from scheduler import SAMPLERS, load_schedule
+from stories import TASKS
+from text_encoder import ClipTokenizer, load_text_encoder
+from training import find_checkpoint
+from unet import load_unet
+from vae import load_vae
+
+
+class StableDiffusion(nn.Module):
+    """The published parts in the folder `weights`. A checkpoint of train_sd.py replaces the UNet's weights."""
+
+    draw, draw_latents, ldm_loss = MiniGPT5.draw, MiniGPT5.draw_latents, MiniGPT5.ldm_loss
+    encode_pictures = MiniGPT5.encode_pictures
+
+    def __init__(self, weights: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+        super().__init__()
+        folder, (reading, painting) = weights / "stable-diffusion", number_types(weights, dtype, device)
+        self.tokenizer = ClipTokenizer(folder / "tokenizer")
+        self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
+        self.unet = load_unet(folder / "unet", painting, device)
+        self.vae = load_vae(folder / "vae", painting, device)
+        self.schedule = load_schedule(folder / "scheduler").to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
+        """Texts -> (B, S, Dc). No mask: Stable Diffusion reads the padding, too."""
+        return self.text_encoder(self.tokenizer(texts)[0].to(self.device))
+
+    @torch.inference_mode()
+    def paint(self, texts: list[str], latents: Tensor, sampler: str, steps: int, guidance: float) -> Tensor:
+        """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
+        condition, dtype = self.encode([""] * len(texts) + texts), type_of(self.unet)
+        keys_values = self.unet.keys_values(condition.to(dtype))  # the same in all steps
+        solver = SAMPLERS[sampler](self.schedule, steps)
+        for index, timestep in enumerate(solver.timesteps):
+            both = self.unet(torch.cat([latents, latents]).to(dtype), timestep, keys_values)
+            without, given = both.to(torch.float32, copy=True).chunk(2)
+            latents = solver.step(without + guidance * (given - without), index, latents)
+        return self.vae.decode(latents).float()
+
+    # ---- what training.py saves and loads
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.unet.named_parameters())
+
+    def save_trained(self, path: Path, stage: str) -> None:
+        save_safetensors(self.trained_parameters(), path, {"format": "stable-diffusion", "stage": stage})
+
+    @torch.no_grad()
+    def load_trained(self, path: Path) -> None:
+        """In place: an optimiser may hold the parameters. Raises WeightsError."""
+        trained = self.trained_parameters()
+        for name, tensor in matched(trained, [path]).items():
+            trained[name].copy_(tensor)
+
+
+# ---- what is drawn
+
+
+def told(texts: list[str], tokenizer: ClipTokenizer) -> str:
+    """The last of `texts` after as many of those before it as the encoder has room for: it would cut off the end."""
+    said = texts[-1]
+    for text in reversed(texts[:-1]):
+        if len(tokenizer.encode(f"{text} {said}")) > tokenizer.length - 2:
+            break
+        said = f"{text} {said}"
+    return said
+
+
+def texts_of(case: Case, context: str, tokenizer: ClipTokenizer) -> str:
+    before = [turn.text for turn in case.before] if context == "texts" else []
+    return told([*before, case.turn.text], tokenizer)
+
+
+def described(case: Case, words: Path) -> tuple[str, str | None]:
+    """What another system said, and what is to be drawn of it, if anything."""
+    answer = read_answer(words, case.key)
+    said = " ".join(segment for segment in answer.segments if isinstance(segment, str)) if answer else ""
+    return split_description(said) if case.task == "reply" else (said, said or None)
+
+
+def context_of(args: argparse.Namespace, case: Case) -> str:
+    """Under which --context evaluate.py compares the answers: of other words it is theirs."""
+    if args.words:
+        there = args.words / SETTINGS
+        return read_json(there).get("context", "both") if there.is_file() else "both"
+    return args.context if case.task in TASKS else "both"
+
+
+# ---- the command
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, help="tars of pairs, stories or dialogues, as evaluate.py takes them")
+    add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluate.py --answers")
+    add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
+    add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")
+    add("--task", choices=TASKS, default="image", help="what a story's step asks for")
+    add("--context", choices=("none", "texts"), default="texts", help="what of a story's earlier steps is told")
+    add("--last", action="store_true", help="of each story the last step alone")
+    add("--n", type=int, default=0, help="the first so many cases; 0: all")
+    add_weights_option(parser)
+    add("--seed", type=int, default=0, help="same seed, same noise")
+    add("--steps", type=int, default=50, help="denoising steps of a picture")
+    add("--guidance", type=float, default=7.5, help="guidance against the empty text; 1: off")
+    add("--sampler", choices=sorted(SAMPLERS), default="pndm")
+    add("--batch-size", type=int, default=16, help="pictures drawn at a time")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bf16 on a GPU")
+    args = parser.parse_args()
+    if min(args.steps, args.batch_size) < 1 or min(args.n, args.seed) < 0:
+        parser.error("--steps and --batch-size are at least 1, --n and --seed at least 0")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    device = pick_device(args.device)
+    cases = read_cases(args.data, args.task, args.last)[0][: args.n or None]
+    if args.words and not args.words.is_dir():
+        raise ValueError(f"{args.words}: no such folder of answers")
+    if cases[0].task not in ("caption", "image") and not args.words:
+        raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
+    model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
+    found = find_checkpoint(args.checkpoint) if args.checkpoint else None
+    if args.checkpoint and not found:
+        raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
+    if found:
+        model.load_trained(found)
+    made = {"task": cases[0].task, "context": context_of(args, cases[0])}
+    made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
+    made |= {"words": args.words and str(args.words), "checkpoint": found and f"{found.parent.name}/{found.name}"}
+    check_settings(make_folder(args.answers), made)
+    write_json(args.answers / SETTINGS, made)
+
+    waiting = [case for case in cases if not file_of(args.answers, case.key, ".json").is_file()]
+    for start in tqdm(range(0, len(waiting), args.batch_size), desc="pictures", unit=f" x {args.batch_size}", delay=2):
+        asked = []
+        for case in waiting[start : start + args.batch_size]:
+            said, text = (
+                described(case, args.words) if args.words else ("", texts_of(case, args.context, model.tokenizer))
+            )
+            if text:
+                asked.append((case.key, said, text))
+            else:
+                write_answer(args.answers, case.key, [said] if said else [])
+        if asked:
+            latents = torch.cat([model.draw_latents(1, generator_of(args.seed, key)) for key, _, _ in asked])
+            texts = [text for _, _, text in asked]
+            pixels = model.paint(texts, latents, args.sampler, args.steps, args.guidance)
+            for (key, said, _), picture in zip(asked, pixels, strict=True):
+                write_answer(args.answers, key, [*([said] if said else []), to_image(picture)])
+    print(f"{len(waiting):,} of {len(cases):,} cases answered now, see {args.answers}")
+
+
+if __name__ == "__main__":
+    run(main)

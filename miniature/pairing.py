@@ -1,0 +1,156 @@
+"""The pairing: pictures and texts of the miniature world in one space, as CLIP has them for photographs.
+
+    pairing = load_pairing(path)
+    pairing.see(pixels)          # (B, 3, 64, 64) in [-1, 1] -> (B, 128), length 1
+    pairing.read(texts)          # B texts -> (B, 128), length 1: cosines say how well picture and text go together
+
+Two small networks learn by CLIP's loss (Radford et al. 2021), with the other pictures and texts of the batch as what
+does not go together. Half of the pairs are captions, half are steps of stories and turns of dialogues, of which many
+("it drifts to the right.") tell little of their picture. It measures what MiniGPT-5 makes and trains no part of it.
+Unlike the judge it is told no facts, and it has no idea of what it was never shown: nonsense gets a cosine too.
+
+    pixels -> features (B, 128, 8, 8) -> learned views of the places (B, K * 128) -> (B, 128)
+    words, by hash -> ids (B, T) -> small text transformer, its state at the end (B, 128) -> (B, 128)
+"""
+
+import re
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from images import draw_grid, to_image
+from loading import fill
+from miniature.facts import Picture
+from miniature.recipe import Recipe, Shop, reset, write_tensors
+from miniature.sets import cached, rows_of, to_pixels
+from miniature.world import draw, random_stream, sample_dialogue, sample_pair, sample_story
+from text_encoder import TextConfig, TextEncoder
+
+WIDTH, VIEWS, LENGTH = 128, 12, 40  # of features; learned views of a picture; words of a text, its end counted
+PAD, END, WORDS = 0, 1, 8192  # ids; words have ids by their hash, so that any text can be read: few of them collide
+ROWS = 1 << 16  # pairs to train on at most
+CHOICE = 303  # purpose of the random streams
+PAIRING_SIZES = TextConfig(
+    vocab_size=WORDS,
+    hidden_size=WIDTH,
+    intermediate_size=4 * WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=LENGTH,
+)
+
+
+def ids_of(text: str) -> list[int]:
+    """LENGTH ids: the first words, END, PAD."""
+    ids = [2 + zlib.crc32(word.encode()) % (WORDS - 2) for word in re.findall(r"[^\W_]+", text.lower())[: LENGTH - 1]]
+    return ids + [END] + [PAD] * (LENGTH - 1 - len(ids))
+
+
+class Pairing(nn.Module):
+    def __init__(self, sizes: TextConfig | None = None):
+        super().__init__()
+        widths = ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1))  # in, out, stride
+        self.features = nn.Sequential()
+        for width_in, width, stride in widths:
+            self.features.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+        self.look = nn.Parameter(0.5 * torch.randn(VIEWS, 64))
+        self.picture_projection = nn.Linear(VIEWS * WIDTH, WIDTH)
+        self.text = TextEncoder(sizes or PAIRING_SIZES)
+        self.text_projection = nn.Linear(WIDTH, WIDTH)
+        self.scale = nn.Parameter(torch.tensor([2.5]))  # of the cosines in the loss, as a logarithm
+
+    def see(self, pixels: Tensor) -> Tensor:
+        x = self.features(pixels).flatten(2)  # (B, D, L)
+        views = torch.einsum("bdl,kl->bkd", x, self.look.softmax(-1)).flatten(1)  # (B, K * D)
+        return F.normalize(self.picture_projection(views), dim=-1)
+
+    def read_ids(self, ids: Tensor) -> Tensor:
+        ends = (ids == END).long().argmax(-1)
+        states = self.text(ids)[torch.arange(len(ids), device=ids.device), ends]  # (B, D)
+        return F.normalize(self.text_projection(states), dim=-1)
+
+    def read(self, texts: list[str]) -> Tensor:
+        return self.read_ids(torch.tensor([ids_of(text) for text in texts], device=self.look.device))
+
+
+def load_pairing(path: Path, device: str | torch.device = "cpu") -> Pairing:
+    """Raises WeightsError."""
+    with torch.device("meta"):
+        pairing = Pairing()
+    return fill(pairing, [Path(path)], dtype=torch.float32, device=device)
+
+
+# ---- training
+
+
+def told_picture(seed: int, i: int, split: str = "train") -> tuple[Picture, str, int]:
+    """Picture i, a text that goes with it, its jitter: a caption, or a story's step or a dialogue's turn."""
+    if i % 2 == 0:
+        return sample_pair(seed, i, split)
+    turns, jitter = (sample_story if i % 4 == 1 else sample_dialogue)(seed, i, split)
+    shown = [turn for turn in turns if turn.picture]
+    if not shown:  # a dialogue without pictures
+        return sample_pair(seed, i, split)
+    turn = shown[int(random_stream(seed, i, CHOICE).integers(len(shown)))]
+    return turn.picture, turn.text, jitter
+
+
+def picture_row(seed: int, i: int) -> np.ndarray:
+    picture, _, jitter = told_picture(seed, i)
+    return np.asarray(draw(picture, jitter))
+
+
+def text_row(seed: int, i: int) -> np.ndarray:
+    return np.array(ids_of(told_picture(seed, i)[1]), np.int16)
+
+
+class PairingRecipe(Recipe):
+    name, lr, matrix_lr, hold = "pairing", 2e-3, 0.01, 1000
+
+    def __init__(self, shop: Shop):
+        self.modules = nn.ModuleDict({"pairing": Pairing()})
+        reset(self.modules["pairing"].text)
+        self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 128, shop.device
+        rows, workers = min(shop.pictures, ROWS), shop.workers
+        name = f"{shop.seed}-{rows}.npy"
+        make_pictures, make_texts = (rows_of(partial(row, shop.seed)) for row in (picture_row, text_row))
+        self.pictures = cached(shop.sets / f"paired-pictures-{name}", rows, make_pictures, workers).to(shop.device)
+        self.texts = cached(shop.sets / f"paired-texts-{name}", rows, make_texts, workers).to(shop.device)
+        tested = [sample_pair(shop.seed, i, "held-out") for i in range(shop.tested)]
+        self.tested_texts = [text for _, text, _ in tested]
+        drawn = np.stack([np.asarray(draw(picture, jitter)) for picture, _, jitter in tested])
+        self.tested = to_pixels(torch.from_numpy(drawn).to(shop.device))
+
+    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator).to(self.device)
+        return to_pixels(self.pictures[rows]), self.texts[rows].long()
+
+    def losses(self, modules: nn.ModuleDict, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        pairing = modules["pairing"]
+        cosines = pairing.see(pixels) @ pairing.read_ids(ids).T
+        scores = (pairing.scale.clamp(max=4.6).exp() * cosines).float()
+        own = torch.arange(len(scores), device=scores.device)
+        return {"loss": (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2}
+
+    def cosines(self, modules: nn.ModuleDict) -> Tensor:
+        return modules["pairing"].see(self.tested) @ modules["pairing"].read(self.tested_texts).T
+
+    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+        """The share of held-out pictures whose own caption is the nearest of all tested ones."""
+        nearest = self.cosines(modules).argmax(-1)
+        own = torch.arange(len(nearest), device=nearest.device)
+        return {"own_caption": (nearest == own).float().mean().item()}
+
+    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
+        """Pictures and the captions that are nearest to them."""
+        nearest = self.cosines(modules)[:10].argmax(-1).tolist()
+        columns = [(self.tested_texts[k], [to_image(p)]) for k, p in zip(nearest, self.tested, strict=False)]
+        draw_grid(columns, path.with_suffix(".png"))
+
+    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+        write_tensors(weights / "pairing.safetensors", modules["pairing"].state_dict())

@@ -1,0 +1,186 @@
+"""The paper's baselines: Stable Diffusion alone, fine-tuned and as the second of two stages; Divter's dialogues."""
+
+import json
+import sys
+
+import pytest
+import torch
+from random_weights import write_random_weights
+
+from baselines import divter, stable_diffusion, train_sd
+from baselines.stable_diffusion import StableDiffusion, told
+from cli import MINIATURE, run
+from evaluation.cases import check_settings, read_answer, read_cases, write_answer
+from generation import Sampling
+from images import to_image, to_tensor
+from loading import open_safetensors
+from miniature import exam, world
+from miniature.facts import Picture
+from miniature.words import facts_in
+
+QUICK = ("--steps", 1, "--sampler", "dpm", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("pairs", "stories", "dialogues"):
+        getattr(world, f"write_{name}")(folder / f"{name}.tar", 6, 1, size=32)
+    return folder
+
+
+def call(monkeypatch, module, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+    module.main()
+
+
+def pictures(folder, keys) -> list[torch.Tensor]:
+    return [to_tensor(read_answer(folder, key).segments[-1]) for key in keys]
+
+
+def test_told(weights):
+    """As many sentences before the last as there is room for, none cut, the nearest first."""
+    tokenizer = StableDiffusion(weights).tokenizer
+    sentence = "a small red boat sails on the sea at night"
+    most = next(n for n in range(1, 30) if len(tokenizer.encode(" ".join([sentence] * (n + 1)))) > tokenizer.length - 2)
+    texts = [f"{sentence}" for _ in range(most + 5)]
+    assert told(texts, tokenizer) == " ".join([sentence] * most)
+    assert told(["no room for me " * 30, "one", "two"], tokenizer) == "one two"
+    assert told(["alone " * 100], tokenizer) == "alone " * 100
+
+
+def test_draws_as_the_exam_does():
+    """The same noise gives the pictures of miniature/exam.py, which score.py measures as "zero-shot"."""
+    texts = ["a red boat on the sea at night", "a cat"]
+    sampling = Sampling(sampler="dpm", steps=3, guidance=3.0)
+    measured = exam.Exam(MINIATURE, None, torch.device("cpu"), sampling, 2, 0)
+    model = StableDiffusion(MINIATURE, torch.float32).eval()
+    latents = torch.cat([model.draw_latents(1, measured.generator(i)) for i in range(2)])
+    ours = [to_tensor(to_image(p)) for p in model.paint(texts, latents, "dpm", 3, 3.0)]
+    theirs = [to_tensor(picture) for picture in exam.text_to_pictures(measured, texts)]
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() <= 1 / 255
+    assert (ours[0] - ours[1]).abs().max() > 0.1
+
+
+def test_resumes_and_changes_the_pictures(monkeypatch, weights, tars, tmp_path):
+    """Three steps in pieces are three in one go; the trained UNet draws something else than the published one."""
+    options = ("--weights", weights, "--data", tars / "stories.tar", "--batch-size", 2, "--workers", 0, "--warmup", 1,
+               "--lr", 1e-3, "--log-every", 1, "--save-every", 1, "--device", "cpu")  # fmt: skip
+    call(monkeypatch, train_sd, *options, "--out", tmp_path / "one", "--steps", 3)
+    call(monkeypatch, train_sd, *options, "--out", tmp_path / "two", "--steps", 3)
+    for name in ("step-00000003", "step-00000002"):
+        for file in (tmp_path / "two" / name).iterdir() if name.endswith("3") else ():
+            file.unlink()
+    (tmp_path / "two" / "step-00000003").rmdir()
+    call(monkeypatch, train_sd, *options, "--out", tmp_path / "two", "--steps", 3, "--resume")
+    files = [tmp_path / name / "step-00000003" / "trained.safetensors" for name in ("one", "two")]
+    with open_safetensors(files[0]) as one, open_safetensors(files[1]) as two:
+        assert all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())  # noqa: SIM118
+    untrained = StableDiffusion(weights).trained_parameters()
+    trained = StableDiffusion(weights)
+    trained.load_trained(files[0])
+    moved = [not torch.equal(p, untrained[name]) for name, p in trained.trained_parameters().items()]
+    assert sum(moved) > 0.9 * len(moved)  # biases before a norm need not move
+
+    keys = [case.key for case in read_cases([str(tars / "stories.tar")], "image", True)[0]]
+    drawn = ("--weights", weights, "--data", tars / "stories.tar", "--last", *QUICK)
+    call(monkeypatch, stable_diffusion, *drawn, "--answers", tmp_path / "a")
+    call(monkeypatch, stable_diffusion, *drawn, "--answers", tmp_path / "b", "--checkpoint", tmp_path / "one")
+    before, after = pictures(tmp_path / "a", keys), pictures(tmp_path / "b", keys)
+    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_overfits_one_step(monkeypatch, weights, tmp_path):
+    world.write_stories(tmp_path / "one.tar", 1, 1, size=32)
+    call(monkeypatch, train_sd, "--weights", weights, "--data", tmp_path / "one.tar", "--batch-size", 4, "--lr", 3e-3,
+         "--workers", 0, "--warmup", 1, "--log-every", 5, "--steps", 40, "--out", tmp_path / "run",
+         "--min-snr-gamma", 0, "--device", "cpu")  # fmt: skip
+    losses = [json.loads(line)["ldm_loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    print(losses)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_context_and_resuming_answers(monkeypatch, weights, tars, tmp_path):
+    """What is told is on record, so that evaluate.py compares like with like; what is answered stays."""
+    drawn = ("--weights", weights, "--data", tars / "stories.tar", "--last", *QUICK, "--answers", tmp_path / "a")
+    call(monkeypatch, stable_diffusion, *drawn, "--n", 2)
+    first = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("0*")}
+    call(monkeypatch, stable_diffusion, *drawn)
+    now = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "a").glob("0*")}
+    assert len(first) == 4 and len(now) == 12 and first.items() <= now.items()
+    check_settings(tmp_path / "a", {"task": "image", "context": "texts"})
+    with pytest.raises(ValueError, match="context texts, not both"):
+        check_settings(tmp_path / "a", {"task": "image", "context": "both"})
+    with pytest.raises(ValueError, match=r"guidance 7\.5, not 2"):
+        call(monkeypatch, stable_diffusion, *drawn, "--guidance", 2)
+
+
+def test_two_stages(monkeypatch, weights, tars, tmp_path):
+    """The other system's words stay, and decide what is drawn; where it said nothing nothing is drawn."""
+    cases = read_cases([str(tars / "stories.tar")], "text+image", True)[0]
+    for case, words in zip(cases, ("a red boat", "a cat", ""), strict=False):
+        write_answer(tmp_path / "words", case.key, [words] if words else [])
+    drawn = ("--weights", weights, "--data", tars / "stories.tar", "--last", "--task", "text+image", *QUICK, "--n", 3)
+    call(monkeypatch, stable_diffusion, *drawn, "--words", tmp_path / "words", "--answers", tmp_path / "a")
+    answers = [read_answer(tmp_path / "a", case.key).segments for case in cases[:3]]
+    assert [answer[0] for answer in answers[:2]] == ["a red boat", "a cat"] and answers[2] == []
+    write_answer(tmp_path / "words", cases[0].key, ["two kites"])
+    call(monkeypatch, stable_diffusion, *drawn, "--words", tmp_path / "words", "--answers", tmp_path / "b")
+    other = [read_answer(tmp_path / "b", case.key).segments for case in cases[:2]]
+    assert not torch.equal(to_tensor(answers[0][1]), to_tensor(other[0][1]))
+    assert torch.equal(to_tensor(answers[1][1]), to_tensor(other[1][1]))
+
+
+def test_split_description():
+    assert divter.split_description("here it is picture: a red boat") == ("here it is", "a red boat")
+    assert divter.split_description("picture: a cat picture: a dog") == ("", "a cat")
+    assert divter.split_description("no more") == ("no more", None)
+    assert divter.split_description("oh picture:") == ("oh", None)
+
+
+def test_described_dialogues(monkeypatch, tars, tmp_path):
+    """Every picture becomes words that are true of it; nothing else changes, and it is the same every time."""
+    for name in ("a.tar", "b.tar"):
+        call(monkeypatch, divter, tars / "dialogues.tar", "--out", tmp_path / name)
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    before, after = (read_cases([str(tar)], "image", False)[0] for tar in (tars / "dialogues.tar", tmp_path / "a.tar"))
+    assert [case.key for case in before] == [case.key for case in after]
+    described = 0
+    for one, other in zip(before, after, strict=True):
+        assert not other.turn.pictures
+        words, description = divter.split_description(other.turn.text)
+        assert words == one.turn.text and (description is not None) == bool(one.turn.pictures)
+        if description:
+            described += 1
+            told = facts_in(description)
+            assert told.scene in (None, one.facts.scene) and len(told.things) == len(one.facts.things)
+    assert described > 3
+
+
+def test_errors(monkeypatch, capsys, weights, tars, tmp_path):
+    def fails(module, pattern, *arguments):
+        monkeypatch.setattr(sys, "argv", ["x.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            run(module.main)
+        assert caught.value.code == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert pattern in line, line
+
+    given = ("--weights", weights, "--answers", tmp_path / "a", *QUICK)
+    fails(stable_diffusion, "words are wanted", "--data", tars / "dialogues.tar", *given)
+    fails(
+        stable_diffusion, "no such folder of answers", "--data", tars / "pairs.tar", *given, "--words", tmp_path / "w"
+    )
+    fails(stable_diffusion, "neither a checkpoint", "--data", tars / "pairs.tar", *given, "--checkpoint", tmp_path)
+    fails(divter, "is no dialogue", tars / "stories.tar", "--out", tmp_path / "x.tar")
+    fails(train_sd, "not for this baseline", "--no-ldm", "--out", tmp_path / "run")
+    with pytest.raises(ValueError, match="without a label"):
+        divter.in_words([{"text": "look", "image": "1.0.png", "label": None}], "1")
+    label = Picture.label(world.sample_pair(0, 0)[0])
+    assert "picture: " in divter.in_words([{"text": "", "image": "1.0.png", "label": label}], "1")[0]["text"]

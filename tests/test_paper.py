@@ -1,0 +1,228 @@
+"""experiments/: every job of the plan on small random weights, jobs that fail and are stopped, the rule for claims."""
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from random_weights import write_random_weights
+
+from experiments import claims, paper, report
+from experiments.claims import CLAIMS, verdict
+from experiments.duel import WAYS, compare, judged
+from experiments.systems import METRICS, PARTS, SCORINGS, SYSTEMS, TABLES, Job, Options, plan
+from loading import save_safetensors
+from miniature.facts import Picture, Thing
+from miniature.judge import Judge
+from miniature.pairing import Pairing
+
+
+class InProcess:
+    """A job's command run at once in this process, which has imported everything already."""
+
+    def __init__(self, line, stdout, **options):
+        self.returncode, before = 0, (sys.argv, sys.stdout, sys.stderr)
+        try:
+            sys.argv, sys.stdout, sys.stderr = line[1:], stdout, stdout
+            runpy.run_path(str(paper.ROOT / line[1]), run_name="__main__")
+        except SystemExit as end:
+            self.returncode = end.code or 0
+        finally:
+            sys.argv, sys.stdout, sys.stderr = before
+
+    def poll(self):
+        return self.returncode
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+    torch.manual_seed(0)
+    save_safetensors(Judge().state_dict(), folder / "judge.safetensors")
+    save_safetensors(Pairing().state_dict(), folder / "pairing.safetensors")
+    (folder / "minigpt5").mkdir()
+    suited = {"batch_size": 2, "warmup": 1, "start_as": "a"}
+    shorter = {name: suited[name] for name in ("batch_size", "warmup")}
+    described = {"train_uas": suited, "train_mls": shorter}
+    (folder / "minigpt5" / "config.json").write_text(json.dumps(described))
+    return folder
+
+
+def call(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["experiments/paper.py", *map(str, arguments)])
+    paper.main()
+
+
+# ---- the plan
+
+
+def test_plan():
+    """All parts of the report need all that is listed, jobs come after what they need, no file is made twice."""
+    options = Options(paper.ROOT / "runs", paper.ROOT)
+    jobs = plan(options, [0, 1], list(PARTS))
+    order = list(jobs)
+    assert all(order.index(need) < order.index(name) for name, job in jobs.items() for need in job.needs)
+    assert {f"{name}.{seed}" for name in (*SYSTEMS, *SCORINGS, "table4") for seed in (0, 1)} < set(jobs)
+    assert len({job.done for job in jobs.values()}) == len(jobs)
+    fewer = plan(options, [0], ["figure6"])
+    trained = [name for name in fewer if name.rpartition(".")[0] in SYSTEMS]
+    assert trained == ["uas.0"]
+    for claim in CLAIMS:
+        assert claim.metric in METRICS and {claim.better, claim.worse} <= set(SCORINGS), claim.text
+    for table in TABLES.values():
+        assert set(table.columns) <= set(METRICS) and set(table.rows.values()) <= set(SCORINGS)
+
+
+SMALL = ("--steps", 1, "--n", 2, "--samples", 8, "--denoise", 1, "--device", "cpu", "--jobs", 1)
+
+
+def test_every_job_and_the_report(monkeypatch, weights, tmp_path):
+    """A second call runs nothing and writes the same report; other budgets and weights are refused."""
+    monkeypatch.setattr(paper.subprocess, "Popen", InProcess)
+    monkeypatch.setattr(paper, "WAIT", 0)
+    small = (*SMALL, "--weights", weights, "--out", tmp_path / "out", "--report", tmp_path / "report")
+    parts = ("table1", "table3", "table4", "table5", "table6", "figure7", "figure4", "pairs")
+    call(monkeypatch, *small, "--seeds", 0, "--only", *parts)
+    shown = (tmp_path / "report" / "README.md").read_text()
+    for part in ("table3", "table5", "table6", "figure7"):
+        for label in TABLES[part].rows:
+            row = next(
+                line for line in shown.split(report.NAMES[part])[1].splitlines() if line.startswith(f"| {label} |")
+            )
+            assert any(cell[:1].isdigit() for cell in row.split("| ")[2:]), row
+    assert "**not decided (one seed)**" in shown and "**not measured**" in shown  # of Table 2 nothing was asked for
+    pictures = {path.name: Image.open(path).size for path in (tmp_path / "report").glob("*.png")}
+    assert set(pictures) == {"figure6.png", "figure7.png", "figure4.png", "pairs.png"} and pictures["figure4.png"][
+        0
+    ] == 2 * (112 + 8)
+    jobs = (tmp_path / "out" / "times.jsonl").read_text()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+    call(monkeypatch, *small, "--seeds", 0, "--only", *parts)
+    assert (tmp_path / "out" / "times.jsonl").read_text() == jobs
+    assert (tmp_path / "report" / "README.md").read_text() == shown
+    with pytest.raises(ValueError, match="steps 1, not 2"):
+        call(monkeypatch, *small, "--steps", 2)
+    (weights / "judge.safetensors").write_bytes((weights / "judge.safetensors").read_bytes()[:-4] + b"1234")
+    with pytest.raises(ValueError, match="weights"):
+        call(monkeypatch, *small)
+
+
+# ---- the runner
+
+
+def script(folder, name: str, code: str, needs=()) -> Job:
+    (folder / f"{name}.py").write_text(code)
+    return Job([[str(folder / f"{name}.py")]], folder / f"{name}.done", tuple(needs))
+
+
+def test_failures_stop_only_what_needs_them(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    write = "import pathlib, sys; p = pathlib.Path(sys.argv[0]).with_suffix('.done'); p.write_text('x')"
+    jobs = {"bad": script(tmp_path, "bad", "raise SystemExit('no luck')")}
+    jobs["idle"] = script(tmp_path, "idle", "")  # ends well, but its file is not there
+    jobs["needs"] = script(tmp_path, "needs", write, ["bad"])
+    jobs["good"] = script(tmp_path, "good", write)
+    jobs["after"] = script(tmp_path, "after", write, ["good"])
+    failed, stopped = paper.work(jobs, tmp_path, 2, 1)
+    assert sorted(failed) == ["bad", "idle", "needs"] and not stopped
+    assert jobs["after"].done.exists() and not jobs["needs"].done.exists()
+    said = capsys.readouterr().out
+    assert "bad.txt: no luck" in said and "needs: left out" in said
+
+
+def test_stops_and_goes_on(tmp_path):
+    """Asked to stop it ends its jobs and nothing else starts; killed outright, its job keeps the folder locked."""
+    code = "import sys\nfrom pathlib import Path\nfrom experiments import paper\nfrom experiments.systems import Job\n"
+    code += "out = Path(sys.argv[1])\nwith paper.alone(out) as lock:\n    jobs = {n: Job([[str(out / 'sleep.py')]], "
+    code += "out / n) for n in 'ab'}\n    print(paper.work(jobs, out, 1, lock))\n"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "sleep.py").write_text("import time; print('here', flush=True); time.sleep(8)")
+    (tmp_path / "runner.py").write_text(code)
+
+    def runner():
+        line = [sys.executable, tmp_path / "runner.py", tmp_path]
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, cwd=paper.ROOT, env={"PYTHONPATH": "."})
+        log = tmp_path / "logs" / "a.txt"
+        while process.poll() is None and not (log.exists() and "here" in log.read_text()):
+            time.sleep(0.05)
+        log.unlink(missing_ok=True)
+        return process
+
+    process = runner()
+    process.send_signal(signal.SIGTERM)
+    assert "([], True)" in process.communicate(timeout=20)[0] and not (tmp_path / "logs" / "b.txt").exists()
+    process = runner()
+    process.kill()
+    process.wait()
+    with pytest.raises(ValueError, match="another process"), paper.alone(tmp_path):
+        pass
+    deadline = time.time() + 20
+    while time.time() < deadline:
+        try:
+            with paper.alone(tmp_path):
+                return
+        except ValueError:
+            time.sleep(0.1)
+    raise AssertionError("the lock outlived the job")
+
+
+# ---- claims and duels
+
+
+@pytest.mark.parametrize(
+    "differences, expected",
+    [
+        ([], "not measured"),
+        ([0.5], "not decided (one seed)"),
+        ([0.10, 0.12, 0.11], "holds"),
+        ([-0.10, -0.12, -0.11], "does not hold"),
+        ([0.10, 0.12, -0.11], "within noise"),
+        ([0.01, 0.10, 0.19], "within noise"),  # mean 0.1, standard error 0.052: 1.9 of them, 4.3 are needed
+        ([0.08, 0.10, 0.12], "holds"),  # 8.7 of them
+        ([0.0, 0.0, 0.0], "within noise"),
+    ],
+)
+def test_verdict(differences, expected):
+    assert verdict(differences) == expected
+
+
+def test_differences():
+    """Seed by seed; where less is better the sign turns; a seed that lacks one of them is left out."""
+    claim = claims.Claim("x", "y", "FID", "one", "other")
+    figures = {
+        ("one", 0): {"FID": 2.0},
+        ("other", 0): {"FID": 5.0},
+        ("one", 1): {"FID": 4.0},
+        ("other", 1): {"FID": 3.0},
+    }
+    figures |= {("one", 2): {"FID": 4.0}, ("other", 2): {"IS": 3.0}}
+    assert claims.differences(claim, figures) == [3.0, -1.0]
+    assert claims.differences(claim._replace(metric="IS"), figures) == []
+
+
+def test_judged():
+    boat = Thing("boat", "red", "small", "left")
+    last, following = Picture("sea", "day", (boat,)), Picture("sea", "night", (boat,))
+    right = dict.fromkeys(WAYS, True)
+    assert judged("a small red boat at sea at night", following, last, following) == right
+    nothing = judged("", Picture(None, None, ()), last, following)
+    assert nothing == dict.fromkeys(WAYS, False)
+    words = judged("a blue boat at sea", following, last, following)  # wrong of the story and of the picture
+    assert words == {"language continuity": False, "image quality": True, "multimodal coherence": False}
+    unclear = Picture("sea", "night", (boat, Thing(None)))
+    assert not judged("a red boat", unclear, last, following)["image quality"]
+    shares = compare([right, nothing, right], [words, right, right])["multimodal coherence"]
+    assert shares == pytest.approx(
+        {"first": 1 / 3, "even": 1 / 3, "second": 1 / 3, "first right": 2 / 3, "second right": 2 / 3}
+    )
+
+
+def test_spread():
+    assert report.spread([]) == "-" and report.spread([0.25]) == "0.25"
+    assert report.spread([1.0, 2.0, 3.0]) == "2 ± 1"
