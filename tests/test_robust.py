@@ -4,11 +4,15 @@ not and leaves its last checkpoint whole."""
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -303,3 +307,23 @@ def test_remains_of_a_killed_process(monkeypatch, weights, tar, tmp_path, capsys
     assert f"removed: {left}" in capsys.readouterr().out and not left.exists()
     with suppress(FileNotFoundError):
         left.rmdir()
+
+
+# ---- the commands of tests/stress, for a short time
+
+
+def stress(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(Path(__file__).resolve().parent / "stress" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def test_three_kills():
+    printed = stress("kill.py", "--count", "3", "--stage", "mls", "--steps", "6", "--seed", "1")
+    assert re.search(r"\n3 kills, \d of them while saving, \d+ s: (\d) of \1 runs end bit-identical\n$", printed)
+
+
+def test_two_ranks_stop_in_time():
+    assert "\n1 of 1 runs end with status 0 on all 2 ranks, " in stress("stop.py", "--count", "1", "--shard")
