@@ -299,6 +299,17 @@ def test_folders_that_cannot_be_written(monkeypatch, weights, tar, tmp_path, cap
         fails(train_uas.main, patch, capsys, pattern, *arguments, *more, "--out", tmp_path / "run")
 
 
+def test_checkpoints_are_removed_under_another_name(monkeypatch, tmp_path):
+    """As if the process were killed before it removes a file: of the old ones, and of one of the same step."""
+    model, optimizers, gradients = open_tiny()
+    stepped(model, optimizers, gradients)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    for step, left in ((1, "1"), (2, "21"), (3, "32"), (3, "32")):
+        save_checkpoint(tmp_path, step, model, optimizers, {"data": {}}, "uas")
+        assert [folder.name for folder in checkpoint_folders(tmp_path)] == [f"step-0000000{number}" for number in left]
+        assert all(len(list(folder.iterdir())) == 3 for folder in tmp_path.iterdir())
+
+
 def test_remains_of_a_killed_process(monkeypatch, weights, tar, tmp_path, capsys):
     left = tmp_path / ".step-00000001.4242.tmp"
     left.mkdir()
