@@ -124,7 +124,12 @@ def differences(out: Path, whole: Whole, ended: bool) -> list[str]:
     """What of a run's folder is not the whole run's."""
     folders, wrong = checkpoint_folders(out), []
     for folder in folders:
-        ours, expected = contents(folder), whole.checkpoints.get(folder.name, {})
+        expected = whole.checkpoints.get(folder.name, {})
+        try:
+            ours = contents(folder)
+        except (OSError, ValueError) as error:  # of half a one
+            wrong.append(f"{folder.name}: {error}")
+            continue
         wrong += [f"{folder.name}: {name}" for name in {**ours, **expected} if ours.get(name) != expected.get(name)]
     if ended:
         wrong += ["the log"] if log_of(out) != whole.log else []
