@@ -33,7 +33,7 @@ TEXT_SIZES = TextConfig(
     num_attention_heads=4,
     max_position_embeddings=32,
 )
-PHRASINGS, UNPLACED = 6, 2  # captions of a picture; those of them that name no place
+PHRASINGS = 4  # captions of a picture
 TEXTS = 20_000  # captions whose words become the byte-pair vocabulary
 CAPTIONS, READ = 300, 302  # purposes of the random streams
 
@@ -97,12 +97,9 @@ def tokenizer_at(folder: Path) -> ClipTokenizer:
 
 
 def caption_row(folder: Path, seed: int, i: int) -> np.ndarray:
-    """int16 (PHRASINGS, S): the ids of several captions of picture i. The first names every size and place; the last
-    ones no place, because to draw a thing in one of three places, and not in two, takes longest to learn."""
+    """int16 (PHRASINGS, S): the ids of several captions of picture i, the first of which names every size and place."""
     picture, rng = sample_pair(seed, i)[0], random_stream(seed, i, CAPTIONS)
-    texts = [full_caption(picture, rng)]
-    texts += [caption(picture, rng) for _ in range(PHRASINGS - UNPLACED - 1)]
-    texts += [caption(picture, rng, place_named=0) for _ in range(UNPLACED)]
+    texts = [(caption if k else full_caption)(picture, rng) for k in range(PHRASINGS)]
     return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
 
 

@@ -253,9 +253,9 @@ def description(picture: Picture, rng: np.random.Generator, placed: bool, dated:
     return tidy(f"{what} {where} {scene_phrase(rng, picture)} {when}")
 
 
-def caption(picture: Picture, rng: np.random.Generator, place_named: float = PLACE_NAMED) -> str:
+def caption(picture: Picture, rng: np.random.Generator) -> str:
     """One description of the picture, in any of the phrasings."""
-    placed, sized = rng.random() < place_named, rng.random() < SIZE_NAMED
+    placed, sized = rng.random() < PLACE_NAMED, rng.random() < SIZE_NAMED
     dated = picture.time != "day" or rng.random() < DAY_NAMED
     what, where = subject(rng, picture, placed, sized)
     scene = scene_phrase(rng, picture)
