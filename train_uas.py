@@ -59,6 +59,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="tars, folders, patterns, brace lists, http(s) addresses; default: drawn")
     add("--lr", type=float, default=2e-5, help="for the voken rows")
+    add("--output-lr", type=float, help="for those of the output embedding; default: --lr, as released")
     add("--mapper-lr", type=float, help="for the mapper; default: ten times --lr, as released")
     add("--muon", type=float, metavar="LR", help="Muon for the mapper's matrices; default: AdamW for all, as released")
     add("--vokens", type=int, default=8, help="vokens of a picture")
@@ -115,7 +116,8 @@ def main() -> None:
     matrices = [p for p in model.mapper.parameters() if args.muon and p.dim() == 2]
     others = [p for p in model.mapper.parameters() if not args.muon or p.dim() != 2]
     groups = [
-        {"params": list(model.vokens.parameters()), "lr": args.lr},
+        {"params": [model.vokens.input], "lr": args.lr},
+        {"params": [model.vokens.output], "lr": args.lr if args.output_lr is None else args.output_lr},
         {"params": others, "lr": args.mapper_lr or 10 * args.lr},
     ]
     optimizers = [torch.optim.AdamW(groups, eps=1e-8, fused=True)]  # weight decay 0.01, torch's default, as released

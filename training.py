@@ -4,7 +4,7 @@ A run's folder:
 
     log.jsonl               a line every few steps
     losses.png samples.png  drawn as the run goes on
-    step-00000500/          a checkpoint, written under another name and then renamed: there is no half one
+    step-00000500/          a checkpoint, written and removed under another name: there is no half one
         trained.safetensors    the voken rows and the mapper, what sample.py --checkpoint reads
         optimizer.safetensors  the optimisers' moments under the same names
         state.json             step, position in the data, sums of the next line of the log, the command's arguments
@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +227,7 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         sync_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
+        drop_checkpoint(folder)  # a damaged one of this step, which --resume passed over
         temporary.replace(folder)
         sync_folder(out)
     except (OSError, ValueError) as error:
@@ -237,8 +237,16 @@ def save_checkpoint(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in checkpoint_folders(out)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
+        drop_checkpoint(old)
     return folder
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Remove it if it is there, under another name, so that a process that is killed on the way leaves no half one."""
+    old = folder.with_name(f".{folder.name}.old.{os.getpid()}.tmp")
+    with suppress(OSError):
+        folder.replace(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -65,18 +65,13 @@ def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) ->
     return Row(uas_texts(text, 0, instruction)[0], PICTURE + END, (), (picture,))
 
 
-def look_document(rng: np.random.Generator, seed: int, i: int, split: str, things: int | None = None) -> Row:
+def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
     """A picture is shown and described, in stage 2's form or in MiniGPT-4's."""
-    picture = sample_pair(seed, i, split, things)[0]
+    picture = sample_pair(seed, i, split)[0]
     question, answer = some(rng, SHOWS), some(rng, SEES).format(description(picture, rng, True, True))
     if rng.random() < 0.6:
         return dialog_row([Turn(question, (picture,))], Turn(answer), 1, PICTURE)
     return Row(f"{SPEAKERS[0]} {PICTURE} {question} {SPEAKERS[1]}", answer + END, (picture,))
-
-
-def look_at_two_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
-    """Which attribute is which thing's takes the language model longest to learn."""
-    return look_document(rng, seed, i, split, things=2)
 
 
 def turns_of(told: list) -> list[Turn]:
@@ -97,13 +92,7 @@ def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -
     return dialog_row(turns[first_heard(k) : k], turns[k], k, PICTURE)
 
 
-MIXTURE = {
-    caption_document: 0.2,
-    look_document: 0.15,
-    look_at_two_document: 0.25,
-    story_document: 0.2,
-    dialogue_document: 0.2,
-}
+MIXTURE = {caption_document: 0.25, look_document: 0.3, story_document: 0.225, dialogue_document: 0.225}
 
 
 def document(seed: int, i: int, split: str) -> Row:

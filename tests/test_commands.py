@@ -159,6 +159,18 @@ def test_switches(monkeypatch, weights, tar, tmp_path):
     assert trained["vokens.input"].shape[0] == trained["vokens.output"].shape[0] == 2
 
 
+def test_learning_rate_of_output_rows(monkeypatch, weights, tar, tmp_path):
+    """Half of --lr is half the way; the input rows do not notice."""
+    found = {}
+    for rate in (None, "0", "5e-4"):
+        switch = ("--output-lr", rate) if rate else ()
+        train(monkeypatch, weights, tar, tmp_path / str(rate), "--steps", 1, "--warmup", 1, "--no-ldm", *switch)
+        found[rate] = load_file(tmp_path / str(rate) / "step-00000001/trained.safetensors")
+    moved = [float((found[rate]["vokens.output"] - found["0"]["vokens.output"]).abs().max()) for rate in ("5e-4", None)]
+    assert moved[1] > 0 and moved[0] == pytest.approx(moved[1] / 2, rel=0.01)
+    assert all(torch.equal(t["vokens.input"], found["0"]["vokens.input"]) for t in found.values())
+
+
 def test_epochs_and_pictures_of_a_run(monkeypatch, weights, tar, tmp_path):
     log = train(monkeypatch, weights, tar, tmp_path, "--epochs", 1, "--sample-every", 5, "--workers", 1)
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5]  # 10 pairs in batches of 2

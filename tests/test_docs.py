@@ -1,4 +1,5 @@
-"""README's figure and reading order stay true: the figure to its script and to the code, the order to the imports."""
+"""README's figure, reading order and security note stay true: the figure to its script and to the code, the order to the
+imports, the note to what is called."""
 
 import ast
 import base64
@@ -67,6 +68,22 @@ def test_reading_order_has_no_step_back():
             continue
         used = {module.split(".")[0] for module in imports(ROOT / f"{name}.py")} & {*files, *HELPERS}
         assert used <= HELPERS | set(files[:i]) | below[i], f"{name} uses {used - HELPERS - set(files[:i]) - below[i]}"
+
+
+def test_nothing_that_is_read_is_executed():
+    """As README's Security says: each pickle is read with weights_only, and no text becomes code."""
+    paths = [path for folder in (".", "baselines", "evaluation", "miniature") for path in ROOT.glob(f"{folder}/*.py")]
+    loads = []
+    for path in paths:
+        assert not {"pickle", "marshal", "dill", "yaml"} & {module.split(".")[0] for module in imports(path)}, path
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call):
+                name, options = ast.unparse(call.func), {o.arg: ast.unparse(o.value) for o in call.keywords}
+                assert name not in ("eval", "exec", "compile", "os.system"), f"{path}:{call.lineno}"
+                assert "trust_remote_code" not in options and options.get("allow_pickle", "False") == "False", path
+                assert name != "torch.load" or options.get("weights_only") == "True", f"{path}:{call.lineno}"
+                loads += [path.relative_to(ROOT).as_posix()] * (name == "torch.load")
+    assert sorted(loads) == ["convert.py", "evaluation/scorers.py", "miniature/pretrain.py"]
 
 
 def starts(name):

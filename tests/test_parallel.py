@@ -6,6 +6,7 @@ The ranks of a run are forked from one process without a GPU, each in the enviro
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -33,11 +34,19 @@ from parallel import weights_held
 from training import checkpoint_folders, read_log
 from unet import UNet, UNetConfig
 
+ROOT = Path(__file__).resolve().parents[1]
+ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SCRIPTS = {"uas": train_uas, "mls": train_mls}
 FIXED = ["--warmup", 5, "--lr", 1e-3, "--log-every", 1, "--sample-every", 0, "--workers", 0, "--steps", 4, "--group", 2]
 
 
 # ---- the ranks
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_rank(script, out: Path, arguments: list, stop_after: int = 0, spoiled: int = -1) -> None:
@@ -68,16 +77,14 @@ def run_rank(script, out: Path, arguments: list, stop_after: int = 0, spoiled: i
     Batches.__next__, dist.all_reduce, MiniGPT5.losses = next_batch, all_reduce, losses
     sys.argv = [f"{script.__name__}.py", "--out", str(out), *map(str, arguments)]
     script.main()
-    note = out / f"rank-{os.environ.get('RANK', 0)}-{len(list(out.glob('rank-0-*')))}.json"
+    rank = os.environ.get("RANK", 0)
+    note = out / f"rank-{rank}-{len(list(out.glob(f'rank-{rank}-*')))}.json"
     note.write_text(json.dumps({"keys": keys, "sent": sent, "held": held}))
 
 
 def run_ranks(stage: str, ranks: int, out: str, *job) -> list[int]:
     """Fork them; their exit statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-        where |= {"MASTER_PORT": free.getsockname()[1]}
+    where = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     children = []
     for rank in range(ranks):
         children.append(os.fork())
@@ -112,8 +119,9 @@ def folder(tmp_path_factory):
     jobs = [
         ("uas", 1, "one", [*uas, "--batch-size", 4]),
         ("uas", 2, "two", [*uas, "--batch-size", 2]),
-        ("uas", 2, "two-one", [*uas, "--batch-size", 2], 1),
-        ("uas", 1, "two-one", [*uas, "--batch-size", 4, "--resume"]),
+        ("uas", 2, "two-one-two", [*uas, "--batch-size", 2], 1),
+        ("uas", 1, "two-one-two", [*uas, "--batch-size", 4, "--resume"], 1),
+        ("uas", 2, "two-one-two", [*uas, "--batch-size", 2, "--resume"]),
         ("uas", 1, "one-two", [*uas, "--batch-size", 4], 3),
         ("uas", 2, "one-two", [*uas, "--batch-size", 2, "--resume"]),
         ("uas", 2, "spoiled", [*uas, "--batch-size", 2, "--save-every", 1], 2, 1),
@@ -130,8 +138,7 @@ def folder(tmp_path_factory):
     jobs = [(stage, ranks, str(folder / out), list(map(str, a)), *more) for stage, ranks, out, a, *more in jobs]
     for job in jobs:
         Path(job[2]).mkdir(exist_ok=True)
-    here = Path(__file__).resolve().parent
-    environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parent}:{here}"}
+    environment = ALONE | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     code = "import json, sys, test_parallel; print([test_parallel.run_ranks(*job) for job in json.loads(sys.argv[1])])"
     command = [sys.executable, "-c", code, json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=900)
@@ -164,12 +171,30 @@ def keys(folder, run: str) -> list[str]:
 # ---- tests
 
 
-@pytest.mark.parametrize("other", ["two", "two-one", "one-two"])
+@pytest.mark.parametrize("other", ["two", "two-one-two", "one-two"])
 def test_uas_on_two_ranks_is_that_on_one(folder, other):
-    """From beginning to end, and resumed on another number of ranks after a stop, in the middle of an epoch."""
+    """From beginning to end, and resumed on another number of ranks after each stop, in the middle of an epoch."""
     compare(folder, other, "one")
     counts = Counter(keys(folder, other))
     assert len(counts) == 8 and set(counts.values()) == {2}  # two epochs
+
+
+def test_two_machines(folder):
+    """README's line for them, in two torchruns that meet at a port of this one."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    line = re.search(r"the same line on both\ntorchrun (--nnodes 2 .*?)\n```", readme, re.DOTALL)[1]
+    ours = {"8": 1, "3": 2, "weights": folder / "weights", "cc3m-train-{0000..0575}.tar": folder / "pairs.tar"}
+    ours["HOST:29500"] = f"localhost:{free_port()}"
+    words = [str(ours.pop(word, word)) for word in shlex.split(line.replace("\\\n", ""))]
+    assert not ours
+    words += map(str, [*FIXED, "--out", folder / "machines"])
+    command = [sys.executable, "-m", "torch.distributed.run", *words]
+    options = {"cwd": ROOT, "env": os.environ | ALONE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    machines = [subprocess.Popen(command, text=True, **options) for _ in range(2)]
+    printed = [machine.communicate(timeout=900) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], printed
+    assert sorted("done: 4 steps" in out for out, _ in printed) == [False, True]
+    compare(folder, "machines", "one")
 
 
 def test_mls_on_two_ranks_is_that_of_two_forward_passes(folder):
@@ -231,8 +256,8 @@ def test_only_what_trains_is_sent(folder, run):
 
 def test_one_rank_writes(folder):
     """And prints; the other is silent, though it was the one that was asked to stop."""
-    assert (folder / "two-one" / "printed-1").read_text() == ""
-    printed = (folder / "two-one" / "printed-0").read_text()
+    assert (folder / "two-one-two" / "printed-1").read_text() == ""
+    printed = (folder / "two-one-two" / "printed-0").read_text()
     assert "stopped after step 1 of 4; to go on: torchrun --nnodes 1 --nproc-per-node 2 train_uas.py" in printed
     assert {path.name for path in (folder / "two").iterdir()} == {
         *("log.jsonl", "step-00000004", "printed-0", "printed-1", "rank-0-0.json", "rank-1-0.json")

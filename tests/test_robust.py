@@ -4,11 +4,15 @@ not and leaves its last checkpoint whole."""
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -295,6 +299,17 @@ def test_folders_that_cannot_be_written(monkeypatch, weights, tar, tmp_path, cap
         fails(train_uas.main, patch, capsys, pattern, *arguments, *more, "--out", tmp_path / "run")
 
 
+def test_checkpoints_are_removed_under_another_name(monkeypatch, tmp_path):
+    """As if the process were killed before it removes a file: of the old ones, and of one of the same step."""
+    model, optimizers, gradients = open_tiny()
+    stepped(model, optimizers, gradients)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    for step, left in ((1, "1"), (2, "21"), (3, "32"), (3, "32")):
+        save_checkpoint(tmp_path, step, model, optimizers, {"data": {}}, "uas")
+        assert [folder.name for folder in checkpoint_folders(tmp_path)] == [f"step-0000000{number}" for number in left]
+        assert all(len(list(folder.iterdir())) == 3 for folder in tmp_path.iterdir())
+
+
 def test_remains_of_a_killed_process(monkeypatch, weights, tar, tmp_path, capsys):
     left = tmp_path / ".step-00000001.4242.tmp"
     left.mkdir()
@@ -303,3 +318,24 @@ def test_remains_of_a_killed_process(monkeypatch, weights, tar, tmp_path, capsys
     assert f"removed: {left}" in capsys.readouterr().out and not left.exists()
     with suppress(FileNotFoundError):
         left.rmdir()
+
+
+# ---- the commands of tests/stress, for a short time
+
+
+def stress(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(Path(__file__).resolve().parent / "stress" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def test_two_kills():
+    """Both aimed at the saving of a checkpoint that is not the first of its process."""
+    printed = stress("kill.py", "--count", "2", "--stage", "mls", "--steps", "6", "--seed", "23")
+    assert re.search(r"\n2 kills, \d of them while saving, \d+ s: (\d) of \1 runs end bit-identical\n$", printed)
+
+
+def test_two_ranks_stop_in_time():
+    assert "\n1 of 1 runs end with status 0 on all 2 ranks, " in stress("stop.py", "--count", "1", "--shard")
