@@ -42,7 +42,8 @@ def read_image(source: bytes | str | Path) -> Image.Image:
                 image = Image.fromarray(levels.astype(np.uint8))
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     except FileNotFoundError:
         raise ImageError("no file", f"{name}: no such file") from None
     except UnidentifiedImageError:
@@ -74,7 +75,7 @@ def resize_and_crop(image: Image.Image, size: int, pad: bool) -> Image.Image:
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB picture -> float32 (3, height, width) in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:

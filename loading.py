@@ -31,7 +31,8 @@ class Uninitialised(TorchFunctionMode):
     """Modules built inside keep what memory held: no initialiser of torch.nn.init runs."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
+        drawn = function in (torch.Tensor.uniform_, torch.Tensor.normal_)  # by initialisers that no mode can see
+        if drawn or getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 

@@ -31,13 +31,15 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        """Queries from x (B, S, D), keys and values from memory (B, N, D)."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q, k, v = (
-            F.linear(y, weight, bias).unflatten(-1, (HEADS, -1)).transpose(1, 2)  # (B, H, ., Dh)
-            for y, weight, bias in zip((x, memory, memory), weights, biases, strict=True)
-        )
+    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Queries from x (B, S, D), keys and values from memory (B, N, D), or from x too."""
+        D, weight, bias = x.shape[-1], self.in_proj_weight, self.in_proj_bias
+        if memory is None:
+            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
+        else:
+            q = F.linear(x, weight[:D], bias[:D])
+            k, v = F.linear(memory, weight[D:], bias[D:]).chunk(2, dim=-1)
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, D)
 
@@ -52,8 +54,7 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.self_attn(y, y)
+        x = x + self.self_attn(self.norm1(x))
         return x + self.linear2(F.relu(self.linear1(self.norm2(x))))
 
 
@@ -69,8 +70,7 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.self_attn(y, y)
+        x = x + self.self_attn(self.norm1(x))
         x = x + self.multihead_attn(self.norm2(x), memory)
         return x + self.linear2(F.relu(self.linear1(self.norm3(x))))
 

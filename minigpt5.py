@@ -15,7 +15,7 @@ language and of the diffusion model, C latent channels, h w latent height and wi
 """
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,7 @@ from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import (
     FLOATS,
     MOST,
+    Uninitialised,
     WeightsError,
     is_shard,
     matched,
@@ -500,7 +501,7 @@ def load_minigpt5(
     if checkpoint:
         vokens = checkpoint_contents(checkpoint)[1]["vokens.input"].get_shape()[0] - 1
     tokenizer = Tokenizer(weights / "vicuna" / "tokenizer.model", vokens)
-    model = MiniGPT5(
+    parts = (
         tokenizer,
         load_language(weights / "vicuna", language, cut),
         load_unet(diffusion / "unet", painting, cut),
@@ -511,6 +512,8 @@ def load_minigpt5(
         load_text_encoder(diffusion / "text_encoder", language, device) if read_captions else None,
         ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
     )
+    with Uninitialised() if checkpoint else nullcontext():  # random values for the mapper would take seconds
+        model = MiniGPT5(*parts)
     model.vokens.to(device)
     model.mapper.to(device)
     if sharded:

@@ -27,9 +27,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -141,6 +138,9 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], device: torch.device) 
     Each layer must be used by calling it. One inside another comes before it. They are moved to the device one by one,
     so that a GPU need not hold them all at once. What is added to a layer later, such as LoRA's matrices, stays whole.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # which take longer to import than the rest of torch
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     root = Layers(layers, module.forward)
     for layer in root.layers:
@@ -155,5 +155,5 @@ def shard(module: nn.Module, layers: Iterable[nn.Module], device: torch.device) 
 def weights_held(*modules: nn.Module) -> tuple[int, int]:
     """Bytes of the modules' frozen weights on this process, and of all of them."""
     frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
-    own = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in frozen)
+    own = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)  # a DTensor has it
     return own, sum(p.numel() * p.element_size() for p in frozen)

@@ -51,7 +51,7 @@ def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> torch.
 
     [-1, 1] is what the autoencoder was trained on; the released code's precomputed latents came from [0, 1].
     """
-    return to_tensor(resize_and_crop(image, size, pad)) * 2 - 1
+    return to_tensor(resize_and_crop(image, size, pad)).mul_(2).sub_(1)
 
 
 class ResBlock(nn.Module):

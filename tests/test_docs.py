@@ -1,5 +1,5 @@
-"""README's figure, reading order and security note stay true: the figure to its script and to the code, the order to the
-imports, the note to what is called."""
+"""README's figure, reading order and security note stay true: the figure to its script and to the code, the order to
+the imports, the note to what is called."""
 
 import ast
 import base64
