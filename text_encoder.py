@@ -71,7 +71,7 @@ def fix_text(text: str) -> str:
     """CLIP cleans its text with the package ftfy. This is ftfy.fix_text, rewritten, without its repair of mojibake.
 
     The same: HTML entities (until a line holds "<"), curly quotes, ligatures, widths, control characters, surrogates,
-    NFC. Missing: text that was decoded with the wrong encoding ("schÃ¶n") is left as it is, where ftfy guesses "schön".
+    NFC. Missing: text that was decoded with the wrong encoding ("schÃ¶n") stays, where ftfy guesses "schön".
     """
     lines, markup = [], False
     for line in re.findall(r"[^\n]*\n|[^\n]+", text):
@@ -90,7 +90,7 @@ def fix_text(text: str) -> str:
 
 
 # CLIP's pattern is written with \p{L} and \p{N}, which Python's re lacks and \w is not. So it runs over a stand-in text
-# in which every letter beyond ASCII is "é", every number "²" and every other sign "§". The long s stays: ignoring case,
+# in which every letter beyond ASCII is "é", every number "²" and every other sign "§". Long s stays: ignoring case,
 # it is an "s", also in "'s".
 WORD = re.compile(
     r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d)|[a-zé\u017f]+|[0-9²]|[^\sa-z0-9é\u017f²]+"
