@@ -15,7 +15,7 @@ language and of the diffusion model, C latent channels, h w latent height and wi
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,19 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpoints import TABLES, checkpoint_adapters, checkpoint_below, checkpoint_contents, number_of, rows_of
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import (
     FLOATS,
     MOST,
     Uninitialised,
     WeightsError,
-    is_shard,
     matched,
-    open_safetensors,
     pinned,
     read_config,
     save_safetensors,
-    stored,
 )
 from lora import Prefix, add_lora
 from mapper import VokenMapper
@@ -299,6 +297,7 @@ class MiniGPT5(nn.Module):
         captions: tuple[Tensor, Tensor] | None = None,
         inputs: Tensor | None = None,
         min_snr_gamma: float = 5.0,
+        text_weight: float = TEXT_WEIGHT,
     ) -> dict[str, Tensor]:
         """{"loss", "text_loss", "ldm_loss", "cap_loss"}, the last two only where their inputs are given.
 
@@ -313,7 +312,7 @@ class MiniGPT5(nn.Module):
             L = few_lengths(labels.shape[1])
             predicting, labels = padded(predicting, L, 1), padded(labels, L, 1, IGNORE)
         text_loss = self.text_loss(predicting, labels)
-        losses = {"loss": TEXT_WEIGHT * text_loss, "text_loss": text_loss}
+        losses = {"loss": text_weight * text_loss, "text_loss": text_loss}
         if draws is None:
             return losses
 
@@ -404,61 +403,6 @@ class MiniGPT5(nn.Module):
                 table.weight = nn.Parameter(replaced, requires_grad=False)
             elif factor in metadata:
                 table.weight = nn.Parameter(weight * number_of(metadata, factor, 1, path), requires_grad=False)
-
-
-TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
-
-
-def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
-    """Metadata and {name: slice} of a checkpoint. WeightsError if it is none."""
-    with open_safetensors(path) as file:
-        metadata = file.metadata() or {}
-    tensors = {name: tensor for name, _, _, tensor in stored([path])}
-    if "vokens.input" not in tensors:
-        raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
-    rows_of(tensors, "vokens.input", range(2, 1025), path)
-    return metadata, tensors
-
-
-def checkpoint_below(path: Path) -> Path | None:
-    """The checkpoint in the same folder that `path` goes over: stage 2's holds no more than what stage 2 changed."""
-    with open_safetensors(path) as file:
-        name = (file.metadata() or {}).get("over")
-    if name is not None and not is_shard(name):
-        raise WeightsError(f"{path}: should go over a .safetensors file of its folder, not over {name!r:.80}")
-    return None if name is None else path.with_name(name)
-
-
-def rows_of(tensors: dict, name: str, sane: range, path: Path) -> int:
-    """Rows of a checkpoint's matrix: a size of the model to be built, so not any number."""
-    shape = tensors[name].get_shape() if name in tensors else []
-    if len(shape) != 2 or shape[0] not in sane:
-        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {sane.start} to {sane.stop - 1:,} rows")
-    return shape[0]
-
-
-def number_of(metadata: dict[str, str], name: str, default: float, path: Path) -> float:
-    """A positive number in a checkpoint's metadata."""
-    with suppress(ValueError):
-        if 0 < (number := float(metadata.get(name, default))) < 1e6:
-            return number
-    raise WeightsError(f"{path}: {name} cannot be {metadata[name]!r:.80}")
-
-
-def checkpoint_adapters(path: Path) -> dict:
-    """The options of `MiniGPT5.add_adapters` for the adapters that a checkpoint holds."""
-    metadata, tensors = checkpoint_contents(path)
-    matrices, adapters = [name for name in tensors if name.endswith(".lora_A.weight")], {}
-    if matrices:
-        rank = rows_of(tensors, matrices[0], range(1, 1025), path)
-        targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
-        alpha = number_of(metadata, "lora_alpha", 2 * rank, path)
-        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
-    if "prefix_encoder.embedding.weight" in tensors:
-        names = [f"prefix_encoder.{name}.weight" for name in ("embedding", "transform.0")]
-        sizes = [rows_of(tensors, name, range(1, 1 << 14), path) for name in names]
-        adapters["prefix"] = dict(zip(("tokens", "hidden"), sizes, strict=True))
-    return adapters
 
 
 def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:

@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import checkpoint_below
 from cli import run
 from convert import convert, read_tensors, readable
 from llama import Tokenizer, Vokens, load_llama
 from loading import WeightsError, compare, open_safetensors, read_json, save_safetensors, tensor_files
 from mapper import VokenMapper
-from minigpt5 import checkpoint_below
 from qformer import load_image_encoder
 from scheduler import load_schedule
 from text_encoder import ClipTokenizer, load_text_encoder

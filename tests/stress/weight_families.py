@@ -17,10 +17,11 @@ from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
 import training
+from checkpoints import checkpoint_adapters
 from convert import read_tensors
 from llama import Tokenizer, load_llama
 from loading import fill, shapes_only, tensor_files
-from minigpt5 import checkpoint_adapters, load_minigpt5
+from minigpt5 import load_minigpt5
 from qformer import load_image_encoder
 from scheduler import SAMPLERS, load_schedule
 from text_encoder import ClipTokenizer, load_text_encoder

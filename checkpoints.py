@@ -1,0 +1,69 @@
+"""Checkpoints of what MiniGPT-5 trains: a safetensors file of `MiniGPT5.trained_parameters`, and what it must say.
+
+    vokens.input, vokens.output     (N + 1, D)   rows of the two tables; the last one is "###"'s
+    fc.*, t2i_decoder_prompt, ...                the mapper, under its published names
+    model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
+    prefix_encoder.*                             its prefix
+    metadata                                     stage, vokens; lora_alpha; "over": the file that this one goes over
+
+Every number that sizes the model to be built is checked before it is used.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from loading import WeightsError, is_shard, open_safetensors, stored
+
+TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
+
+
+def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
+    """Metadata and {name: slice} of a checkpoint. WeightsError if it is none."""
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    tensors = {name: tensor for name, _, _, tensor in stored([path])}
+    if "vokens.input" not in tensors:
+        raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
+    rows_of(tensors, "vokens.input", range(2, 1025), path)
+    return metadata, tensors
+
+
+def checkpoint_below(path: Path) -> Path | None:
+    """The checkpoint in the same folder that `path` goes over: stage 2's holds no more than what stage 2 changed."""
+    with open_safetensors(path) as file:
+        name = (file.metadata() or {}).get("over")
+    if name is not None and not is_shard(name):
+        raise WeightsError(f"{path}: should go over a .safetensors file of its folder, not over {name!r:.80}")
+    return None if name is None else path.with_name(name)
+
+
+def rows_of(tensors: dict, name: str, sane: range, path: Path) -> int:
+    """Rows of a checkpoint's matrix: a size of the model to be built, so not any number."""
+    shape = tensors[name].get_shape() if name in tensors else []
+    if len(shape) != 2 or shape[0] not in sane:
+        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {sane.start} to {sane.stop - 1:,} rows")
+    return shape[0]
+
+
+def number_of(metadata: dict[str, str], name: str, default: float, path: Path) -> float:
+    """A positive number in a checkpoint's metadata."""
+    with suppress(ValueError):
+        if 0 < (number := float(metadata.get(name, default))) < 1e6:
+            return number
+    raise WeightsError(f"{path}: {name} cannot be {metadata[name]!r:.80}")
+
+
+def checkpoint_adapters(path: Path) -> dict:
+    """The options of `MiniGPT5.add_adapters` for the adapters that a checkpoint holds."""
+    metadata, tensors = checkpoint_contents(path)
+    matrices, adapters = [name for name in tensors if name.endswith(".lora_A.weight")], {}
+    if matrices:
+        rank = rows_of(tensors, matrices[0], range(1, 1025), path)
+        targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
+        alpha = number_of(metadata, "lora_alpha", 2 * rank, path)
+        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
+    if "prefix_encoder.embedding.weight" in tensors:
+        names = [f"prefix_encoder.{name}.weight" for name in ("embedding", "transform.0")]
+        sizes = [rows_of(tensors, name, range(1, 1 << 14), path) for name in names]
+        adapters["prefix"] = dict(zip(("tokens", "hidden"), sizes, strict=True))
+    return adapters
