@@ -22,7 +22,7 @@ from cli import DTYPES, pick_device, run
 from data import describe
 from features import find_features, picture_size
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, collate, few_lengths, load_minigpt5
+from minigpt5 import DROP_RATE, TEXT_WEIGHT, collate, few_lengths, load_minigpt5
 from parallel import Gradients, World, together, weights_held
 from qformer import preprocess_input
 from stories import TASKS, open_stories
@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     add("--prefix", action="store_true", help="prefix tuning in the place of LoRA")
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
         help=f"how often a story step is each task, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
+    add("--text-weight", type=float, default=TEXT_WEIGHT, help="of L_text in the loss; L_LDM has 1")
     add("--freeze-mapper", action="store_true", help="all of it; default: its transformer trains, as released")
     add("--lr", type=float, default=2e-5, help="for all that trains")
     add("--vokens", type=int, default=8, help="vokens of a picture; with --uas those of its run")
@@ -179,7 +180,8 @@ def main() -> None:
                     draws = model.draw(0, torch.Generator())
                     posterior = None if args.no_ldm else (draws.noise, draws.noise)
                 rows, inputs = rows.to(device), batch["inputs"]
-                losses = model.losses(rows, draws, posterior, inputs=inputs, min_snr_gamma=args.min_snr_gamma)
+                weights = {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
+                losses = model.losses(rows, draws, posterior, inputs=inputs, **weights)
                 gradients.backward(losses["loss"] / args.accumulate)
                 meter.add(losses)
             gradients.step()
