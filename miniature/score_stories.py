@@ -4,7 +4,8 @@ A step of a held-out story is asked for as in stage 2's three tasks (`stories.py
 and with its texts and pictures:
 
     image         the text is given: every fact of the picture that follows from it and from the history
-    text          the picture is given: the text is true of it, and tells the change if not true of the picture before
+    text          the picture is given: the text is true of it; it tells the change if not true of the picture before;
+                  it goes on if, too, it tells nothing again that was there before (`tells_again`)
     text+image    nothing is given: the text is true of the picture, which keeps scene, hero and hero's colour; and
                   there is something new if the text was not true before
 
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from miniature.exam import Exam, Figures, Said, ask, heard, look, means, right_shares
 from miniature.facts import Picture
 from miniature.tales import PARTS as PARTINGS
-from miniature.words import COLOUR_WORDS, agrees, facts_in
+from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
 from miniature.world import random_stream, sample_story
 from stories import REQUESTS, Turn, story_row, story_source
 
@@ -65,6 +66,16 @@ def true_of(text: str, picture: Picture) -> bool:
     return bool(left or told.scene or told.time or told.things) and agrees(told, picture)
 
 
+def tells_again(text: str, before: Picture) -> bool:
+    """Whether a sentence tells what who has heard the story knows: the scene, which no story leaves, the time where it
+    is the same, or that there is "a boat" where there was one."""
+    text = text.lower()
+    told = facts_in(text)
+    kinds = "|".join(noun for thing in before.things for noun in NOUNS[thing.kind])
+    again = re.search(rf"\ban? (?:(?!the\b)\w+ )*?(?:{kinds})\b", text)
+    return bool(told.scene or again) or (told.time is not None and told.time == before.time)
+
+
 def hero_colour(text: str, colour: str) -> str:
     """The colour that the hero has after a sentence, before which it had `colour`."""
     change = RECOLOURED.search(text.lower())
@@ -101,7 +112,10 @@ def text_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, f
     rows = []
     for answer, step in zip(said, steps, strict=True):
         true = true_of(answer.text, step.wanted)
-        rows.append({"true": true, "tells the change": true and not true_of(answer.text, step.last)})
+        change = true and not true_of(answer.text, step.last)
+        rows.append(
+            {"true": true, "tells the change": change, "goes on": change and not tells_again(answer.text, step.last)}
+        )
     return means(rows)
 
 

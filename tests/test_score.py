@@ -99,10 +99,27 @@ def test_story_texts_are_read():
         for before, after in pairwise(world.sample_story(5, i, "held-out")[0]):
             assert score_stories.true_of(after.text, after.picture), after
             assert not score_stories.true_of(after.text, before.picture), (before, after)
+            assert not score_stories.tells_again(after.text, before.picture), (before, after)
             one, two = (turn.picture.things[0].colour for turn in (before, after))
             assert score_stories.hero_colour(after.text, one) == two, after
             colours += one != two
     assert colours > 100
+
+
+@pytest.mark.parametrize(
+    "text, again",
+    [
+        ("The boat drifts to the left.", False),
+        ("A big yellow star comes along on the right.", False),
+        ("The sun rises.", False),
+        ("The stars come out.", True),  # it is night already
+        ("A tiny scarlet ship drifts to the left.", True),
+        ("The boat drifts over the ocean.", True),
+        ("A painter comes and makes the boat blue.", False),
+    ],
+)
+def test_tells_again(text, again):
+    assert score_stories.tells_again(text, SEEN) == again
 
 
 @pytest.mark.parametrize(
