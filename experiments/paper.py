@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from cli import add_weights_option, make_folder, run
 from experiments.report import write_report
-from experiments.systems import PARTS, Job, Options, plan
+from experiments.systems import PARTS, SIZES, Job, Options, plan
 from features import fingerprint
 from loading import read_json
 from miniature.recipe import write_json
@@ -48,7 +48,7 @@ def check_settings(options: Options) -> None:
     files = [path for path in options.weights.rglob("*") if path.is_file()]
     # No experiment starts from the checkpoints that are there, but all take the options in their folder's config.json.
     files = sorted(path for path in files if path.parent.name != "minigpt5" or path.suffix == ".json")
-    now = {name: value for name, value in asdict(options).items() if name in ("steps", "n", "samples", "denoise")}
+    now = {name: value for name, value in asdict(options).items() if name in SIZES}
     now |= {"weights": fingerprint(files), "networks": list(options.networks)}
     path = options.out / "settings.json"
     there = read_json(path) if path.is_file() else now
@@ -144,6 +144,7 @@ def arguments() -> argparse.Namespace:
         default=defaults.steps,
         help="of each training of stage 1; systems.py has the others' share",
     )
+    add("--batch-size", type=int, default=defaults.batch_size, help="of stage 1; stage 2 takes half as many")
     add("--n", type=int, default=defaults.n, help="test pairs, stories and dialogues of a scoring")
     add("--samples", type=int, default=defaults.samples, help="training pairs; a quarter of stories and of dialogues")
     add("--denoise", type=int, default=defaults.denoise, help="denoising steps of a picture")
@@ -155,8 +156,8 @@ def arguments() -> argparse.Namespace:
     add("--list", action="store_true", help="print the jobs that are missing, run none")
     add("--report-only", action="store_true", help="run none")
     args = parser.parse_args()
-    if min(args.steps, args.n - 1, args.samples, args.denoise, args.jobs) < 1 or min(args.seeds) < 0:
-        parser.error("--steps, --samples, --denoise and --jobs are at least 1, --n at least 2, seeds at least 0")
+    if min(args.steps, args.batch_size, args.n - 1, args.samples, args.denoise, args.jobs) < 1 or min(args.seeds) < 0:
+        parser.error("--n is at least 2, seeds are at least 0, all other numbers at least 1")
     return args
 
 
@@ -165,7 +166,8 @@ def main() -> None:
     out, weights, seeds = args.out.resolve(), args.weights.resolve(), sorted(set(args.seeds))
     paths = {name: getattr(args, name) for name in ("inception", "clip", "sbert", "meteor")}
     networks = tuple(word for name, path in paths.items() if path for word in (f"--{name}", str(path.resolve())))
-    options = Options(out, weights, args.steps, args.n, args.samples, args.denoise, args.device, networks)
+    sizes = {name: getattr(args, name) for name in SIZES}
+    options = Options(out, weights, device=args.device, networks=networks, **sizes)
     jobs = plan(options, seeds, args.only)
     if args.list:
         for name, job in jobs.items():

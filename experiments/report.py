@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import CLAIMS, differences, verdict
 from experiments.duel import WAYS
-from experiments.systems import CONTEXTS, METRICS, PICTURES, TABLES, Options, Table, scorings_of
+from experiments.systems import CONTEXTS, METRICS, PICTURES, SIZES, TABLES, Options, Table, scorings_of
 from images import draw_grid, save_image
 from loading import read_json
 from miniature.recipe import write_text
@@ -184,9 +184,9 @@ NAMES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "table5"
          "figure6": "Figure 6", "figure7": "Figure 7"}  # fmt: skip
 HEAD = """# The paper's experiments in miniature
 
-Written by `python experiments/paper.py` ({seeds}; {steps:,} steps of stage 1, {samples:,} training pairs, {n:,} test
-cases of each kind, {denoise} denoising steps). Data are the miniature's drawn world: captioned pictures for CC3M, its
-stories for VIST, its dialogues for MMDialog; test data are held out. {hours}
+Written by `python experiments/paper.py{sizes}` ({seeds}; steps and batch size are those of stage 1, samples
+the training pairs, n the test cases of each kind). Data are the miniature's drawn world: captioned pictures for CC3M,
+its stories for VIST, its dialogues for MMDialog; test data are held out. {hours}
 
 A value is the mean over seeds ± their deviation. Networks that see photographs are no use here: CLIP's place is taken
 by the miniature's own contrastive model ("pairing"), Inception's by its judge, so FID and IS are a Frechet distance and
@@ -204,8 +204,8 @@ def hours(options: Options) -> str:
 def write_report(options: Options, seeds: list[int], folder: Path) -> None:
     figures, published = read_figures(options, seeds), read_json(PUBLISHED)
     said = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    sizes = {name: getattr(options, name) for name in ("steps", "samples", "n", "denoise")}
-    lines = [HEAD.format(seeds=said, hours=hours(options), **sizes)]
+    sizes = "".join(f" --{name.replace('_', '-')} {getattr(options, name)}" for name in SIZES)
+    lines = [HEAD.format(seeds=said, hours=hours(options), sizes=sizes)]
     lines += ["## Claims", "", *claims(figures, options, seeds)]
     lines += ["A claim holds where the mean difference between the seeds' figures is over its standard error times "
               "Student's t for 95 % (`claims.py`).", ""]  # fmt: skip
