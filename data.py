@@ -20,7 +20,7 @@ put in random order again. To resume exactly the samples of a step must then be 
     batches = open_batches(["cc3m-train-{0000..0575}.tar"], partial(vae.preprocess_output, size=512), batch_size=48)
     batch = next(batches)
 
-    batch["pixels"]        (B, 3, size, size) float32 in [-1, 1]. Of precomputed tars instead "moments" (B, 2, C, h, w)
+    batch["pixels"]        (B, 3, size, size) uint8. Of precomputed tars instead "moments" (B, 2, C, h, w)
                            and perhaps "encoding" (B, S, Dc): see features.py
     batch["captions"]      B strings, cleaned; batch["keys"] beside them
     batch["instructions"]  B times None or the number of a request phrasing, for `uas_texts`
@@ -248,7 +248,7 @@ class TarData(Dataset):
 class PairData(TarData):
     """Pairs as samples {"key", "caption", "pixels", "instruction"}.
 
-    transform: RGB picture -> (3, size, size) float32 in [-1, 1]. features: what is there in the place of "pixels".
+    transform: RGB picture -> tensor, as vae.preprocess_output. features: what is there in the place of "pixels".
     """
 
     unit = "pair"

@@ -46,7 +46,7 @@ from quantize import load_int8_llama
 from scheduler import NoiseSchedule, load_schedule
 from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
 from unet import UNet, load_unet
-from vae import VAE, load_vae
+from vae import VAE, load_vae, to_pixels
 
 TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # L = 0.01 L_text + 1.0 L_LDM + 0.1 L_CAP, section 3.3
 DROP_RATE = 0.1  # pictures trained with zeros for voken features, so that sampling has an unconditional branch
@@ -208,10 +208,13 @@ class MiniGPT5(nn.Module):
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (M, C, h, w) of the latents' posterior, from pixels (M, 3, H, W) in [-1, 1] or from
-        what was precomputed of them: both in one tensor (M, 2, C, h, w)."""
+        """Mean and log variance (M, C, h, w) of the latents' posterior, from pictures (M, 3, H, W), bytes or numbers in
+        [-1, 1], or from what was precomputed of them: both in one tensor (M, 2, C, h, w)."""
         pictures = send(pictures, self.device)
-        return pictures.unbind(1) if pictures.dim() == 5 else self.vae.encode(pictures.to(type_of(self.vae)))
+        if pictures.dim() == 5:
+            return pictures.unbind(1)
+        pixels = to_pixels(pictures) if pictures.dtype == torch.uint8 else pictures
+        return self.vae.encode(pixels.to(type_of(self.vae)))
 
     def draw(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Draws:
         """The random numbers of one step, drawn on the generator's device and moved to the model's."""

@@ -34,7 +34,7 @@ from qformer import load_image_encoder, preprocess_input
 from stories import read_turns
 from tars import JSON, NUMBERED, Unusable, expand, is_url, read_index, read_member
 from text_encoder import ClipTokenizer, load_text_encoder
-from vae import load_vae, preprocess_output
+from vae import load_vae, preprocess_output, to_pixels
 
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -101,9 +101,10 @@ class Encoders:
         return x
 
     @torch.no_grad()
-    def moments(self, pixels: Tensor) -> Tensor:
-        """(M, 3, H, W) in [-1, 1] -> (M, 2, C, h, w)."""
-        return self.stored(torch.stack(self.vae.encode(pixels.to(self.device, type_of(self.vae))), 1))
+    def moments(self, pictures: Tensor) -> Tensor:
+        """uint8 (M, 3, H, W) -> (M, 2, C, h, w)."""
+        pixels = to_pixels(pictures.to(self.device)).to(type_of(self.vae))
+        return self.stored(torch.stack(self.vae.encode(pixels), 1))
 
     @torch.no_grad()
     def queries(self, pixels: Tensor) -> Tensor:

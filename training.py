@@ -34,6 +34,7 @@ from images import draw_grid, save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
 from minigpt5 import Draws, MiniGPT5, Rows, send, type_of
 from parallel import Gradients, World
+from vae import to_pixels
 
 KEEP = 2  # newest checkpoints kept of a run
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -441,7 +442,7 @@ def draw_losses(records: list[dict], path: Path) -> None:
 def paint_samples(
     model: MiniGPT5, rows: Rows, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path | None
 ) -> None:
-    """The first four pictures of a batch, pixels or moments, above what their vokens paint, each with its words, always
+    """The first four pictures of a batch, bytes or moments, above what their vokens paint, each with its words, always
     from one noise. Where layers are sharded all ranks have to paint, those without a path for the others."""
     training = model.training
     hidden = model.eval().read(rows, inputs)
@@ -451,6 +452,8 @@ def paint_samples(
     if real.dim() == 5:
         means = send(real[:4, 0], model.device).to(type_of(model.vae))
         real = model.vae.decode(means * model.vae.config.scaling_factor)
+    else:
+        real = to_pixels(real[:4])
     model.train(training)
     if path is None:
         return

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from images import resize_and_crop, to_tensor
+from images import resize_and_crop, to_bytes
 from loading import WeightsError, fill, read_config, read_json, shapes_only, stored, tensor_files
 
 EPS = 1e-6  # of every group norm; no published config names it
@@ -47,11 +47,15 @@ class VAEConfig:
 
 
 def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> torch.Tensor:
-    """A picture to be drawn -> float32 (3, size, size) in [-1, 1], squared with white (`pad`) or by cropping.
+    """A picture to be drawn -> uint8 (3, size, size), squared with white (`pad`) or by cropping. Bytes until it is
+    encoded: workers and GPU copy a quarter of what numbers would be."""
+    return to_bytes(resize_and_crop(image, size, pad))
 
-    [-1, 1] is what the autoencoder was trained on; the released code's precomputed latents came from [0, 1].
-    """
-    return to_tensor(resize_and_crop(image, size, pad)).mul_(2).sub_(1)
+
+def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., 3, H, W) -> float32 in [-1, 1], which the autoencoder was trained on; the released code's precomputed
+    latents came from [0, 1]."""
+    return pictures.float().div_(255).mul_(2).sub_(1)
 
 
 class ResBlock(nn.Module):

@@ -7,7 +7,7 @@
 | row                | what is done with a picture                                                              |
 | ------------------ | ---------------------------------------------------------------------------------------- |
 | decode             | read from the tar, decoded to RGB                                                        |
-| decode and resize  | the same, then padded to a square, 512 x 512, a tensor in [-1, 1], as training needs it  |
+| decode and resize  | the same, then padded to a square, 512 x 512, a tensor of bytes, as training takes it   |
 
 The loop has all bytes in memory and does nothing but the row's work; the pipeline finds them in the tar, shuffled,
 reads captions, skips what is broken and stacks batches. Without workers both run on one core. With workers, what lay

@@ -38,6 +38,7 @@ from data import uas_texts
 from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, collate, few_lengths, load_minigpt5
 from train_uas import LONGEST
 from training import compiled_graphs, step_generator
+from vae import to_pixels
 
 BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 48}
 LR, GAMMA = 2e-5, 5.0
@@ -50,9 +51,11 @@ def make_batches(model: MiniGPT5, size: int, number: int = 4) -> list[dict]:
     generator, batches = torch.Generator().manual_seed(0), []
     for n in range(number):
         captions = [" ".join(CAPTION.split()[: 8 + (5 * n + 3 * i) % 13]) for i in range(size)]
-        pixels = torch.rand(size, 3, model.picture_size, model.picture_size, generator=generator) * 2 - 1
-        moments = [torch.stack(model.encode_pictures(part), 1).cpu() for part in pixels.split(8)]
-        batch = {"captions": captions, "pixels": pixels, "moments": torch.cat(moments)}
+        shape = (size, 3, model.picture_size, model.picture_size)
+        pictures = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        moments = [torch.stack(model.encode_pictures(part), 1).cpu() for part in pictures.split(8)]
+        batch = {"captions": captions, "pictures": pictures, "moments": torch.cat(moments)}
+        batch["pixels"] = to_pixels(pictures)  # as the released code's loader has them
         batches.append({**batch, "encoding": model.encode_captions(captions).cpu()})
     return batches
 
@@ -63,11 +66,11 @@ def optimizer_of(rows: list[nn.Parameter], mapper: list[nn.Parameter], fused: bo
 
 
 class Ours:
-    """The fenced step of train_uas.py. `precomputed`: from "moments" and "encoding", not from pixels and words."""
+    """The fenced step of train_uas.py. `precomputed`: from "moments" and "encoding", not from pictures and words."""
 
     def __init__(self, model: MiniGPT5, precomputed: bool):
         self.model, self.empty = model, model.encode_captions([""])
-        self.pictures, self.texts = ("moments", "encoding") if precomputed else ("pixels", "captions")
+        self.pictures, self.texts = ("moments", "encoding") if precomputed else ("pictures", "captions")
         self.length = few_lengths if model.compiled_for else int
         self.optimizer = optimizer_of(list(model.vokens.parameters()), list(model.mapper.parameters()), fused=True)
 

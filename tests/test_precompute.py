@@ -142,7 +142,7 @@ def test_a_tar_of_pairs(monkeypatch, weights, tmp_path, capsys):
         "moments": ((2, 4, 16, 16), torch.float16),
         "encoding": ((77, 32), torch.float16),
     }
-    pixels = vae.preprocess_output(read_image(pairs(1)["00000.png"]), 32)
+    pixels = vae.to_pixels(vae.preprocess_output(read_image(pairs(1)["00000.png"]), 32))
     mean, logvar = vae.load_vae(weights / "stable-diffusion/vae").encode(pixels[None])
     assert_close(tensors["moments"].float(), torch.cat([mean, logvar]), 1e-3, "moments")
     marker = read_marker(str(tar))

@@ -52,7 +52,7 @@ def shades(pixels: torch.Tensor | None, output: bool) -> list[int]:
     if pixels is None:
         return []
     red = pixels[:, 0, 0, 0]
-    return ((red + 1) / 2 * 255 if output else (red * 0.26862954 + 0.48145466) * 255).round().int().tolist()
+    return (red if output else ((red * 0.26862954 + 0.48145466) * 255).round().int()).tolist()
 
 
 def write(path: Path, samples: dict[str, object]) -> str:

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from loading import WeightsError
-from vae import OLD_NAMES, VAE, VAEConfig, load_vae, preprocess_output
+from vae import OLD_NAMES, VAE, VAEConfig, load_vae, preprocess_output, to_pixels
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -197,7 +197,7 @@ def test_every_parameter_trains_from_nothing():
 
 def test_preprocess_output():
     wide = Image.new("RGB", (40, 20), (255, 0, 0))
-    padded, cropped = preprocess_output(wide, 16), preprocess_output(wide, 16, pad=False)
+    padded, cropped = (to_pixels(preprocess_output(wide, 16, pad)) for pad in (True, False))
     assert padded.shape == cropped.shape == (3, 16, 16) and padded.dtype == torch.float32
     assert padded[:, 0].unique().tolist() == [1.0]  # white above
     assert padded[:, 8, 8].tolist() == cropped[:, 0, 0].tolist() == [1.0, -1.0, -1.0]
