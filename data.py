@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from features import NONE, Features, read_features
@@ -184,7 +184,7 @@ def collate(samples: list[dict]) -> dict:
         "captions": [sample["caption"] for sample in samples],
         "keys": [sample["key"] for sample in samples],
         "instructions": [sample["instruction"] for sample in samples],
-        **{name: torch.stack([sample[name] for sample in samples]) for name in TENSORS if name in samples[0]},
+        **{name: default_collate([sample[name] for sample in samples]) for name in TENSORS if name in samples[0]},
     }
 
 

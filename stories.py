@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 
 from data import Batches, Broken, TarData, decode
 from features import NONE, Features, read_features
@@ -277,8 +278,8 @@ class StoryData(TarData):
             "pairs": [(sample["source"], sample["target"]) for sample in samples],
             "tasks": [sample["task"] for sample in samples],
             "keys": [sample["key"] for sample in samples],
-            "inputs": torch.stack(inputs) if inputs else None,
-            "outputs": torch.stack(outputs) if outputs else None,
+            "inputs": default_collate(inputs) if inputs else None,
+            "outputs": default_collate(outputs) if outputs else None,
         }
 
 
