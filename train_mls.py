@@ -77,7 +77,10 @@ def arguments() -> argparse.Namespace:
     add("--vokens", type=int, default=8, help="vokens of a picture; with --uas those of its run")
     add("--max-tokens", type=int, default=2048, help="longest row; the oldest steps of a history are left out")
     add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
-    return check_run_options(parser, "train_mls")
+    args = check_run_options(parser, "train_mls")
+    if not 0 <= args.text_weight < float("inf"):
+        parser.error("--text-weight must be 0 or more")
+    return args
 
 
 def main() -> None:

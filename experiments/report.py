@@ -12,6 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from bench.common import hardware
+from cli import pick_device
 from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import CLAIMS, differences, verdict
 from experiments.duel import WAYS
@@ -198,7 +200,9 @@ picture. A missing picture counts as a miss. A dash: not measured.
 
 def hours(options: Options) -> str:
     seconds = sum(record["seconds"] for record in read_log(options.out / "times.jsonl"))
-    return f"The jobs took {seconds / 3600:.1f} hours, added up." if seconds else ""
+    machine = hardware(pick_device(options.device))
+    where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
+    return f"The jobs took {seconds / 3600:.1f} hours, added up, on {where}." if seconds else ""
 
 
 def write_report(options: Options, seeds: list[int], folder: Path) -> None:
@@ -229,5 +233,7 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
         rows = grid(part, options, seeds[0], folder / f"{part}.png")
         lines += [f"## {'Figure 4. Pictures' if part == 'figure4' else 'Pictures'}: {title}", ""]
         lines += [f"From top to bottom: {'; '.join(rows)}.", "", f"![{title}]({part}.png)", ""] if rows else [NONE, ""]
+    lines += ["## Figure 3. HPS v2", "", "It measures what people prefer in photographs and paintings, and has no "
+              "counterpart in the drawn world; `evaluate.py --hps` computes it at full size.", ""]  # fmt: skip
     lines += ["## The paper's figures", "", published["source"], ""]
     write_text(folder / "README.md", "\n".join(lines))

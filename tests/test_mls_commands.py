@@ -116,10 +116,9 @@ def test_resume_is_exact(monkeypatch, weights, data, uas, tmp_path, capsys, adap
 
 def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
     """Without stage 1; a text task has no picture loss; the switches of stage 1."""
-    text = train(monkeypatch, weights, data / "stories.tar", tmp_path / "text", "--steps", 2, "--tasks", "text=1")
-    assert all(
-        "ldm_loss" not in record and record["loss"] == pytest.approx(0.01 * record["text_loss"]) for record in text
-    )
+    only_text = ("--tasks", "text=1", "--text-weight", 0.5)
+    text = train(monkeypatch, weights, data / "stories.tar", tmp_path / "text", "--steps", 2, *only_text)
+    assert all("ldm_loss" not in r and r["loss"] == pytest.approx(0.5 * r["text_loss"]) for r in text)
     switches = ("--no-cfg", "--min-snr-gamma", 0, "--vokens", 4, "--tasks", "image=1,text+image=2")
     both = train(monkeypatch, weights, data / "stories.tar", tmp_path / "both", "--steps", 2, *switches)
     assert all(r["loss"] == pytest.approx(0.01 * r["text_loss"] + r["ldm_loss"]) for r in both)
@@ -180,6 +179,7 @@ def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):
     training_fails("neither a checkpoint nor", "--uas", tmp_path / "nothing")
     training_fails("no such task: song", "--tasks", "song=1")
     training_fails("invalid task_weights value", "--tasks", "image")
+    training_fails("--text-weight must be 0 or more", "--text-weight", -1)
     training_fails("no such tar", "--data", tmp_path / "nothing.tar")
     training_fails("no usable", "--data", write_tar(tmp_path / "pairs.tar", pairs(3)))
     train(monkeypatch, weights, data / "stories.tar", tmp_path / "first", "--steps", 1)
