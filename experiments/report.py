@@ -77,8 +77,7 @@ def table(part: str, content: Table, figures: Figures, published: dict) -> list[
             row.append(spread(values(figures, scoring, metric)) + behind)
         rows.append(row)
     columns = [f"{name} {'↑' if METRICS[name][1] else '↓'}" for name in content.columns]
-    missing = "" if known else "The paper's own figures were not at hand.\n"
-    return [*rows_of(columns, rows), *([missing] if missing else [])]
+    return rows_of(columns, rows)
 
 
 def duels(options: Options, seeds: list[int], published: dict) -> list[str]:
@@ -186,9 +185,14 @@ NAMES = {"table1": "Table 1", "table2": "Table 2", "table3": "Table 3", "table5"
          "figure6": "Figure 6", "figure7": "Figure 7"}  # fmt: skip
 HEAD = """# The paper's experiments in miniature
 
-Written by `python experiments/paper.py{sizes}` ({seeds}; steps and batch size are those of stage 1, samples
-the training pairs, n the test cases of each kind). Data are the miniature's drawn world: captioned pictures for CC3M,
-its stories for VIST, its dialogues for MMDialog; test data are held out. {hours}
+Written by
+
+    python miniature/pretrain.py --parts pairing --pictures 65536    # what stands for CLIP, unless it is there
+    python experiments/paper.py{sizes}
+
+with {seeds}; steps and batch size are those of stage 1, samples the training pairs, n the test cases of each kind
+(`systems.py` has the rest). Data are the miniature's drawn world: captioned pictures for CC3M, its stories for VIST,
+its dialogues for MMDialog; test data are held out. {hours}
 
 A value is the mean over seeds ± their deviation. Networks that see photographs are no use here: CLIP's place is taken
 by the miniature's own contrastive model ("pairing"), Inception's by its judge, so FID and IS are a Frechet distance and
@@ -202,7 +206,7 @@ def hours(options: Options) -> str:
     seconds = sum(record["seconds"] for record in read_log(options.out / "times.jsonl"))
     machine = hardware(pick_device(options.device))
     where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    return f"The jobs took {seconds / 3600:.1f} hours, added up, on {where}." if seconds else ""
+    return f"The jobs took {seconds / 3600:.1f} hours, added up, on {where}, other work beside them." if seconds else ""
 
 
 def write_report(options: Options, seeds: list[int], folder: Path) -> None:
@@ -220,7 +224,7 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
         lines += table(part, content, figures, published)
         if part == "table1":
             lines += [f"Contexts: {', '.join(CONTEXTS.values())}. Stable Diffusion reads as many of a story's texts as "
-                      "its encoder has room for.", ""]  # fmt: skip
+                      "its encoder has room for. 0 and an IS of 1: no picture came.", ""]  # fmt: skip
         if part == "table3":
             lines += ["## Table 4. A story continued in words and a picture, side by side", "",
                       "The paper's human judges are replaced by the attribute judge: `duel.py` says when a "
@@ -235,5 +239,6 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
         lines += [f"From top to bottom: {'; '.join(rows)}.", "", f"![{title}]({part}.png)", ""] if rows else [NONE, ""]
     lines += ["## Figure 3. HPS v2", "", "It measures what people prefer in photographs and paintings, and has no "
               "counterpart in the drawn world; `evaluate.py --hps` computes it at full size.", ""]  # fmt: skip
-    lines += ["## The paper's figures", "", published["source"], ""]
+    unknown = ", ".join(name for part, name in NAMES.items() if part not in published)
+    lines += ["## The paper's own figures", "", published["source"], "", f"So there are none for: {unknown}.", ""]
     write_text(folder / "README.md", "\n".join(lines))
