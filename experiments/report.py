@@ -24,6 +24,7 @@ from miniature.recipe import write_text
 from training import COLOURS, read_log
 
 PUBLISHED = Path(__file__).parent / "published.json"
+NOTES = Path(__file__).parent / "notes.md"  # by hand, of the run in this repository: why what does not hold does not
 SHOWN = 8  # columns of a grid
 NONE = "-"  # what is not measured
 Figures = dict[tuple[str, int], dict[str, float]]  # (scoring, seed) -> {metric: value}
@@ -217,6 +218,7 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
     lines += ["## Claims", "", *claims(figures, options, seeds)]
     lines += ["A claim holds where the mean difference between the seeds' figures is over its standard error times "
               "Student's t for 95 % (`claims.py`).", ""]  # fmt: skip
+    lines += [NOTES.read_text(encoding="utf-8")]
     for part, content in TABLES.items():
         lines += [f"## {NAMES[part]}. {content.title}", ""]
         if part.startswith("figure") and plot(content, figures, folder / f"{part}.png"):
