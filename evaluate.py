@@ -1,12 +1,12 @@
 """The paper's metrics (section 4) of a run, or of any system's answers, on tars of pairs, stories or dialogues.
 
-    python evaluate.py --data held-out.tar --checkpoint runs/uas --out uas.json              # the miniature
+    python evaluate.py --data held-out.tar --out uas.json                                    # the miniature
     python evaluate.py --data vist-val.tar --task image --last --context texts --checkpoint runs/mls --out texts.json \\
         --weights weights --inception weights-inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
     python evaluate.py --data vist-val.tar --task image --last --answers their-answers --out theirs.json
 
 `--checkpoint` asks the model for the answers that `--answers` (default: a folder beside OUT) does not hold yet, so a
-stopped run goes on; without it answers are only read. OUT gets all figures as JSON, a table stands beside it (.md).
+stopped run goes on. With --answers alone they are only read. OUT gets all figures as JSON, a table is beside it (.md).
 
     metric                        of pictures that are wanted      a picture that did not come counts as
     fid, is                       Inception's features             a grey picture
@@ -131,7 +131,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="tars of pairs, stories or dialogues; folders of them, patterns")
     add("--out", type=Path, metavar="FILE", help="figures as JSON; FILE with the ending .md: a table")
-    add("--checkpoint", type=Path, help="what makes the answers: a file or a run's folder; default: they are there")
+    add("--checkpoint", type=Path, help="a file or a run's folder; default, without --answers: WEIGHTS/minigpt5's")
     add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: OUT without ending, -answers")
     add("--metrics", nargs="+", type=metric_name, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
     add("--task", choices=TASKS, default="image", help="what a story's step asks for")
@@ -165,7 +165,7 @@ def arguments() -> argparse.Namespace:
     if not args.data or not args.out or args.out.suffix != ".json":
         parser.error("--data is needed, and --out with the ending .json")
     if not args.checkpoint and not args.answers:
-        parser.error("--checkpoint is needed to make answers, or --answers to read them")
+        args.checkpoint = args.weights / "minigpt5"
     if min(args.max_new_tokens, args.steps, args.batch_size) < 1 or args.n < 0 or args.seed < 0:
         parser.error("--max-new-tokens, --steps and --batch-size are at least 1, --n and --seed at least 0")
     if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:

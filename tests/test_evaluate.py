@@ -225,7 +225,7 @@ def quick(weights):
 
 
 def test_pairs(monkeypatch, quick, weights, tars, tmp_path, capsys):
-    made = (*quick, "--checkpoint", weights / "minigpt5", "--force-image")
+    made = (*quick, "--force-image")  # with the checkpoint of the weights
     record = evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *made)
     shown = (tmp_path / "a.md").read_text()
     assert shown in capsys.readouterr().out and "| right all | " in shown
@@ -371,7 +371,6 @@ def test_errors(monkeypatch, capsys, quick, weights, tars, tmp_path):
         write_answer(broken, "000000000", [])
         (broken / "000000000.json").write_text(content)
         evaluate_fails(f"broken/000000000.json: .*{pattern}", "--answers", broken)
-    evaluate_fails("--checkpoint is needed")
     evaluate_fails("neither a checkpoint nor", "--checkpoint", tmp_path / "nothing")
     evaluate_fails("'poems' is not one of fid, is", "--answers", empty, "--metrics", "poems")
     evaluate_fails("no such tar", "--answers", empty, data=tmp_path / "no.tar")
