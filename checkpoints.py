@@ -1,6 +1,6 @@
 """Checkpoints of what MiniGPT-5 trains: a safetensors file of `MiniGPT5.trained_parameters`, and what it must say.
 
-    vokens.input, vokens.output     (N + 1, D)   rows of the two tables; the last one is "###"'s
+    vokens.input, vokens.output     (N + 1, D)   rows of the two tables: the vokens', then the image placeholder's
     fc.*, t2i_decoder_prompt, ...                the mapper, under its published names
     model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
     prefix_encoder.*                             its prefix

@@ -24,7 +24,7 @@ from miniature.recipe import write_text
 from training import COLOURS, read_log
 
 PUBLISHED = Path(__file__).parent / "published.json"
-NOTES = Path(__file__).parent / "notes.md"  # by hand, of the run in this repository: why what does not hold does not
+NOTES = Path(__file__).resolve().parent / "notes.md"  # by hand, on the run whose report this repository has
 SHOWN = 8  # columns of a grid
 NONE = "-"  # what is not measured
 Figures = dict[tuple[str, int], dict[str, float]]  # (scoring, seed) -> {metric: value}
@@ -207,7 +207,7 @@ def hours(options: Options) -> str:
     seconds = sum(record["seconds"] for record in read_log(options.out / "times.jsonl"))
     machine = hardware(pick_device(options.device))
     where = machine["gpu"] or f"{machine['cores']} cores of {machine['cpu']}"
-    return f"The jobs took {seconds / 3600:.1f} hours, added up, on {where}, other work beside them." if seconds else ""
+    return f"The jobs took {seconds / 3600:.1f} hours, added up, on {where}." if seconds else ""
 
 
 def write_report(options: Options, seeds: list[int], folder: Path) -> None:
@@ -218,7 +218,8 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
     lines += ["## Claims", "", *claims(figures, options, seeds)]
     lines += ["A claim holds where the mean difference between the seeds' figures is over its standard error times "
               "Student's t for 95 % (`claims.py`).", ""]  # fmt: skip
-    lines += [NOTES.read_text(encoding="utf-8")]
+    if folder.resolve() == NOTES.parent / "report":
+        lines += [NOTES.read_text(encoding="utf-8")]
     for part, content in TABLES.items():
         lines += [f"## {NAMES[part]}. {content.title}", ""]
         if part.startswith("figure") and plot(content, figures, folder / f"{part}.png"):
