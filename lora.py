@@ -54,15 +54,16 @@ def add_lora(
     alpha: float = 16,
     dropout: float = 0.05,
 ) -> list[LoRALinear]:
-    """Wrap every linear layer of `model` whose own name is in `targets`. ValueError if there is none."""
-    added = []
+    """Wrap every linear layer of `model` whose own name is in `targets`. ValueError for a name that no layer has."""
+    added, missing = [], set(targets)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if name in targets and isinstance(child, nn.Linear):
                 added.append(LoRALinear(child, rank, alpha, dropout))
                 setattr(parent, name, added[-1])
-    if not added:
-        raise ValueError(f"no linear layer is named {' or '.join(targets)}")
+                missing.discard(name)
+    if missing:
+        raise ValueError(f"no linear layer is named {' or '.join(sorted(missing))}")
     return added
 
 

@@ -166,7 +166,7 @@ class StoryData(TarData):
     tokenizer: its `plain` guards what comes from the tar, its `encode` tells lengths; queries: positions that an input
     picture takes. A row has at most `limit` tokens, pictures and <s> counted: the oldest turns are left out whole, the
     last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). weights: of TASKS, for stories.
-    features: what is there in the place of pictures.
+    features: what is there in the place of pictures. blind: the share of story steps whose history has no pictures.
     """
 
     def __init__(
@@ -179,10 +179,11 @@ class StoryData(TarData):
         limit: int = 2048,
         weights: dict[str, float] | None = None,
         features: Features = NONE,
+        blind: float = 0.0,
     ):
         super().__init__(tars)
         self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
-        self.to_input, self.to_output, self.features = to_input, to_output, features
+        self.to_input, self.to_output, self.features, self.blind = to_input, to_output, features, blind
         self.weights = task_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
         self.row_ends = [np.cumsum(row_items(index)) for index in self.indices]
 
@@ -243,6 +244,8 @@ class StoryData(TarData):
             raise Unusable("step without text or picture")
         if not turn.text and not turn.pictures:
             raise Unusable("empty turn")
+        if kind == "story" and uniform(phrase) < self.blind:
+            before = [Turn(step.text) for step in before]
 
         def since(first: int) -> Row:
             if kind == "story":
@@ -288,6 +291,11 @@ def row_items(index: TarIndex) -> np.ndarray:
     return np.maximum(index.turns - 1, 1)
 
 
+def uniform(bits: int) -> float:
+    """64 random bits -> a number in [0, 1)."""
+    return (bits >> 11) * 2.0**-53
+
+
 def task_weights(weights: dict[str, float]) -> list[float]:
     """{"image": 2, "text": 1} -> [2, 0, 1], in the order of TASKS. ValueError for what cannot be drawn from."""
     unknown = sorted(set(weights) - set(TASKS))
@@ -302,7 +310,7 @@ def task_weights(weights: dict[str, float]) -> list[float]:
 def pick_task(weights: list[float], bits: int) -> str:
     """64 random bits -> one of TASKS in proportion to its weight."""
     ends = np.cumsum(weights)
-    return TASKS[int(np.searchsorted(ends, (bits >> 11) * 2.0**-53 * ends[-1], side="right"))]
+    return TASKS[int(np.searchsorted(ends, uniform(bits) * ends[-1], side="right"))]
 
 
 def open_stories(
@@ -315,6 +323,7 @@ def open_stories(
     limit: int = 2048,
     weights: dict[str, float] | None = None,
     features: Features = NONE,
+    blind: float = 0.0,
     **options,
 ) -> Batches:
     """What the user named (see `tars.expand`) -> its batches. Arguments: StoryData's, `options`: those of Batches."""
@@ -322,5 +331,5 @@ def open_stories(
     for tar in filter(is_url, tars):
         raise ValueError(f"{tar}: stories are read at random, give local tars")
     return Batches(
-        StoryData(tars, tokenizer, queries, to_input, to_output, limit, weights, features), batch_size, **options
+        StoryData(tars, tokenizer, queries, to_input, to_output, limit, weights, features, blind), batch_size, **options
     )

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from cli import DTYPES, pick_device, run
 from data import describe
 from features import find_features, picture_size
+from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE, TEXT_WEIGHT, collate, few_lengths, load_minigpt5
 from parallel import Gradients, World, together, weights_held
@@ -56,6 +57,11 @@ from training import (
 from vae import preprocess_output
 
 
+def names(text: str) -> tuple[str, ...]:
+    """ "q_proj,v_proj" -> ("q_proj", "v_proj")."""
+    return tuple(name.strip() for name in text.split(","))
+
+
 def task_weights(text: str) -> dict[str, float]:
     """ "image=2,text=1" -> {"image": 2.0, "text": 1.0}."""
     pairs = [part.partition("=") for part in text.split(",")]
@@ -69,17 +75,27 @@ def arguments() -> argparse.Namespace:
     add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
     add("--no-uas", action="store_true", help="start from untrained vokens and mapper (the paper's ablation)")
     add("--prefix", action="store_true", help="prefix tuning in the place of LoRA")
+    add("--lora-rank", type=int, default=8, metavar="R", help="alpha is twice the rank")
+    add("--lora-targets", type=names, default=TARGETS, metavar="NAME,...",
+        help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
         help=f"how often a story step is each task, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
+    add("--blind-history", type=float, default=0.0, metavar="SHARE",
+        help="of the story steps that are told of with texts alone before them; default: none")  # fmt: skip
     add("--text-weight", type=float, default=TEXT_WEIGHT, help="of L_text in the loss; L_LDM has 1")
     add("--freeze-mapper", action="store_true", help="all of it; default: its transformer trains, as released")
-    add("--lr", type=float, default=2e-5, help="for all that trains")
+    add("--lr", type=float, default=2e-5, help="for the voken rows and the mapper")
+    add("--adapter-lr", type=float, help="for LoRA or the prefix; default: --lr")
     add("--vokens", type=int, default=8, help="vokens of a picture; with --uas those of its run")
     add("--max-tokens", type=int, default=2048, help="longest row; the oldest steps of a history are left out")
     add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
     args = check_run_options(parser, "train_mls")
+    if args.lora_rank < 1:
+        parser.error("--lora-rank must be at least 1")
     if not 0 <= args.text_weight < float("inf"):
         parser.error("--text-weight must be 0 or more")
+    if not 0 <= args.blind_history <= 1:
+        parser.error("--blind-history must be from 0 to 1")
     return args
 
 
@@ -107,7 +123,8 @@ def main() -> None:
         model.vae.encoder, model.queries = None, features.shapes["queries"][0]
     if model.lora or model.prefix:
         raise ValueError(f"{first}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
-    model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": {}}))
+    lora = {"targets": args.lora_targets, "rank": args.lora_rank, "alpha": 2 * args.lora_rank}
+    model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": lora}))
     model.mapper.requires_grad_(not (args.no_ldm or args.freeze_mapper))  # without L_LDM no loss reaches it
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
@@ -133,6 +150,7 @@ def main() -> None:
             min(args.max_tokens, model.llama.config.max_position_embeddings),
             args.tasks,
             features,
+            args.blind_history,
             seed=args.seed,
             rank=world.rank,
             world_size=world.size,
@@ -144,7 +162,14 @@ def main() -> None:
         print(note)
     total = total_steps(args, batches.dataset_size(), world.size)
 
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01
+    adapter = [p for name, p in model.trained_parameters().items() if "lora_" in name or "prefix_" in name]
+    groups = [
+        {"params": adapter, "lr": args.lr if args.adapter_lr is None else args.adapter_lr},
+        {"params": [p for p in trained if all(p is not other for other in adapter)], "lr": args.lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, eps=1e-8, fused=True)  # weight decay 0.01
+    for group in groups:
+        group["full_lr"] = group["lr"]
     gradients = Gradients(trained, [optimizer], world)
     meter = Meter(world.size * args.batch_size * args.accumulate)
     if world.size > 1:
@@ -168,7 +193,8 @@ def main() -> None:
     with together(), stop_signals() as asked, bar(range(start, total), "mls", total, initial=start) as bar:
         for step in bar:
             # ---- one step
-            optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
+            for group in optimizer.param_groups:
+                group["lr"] = group["full_lr"] * learning_rate_factor(step, args.warmup, total)
             for micro in range(args.accumulate):
                 batch = next(batches)
                 place = micro * world.size + world.rank  # of this batch among those of the step

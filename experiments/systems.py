@@ -26,6 +26,9 @@ class System(NamedTuple):
 
 
 UAS, MLS = "train_uas.py", "train_mls.py"
+# Stage 2 as the paper has it, in the place of the miniature's own settings (config.json of its weights).
+AS_PAPER = ("--lora-rank", "8", "--lora-targets", "q_proj,v_proj", "--adapter-lr", "3e-4", "--text-weight", "0.01",
+            "--blind-history", "0")  # fmt: skip
 TEXT_ONLY = ("--no-uas", "--no-ldm")
 SYSTEMS = {
     "uas": System(UAS, "pairs", 1),
@@ -220,7 +223,7 @@ def train_job(options: Options, name: str, seed: int) -> Job:
     given |= {"steps": steps, "seed": seed, "workers": 0, "sample-every": 0, "device": options.device}
     given |= {"batch-size": max(1, options.batch_size // (1 if system.script == UAS else 2))}
     given |= {"uas": options.run(system.start, seed)} if system.start else {}
-    command = [system.script, *system.switches, "--resume"]
+    command = [system.script, *(AS_PAPER if system.script == MLS else ()), *system.switches, "--resume"]
     command += [word for key, value in given.items() for word in (f"--{key}", str(value))]
     needs = (f"data/{system.data}", *((f"{system.start}.{seed}",) if system.start else ()))
     return Job([command], run / f"step-{steps:08d}" / "trained.safetensors", needs)

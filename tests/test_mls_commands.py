@@ -66,6 +66,25 @@ def test_what_trains(monkeypatch, weights, data, uas, tmp_path):
     assert all(after[name].abs().sum() > 0 for name in lora if "lora_B" in name)
 
 
+def test_lora_options(monkeypatch, weights, data, uas, tmp_path):
+    options = ("--uas", uas, "--lora-rank", 3, "--lora-targets", "o_proj,up_proj", "--steps", 1)
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", *options)
+    checkpoint = checkpoint_folders(tmp_path / "run")[0] / "trained.safetensors"
+    ranks = {name.split(".")[-3]: t.shape[0] for name, t in load_file(checkpoint).items() if "lora_A" in name}
+    assert ranks == {"o_proj": 3, "up_proj": 3}
+    layers = load_minigpt5(weights, checkpoint).lora
+    assert layers and all(layer.scale == 2 and layer.lora_A.out_features == 3 for layer in layers)
+
+
+def test_adapter_has_a_rate_of_its_own(monkeypatch, weights, data, uas, tmp_path):
+    rates = ("--uas", uas, "--adapter-lr", 0)
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 2, *rates)
+    after = load_file(checkpoint_folders(tmp_path / "run")[0] / "trained.safetensors")
+    before = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
+    assert all(after[name].abs().sum() == 0 for name in after if "lora_B" in name)
+    assert not torch.equal(after["vokens.output"], before["vokens.output"])
+
+
 def test_packed_goes_over_stage_1(monkeypatch, weights, data, uas, tmp_path, capsys):
     """With the mapper frozen, stage 2's packed file holds rows and LoRA alone, and loads as if it held everything."""
     train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 2, "--uas", uas, "--freeze-mapper")
@@ -180,6 +199,9 @@ def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):
     training_fails("no such task: song", "--tasks", "song=1")
     training_fails("invalid task_weights value", "--tasks", "image")
     training_fails("--text-weight must be 0 or more", "--text-weight", -1)
+    training_fails("no linear layer is named x_proj", "--lora-targets", "q_proj,x_proj")
+    training_fails("--lora-rank must be at least 1", "--lora-rank", 0)
+    training_fails("--blind-history must be from 0 to 1", "--blind-history", 1.5)
     training_fails("no such tar", "--data", tmp_path / "nothing.tar")
     training_fails("no usable", "--data", write_tar(tmp_path / "pairs.tar", pairs(3)))
     train(monkeypatch, weights, data / "stories.tar", tmp_path / "first", "--steps", 1)

@@ -237,6 +237,21 @@ def test_tasks(tmp_path, tokenizer):
     assert batch["outputs"] is None  # a batch of nothing but the text task
 
 
+def test_blind_history(tmp_path, tokenizer):
+    tar = write(tmp_path / "x.tar", {"0": story(1)})
+    told = "###Human:step 0 of 1step 1 of 1\n"
+    for task, inputs in {"image": [], "text+image": [], "text": [12]}.items():
+        data = open_data(tar, tokenizer, weights=only(task), blind=1.0)
+        batch = data.collate([data.sample(1, (1 << 63, 0))])
+        source = batch["pairs"][0][0]
+        assert told in source and source.count("<ImageHere>") == len(inputs)
+        assert shades(batch["inputs"], False) == inputs if inputs else batch["inputs"] is None
+    data = open_data(tar, tokenizer, blind=0.25)
+    draws = [data.draw(np.random.PCG64(i)) for i in range(2000)]
+    blind = sum(told in data.sample(1, draw)["source"] for draw in draws)
+    assert 440 < blind < 560
+
+
 def test_task_weights(tmp_path, tokenizer):
     data = open_data(write(tmp_path / "x.tar", {"0": story(1)}), tokenizer, weights={"image": 3, "text": 1})
     bits = [np.random.PCG64(i) for i in range(4000)]
