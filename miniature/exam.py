@@ -70,9 +70,9 @@ class Exam:
 
     def sheet(self, name: str, columns: Iterable[tuple[str, list[Image.Image | None]]]) -> None:
         """The first examples, words below their pictures; a picture that did not come is grey."""
-        if self.sheets:
-            blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-            shown = [(words, [picture or blank for picture in pictures]) for words, pictures in islice(columns, SHOWN)]
+        blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
+        shown = [(words, [picture or blank for picture in pictures]) for words, pictures in islice(columns, SHOWN)]
+        if self.sheets and shown:
             draw_grid(shown, self.sheets / f"{'-'.join(re.findall(r'[a-z0-9]+', name))}.png")
 
 

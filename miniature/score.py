@@ -4,15 +4,16 @@
     python miniature/score.py prompts vokens --n 100 --sheets sheets --out scores.json
     python miniature/score.py stories --checkpoint uas          # stories before stage 2
 
-| part     | measures                                                                             |
-| -------- | ------------------------------------------------------------------------------------ |
-| judge    | facts that the judge reads rightly off real pictures                                 |
-| vae      | pictures after the autoencoder's round trip                                          |
-| prompts  | pictures drawn through the frozen text encoder: "zero-shot Stable Diffusion"         |
-| vokens   | the same prompts and noise through the language model, its vokens and the mapper     |
-| captions | pictures that the language model describes                                           |
-| replies  | whether a picture comes when one is asked for, and none when words are               |
-| stories  | the next step of a story, with and without its history; its own pictures fed back    |
+| part      | measures                                                                             |
+| --------- | ------------------------------------------------------------------------------------ |
+| judge     | facts that the judge reads rightly off real pictures                                 |
+| vae       | pictures after the autoencoder's round trip                                          |
+| prompts   | pictures drawn through the frozen text encoder: "zero-shot Stable Diffusion"         |
+| vokens    | the same prompts and noise through the language model, its vokens and the mapper     |
+| captions  | pictures that the language model describes                                           |
+| replies   | whether a picture comes when one is asked for, and none when words are               |
+| dialogues | whether what a dialogue draws and says is right                                      |
+| stories   | the next step of a story, with and without its history; its own pictures fed back    |
 
 All samples are held out: their kind, colour and scene were never trained together. Figures are shares. A fact that a
 prompt does not name is not asked for: "named" is how many prompts name it, the other figures are of those. A prompt
@@ -24,8 +25,10 @@ import sys
 from dataclasses import replace
 from itertools import count, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,9 +42,11 @@ from miniature.documents import look_document
 from miniature.exam import (
     BATCH,
     LONGEST,
+    NOTHING,
     SHOWN,
     Exam,
     Figures,
+    Said,
     ask,
     heard,
     held_out_pictures,
@@ -57,6 +62,7 @@ from miniature.facts import Picture
 from miniature.judge import right
 from miniature.recipe import write_json
 from miniature.score_stories import stories
+from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in
 from miniature.world import random_stream, sample_dialogue
 from scheduler import SAMPLERS
@@ -139,19 +145,28 @@ def captions(exam: Exam) -> Figures:
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
     exam.sheet("captions", ((text, [picture]) for text, picture in zip(texts, pictures, strict=True)))
     told = [facts_in(text) for text in texts]
-    no_error = [len(a.things) == len(b.things) and agrees(a, b) for a, b in zip(told, wanted, strict=True)]
-    return {"described, right": right_shares(told, wanted) | {"no error": share(no_error)}}
+    fine = [no_error(a, b) for a, b in zip(told, wanted, strict=True)]
+    return {"described, right": right_shares(told, wanted) | {"no error": share(fine)}}
 
 
-def turns_to_answer(exam: Exam) -> dict[bool, list[tuple[str, tuple]]]:
-    """What precedes n turns of dialogues that have a picture (True) and n that have none: the source, its pictures."""
+class Reply(NamedTuple):
+    """A turn to be said in a dialogue."""
+
+    source: str
+    pictures: tuple[Image.Image, ...]  # of the turns before it, as far as they are heard
+    asked: Told  # the human's turn
+    turn: Told
+
+
+def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
+    """n turns of dialogues that have a picture (True) and n that have none."""
     asked = {True: [], False: []}
     for i in count():
         told, jitter = sample_dialogue(exam.seed, i, "held-out")
         for k in range(1, len(told), 2):
             before = heard(told[first_heard(k) : k], jitter)
             pictures = tuple(picture for turn in before for picture in turn.pictures)
-            asked[told[k].picture is not None].append((dialog_source(before, k), pictures))
+            asked[told[k].picture is not None].append(Reply(dialog_source(before, k), pictures, *told[k - 1 : k + 1]))
         if min(map(len, asked.values())) >= exam.n:
             return {wish: rows[: exam.n] for wish, rows in asked.items()}
 
@@ -162,8 +177,8 @@ def replies(exam: Exam) -> Figures:
     turns, figures = turns_to_answer(exam), {}
     for name, wish, rows in (
         ("a caption's picture is asked for", True, [(source, ()) for source in requests]),
-        ("a dialogue asks for a picture", True, turns[True]),
-        ("a dialogue asks for words", False, turns[False]),
+        ("a dialogue asks for a picture", True, [reply[:2] for reply in turns[True]]),
+        ("a dialogue asks for words", False, [reply[:2] for reply in turns[False]]),
     ):
         sources, pictures = zip(*rows, strict=True)
         said = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
@@ -176,6 +191,44 @@ def replies(exam: Exam) -> Figures:
     return figures
 
 
+def dialogues(exam: Exam) -> Figures:
+    """A picture is asked for: what the request names counts. It is changed ("make it red."): every fact counts. It is
+    described: all is true, no thing left out. A question is answered: with the facts of the dialogue's own answer."""
+    turns, figures, pictures = turns_to_answer(exam), {}, {"asked for": [], "changed": []}
+    for reply in turns[True]:
+        if facts_in(reply.asked.text).scene:
+            pictures["asked for"].append(reply)
+        elif reply.pictures:  # else the picture to be changed is not heard of any more
+            pictures["changed"].append(reply)
+    for name, rows in pictures.items():
+        wanted = [reply.turn.picture if name == "changed" else facts_in(reply.asked.text) for reply in rows]
+        drawn = [said.picture for said in answers(exam, f"dialogues {name}", rows)]
+        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted)
+    shown = [reply for reply in turns[False] if reply.asked.picture]
+    about = [r for r in turns[False] if r.pictures and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
+    for name, rows in {"described": shown, "answered": about}.items():
+        told = [facts_in(said.text) for said in answers(exam, f"dialogues {name}", rows)]
+        if rows is shown:
+            fine = [no_error(a, reply.asked.picture) for a, reply in zip(told, rows, strict=True)]
+        else:
+            fine = [a == facts_in(reply.turn.text) for a, reply in zip(told, rows, strict=True)]
+        figures[name] = {"samples": len(rows) / exam.n, "right": share(fine)}
+    return figures
+
+
+def no_error(told: Picture, picture: Picture) -> bool:
+    """Whether all that is told is true and no thing is left out."""
+    return len(told.things) == len(picture.things) and agrees(told, picture)
+
+
+def answers(exam: Exam, name: str, rows: list[Reply]) -> list[Said]:
+    """What is said to each, and a sheet of it: the picture that came, or the one that it is about."""
+    said = ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
+    columns = zip(rows, said, strict=True)
+    exam.sheet(name, ((f"{r.asked.text} > {a.text}", [a.picture or (*r.pictures, None)[-1]]) for r, a in columns))
+    return said
+
+
 # ---- the command
 
 PARTS = {  # each takes the exam to figures
@@ -185,9 +238,11 @@ PARTS = {  # each takes the exam to figures
     "vokens": vokens,
     "captions": captions,
     "replies": replies,
+    "dialogues": dialogues,
     "stories": stories,
 }
-NEED_CHECKPOINT = ("vokens", "replies", "stories")
+NEED_CHECKPOINT = ("vokens", "replies", "dialogues", "stories")
+STAGE_2 = {"dialogues": "mls-chat", "stories": "mls-story"}
 
 
 def tables(figures: Figures) -> str:
@@ -203,12 +258,12 @@ def tables(figures: Figures) -> str:
 
 
 def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None:
-    """What `--checkpoint` names; without it stage 1's, for stories stage 2's if it is there."""
+    """What `--checkpoint` names; without it stage 1's, for dialogues and stories stage 2's if it is there."""
     trained = weights / "minigpt5"
     if wanted:
         places = [wanted, trained / f"{wanted}.safetensors"]
     else:
-        places = [trained / "mls-story.safetensors"] * (part == "stories") + [trained]
+        places = [trained / f"{STAGE_2.get(part, 'uas')}.safetensors", trained]
     found = next(filter(None, map(find_checkpoint, places)), None)
     if found is None and (wanted or part in NEED_CHECKPOINT):
         raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")

@@ -224,6 +224,28 @@ def test_replies(exam, draw, monkeypatch):
     assert [row["right"] for row in score.replies(exam).values()] == [0.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_dialogues(exam, draw, monkeypatch, shift):
+    """The dialogues' own answers are right; those of other turns are not."""
+    exam = replace(exam, n=60)
+
+    def key(source, pictures):
+        return source, tuple(picture.info["facts"] for picture in pictures)
+
+    own = {key(*reply[:2]): reply.turn for rows in score.turns_to_answer(exam).values() for reply in rows}
+
+    def say(exam, sources, pictures, **options):
+        said = [own[key(*pair)] for pair in zip(sources, pictures, strict=True)]
+        return [Said(turn.text, turn.picture and draw(turn.picture)) for turn in said[shift:] + said[:shift]]
+
+    monkeypatch.setattr(score, "ask", say)
+    figures = score.dialogues(exam)
+    assert list(figures) == ["asked for, right", "changed, right", "described", "answered"]
+    assert all(0 < row["samples"] < 1 for row in figures.values())
+    shares = [row.get("all", row.get("right")) for row in figures.values()]
+    assert set(shares) == {1.0} if shift == 0 else max(shares) < 0.3
+
+
 @pytest.mark.parametrize("shift, least, most", [(0, 1.0, 1.0), (1, 0.0, 0.5)])
 def test_story_figures(exam, draw, shift, least, most):
     steps = score_stories.story_steps(replace(exam, n=60))
@@ -321,11 +343,12 @@ def test_words_for_a_picture_are_no_text(exam, monkeypatch):
 def test_turns_to_answer(exam):
     turns = score.turns_to_answer(replace(exam, n=40))
     for wish, rows in turns.items():
-        assert len(rows) == 40 and all(source.count("<ImageHere>") == len(pictures) for source, pictures in rows)
-        assert all(source.endswith("###Assistant:") for source, _ in rows)
-        asked = [source.rpartition("###Human: ")[2] for source, _ in rows]
-        assert any("draw" in line for line in asked) == wish
-    assert any(pictures for _, pictures in turns[False])
+        assert len(rows) == 40 and all(row.source.count("<ImageHere>") == len(row.pictures) for row in rows)
+        assert all(row.source.endswith("###Assistant:") for row in rows)
+        assert all(row.asked.text in row.source.rpartition("###Human: ")[2] for row in rows)
+        assert any("draw" in row.asked.text for row in rows) == wish
+        assert all((row.turn.picture is not None) == wish for row in rows)
+    assert any(row.pictures for row in turns[False])
 
 
 def test_wrong_picture_size(exam):
