@@ -128,11 +128,11 @@ def main() -> None:
     model.mapper.requires_grad_(not (args.no_ldm or args.freeze_mapper))  # without L_LDM no loss reaches it
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
-    trained = [p for p in model.trained_parameters().values() if p.requires_grad]
+    trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}
     print(f"stage 1: {first or 'none, vokens and mapper are untrained'}")
-    adapter = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
+    kind = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
     mapper = "" if args.no_ldm or args.freeze_mapper else " and mapper transformer"
-    print(f"trained: {sum(p.numel() for p in trained):,} parameters in {adapter}, voken rows{mapper}")
+    print(f"trained: {sum(p.numel() for p in trained.values()):,} parameters in {kind}, voken rows{mapper}")
     print(f"precomputed: {', '.join(features.made_with) or 'nothing'}")
     if args.shard:
         own, whole = weights_held(model.llama, model.unet)
@@ -162,15 +162,14 @@ def main() -> None:
         print(note)
     total = total_steps(args, batches.dataset_size(), world.size)
 
-    adapter = [p for name, p in model.trained_parameters().items() if "lora_" in name or "prefix_" in name]
-    groups = [
-        {"params": adapter, "lr": args.lr if args.adapter_lr is None else args.adapter_lr},
-        {"params": [p for p in trained if all(p is not other for other in adapter)], "lr": args.lr},
-    ]
+    adapter = {name: p for name, p in trained.items() if "lora_" in name or "prefix_" in name}
+    others = [p for name, p in trained.items() if name not in adapter]
+    adapter_lr = args.lr if args.adapter_lr is None else args.adapter_lr
+    groups = [{"params": list(adapter.values()), "lr": adapter_lr}, {"params": others, "lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, eps=1e-8, fused=True)  # weight decay 0.01
     for group in groups:
         group["full_lr"] = group["lr"]
-    gradients = Gradients(trained, [optimizer], world)
+    gradients = Gradients(trained.values(), [optimizer], world)
     meter = Meter(world.size * args.batch_size * args.accumulate)
     if world.size > 1:
         print(f"{world.size} processes; each step adds up {gradients.flat.nbytes:,} bytes of them: gradients and loss")
