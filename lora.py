@@ -67,10 +67,6 @@ def add_lora(
     return added
 
 
-def lora_layers(model: nn.Module) -> list[LoRALinear]:
-    return [module for module in model.modules() if isinstance(module, LoRALinear)]
-
-
 class Prefix(nn.Module):
     """Keys and values of P virtual tokens, with peft's parameter names."""
 

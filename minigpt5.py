@@ -174,6 +174,7 @@ class MiniGPT5(nn.Module):
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2, see add_adapters
+        self.tables = {}  # what a converted checkpoint made of Vicuna's two: a factor, or None for other ones
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # embeddings of an input picture
         self.compiled_for = 0  # see compile_losses
 
@@ -361,7 +362,7 @@ class MiniGPT5(nn.Module):
     def add_adapters(self, lora: dict | None = None, prefix: dict | None = None) -> None:
         """Stage 2's change of the language model: the options of `add_lora`, or those of `Prefix`."""
         if lora is not None:
-            self.lora = add_lora(self.llama, **lora)
+            self.lora = add_lora(self.llama.model, **lora)
         if prefix is not None:
             self.prefix = Prefix(self.llama.config, **prefix).to(self.device)
 
@@ -376,7 +377,12 @@ class MiniGPT5(nn.Module):
         metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(self.tokenizer.voken_ids))}
         if self.lora:
             metadata["lora_alpha"] = str(self.lora[0].scale * self.lora[0].lora_A.out_features)
-        save_safetensors(self.trained_parameters(), path, metadata)
+        metadata |= {TABLES[key]: str(factor) for key, factor in self.tables.items() if factor is not None}
+        tables = {key: self.table(key).weight for key, factor in self.tables.items() if factor is None}
+        save_safetensors(self.trained_parameters() | tables, path, metadata)
+
+    def table(self, key: str) -> nn.Module:
+        return self.llama.get_submodule(key.removesuffix(".weight"))
 
     @torch.no_grad()
     def load_trained(self, path: Path) -> None:
@@ -387,7 +393,7 @@ class MiniGPT5(nn.Module):
         weight decay shrank them, and the released model runs with the shrunk ones): whole, or as one factor.
         """
         trained = self.trained_parameters()
-        metadata, tensors = checkpoint_contents(path)
+        _, tensors = checkpoint_contents(path)
         if (base := checkpoint_below(path)) is not None:
             missing = {name: parameter for name, parameter in trained.items() if name not in tensors}
             for name, tensor in matched(missing, [base], lambda key: key if key in missing else None).items():
@@ -395,17 +401,26 @@ class MiniGPT5(nn.Module):
         for name, tensor in matched(trained, [path], lambda key: None if key in TABLES else key).items():
             trained[name].copy_(tensor)  # in place: an optimiser may hold these
         for key, factor in TABLES.items():
-            table = self.llama.get_submodule(key.removesuffix(".weight"))
-            weight = table.weight
-            if key in tensors:
-                dtype, rows = tensors[key].get_dtype(), range(self.tokenizer.base_vocabulary, MOST)
-                rows_of(tensors, key, rows, path)
-                if tensors[key].get_shape()[1] != weight.shape[1] or dtype not in FLOATS:
-                    raise WeightsError(f"{path}: {key} is no table of weights {weight.shape[1]} wide ({dtype})")
-                replaced = tensors[key][:].to(weight.device, weight.dtype)
-                table.weight = nn.Parameter(replaced, requires_grad=False)
-            elif factor in metadata:
-                table.weight = nn.Parameter(weight * number_of(metadata, factor, 1, path), requires_grad=False)
+            for file in filter(None, (path, base)):
+                if self.load_table(file, key, factor):
+                    break
+
+    def load_table(self, path: Path, key: str, factor: str) -> bool:
+        """What a checkpoint says about Vicuna's own rows of a table, if anything. A table is never scaled twice."""
+        (metadata, tensors), table = checkpoint_contents(path), self.table(key)
+        if key in tensors:
+            dtype, rows = tensors[key].get_dtype(), range(self.tokenizer.base_vocabulary, MOST)
+            rows_of(tensors, key, rows, path)
+            if tensors[key].get_shape()[1] != table.weight.shape[1] or dtype not in FLOATS:
+                raise WeightsError(f"{path}: {key} is no table of weights {table.weight.shape[1]} wide ({dtype})")
+            weight, self.tables[key] = tensors[key][:].to(table.weight.device, table.weight.dtype), None
+        elif factor in metadata:
+            scale = number_of(metadata, factor, 1, path)
+            weight, self.tables[key] = table.weight * (scale / (self.tables.get(key) or 1)), scale
+        else:
+            return False
+        table.weight = nn.Parameter(weight, requires_grad=False)
+        return True
 
 
 def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:

@@ -81,7 +81,8 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     base = out.with_name("uas.safetensors")
     if out.name != base.name and base.is_file():
         first = read_tensors(base)
-        changed = {n: t for n, t in tensors.items() if n not in first or not torch.equal(t, first[n][:].to(dtype))}
+        same = {n for n, t in tensors.items() if n in first and torch.equal(t, first[n][:].to(dtype))}
+        changed = {n: t for n, t in tensors.items() if n not in same or n.startswith("vokens.")}
         if len(changed) < len(tensors):
             tensors, metadata["over"] = changed, base.name
     save_safetensors(tensors, out, metadata)

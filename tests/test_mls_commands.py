@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from random_weights import write_random_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_commands import call, fails, pairs, write_tar
 from test_commands import train as train_uas
 
@@ -178,6 +178,77 @@ def test_story(monkeypatch, weights, data, uas, tmp_path):
     assert again == segments
 
 
+def test_long_story(monkeypatch, weights, tmp_path):
+    """The oldest steps are left out where the positions would end, and what was told is kept after every step."""
+    monkeypatch.setattr(sample, "room_after", lambda model, prompt: 100 - 20 * prompt.count("<ImageHere>"))
+    heard, told = [], []
+
+    def answer(model, prompts, pictures, *rest):
+        heard.append(len(pictures[0]))
+        if len(heard) == 7:
+            raise KeyboardInterrupt
+        told.append(Image.new("RGB", (32, 32)))
+        return [["it drifts.", told[-1]]]
+
+    monkeypatch.setattr(sample, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        ask(monkeypatch, weights, tmp_path, "--prompt", "a kite", "--turns", 9, "--max-new-tokens", 30)
+    assert heard == [0, 1, 2, 3, 3, 3, 3]
+    kept = json.loads((tmp_path / "answer.json").read_text())["segments"]
+    assert sum("image" in segment for segment in kept) == 6
+
+
+def test_checkpoints_of_stage_2_are_found(monkeypatch, weights, uas, tmp_path):
+    shutil.copytree(weights, tmp_path / "w")
+    (tmp_path / "w/minigpt5").mkdir(exist_ok=True)
+    for name in ("uas", "mls-vist", "mls-mmdialog"):
+        shutil.copy(checkpoint_folders(uas)[0] / "trained.safetensors", tmp_path / f"w/minigpt5/{name}.safetensors")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    loaded, load = [], sample.load_minigpt5
+
+    def note(weights, checkpoint, **options):
+        loaded.append(checkpoint.stem)
+        return load(weights, checkpoint, **options)
+
+    monkeypatch.setattr(sample, "load_minigpt5", note)
+    for options in ((), ("--image", tmp_path / "a.png"), ("--turns", 1)):
+        ask(monkeypatch, tmp_path / "w", tmp_path / "out", "--prompt", "a kite", *options)
+    shutil.copy(tmp_path / "w/minigpt5/uas.safetensors", tmp_path / "w/minigpt5/mls-story.safetensors")
+    ask(monkeypatch, tmp_path / "w", tmp_path / "out", "--prompt", "a kite", "--turns", 1)
+    assert loaded == ["uas", "mls-mmdialog", "mls-vist", "mls-story"]
+
+
+def test_shrunk_tables_stay_shrunk(weights, uas, tmp_path):
+    """What a released checkpoint made of Vicuna's tables goes on into checkpoints made from it, and never twice."""
+    first = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
+    metadata = {"format": "minigpt5", "stage": "uas", "vokens": "8", "embed_scale": "0.5"}
+    plain = load_minigpt5(weights)
+    head = torch.randn_like(plain.llama.lm_head.weight)
+    save_file(first | {"lm_head.weight": head}, tmp_path / "uas.safetensors", metadata)
+    model = load_minigpt5(weights, tmp_path / "uas.safetensors")
+    model.add_adapters(lora={})
+    model.save_trained(tmp_path / "run.safetensors", "mls")
+    model.load_trained(tmp_path / "run.safetensors")  # as --resume does
+    call_weights("pack", tmp_path / "run.safetensors", "--out", tmp_path / "mls-story.safetensors")
+    assert "lm_head.weight" not in load_file(tmp_path / "mls-story.safetensors")
+    packed = load_minigpt5(weights, tmp_path / "mls-story.safetensors")
+    for found in (model, load_minigpt5(weights, tmp_path / "run.safetensors"), packed):
+        assert torch.equal(found.llama.model.embed_tokens.weight, 0.5 * plain.llama.model.embed_tokens.weight)
+        assert torch.equal(found.llama.lm_head.weight, head)
+
+
+def test_long_rows_are_cut_where_the_model_ends(monkeypatch, weights, data, tmp_path):
+    limits, collate = [], train_mls.collate
+
+    def note(*arguments):
+        limits.append(arguments[4])
+        return collate(*arguments)
+
+    monkeypatch.setattr(train_mls, "collate", note)
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 1, "--max-tokens", 300)
+    assert limits == [300]
+
+
 def test_chat(monkeypatch, weights, data, tmp_path, capsys):
     picture = tmp_path / "in.png"
     Image.effect_noise((40, 30), 80).convert("RGB").save(picture)
@@ -200,6 +271,8 @@ def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):
     training_fails("invalid task_weights value", "--tasks", "image")
     training_fails("--text-weight must be 0 or more", "--text-weight", -1)
     training_fails("no linear layer is named x_proj", "--lora-targets", "q_proj,x_proj")
+    training_fails("no linear layer is named lm_head", "--lora-targets", "q_proj,lm_head")
+    training_fails("--uas and --no-uas exclude each other", "--uas", uas, "--no-uas")
     training_fails("--lora-rank must be at least 1", "--lora-rank", 0)
     training_fails("--blind-history must be from 0 to 1", "--blind-history", 1.5)
     training_fails("no such tar", "--data", tmp_path / "nothing.tar")
