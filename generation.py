@@ -121,6 +121,13 @@ class Answer:
 
 
 @torch.inference_mode()
+def room_after(model: MiniGPT5, prompt: str) -> int:
+    """Tokens that an answer can have, the vokens of its pictures among them."""
+    tokenizer, virtual = model.tokenizer, model.prefix.embedding.num_embeddings if model.prefix else 0
+    used = virtual + 1 + len(expand_placeholders(tokenizer, tokenizer.encode(prompt), model.queries))
+    return model.llama.config.max_position_embeddings - used
+
+
 def say(
     model: MiniGPT5,
     prompts: list[str],

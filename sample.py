@@ -23,12 +23,15 @@ import torch
 from PIL import Image
 
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
-from generation import Sampling, answer
+from data import clean_caption
+from generation import Sampling, answer, room_after
 from images import draw_grid, read_image, save_image
 from minigpt5 import MiniGPT5, load_minigpt5
 from scheduler import SAMPLERS
 from stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 from training import find_checkpoint
+
+STORIES, TALKS = ("mls-story", "mls-vist"), ("mls-chat", "mls-mmdialog")  # stage 2's: the miniature's, the released
 
 
 def arguments() -> argparse.Namespace:
@@ -39,7 +42,8 @@ def arguments() -> argparse.Namespace:
     add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
     add("--chat", action="store_true", help="talk: a line a turn, `/image FILE` adds a picture, an empty line ends")
     add_weights_option(parser)
-    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: WEIGHTS/minigpt5's")
+    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5 "
+        "stage 2's for stories, talks and pictures that are given, else stage 1's")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add("--steps", type=int, default=50, help="denoising steps of a picture")
@@ -93,8 +97,9 @@ class Conversation:
         return answer(self.model, [prompt], [pictures], self.sampling, [self.generator])[0]
 
     def caption(self) -> list[str | Image.Image]:
-        """Stage 1's form: the bare words, which it answers with a picture."""
-        return self.ask(self.turns[-1].text, [])
+        """Stage 1's form: the bare words, cleaned as its captions were, which it answers with a picture."""
+        text = self.turns[-1].text
+        return self.ask(self.model.tokenizer.plain(clean_caption(text) or text), [])
 
     def reply(self) -> list[str | Image.Image]:
         """The answer to the last turn of a talk, which becomes the next turn."""
@@ -110,9 +115,15 @@ class Conversation:
             segments = self.ask(story_source([], REQUESTS["image"][0].format(last.text)), [])
             self.turns = [Turn(last.text, spoken(segments)[1])]
             return segments
-        segments = self.ask(story_source(self.turns, REQUESTS["text+image"][0]), self.turns)
+        heard = self.turns
+        while len(heard) > 1 and room_after(self.model, self.next_source(heard)) < self.sampling.max_new_tokens:
+            heard = heard[1:]  # the oldest step is left out
+        segments = self.ask(self.next_source(heard), heard)
         self.add(*spoken(segments))
         return segments
+
+    def next_source(self, told: list[Turn]) -> str:
+        return story_source(told, REQUESTS["text+image"][0])
 
 
 def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:
@@ -131,7 +142,7 @@ def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out:
     if words and columns:
         columns[-1] = (f"{columns[-1][0]} {words}".strip(), columns[-1][1])
     if columns:
-        draw_grid(columns, out / "storyboard.png", side=max(192, columns[0][1][0].width))
+        draw_grid(columns, out / "storyboard.png", side=min(max(192, columns[0][1][0].width), 512))
     body = "".join(paragraph(segment) for segment in segments)
     style = "body{font:18px serif;max-width:40em;margin:2em auto}img{width:100%;max-width:32em;image-rendering:auto}"
     page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(prompt)}</title><style>{style}</style>{body}\n'
@@ -191,8 +202,11 @@ def main() -> None:
     out = make_folder(args.out)
     start = time.perf_counter()
     trained = args.weights / "minigpt5"
-    places = [trained / "mls-story.safetensors"] * (args.turns is not None) + [trained]
-    checkpoint = next(filter(None, map(find_checkpoint, [args.checkpoint] if args.checkpoint else places)), None)
+    names = STORIES if args.turns is not None else TALKS if args.chat or pictures else ()
+    places = [trained / f"{name}.safetensors" for name in names] + [trained]
+    if args.checkpoint:
+        places = [args.checkpoint]
+    checkpoint = next(filter(None, map(find_checkpoint, places)), None)
     if checkpoint is None and args.checkpoint:
         raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
     if checkpoint is None:
@@ -211,6 +225,8 @@ def main() -> None:
         int8=args.int8,
         offload=args.offload,
     ).eval()
+    for layer in [] if args.int8 else model.lora:  # one product in the place of three
+        layer.merge()
     loaded = time.perf_counter()
 
     sampling = Sampling(
@@ -232,14 +248,15 @@ def main() -> None:
     conversation.add(args.prompt, tuple(pictures))
     if args.turns is not None:
         segments = [args.prompt, *pictures]
+        count = show(segments, out, 0)
         for _ in range(args.turns):
-            segments += conversation.next_step()
-    elif pictures or model.lora or model.prefix:
-        segments = conversation.reply()
+            step = conversation.next_step()
+            count, segments = show(step, out, count), segments + step
+            write_answer(segments, args.prompt, args.seed, out)
     else:
-        segments = conversation.caption()
-    show(segments, out, 0)
-    write_answer(segments, args.prompt, args.seed, out)
+        segments = conversation.reply() if pictures or model.lora or model.prefix else conversation.caption()
+        show(segments, out, 0)
+        write_answer(segments, args.prompt, args.seed, out)
     print(
         f"loaded in {loaded - start:.1f} s, answered in {time.perf_counter() - loaded:.1f} s, see {out / 'answer.json'}"
     )

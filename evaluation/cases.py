@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import clean_caption, decode, describe, read_caption, uas_texts
-from generation import Sampling, answer
+from generation import Sampling, answer, room_after
 from images import ImageError, read_image, save_image
 from loading import read_json
 from miniature.facts import Picture
@@ -147,8 +147,7 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[str
             row = dialog_row(before[first:], turn, k, "")
         else:
             row = story_row(before[first:], turn, case.task, 0, "")
-        used = 1 + len(tokenizer.encode(row.source)) + (model.queries - 1) * len(row.inputs)
-        if used + room <= model.llama.config.max_position_embeddings:
+        if room_after(model, row.source) >= room:
             return row.source, pictures_of(case, row.inputs)
     raise Unusable("prompt too long")
 
@@ -218,7 +217,8 @@ def check_settings(folder: Path, settings: dict) -> None:
     """ValueError where the answers in `folder` were made with other `settings`."""
     if (folder / SETTINGS).is_file():
         there = read_json(folder / SETTINGS)
-        other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there.get(name) != value]
+        found = {name: there.get(name) for name in settings}
+        other = [f"{name} {found[name]}, not {value}" for name, value in settings.items() if found[name] != value]
         if other:
             raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
 

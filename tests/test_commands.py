@@ -171,6 +171,14 @@ def test_learning_rate_of_output_rows(monkeypatch, weights, tar, tmp_path):
     assert all(torch.equal(t["vokens.input"], found["0"]["vokens.input"]) for t in found.values())
 
 
+def test_learning_rate_of_the_mapper(monkeypatch, weights, tar, tmp_path):
+    """0 is no rate, which is not the same as none given."""
+    train(monkeypatch, weights, tar, tmp_path, "--steps", 2, "--save-every", 1, "--mapper-lr", 0)
+    after, before = (load_file(folder / "trained.safetensors") for folder in checkpoint_folders(tmp_path))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"vokens.input", "vokens.output"}
+
+
 def test_epochs_and_pictures_of_a_run(monkeypatch, weights, tar, tmp_path):
     log = train(monkeypatch, weights, tar, tmp_path, "--epochs", 1, "--sample-every", 5, "--workers", 1)
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5]  # 10 pairs in batches of 2
@@ -247,6 +255,19 @@ def test_sample_from_a_run(monkeypatch, weights, tar, tmp_path, capsys):
     )
     assert {"image": "0.png"} in answer["segments"]
     assert "no trained checkpoint" not in capsys.readouterr().out
+
+
+def test_captions_are_cleaned_as_in_training(monkeypatch, weights, tmp_path):
+    asked = []
+
+    def answer(model, prompts, *rest):
+        asked.extend(prompts)
+        return [["words"]]
+
+    monkeypatch.setattr(sample, "answer", answer)
+    for prompt in ("A Red Boat (on the SEA), at night!", "!!!", "</#s>"):
+        assert ask(monkeypatch, weights, tmp_path, "--prompt", prompt)["prompt"] == prompt
+    assert asked == ["a red boat on the sea , at night", "!!!", "</ s>"]
 
 
 def test_text_of_the_user_is_plain_text(monkeypatch, weights, tmp_path):
@@ -349,9 +370,12 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     training_fails("tar", "--data", not_a_picture)
     training_fails(r"file.*(exists|directory)", "--out", a_file)
     training_fails("at least 1", "--batch-size", 0)
+    training_fails("--steps must be at least 1", "--steps", 0)
+    training_fails("--vokens must be at most 128", "--vokens", 129)
     train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 1)
     training_fails("holds a run already", "--out", tmp_path / "run")
     training_fails("none of its 1 checkpoints fits", "--out", tmp_path / "run", "--resume", "--vokens", 4)
+    training_fails("with the same --muon", "--out", tmp_path / "run", "--resume", "--muon", 1e-3)
 
 
 @pytest.mark.parametrize("script", ["sample.py", "train_uas.py", "train_mls.py", "weights.py"])

@@ -284,9 +284,9 @@ def test_contexts_and_last_steps(monkeypatch, tars):
     assert steps[0].key == f"000000000.{len(told) - 1}" and steps[0].facts == told[-1].picture
 
     class Model:
-        queries = 1
+        queries, prefix = 1, None
         llama = type("Llama", (), {"config": type("Config", (), {"max_position_embeddings": 10_000})})
-        tokenizer = type("Plain", (), {"plain": staticmethod(str), "encode": staticmethod(list)})
+        tokenizer = type("Plain", (), {"plain": staticmethod(str), "encode": staticmethod(list), "image_id": -1})
 
     for context in cases.CONTEXTS:
         prompt, pictures = cases.prompt_of(steps[0], Model, context, 10)
