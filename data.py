@@ -59,7 +59,6 @@ from tars import (
     read_member,
 )
 
-MAX_SIDE = 10_000  # pixels: pictures are padded to a square, so a long thin one would take side x side
 BAD_FROM = 1000  # samples seen before max_bad is looked at: two broken pairs of four need not stop a trial
 TENSORS = ("pixels", "moments", "encoding")  # of a sample, that are stacked
 TRIES = 1000  # broken samples in a row before the data counts as unusable
@@ -149,12 +148,9 @@ def decode(content: bytes | None) -> Image.Image:
     if not content:
         raise Unusable("no picture" if content is None else "empty picture")
     try:
-        image = read_image(content)
+        return read_image(content)
     except ImageError as error:
         raise Unusable(error.reason) from None
-    if max(image.size) > MAX_SIDE:
-        raise Unusable("too large")
-    return image
 
 
 def read_caption(read: Callable[[int], bytes | None]) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS, MAX_LENGTH = 64_000_000, 65_535  # a picture that claims more, or a longer side, is refused undecoded
+MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture that claims more, or a longer side, is refused undecoded:
+MAX_RATIO = 100  # it may be padded to a square of its long side, or its short side made as long as the model's
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would take more, and start Ghostscript for PostScript
 
 
@@ -32,8 +33,10 @@ def read_image(source: bytes | str | Path) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError("too large", f"{name}: {image.width}x{image.height} is over {MAX_PIXELS:,} pixels")
-            if max(image.size) > MAX_LENGTH:  # Pillow takes memory for every row
+            if max(image.size) > MAX_LENGTH:
                 raise ImageError("too large", f"{name}: {image.width}x{image.height} has a side over {MAX_LENGTH:,}")
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise ImageError("too long", f"{name}: {image.width}x{image.height} is over {MAX_RATIO} to 1")
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):  # 16-bit grey: convert() would only clip it
                 levels = np.array(image, np.int32).clip(0, 65535)
@@ -109,7 +112,8 @@ def draw_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, side: int =
     for column, (caption, pictures) in enumerate(rows):
         left = column * (side + 8) + 4
         for row, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, row * (side + 8) + 4))
+            square = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, "white")
+            sheet.paste(square, (left, row * (side + 8) + 4))
         lines = [""]
         for word in caption[:1000].split():  # three lines hold fewer characters
             if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
