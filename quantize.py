@@ -55,7 +55,7 @@ def load_int8_llama(folder: Path, dtype: torch.dtype, device: str | torch.device
 def perplexity(llama: Llama, ids: Tensor, length: int = 512) -> float:
     """Of ids (T,), each predicted from those before it in its piece of `length`."""
     losses = []
-    for piece in ids.split(length):
+    for piece in (piece for piece in ids.split(length) if len(piece) > 1):
         logits = llama.lm_head(llama(llama.model.embed_tokens(piece[None, :-1])))[0].float()
         losses.append(F.cross_entropy(logits, piece[1:], reduction="none"))
     return torch.cat(losses).mean().exp().item()
@@ -72,6 +72,8 @@ def main() -> None:
     dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     tokenizer, text = Tokenizer(folder / "tokenizer.model"), args.text.read_text("utf-8")
     ids = torch.tensor(tokenizer.encode(tokenizer.plain(text)), device=device)
+    if len(ids) < 2:
+        raise ValueError(f"{args.text}: too short to predict a token of it")
     for name, load in (("as stored", load_llama), ("in 8 bits", load_int8_llama)):
         print(f"perplexity {name}: {perplexity(load(folder, dtype, device), ids):.4f}")
 

@@ -90,6 +90,8 @@ def arguments() -> argparse.Namespace:
     add("--max-tokens", type=int, default=2048, help="longest row; the oldest steps of a history are left out")
     add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
     args = check_run_options(parser, "train_mls")
+    if args.uas and args.no_uas:
+        parser.error("--uas and --no-uas exclude each other")
     if args.lora_rank < 1:
         parser.error("--lora-rank must be at least 1")
     if not 0 <= args.text_weight < float("inf"):
@@ -139,6 +141,7 @@ def main() -> None:
         print(f"sharded: each process holds {own:,} of the {whole:,} bytes of Vicuna and UNet")
 
     side = model.image_encoder.vision_model.config.image_size if sees else None
+    limit = min(args.max_tokens, model.llama.config.max_position_embeddings)
     with world.first():  # it leaves the indices of the tars to the other ranks
         batches = open_stories(
             data,
@@ -147,7 +150,7 @@ def main() -> None:
             partial(preprocess_input, size=side),  # cropped, as released; what is to be drawn is padded
             partial(preprocess_output, size=size),
             args.batch_size,
-            min(args.max_tokens, model.llama.config.max_position_embeddings),
+            limit,
             args.tasks,
             features,
             args.blind_history,
@@ -198,7 +201,7 @@ def main() -> None:
                 batch = next(batches)
                 place = micro * world.size + world.rank  # of this batch among those of the step
                 torch.manual_seed(step_generator(args.seed, step, place, 1).initial_seed())  # of the dropout
-                rows = collate(model.tokenizer, batch["pairs"], model.queries, length)
+                rows = collate(model.tokenizer, batch["pairs"], model.queries, length, limit)
                 draws = posterior = None
                 if batch["outputs"] is not None:
                     places = (args.seed, step, place * args.batch_size)

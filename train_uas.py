@@ -118,7 +118,7 @@ def main() -> None:
     groups = [
         {"params": [model.vokens.input], "lr": args.lr},
         {"params": [model.vokens.output], "lr": args.lr if args.output_lr is None else args.output_lr},
-        {"params": others, "lr": args.mapper_lr or 10 * args.lr},
+        {"params": others, "lr": 10 * args.lr if args.mapper_lr is None else args.mapper_lr},
     ]
     optimizers = [torch.optim.AdamW(groups, eps=1e-8, fused=True)]  # weight decay 0.01, torch's default, as released
     optimizers += [Muon(matrices, args.muon)] if matrices else []

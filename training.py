@@ -33,9 +33,11 @@ from generation import Sampling, paint
 from images import draw_grid, save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
 from minigpt5 import Draws, MiniGPT5, Rows, send, type_of
+from muon import Muon
 from parallel import Gradients, World
 from vae import to_pixels
 
+MOST_VOKENS = 128  # of a picture: those of stage 1's rows are beside a caption in 256 tokens
 KEEP = 2  # newest checkpoints kept of a run
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
@@ -80,6 +82,10 @@ def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse
     for name in ("drawn", "batch_size", "accumulate", "group", "max_nonfinite", "save_every", "log_every", "vokens"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.steps is not None and args.steps < 1:
+        parser.error("--steps must be at least 1")
+    if getattr(args, "vokens", 1) > MOST_VOKENS:
+        parser.error(f"--vokens must be at most {MOST_VOKENS}")
     if args.shard and args.compile:
         parser.error("--shard goes without --compile: layers that are put together on the way cannot be compiled")
     return args
@@ -110,7 +116,9 @@ def drawn_data(write: Callable[..., None], args: argparse.Namespace, size: int) 
 def total_steps(args: argparse.Namespace, samples: int | None, ranks: int) -> int:
     if args.steps is None and samples is None:
         raise ValueError("--steps is needed: streamed tars do not tell how many samples they hold")
-    return args.steps or max(1, round(args.epochs * samples / (ranks * args.batch_size * args.accumulate)))
+    if args.steps is not None:
+        return args.steps
+    return max(1, round(args.epochs * samples / (ranks * args.batch_size * args.accumulate)))
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -285,12 +293,19 @@ def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -
         for optimizer in optimizers:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 own = {k.partition(".")[0]: t for k, t in moments.items() if k.partition(".")[2] == names[parameter]}
+                if own and ("average" in own) != isinstance(optimizer, Muon):
+                    raise ValueError(f"{folder}: {names[parameter]} had another optimiser; go on with the same --muon")
                 if own:
                     optimizer.state[parameter] = {kind: t.to(parameter.device) for kind, t in own.items()}
         return state
     if folders:
         raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
     return None
+
+
+def group_of(args: argparse.Namespace, batches) -> int:
+    """The batches among which rows are sorted by length; of streamed tars none are."""
+    return 1 if batches.dataset_size() is None else args.group
 
 
 def run_state(args: argparse.Namespace, batches, meter: "Meter", gradients: Gradients) -> dict:
@@ -302,7 +317,7 @@ def run_state(args: argparse.Namespace, batches, meter: "Meter", gradients: Grad
     if "cursors" in data:  # of streamed tars, each rank's own
         data["cursors"] = [cursor for rank in ranks for cursor in rank["cursors"]]
     arguments = json.loads(json.dumps(vars(args), default=str))
-    groups = [args.group, args.batch_size * len(ranks)]
+    groups = [group_of(args, batches), args.batch_size * len(ranks)]
     return {"data": data, "groups": groups, "nonfinite": int(gradients.skipped), "arguments": arguments}
 
 
@@ -313,10 +328,10 @@ def go_on(state: dict | None, args: argparse.Namespace, batches, meter: "Meter",
     if len(set(world.gather(step))) > 1:
         raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
     if state:
-        groups = [args.group, args.batch_size * world.size]
+        groups = [group_of(args, batches), args.batch_size * world.size]
         group, size = state.get("groups", groups)
-        if [group, size] != groups and max(group, args.group) > 1:
-            now = f"{args.group} batches of {groups[1]}"
+        if [group, size] != groups and max(group, groups[0]) > 1:
+            now = f"{groups[0]} batches of {groups[1]}"
             raise ValueError(f"cannot resume: --group sorted {group} batches of {size} samples of all ranks, now {now}")
         batches.load_state_dict(state["data"])
         gradients.skipped += state.get("nonfinite", 0)

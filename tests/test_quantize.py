@@ -79,6 +79,14 @@ def test_command(weights, tmp_path, monkeypatch, capsys):
     quantize.main()
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
     assert 1 < before < 1e4 and abs(after / before - 1) < 0.02
+    (tmp_path / "some.txt").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="too short"):
+        quantize.main()
+
+
+def test_a_last_piece_of_one_token(weights):
+    llama, ids = load_llama(weights / "vicuna"), torch.arange(3, 12)
+    assert perplexity(llama, ids, 4) == perplexity(llama, ids[:8], 4)
 
 
 def test_stored_types(weights, tmp_path):

@@ -30,7 +30,7 @@ from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from muon import Muon
 from parallel import Gradients, World
-from training import checkpoint_folders, load_checkpoint, read_log, save_checkpoint
+from training import checkpoint_folders, group_of, load_checkpoint, read_log, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,12 @@ def test_groups_go_on_in_batches_of_their_size(monkeypatch, weights, tar, tmp_pa
     train(monkeypatch, weights, tar, tmp_path, "--steps", 1, "--group", 2)
     with pytest.raises(ValueError, match="--group sorted 2 batches of 2 samples of all ranks, now 2 batches of 3"):
         train(monkeypatch, weights, tar, tmp_path, "--steps", 2, "--group", 2, "--resume", "--batch-size", 3)
+
+
+def test_streams_have_no_groups():
+    """Nothing is sorted there, so a run may go on in batches of another size."""
+    local, streamed = (SimpleNamespace(dataset_size=lambda n=n: n) for n in (100, None))
+    assert [group_of(SimpleNamespace(group=8), batches) for batches in (local, streamed)] == [8, 1]
 
 
 # ---- numbers that are not finite
