@@ -8,7 +8,8 @@
 Starts from a run of stage 1, or with --no-uas from untrained vokens. Trained are LoRA matrices in Vicuna, or a prefix
 of virtual tokens, the voken rows and the mapper's transformer; its MLP and queries stay as stage 1 left them. The loss
 is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text for a picture, or both.
-Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5.
+Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5. The miniature has its own, in
+WEIGHTS/minigpt5/config.json, where L_text counts fully.
 """
 
 import argparse

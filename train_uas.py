@@ -8,7 +8,8 @@
 
 Trained are the voken rows of Vicuna's two embeddings and the feature mapper; all else is frozen. The loss is
 0.01 L_text + L_LDM + 0.1 L_CAP. Defaults are the released run's: 2 epochs, batches of 48, AdamW, 2e-5 for the rows and
-ten times that for the mapper, 1000 steps of warm-up, then linearly to zero.
+ten times that for the mapper, 1000 steps of warm-up, then linearly to zero. The miniature has its own, in
+WEIGHTS/minigpt5/config.json.
 """
 
 import argparse
