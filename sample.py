@@ -31,7 +31,7 @@ from scheduler import SAMPLERS
 from stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 from training import find_checkpoint
 
-STORIES, TALKS = ("mls-story", "mls-vist"), ("mls-chat", "mls-mmdialog")  # stage 2's: the miniature's, the released
+STORIES, TALKS = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # checkpoints of stage 2
 
 
 def arguments() -> argparse.Namespace:

@@ -242,7 +242,6 @@ PARTS = {  # each takes the exam to figures
     "stories": stories,
 }
 NEED_CHECKPOINT = ("vokens", "replies", "dialogues", "stories")
-STAGE_2 = {"dialogues": "mls-chat", "stories": "mls-story"}
 
 
 def tables(figures: Figures) -> str:
@@ -258,12 +257,12 @@ def tables(figures: Figures) -> str:
 
 
 def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None:
-    """What `--checkpoint` names; without it stage 1's, for dialogues and stories stage 2's if it is there."""
+    """What `--checkpoint` names; without it stage 1's, for stories stage 2's if it is there."""
     trained = weights / "minigpt5"
     if wanted:
         places = [wanted, trained / f"{wanted}.safetensors"]
     else:
-        places = [trained / f"{STAGE_2.get(part, 'uas')}.safetensors", trained]
+        places = [trained / "mls-story.safetensors"] * (part == "stories") + [trained]
     found = next(filter(None, map(find_checkpoint, places)), None)
     if found is None and (wanted or part in NEED_CHECKPOINT):
         raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")
