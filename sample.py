@@ -225,8 +225,6 @@ def main() -> None:
         int8=args.int8,
         offload=args.offload,
     ).eval()
-    for layer in [] if args.int8 else model.lora:  # one product in the place of three
-        layer.merge()
     loaded = time.perf_counter()
 
     sampling = Sampling(
