@@ -32,7 +32,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Queries from x (B, S, D), keys and values from memory (B, N, D), or from x too."""
+        """Queries from x (B, S, D), or (1, S, D) for all rows; keys and values from memory (B, N, D), or from x too."""
         D, weight, bias = x.shape[-1], self.in_proj_weight, self.in_proj_bias
         if memory is None:
             q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
@@ -40,7 +40,7 @@ class Attention(nn.Module):
             q = F.linear(x, weight[:D], bias[:D])
             k, v = F.linear(memory, weight[D:], bias[D:]).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, D)
 
 
@@ -112,5 +112,5 @@ class VokenMapper(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         memory = self.llm_to_t2i_mapping.encoder(self.fc(features))  # (B, N, D)
-        queries = self.t2i_decoder_prompt.expand(len(features), -1, -1)
-        return self.llm_to_t2i_mapping.decoder(queries, memory)  # (B, S, D)
+        # The queries are the same for all rows until they read `memory`, in the middle of the first layer.
+        return self.llm_to_t2i_mapping.decoder(self.t2i_decoder_prompt, memory)  # (B, S, D)
