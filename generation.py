@@ -120,7 +120,6 @@ class Answer:
     active: bool = True
 
 
-@torch.inference_mode()
 def room_after(model: MiniGPT5, prompt: str) -> int:
     """Tokens that an answer can have, the vokens of its pictures among them."""
     tokenizer, virtual = model.tokenizer, model.prefix.embedding.num_embeddings if model.prefix else 0
@@ -128,6 +127,7 @@ def room_after(model: MiniGPT5, prompt: str) -> int:
     return model.llama.config.max_position_embeddings - used
 
 
+@torch.inference_mode()
 def say(
     model: MiniGPT5,
     prompts: list[str],

@@ -67,6 +67,7 @@ def test_batched_answers_equal_single_ones(model):
     for i, own in ((0, pixels[0]), (1, None), (2, pixels[1])):
         [(ids, features)] = say(model, prompts[i : i + 1], own, sampling, generators(3)[i : i + 1])
         assert ids == together[i][0]
+        assert not features.requires_grad  # no graph is kept of an answer
         if len(features):
             assert_close(together[i][1], features, 1e-5, f"voken features of prompt {i}")
 
