@@ -171,7 +171,7 @@ def main() -> None:
     adapter_lr = args.lr if args.adapter_lr is None else args.adapter_lr
     groups = [{"params": list(adapter.values()), "lr": adapter_lr}, {"params": others, "lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, eps=1e-8, fused=True)  # weight decay 0.01
-    for group in groups:
+    for group in optimizer.param_groups:
         group["full_lr"] = group["lr"]
     gradients = Gradients(trained.values(), [optimizer], world)
     meter = Meter(world.size * args.batch_size * args.accumulate)
