@@ -1,4 +1,5 @@
-"""The training step: few shapes, no recompilation, no waiting for the GPU, gradient checkpointing that is exact."""
+"""The training step: few shapes, no recompilation, no waiting for the GPU, nothing left on the host, gradient
+checkpointing that is exact."""
 
 import random
 from collections import defaultdict
@@ -9,8 +10,11 @@ import torch
 from random_weights import write_random_weights
 from test_commands import pairs, picture_bytes, train, write_tar
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from generation import Sampling, paint, say
 from minigpt5 import Rows, collate, few_lengths, load_minigpt5
+from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from training import Meter, step_generator
 
 VOKENS = "".join(f"[IMG{i}]" for i in range(8)) + " ###"
@@ -204,6 +208,72 @@ def test_no_waiting_on_a_gpu(weights):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- nothing on the host
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where a tensor in the host's memory meets one on the device: a GPU would refuse, or wait for the host."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        tensors = [x for x in tree_leaves((arguments, options)) if torch.is_tensor(x) and x.dim()]
+        moves = function.name().startswith(("aten::_to_copy", "aten::copy_"))
+        if len({tensor.device for tensor in tensors}) > 1 and not moves:
+            raise AssertionError(f"{function.name()} of {', '.join(str(tensor.device) for tensor in tensors)}")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """A device that every machine has beside its host: tensors on it have shapes and no values. What an answer's host
+    reads from it: the schedule, then words, of which each answer's first is [IMG0] and all others are piece 5."""
+    alphas, read = NoiseSchedule(ScheduleConfig()).alphas_cumprod.tolist(), []
+
+    def values(tensor):
+        if tensor.is_floating_point():
+            return alphas
+        read.append(len(tensor))
+        return [5 if len(read) > 1 else 512] * len(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "tolist", values)
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
+def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
+    model = load_minigpt5(weights, dtype=torch.bfloat16, read_captions=True).to(meta).train()
+    model.schedule.to(meta)
+    if adapter:
+        model.add_adapters(**{adapter: {}})
+    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), foreach=True), Meter(4)
+    samples = [(f"{words} <ImageHere>", target) for words, target in texts(0, 4)]
+    with OneDevice():
+        rows = collate(model.tokenizer, samples, model.queries).to(meta)
+        draws, posterior = model.draw(4, step_generator(0, 0, 0)), model.encode_pictures(torch.zeros(4, 3, 32, 32))
+        captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
+        losses = model.losses(rows, draws, posterior, captions, torch.zeros(4, 3, 28, 28))
+        losses["loss"].backward()
+        meter.add(losses)
+        optimizer.step()
+        with pytest.raises(AssertionError, match="of meta, cpu"):
+            torch.mm(torch.zeros(2, 2, device=meta), torch.zeros(2, 2))
+    assert losses.keys() == {"loss", "text_loss", "ldm_loss", "cap_loss"}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nothing_of_an_answer_is_left_on_the_host(weights, sampler, meta):
+    model = load_minigpt5(weights, dtype=torch.bfloat16).to(meta).eval()
+    model.schedule.to(meta)
+    sampling = Sampling(sampler=sampler, steps=4, max_new_tokens=4, force_image=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    pixels = torch.zeros(1, 3, 28, 28, dtype=torch.bfloat16, device=meta)
+    with OneDevice():
+        said = say(model, ["a boat", "<ImageHere> a moon"], pixels, sampling, generators)
+        latents = torch.cat([model.draw_latents(1, generator) for generator in generators])
+        painted = paint(model, torch.cat([features for _, features in said]), sampling, latents)
+    assert [ids for ids, _ in said] == [[512, 5, 5, 5]] * 2 and painted.shape == (2, 3, 32, 32)
 
 
 # ---- gradient checkpointing
