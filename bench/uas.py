@@ -2,7 +2,7 @@
 
     python bench/uas.py                                              # miniature; with a GPU also full size
     python bench/uas.py --sizes half --batch-size 2
-    python bench/uas.py --sizes full --batch-size 8 --cap-gb 22      # ours alone, within that much of a GPU's memory
+    python bench/uas.py --sizes full --batch-size 8 --cap-gb 22 --gradient-checkpointing   # ours, in so much of a GPU
 
 | contender         | what it does                                                                                    |
 | ----------------- | ----------------------------------------------------------------------------------------------- |
@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, ("miniature",))
     options.add_argument("--batch-size", type=int, help=f"default: {BATCH}")
     options.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours; default: on a GPU")
+    options.add_argument("--gradient-checkpointing", action="store_true", help="ours, as train_uas.py has it")
     options.add_argument("--cap-gb", type=float, help="ours alone, with no more than this much of the GPU's memory")
     args = options.parse_args(argv)
     device, dtype = start(args)
@@ -203,6 +204,8 @@ def main(argv: list[str] | None = None) -> None:
         with peers.weights_of(size, args) as weights:
             model = load_minigpt5(weights, None, 8, dtype, device, read_pictures=False, read_captions=True)
             batches = make_batches(model, args.batch_size or BATCH[size])
+            if args.gradient_checkpointing:
+                model.checkpoint_gradients()
             if compiled:
                 model.compile_losses(len(batches[0]["captions"]))
             contenders = {"ours": Ours(model, False), "ours, precomputed": Ours(model, True)}

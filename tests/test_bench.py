@@ -2,16 +2,22 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
+from random_weights import SMALL
 
 import bench.common
 import bench.components
 import bench.data
+import bench.reckon
 import bench.sample
 import bench.uas
 from bench.common import agree, alternate, rows_of
+from llama import LlamaConfig
+from unet import UNetConfig
+from vae import VAEConfig
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +60,24 @@ def test_sample(tmp_path):
 def test_data(tmp_path):
     record = results(bench.data.main, "data", tmp_path, "--pictures", "8", "--workers", "0")
     assert {row["what"] for row in record["rows"]} == {"decode", "decode and resize"}
+
+
+def test_reckon(monkeypatch, capsys):
+    """All rows of the table, at the tests' small sizes; and what is counted, where it is known."""
+    for config in (LlamaConfig, UNetConfig, VAEConfig):
+        monkeypatch.setattr(bench.reckon, config.__name__, partial(config, **SMALL[config]))
+    monkeypatch.setattr(bench.reckon, "STORY", 24)
+    bench.reckon.main(["--batch-sizes", "1", "3"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [int(row[1]) for row in rows] == [1, 3] * 3 + [1] and len({row[0] for row in rows}) == 4
+
+    x, weight = (torch.zeros(5, 7, device="meta"), torch.zeros(11, 7, device="meta"))
+    with bench.reckon.Ledger() as ledger:
+        y = torch.relu(torch.nn.functional.linear(x, weight))  # the product is dropped when its relu is there
+        assert (ledger.operations, ledger.alive, ledger.peak) == (2 * 5 * 7 * 11, 4 * 5 * 11, 2 * 4 * 5 * 11)
+        with torch.inference_mode():
+            z = torch.nn.functional.linear(y.view(5, 11), weight.T)
+        assert ledger.operations == 2 * 2 * 5 * 7 * 11 and ledger.alive == 4 * (5 * 11 + 5 * 7) and z.shape == x.shape
 
 
 def test_full_size_wants_a_gpu(tmp_path):
