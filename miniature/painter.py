@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from images import draw_grid, to_image
 from miniature.autoencoder import judge_in, latent_set
 from miniature.judge import shares
-from miniature.reader import PHRASINGS, caption_sets, ends_of, full_caption, tokenizer_at
+from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
 from miniature.recipe import Recipe, Shop, normal, write_json, write_part
 from miniature.sets import pictures
 from miniature.world import random_stream, sample_pair
@@ -62,8 +62,7 @@ class DiffusionRecipe(Recipe):
         folder = shop.weights / "stable-diffusion"
         self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, shop.device)
         self.vae = load_vae(folder / "vae", torch.float32, shop.device)
-        tokenizer_folder, self.texts, _ = caption_sets(shop)
-        self.tokenizer = tokenizer_at(tokenizer_folder)
+        self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(shop, folder / "tokenizer")
         self.empty = self.tokenizer([""])[0].to(shop.device)
         self.latents = latent_set(shop, self.vae, pictures(shop.sets, shop.pictures, shop.seed, shop.workers))
         self.judge = judge_in(shop.weights, shop.device)

@@ -7,6 +7,7 @@ the miniature's dropped "left" and "right": what a place means shows only once t
 use it before the encoding tells it.
 """
 
+import hashlib
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -128,26 +129,25 @@ def ends_of(ids: Tensor, end: int) -> Tensor:
     return (ids == end).long().argmax(-1)
 
 
-def caption_sets(shop: Shop) -> tuple[Path, Tensor, Tensor]:
-    """The folder of the tokenizer, and of every picture of the training set the captions' ids (rows, PHRASINGS, S) and
-    the facts (rows, 21). Made if they are missing."""
-    folder, made = shop.sets / f"byte-pairs-{shop.seed}", f"{shop.seed}-{shop.pictures}"
-    if not (folder / "merges.txt").exists():
-        write_clip_tokenizer(folder, shop.seed)
+def caption_set(shop: Shop, folder: Path) -> Tensor:
+    """Several captions of every training picture as ids (rows, PHRASINGS, S), made once a tokenizer."""
+    version = hashlib.sha256((folder / "merges.txt").read_bytes()).hexdigest()[:8]
+    path = shop.sets / f"captions-{version}-{shop.seed}-{shop.pictures}.npy"
     make = rows_of(partial(caption_row, folder, shop.seed))
-    texts = cached(shop.sets / f"captions-{made}.npy", shop.pictures, make, shop.workers)
-    known = cached(
-        shop.sets / f"labels-{made}.npy", shop.pictures, rows_of(partial(label_row, shop.seed)), shop.workers
-    )
-    return folder, texts.to(shop.device), known.to(shop.device)
+    return cached(path, shop.pictures, make, shop.workers).to(shop.device)
 
 
 class TextRecipe(Recipe):
     name, lr, matrix_lr, hold = "text", 2e-3, 0.02, 200
 
     def __init__(self, shop: Shop):
-        self.tokenizer_folder, self.texts, self.labels = caption_sets(shop)
+        self.tokenizer_folder = shop.sets / f"byte-pairs-{shop.seed}"
+        if not (self.tokenizer_folder / "merges.txt").exists():
+            write_clip_tokenizer(self.tokenizer_folder, shop.seed)
         tokenizer = tokenizer_at(self.tokenizer_folder)
+        self.texts = caption_set(shop, self.tokenizer_folder)
+        path, make = shop.sets / f"labels-{shop.seed}-{shop.pictures}.npy", rows_of(partial(label_row, shop.seed))
+        self.labels = cached(path, shop.pictures, make, shop.workers).to(shop.device)
         self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
         self.modules = nn.ModuleDict(
             {"text_encoder": TextEncoder(self.sizes), "reader": Reader(self.sizes.hidden_size)}

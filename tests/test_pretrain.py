@@ -243,6 +243,14 @@ def test_captions_fit_the_text_encoder(shop):
     assert whole > 490
 
 
+def test_the_unet_reads_with_its_text_encoders_tokenizer(shop):
+    """With another seed, too, whose captions would make another one."""
+    recipe = painter.DiffusionRecipe(replace(shop, seed=4))
+    folder = shop.weights / "stable-diffusion" / "tokenizer"
+    assert recipe.texts[0].tolist() == reader.caption_row(folder, 4, 0).tolist()
+    assert recipe.texts.max() < recipe.text_encoder.text_model.embeddings.token_embedding.num_embeddings
+
+
 # ---- what is written
 
 
@@ -251,11 +259,7 @@ def test_shipped_size():
     with torch.device("meta"):
         width, context = LANGUAGE_SIZES.hidden_size, UNET_SIZES.cross_attention_dim
         parts = [
-            *(
-                VAE(VAE_SIZES),
-                UNet(UNET_SIZES),
-                TextEncoder(replace(TEXT_SIZES, vocab_size=1100)),
-            ),
+            *(VAE(VAE_SIZES), UNet(UNET_SIZES), TextEncoder(replace(TEXT_SIZES, vocab_size=1100))),
             *(Llama(LANGUAGE_SIZES), ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)),
             *(judging.Judge(), VokenMapper(width, context, TEXT_SIZES.max_position_embeddings)),
             Vokens(8, documents.PIECES, width),
