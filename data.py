@@ -311,7 +311,8 @@ class WholeBatches(Dataset):
 
 
 def outlive_signals(worker: int) -> None:
-    """A signal to stop may go to all processes of a run; when a worker ends is up to its main process."""
+    """A signal to stop may go to all processes of a run; when a worker ends is up to its main process. So that has to
+    close its batches, after an error too: at its end Python would send the signal, and wait."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -13,6 +13,7 @@ WEIGHTS/minigpt5/config.json, where L_text counts fully.
 """
 
 import argparse
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -192,8 +193,9 @@ def main() -> None:
     done, shown = start, None
     model.train()  # LoRA's dropout; the frozen parts have none
 
-    bar = partial(tqdm, unit="step", dynamic_ncols=True, disable=world.rank > 0)
-    with together(), stop_signals() as asked, bar(range(start, total), "mls", total, initial=start) as bar:
+    look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
+    bar = tqdm(range(start, total), "mls", total, initial=start, **look)
+    with closing(batches), together(), stop_signals() as asked, bar:
         for step in bar:
             # ---- one step
             for group in optimizer.param_groups:
@@ -241,7 +243,6 @@ def main() -> None:
                     save_checkpoint(out, done, model, [optimizer], state, "mls")
             if stopping:
                 break
-    batches.close()
     bad = describe(added(world.gather(dict(batches.bad))))
     if done < total:
         print(f"stopped after step {done} of {total}; to go on: {resume_command()}")

@@ -13,6 +13,7 @@ WEIGHTS/minigpt5/config.json.
 """
 
 import argparse
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -146,8 +147,9 @@ def main() -> None:
     drop_rate = 0.0 if args.no_cfg else DROP_RATE
     done, shown = start, None
 
-    bar = partial(tqdm, unit="step", dynamic_ncols=True, disable=world.rank > 0)
-    with together(), stop_signals() as asked, bar(range(start, total), "uas", total, initial=start) as bar:
+    look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
+    bar = tqdm(range(start, total), "uas", total, initial=start, **look)
+    with closing(batches), together(), stop_signals() as asked, bar:
         for step in bar:
             # ---- one step
             factor = learning_rate_factor(step, args.warmup, total)
@@ -191,7 +193,6 @@ def main() -> None:
                     save_checkpoint(out, done, model, optimizers, state, "uas")
             if stopping:
                 break
-    batches.close()
     bad = describe(added(world.gather(dict(batches.bad))))
     if done < total:
         print(f"stopped after step {done} of {total}; to go on: {resume_command()}")

@@ -12,6 +12,7 @@ checkpoints are those of train_uas.py and train_mls.py.
 
 import argparse
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def main() -> None:
     cut_log(log, start)
     drop_rate, done = 0.0 if args.no_cfg else DROP_RATE, start
 
-    with stop_signals() as asked, tqdm(range(start, total), "sd", total, initial=start, unit="step") as bar:
+    bar = tqdm(range(start, total), "sd", total, initial=start, unit="step")
+    with closing(batches), stop_signals() as asked, bar:
         for step in bar:
             # ---- one step
             optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
@@ -138,7 +140,6 @@ def main() -> None:
                 save_checkpoint(out, done, model, [optimizer], run_state(args, batches, meter, gradients), "sd")
             if stopping:
                 break
-    batches.close()
     if done < total:
         print(f"stopped after step {done} of {total}; to go on: {resume_command()}")
     else:

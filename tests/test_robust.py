@@ -32,6 +32,8 @@ from muon import Muon
 from parallel import Gradients, World
 from training import checkpoint_folders, group_of, load_checkpoint, read_log, save_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
@@ -293,6 +295,15 @@ def test_runs_on_a_full_disk(monkeypatch, weights, tar, tmp_path, capsys):
     assert [record["step"] for record in log] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("stage", ["uas", "mls"])
+def test_a_run_that_fails_ends_with_its_workers(weights, tar, stories, tmp_path, stage):
+    command = [sys.executable, ROOT / f"train_{stage}.py", "--weights", weights, "--out", tmp_path]
+    command += ["--data", tar if stage == "uas" else stories, "--workers", 2, "--batch-size", 2, "--steps", 2]
+    with files_no_larger_than(100_000):
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and re.search(r"step-00000002: not written", done.stderr.splitlines()[-1]), done.stderr
+
+
 def test_folders_that_cannot_be_written(monkeypatch, weights, tar, tmp_path, capsys):
     """A read-only place, and a folder that goes away during the run."""
     arguments = ("--weights", weights, "--data", tar, "--workers", 0, "--batch-size", 2, "--steps", 2)
@@ -330,7 +341,7 @@ def test_remains_of_a_killed_process(monkeypatch, weights, tar, tmp_path, capsys
 
 
 def stress(name: str, *arguments: str) -> str:
-    command = [sys.executable, str(Path(__file__).resolve().parent / "stress" / name), *arguments]
+    command = [sys.executable, str(ROOT / "tests" / "stress" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     print(done.stdout, done.stderr)
     assert done.returncode == 0
