@@ -65,12 +65,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch sees no GPU")
-    own, count = name == "cuda", torch.cuda.device_count()
-    number = int(os.environ.get("LOCAL_RANK", 0) if own else name.removeprefix("cuda:"))
+    count = torch.cuda.device_count()
+    number = int(os.environ.get("LOCAL_RANK", 0) if name == "cuda" else name.removeprefix("cuda:"))
     if number >= count:
         raise ValueError(f"--device cuda:{number}: there are {count} GPUs, the first is cuda:0")
-    if own:
-        torch.cuda.set_device(number)
+    torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 

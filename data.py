@@ -337,7 +337,7 @@ class Batches:
 
     def __next__(self) -> dict:
         if self.loaded is None:
-            options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
+            options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_initialized()}
             options["worker_init_fn"] = outlive_signals
             self.loaded = iter(DataLoader(**self.source(), batch_size=None, **options))
         batch = next(self.loaded)

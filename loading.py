@@ -227,10 +227,25 @@ def fill(
     return model.eval().requires_grad_(False)
 
 
-def pinned(module: nn.Module) -> nn.Module:
-    """Frozen weights into memory of the host that stays in place, from which a GPU reads several times as fast."""
+def pinned(module: nn.Module, most: int = 1 << 30) -> nn.Module:
+    """Frozen weights into memory of the host that stays in place, from which a GPU reads several times as fast.
+
+    Many share a block of up to `most` bytes: torch takes such memory in powers of two, and for each matrix of Vicuna
+    alone that would be a third more.
+    """
+    groups, used = [[]], 0
     for parameter in module.parameters():
-        parameter.data = parameter.data.pin_memory()
+        size = -(-parameter.nbytes // 64) * 64
+        if groups[-1] and used + size > most:
+            groups, used = [*groups, []], 0
+        groups[-1].append((parameter, used))
+        used += size
+    for group in groups:
+        block = torch.empty(sum(-(-p.nbytes // 64) * 64 for p, _ in group), dtype=torch.uint8).pin_memory()
+        for parameter, at in group:
+            place = block[at : at + parameter.nbytes].view(parameter.dtype)
+            place = place.as_strided(parameter.shape, parameter.stride(), place.storage_offset())
+            parameter.data = place.copy_(parameter)
     return module
 
 

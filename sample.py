@@ -65,6 +65,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--prompt is needed, or --chat")
     if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
         parser.error("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
+    if args.offload and args.compile:
+        parser.error("--offload goes without --compile: what is compiled wants weights that stay where they are")
     if args.max_new_tokens < 1 or args.steps < 1 or (args.turns is not None and args.turns < 1):
         parser.error("--max-new-tokens, --steps and --turns are at least 1")
     return args

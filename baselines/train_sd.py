@@ -89,6 +89,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")  # the UNet's products may use TF32
     torch.manual_seed(args.seed)
     world = World(device)
     if world.size > 1:
@@ -121,7 +122,8 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
             batch = next(batches)
             draws = draw_pictures(model, range(args.batch_size), drop_rate, args.seed, step, 0)
-            texts = ["" if dropped else text for (text, _), dropped in zip(batch["pairs"], draws.drop, strict=True)]
+            drop = draws.drop.tolist()
+            texts = ["" if dropped else text for (text, _), dropped in zip(batch["pairs"], drop, strict=True)]
             mean, log_variance = model.encode_pictures(batch["outputs"])
             latents = model.vae.sample(mean.float(), log_variance.float(), draws.posterior)
             loss = model.ldm_loss(model.encode(texts), latents, draws, args.min_snr_gamma).mean()  # Eq. 3

@@ -17,7 +17,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -163,9 +163,9 @@ def rows_of(
 
 
 def difference(ours: Tensor | Sequence[Tensor], peer: Tensor | Sequence[Tensor]) -> float:
-    """Largest difference relative to the peer's largest value, over all pairs of tensors."""
+    """Norm of their difference relative to the peer's, the largest of all pairs of tensors."""
     pairs = zip(*((x,) if isinstance(x, Tensor) else x for x in (ours, peer)), strict=True)
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-12)).item() for a, b in pairs)
+    return max(((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)).item() for a, b in pairs)
 
 
 def agree(what: str, ours: Tensor | Sequence[Tensor], peer: Tensor | Sequence[Tensor], dtype: torch.dtype) -> float:
@@ -174,6 +174,16 @@ def agree(what: str, ours: Tensor | Sequence[Tensor], peer: Tensor | Sequence[Te
     if not figure < TOLERANCE[dtype]:  # NaN, too
         raise ValueError(f"{what}: ours and peer differ by {figure:.1e}")
     return figure
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 in float32: in TF32, as they are timed, gradients of ours and peer may differ by a tenth."""
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("high")
 
 
 # ---- results

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench import peers
-from bench.common import Report, agree, alternate, parser, rows_of, start
+from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
 from cli import run
 from llama import History, load_llama
 from qformer import load_image_encoder
@@ -176,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
             for part in args.parts:
                 batch = BATCH[size][part in PICTURES]
                 for what, name, ours, peer in PARTS[part](weights, batch, dtype, device):
-                    figure = agree(what, ours(), peer(), torch.float32 if part == "mapper" else dtype)
+                    with exact_products():
+                        figure = agree(what, ours(), peer(), torch.float32 if part == "mapper" else dtype)
                     times = alternate({"ours": ours, name: peer}, args.rounds, device, args.clock)
                     report.add(rows_of(what, size, times, difference=figure, batch=batch))
 

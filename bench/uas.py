@@ -40,7 +40,7 @@ from train_uas import LONGEST
 from training import compiled_graphs, step_generator
 from vae import to_pixels
 
-BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 48}
+BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 16}
 LR, GAMMA = 2e-5, 5.0
 CAPTION = "a small red boat with white sails lies on the calm sea at night while two stars shine over a dark hill"
 

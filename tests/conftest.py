@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,13 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=Path(__file__).parent / "golden", help="folder of the recordings")
+    parser.addoption("--gpu", action="store_true", help="tests see the GPU: with `-k gpu`, as others want a CPU")
+
+
+def pytest_configure(config):
+    """The commands' tests expect what a CPU does: float32, nothing compiled, the same bits again."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_generate_tests(metafunc):

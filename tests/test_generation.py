@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import generation
 from generation import Sampling, answer, pick_tokens, say, segments_of
 from images import to_tensor
-from loading import on
+from loading import on, pinned
 from minigpt5 import load_minigpt5
 from qformer import preprocess_input
 
@@ -195,6 +195,21 @@ def test_on_brings_and_takes_back():
         assert all(p.device.type == "meta" for p in module.parameters()) and there.weight is unmoved
         raise RuntimeError("in between")
     assert all(p is own for p, own in zip(module.parameters(), before, strict=True))
+
+
+def test_pinned_weights_share_blocks(monkeypatch):
+    """The same weights in the same layout, in as few blocks as hold them."""
+    taken = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda block: taken.append(block.nbytes) or block)
+    conv = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+    module = torch.nn.Sequential(conv, torch.nn.Linear(7, 9).bfloat16(), torch.nn.Linear(300, 2)).requires_grad_(False)
+    before = {name: (p.clone(), p.stride()) for name, p in module.named_parameters()}
+    pinned(module, most=1000)
+    assert taken == [576 + 64 + 128 + 64, 2432, 64]
+    assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 3
+    for name, parameter in module.named_parameters():
+        value, stride = before[name]
+        assert torch.equal(parameter, value) and parameter.stride() == stride and not parameter.requires_grad
 
 
 def test_places_and_pictures_must_agree(model):

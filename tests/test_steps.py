@@ -186,7 +186,7 @@ def test_no_value_is_read_in_a_step(weights, adapter):
             waits()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and --gpu")
 def test_no_waiting_on_a_gpu(weights):
     device = torch.device("cuda", torch.cuda.current_device())
     model = load_minigpt5(weights, device=device, read_pictures=False, read_captions=True)
