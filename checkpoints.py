@@ -17,6 +17,21 @@ from loading import WeightsError, is_shard, open_safetensors, stored
 TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
 
 
+def checkpoint_folders(out: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    return sorted(Path(out).glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def find_checkpoint(place: Path) -> Path | None:
+    """A safetensors file; or of a run's folder the newest checkpoint's; or of weights/minigpt5 uas.safetensors."""
+    if place.is_file():
+        return place
+    for file in [folder / "trained.safetensors" for folder in checkpoint_folders(place)] + [place / "uas.safetensors"]:
+        if file.is_file():
+            return file
+    return None
+
+
 def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
     """Metadata and {name: slice} of a checkpoint. WeightsError if it is none."""
     with open_safetensors(path) as file:

@@ -1,6 +1,7 @@
 """What all commands share: one line for an error, defaults that go with the weights, the device, the number type."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -51,7 +52,16 @@ def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
         if option.choices and value not in option.choices:
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, not one of {', '.join(option.choices)}")
         option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed
-    return parser.parse_args()
+    for option in parser._actions:
+        if option.help and option.default not in (None, False, [], argparse.SUPPRESS) and "default" not in option.help:
+            option.help += " (default: %(default)s)"
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.error(f"--{name.replace('_', '-')} must be a finite number")
+    if not 0 <= getattr(args, "seed", 0) < 1 << 63:
+        parser.error("--seed must be at least 0 and below 2^63")
+    return args
 
 
 def pick_device(name: str) -> torch.device:

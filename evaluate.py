@@ -36,6 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from checkpoints import find_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import describe
 from evaluation.cases import (
@@ -56,7 +57,6 @@ from minigpt5 import load_minigpt5
 from scheduler import SAMPLERS
 from stories import TASKS
 from tars import Unusable
-from training import find_checkpoint
 
 TOGETHER = 16  # cases whose pictures the networks see at a time
 

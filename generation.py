@@ -65,7 +65,7 @@ def pick_tokens(logits: Tensor, said: Tensor, chances: Tensor, sampling: Samplin
     return order.gather(-1, place)[:, 0]
 
 
-def padded(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows of ids -> (B, T) padded on the right, and the mask (B, T) of what is real."""
     T = max(map(len, rows))
     ids = torch.tensor([row + [fill] * (T - len(row)) for row in rows], device=device)
@@ -147,6 +147,7 @@ def say(
     virtual = model.prefix.embedding.num_embeddings if model.prefix else 0
     answers = [Answer(virtual + len(row)) for row in rows]
     longest = max(answer.used for answer in answers)
+    # Beside its words an answer has room for eight pictures, or ends sooner.
     slots = min(longest + sampling.max_new_tokens + 8 * N, model.llama.config.max_position_embeddings)
     if longest + N > slots:
         raise ValueError(f"the prompt has {longest - virtual} tokens, room is for {slots - N - virtual}")
@@ -172,22 +173,23 @@ def decode(
     """Continue the prompts' ids `rows` until every answer has ended."""
     tokenizer, device = model.tokenizer, model.device
     start, vokens, N = tokenizer.voken_ids[0], tokenizer.voken_ids, len(tokenizer.voken_ids)
-    batch, every = torch.arange(len(rows), device=device), torch.ones(len(rows), 1, dtype=torch.long, device=device)
+    numbers = torch.arange(len(rows), device=device)
+    all_real = torch.ones(len(rows), 1, dtype=torch.long, device=device)  # the mask of one token a row
     step, cache = compiled_next_token if sampling.compile else next_token, open_cache(model, len(rows), slots, sampling)
     chances = torch.zeros(sampling.max_new_tokens, len(rows), device=device)
     if sampling.temperature:  # else nothing is drawn, and the noise of pictures is each generator's first
-        numbers = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
-        chances = torch.stack(numbers, 1).to(device)
+        own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
+        chances = torch.stack(own, 1).to(device)
     said = torch.zeros(len(rows), len(tokenizer), dtype=torch.bool, device=device)
     said[:, tokenizer.bos_id] = True
 
-    ids, mask = padded(rows, tokenizer.eos_id, device)
-    hidden = model.llama(model.embed(ids, inputs), mask, cache)[batch, mask.sum(1) - 1]  # (B, D)
+    ids, mask = pad_rows(rows, tokenizer.eos_id, device)
+    hidden = model.llama(model.embed(ids, inputs), mask, cache)[numbers, mask.sum(1) - 1]  # (B, D)
     picked = pick_tokens(model.vokens.logits(model.llama, hidden), said, chances[0], sampling)  # (B,)
     if sampling.force_image:
         picked = torch.full_like(picked, start)
-    for turn in range(1, sampling.max_new_tokens + 1):
-        said[batch, picked] = True
+    for position in range(1, sampling.max_new_tokens + 1):
+        said[numbers, picked] = True
         fed, drawn = [[] for _ in rows], []
         for row, token in enumerate(picked.tolist()):  # here the host waits for the device, and nowhere else
             answer = answers[row]
@@ -197,25 +199,25 @@ def decode(
                 drawn += [row] if token == start else []
                 answer.used += len(fed[row])
                 answer.active = not tokenizer.ends(answer.ids) and answer.used + N <= slots
-        last = turn == sampling.max_new_tokens or not any(answer.active for answer in answers)
+        last = position == sampling.max_new_tokens or not any(answer.active for answer in answers)
         if last and not drawn:
             break
         if not sampling.compile:
             cache.look_at(max(answer.used for answer in answers))
         if all(len(row) == 1 for row in fed):
-            ids, mask = picked[:, None], every
+            ids, mask = picked[:, None], all_real
         else:
-            ids, mask = padded(fed, tokenizer.eos_id, device)
+            ids, mask = pad_rows(fed, tokenizer.eos_id, device)
         if not drawn:
-            hidden, picked = step(model, cache, ids, mask, said, chances[turn], sampling)
+            hidden, picked = step(model, cache, ids, mask, said, chances[position], sampling)
             continue
         following = model.llama(model.embed(ids), mask, cache)  # (B, N, D)
         for row in drawn:
             answers[row].features.append(torch.cat([hidden[row : row + 1], following[row, : N - 1]]).float())
         if last:
             break
-        hidden = following[batch, (mask.sum(1) - 1).clamp(min=0)]
-        picked = pick_tokens(model.vokens.logits(model.llama, hidden), said, chances[turn], sampling)
+        hidden = following[numbers, (mask.sum(1) - 1).clamp(min=0)]
+        picked = pick_tokens(model.vokens.logits(model.llama, hidden), said, chances[position], sampling)
 
 
 @torch.inference_mode()

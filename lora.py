@@ -19,7 +19,8 @@ TARGETS = ("q_proj", "v_proj")
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its low-rank update, which starts at zero. The update is computed in float32."""
+    """A frozen linear layer and its low-rank update, computed in float32. As in peft A starts like any nn.Linear, B at
+    zero."""
 
     def __init__(self, frozen: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()

@@ -145,7 +145,7 @@ def encode_captions(encoder: TextEncoder, tokenizer: ClipTokenizer, captions: li
     return encoder(*(send(tensor, device) for tensor in tokenizer(captions)))
 
 
-def twice(layer: Callable, *inputs) -> Tensor:
+def recomputed(layer: Callable, *inputs) -> Tensor:
     """What `layer` makes of its inputs; computed again when gradients are, so that only the inputs are kept."""
     return checkpoint(layer, *inputs, use_reentrant=False) if torch.is_grad_enabled() else layer(*inputs)
 
@@ -341,7 +341,7 @@ class MiniGPT5(nn.Module):
         unet = self.unet
         halves = [(b.resnets, b.attentions) for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
         for layer in chain(self.llama.model.layers, *(layers for block in halves for layers in block)):
-            layer.forward = partial(twice, layer.forward)
+            layer.forward = partial(recomputed, layer.forward)
 
     def shard(self) -> None:
         """Leave this process its part of Vicuna's and the UNet's layers (see parallel.py): for training."""

@@ -16,20 +16,23 @@ import html
 import io
 import json
 import os
+import re
+import sys
 import time
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from checkpoints import find_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import clean_caption
 from generation import Sampling, answer, room_after
 from images import draw_grid, read_image, save_image
+from loading import WeightsError, read_json
 from minigpt5 import MiniGPT5, load_minigpt5
 from scheduler import SAMPLERS
 from stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
-from training import find_checkpoint
 
 STORIES, TALKS = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # checkpoints of stage 2
 
@@ -48,7 +51,7 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="same seed, same answer")
     add("--steps", type=int, default=50, help="denoising steps of a picture")
     add("--guidance", type=float, default=7.5, help="guidance against the zero-voken condition; 1: off")
-    add("--sampler", choices=sorted(SAMPLERS), default="pndm")
+    add("--sampler", choices=sorted(SAMPLERS), default="pndm", help="what takes the noise out of a picture")
     add("--temperature", type=float, default=1.0, help="of the words; 0: always the likeliest")
     add("--top-p", type=float, default=0.9, help="sample among the likeliest words of this mass; 1: off")
     add("--repetition-penalty", type=float, default=2.0, help="on words already said; 1: off")
@@ -60,9 +63,11 @@ def arguments() -> argparse.Namespace:
     add("--offload", action="store_true", help="keep on the host what is not in use: for a GPU of 16 GB")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: to --chat on a GPU")
     args = parse(parser, "sample")
-    args.prompt = args.prompt and valid(args.prompt)
+    args.prompt = args.prompt and valid(args.prompt).strip()
     if not args.prompt and not args.chat:
         parser.error("--prompt is needed, or --chat")
+    if args.chat and args.turns is not None:
+        parser.error("--chat is a talk, --turns tells a story: one of them")
     if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
         parser.error("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
     if args.offload and args.compile:
@@ -129,7 +134,9 @@ class Conversation:
 
 
 def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:
-    """Pictures, storyboard, page and answer.json, each under a temporary name first."""
+    """Pictures, storyboard, page and answer.json, each under a temporary name first. Pictures of an older answer in the
+    folder that are not written over are removed."""
+    old = pictures_of(out / "answer.json")
     described, columns, words = [], [], ""
     for segment in segments:
         if isinstance(segment, str):
@@ -153,6 +160,19 @@ def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out:
         temporary = out / f".{name}.{os.getpid()}.tmp"
         temporary.write_text(content, encoding="utf-8")
         temporary.replace(out / name)
+    for name in old - pictures_of(out / "answer.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def pictures_of(answer: Path) -> set[str]:
+    """The files that came with an answer.json: its pictures and, where it has any, their storyboard."""
+    try:
+        segments = read_json(answer)["segments"]
+        names = {str(segment["image"]) for segment in segments if "image" in segment}
+    except (WeightsError, KeyError, TypeError):
+        return set()
+    names = {name for name in names if re.fullmatch(r"\d+\.png", name)}
+    return names | {"storyboard.png"} if names else names
 
 
 def paragraph(segment: str | Image.Image) -> str:
@@ -183,19 +203,22 @@ def read_line() -> str:
 
 
 def chat(conversation: Conversation, first: str | None, pictures: list[Image.Image], out: Path, seed: int) -> None:
-    said, count = [], 0
+    said, count, turns = [], 0, 0
     while line := first or read_line():
         first = None
-        if line.startswith("/image "):
-            pictures.append(read_image(line.removeprefix("/image ").strip()))
+        try:
+            if line.startswith("/image "):
+                pictures.append(read_image(line.removeprefix("/image ").strip()))
+                continue
+            conversation.add(line, tuple(pictures))
+            segments = conversation.reply()
+        except ValueError as error:  # no picture, or more words than there is room for: the talk goes on without
+            print(f"error: {error}", file=sys.stderr)
+            conversation.turns = conversation.turns[: 2 * turns]
             continue
-        conversation.add(line, tuple(pictures))
-        said += [line, *pictures]
-        count, pictures = count + len(pictures), []
-        segments = conversation.reply()
-        said += segments
-        count = show(segments, out, count)
-        write_answer(said, said[0], seed, out)
+        said += [f"> {line}", *pictures, *segments]
+        count, pictures, turns = show(segments, out, count + len(pictures)), [], turns + 1
+        write_answer(said, "talk", seed, out)
 
 
 def main() -> None:
@@ -211,9 +234,7 @@ def main() -> None:
     checkpoint = next(filter(None, map(find_checkpoint, places)), None)
     if checkpoint is None and args.checkpoint:
         raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
-    if checkpoint is None:
-        torch.manual_seed(args.seed)
-        print("no trained checkpoint found: the voken rows and the mapper are random, pictures will be noise")
+    torch.manual_seed(args.seed)  # of what has no checkpoint
     reads = bool(pictures) or args.chat or args.turns is not None
     device = pick_device(args.device)
     if args.compile is None:  # it takes minutes: for one answer that is too long
@@ -228,6 +249,8 @@ def main() -> None:
         offload=args.offload,
     ).eval()
     loaded = time.perf_counter()
+    if checkpoint is None:
+        print("no trained checkpoint found: the voken rows and the mapper are random, pictures will be noise")
 
     sampling = Sampling(
         temperature=args.temperature,

@@ -203,17 +203,17 @@ class StoryData(TarData):
 
     def length(self, i: int, draw: tuple[int, int]) -> float:
         """The turns before it and a picture to be told of: what can be known of a story without reading it."""
-        tar, row, last = self.turn(i)
-        return self.indices[tar].turns[row] - last + (pick_task(self.weights, draw[0]) == "text")
+        tar, row, from_end = self.turn(i)
+        return self.indices[tar].turns[row] - from_end + (pick_task(self.weights, draw[0]) == "text")
 
     def sample(self, i: int, draw: tuple[int, int]) -> dict | Broken:
         """{"key", "task", "source", "target", "inputs", "outputs"}, the last two lists of tensors."""
-        tar, row, last = self.turn(i)
+        tar, row, from_end = self.turn(i)
         index = self.indices[tar]
         key, read = index.key(row), partial(read_member, self.tars[tar], index.table[row])
         try:
             kind, turns = read_turns(read(JSON), key, self.tokenizer.plain)
-            k = len(turns) - last
+            k = len(turns) - from_end
             if k < 1:
                 raise Unusable("tar and index differ")
             task = pick_task(self.weights, draw[0]) if kind == "story" else "reply"
@@ -244,7 +244,7 @@ class StoryData(TarData):
             raise Unusable("step without text or picture")
         if not turn.text and not turn.pictures:
             raise Unusable("empty turn")
-        if kind == "story" and uniform(phrase) < self.blind:
+        if kind == "story" and uniform(phrase) < self.blind:  # high bits; the wording takes the low ones
             before = [Turn(step.text) for step in before]
 
         def since(first: int) -> Row:

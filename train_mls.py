@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints import find_checkpoint
 from cli import DTYPES, pick_device, run
 from data import describe
 from features import find_features, picture_size
@@ -41,7 +42,6 @@ from training import (
     draw_losses,
     draw_pictures,
     drawn_data,
-    find_checkpoint,
     go_on,
     learning_rate_factor,
     load_checkpoint,

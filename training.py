@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from checkpoints import checkpoint_folders
 from cli import DTYPES, add_weights_option, make_folder, parse
 from generation import Sampling, paint
 from images import draw_grid, save_image, to_image
@@ -82,6 +83,8 @@ def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse
     for name in ("drawn", "batch_size", "accumulate", "group", "max_nonfinite", "save_every", "log_every", "vokens"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.epochs <= 0 or args.warmup < 0:
+        parser.error("--epochs must be above 0, --warmup at least 0")
     if args.steps is not None and args.steps < 1:
         parser.error("--steps must be at least 1")
     if getattr(args, "vokens", 1) > MOST_VOKENS:
@@ -192,21 +195,6 @@ def stop_if_nonfinite(gradients: Gradients, limit: int, step: int, out: Path) ->
 
 
 # ---- checkpoints
-
-
-def checkpoint_folders(out: Path) -> list[Path]:
-    """The checkpoints of a run, the newest first."""
-    return sorted(Path(out).glob("step-" + "[0-9]" * 8), reverse=True)
-
-
-def find_checkpoint(place: Path) -> Path | None:
-    """A safetensors file; or of a run's folder the newest checkpoint's; or of weights/minigpt5 uas.safetensors."""
-    if place.is_file():
-        return place
-    for file in [folder / "trained.safetensors" for folder in checkpoint_folders(place)] + [place / "uas.safetensors"]:
-        if file.is_file():
-            return file
-    return None
 
 
 def save_checkpoint(

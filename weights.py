@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import checkpoint_below
-from cli import run
+from cli import make_folder, run
 from convert import convert, read_tensors, readable
 from llama import Tokenizer, Vokens, load_llama
 from loading import WeightsError, compare, open_safetensors, read_json, save_safetensors, tensor_files
@@ -85,6 +85,7 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
         changed = {n: t for n, t in tensors.items() if n not in same or n.startswith("vokens.")}
         if len(changed) < len(tensors):
             tensors, metadata["over"] = changed, base.name
+    make_folder(out.parent)
     save_safetensors(tensors, out, metadata)
     print(f"{out}: {len(tensors)} tensors, {readable(out.stat().st_size)}")
 

@@ -31,6 +31,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines.divter import split_description
+from checkpoints import find_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, pick_device, run
 from evaluation.cases import (
     SETTINGS,
@@ -49,7 +50,6 @@ from minigpt5 import MiniGPT5, number_types, type_of
 from scheduler import SAMPLERS, load_schedule
 from stories import TASKS
 from text_encoder import ClipTokenizer, load_text_encoder
-from training import find_checkpoint
 from unet import load_unet
 from vae import load_vae
 

@@ -49,7 +49,7 @@ from miniature.judge import JudgeRecipe
 from miniature.painter import DiffusionRecipe
 from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
-from miniature.recipe import Recipe, Shop
+from miniature.recipe import Recipe, Shop, write_file
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from muon import Muon
 from training import append_log, cut_log, draw_losses, read_log, step_generator, stop_signals
@@ -74,6 +74,7 @@ MINUTES = {  # of training, on a GPU and on a CPU
     "language": (3, 60),
     "captioner": (2, 60),
 }
+SHIPPED = Path(__file__).resolve().parent / "weights"
 WARMUP = 100  # steps
 SAVE_SECONDS, MEASURE_SECONDS = 120, 300
 MEMORY = 9  # the averaged weights are a mean over about a MEMORY-th of the steps so far
@@ -235,7 +236,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--minutes", nargs="+", type=budget, default=[], metavar="PART=MINUTES", help="training time, over all runs")
     add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, sheets, training sets")
-    add("--weights", type=Path, default=Path(__file__).parent / "weights", help="where finished parts go")
+    add("--weights", type=Path, default=SHIPPED, help="where finished parts go")
     add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
@@ -250,6 +251,9 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
+    settings = Path("minigpt5") / "config.json"  # the defaults of the commands that use the weights
+    if not (args.weights / settings).exists():
+        write_file(args.weights / settings, (SHIPPED / settings).read_bytes())
     shop = Shop(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
     for part, recipe_class in PARTS.items():
         if part not in args.parts:

@@ -33,6 +33,7 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checkpoints import find_checkpoint
 from cli import add_weights_option, make_folder, pick_device, run
 from data import REQUESTS, uas_texts
 from generation import Sampling
@@ -67,7 +68,6 @@ from miniature.words import agrees, facts_in
 from miniature.world import random_stream, sample_dialogue
 from scheduler import SAMPLERS
 from stories import dialog_source, first_heard
-from training import find_checkpoint
 from vae import load_vae
 
 QUESTIONS = 401  # purpose of the random streams

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_uas
+from checkpoints import checkpoint_folders
 from cli import run
-from training import checkpoint_folders, learning_rate_factor, read_log
+from training import learning_rate_factor, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -220,6 +221,21 @@ def test_sample(monkeypatch, weights, tmp_path, capsys):
     assert "[" + str(tmp_path / "a" / "0.png") + "]" in printed and "no trained checkpoint found" in printed
 
 
+def test_a_folder_holds_one_answer(monkeypatch, weights, tmp_path):
+    """Pictures of the answer before go; other files stay, and what only claims to be one."""
+    ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--force-image")
+    assert (tmp_path / "0.png").exists() and (tmp_path / "storyboard.png").exists()
+    (tmp_path / "7.png").touch()
+    ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--temperature", 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"7.png", "answer.json", "index.html"}
+    outside = tmp_path / "x.png"
+    for content in ('{"segments": [{"image": "x.png"}, {"image": "../x.png"}]}', '{"segments": 3}', "[1]", "no JSON"):
+        outside.touch()
+        (tmp_path / "answer.json").write_text(content)
+        ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--temperature", 0)
+        assert outside.exists()
+
+
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm"])
 def test_samplers_and_guidance(monkeypatch, weights, tmp_path, sampler):
     answer = ask(
@@ -363,6 +379,12 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     sample_fails("neither a checkpoint nor", "--checkpoint", nothing)
     sample_fails("invalid choice", "--sampler", "euler")
     sample_fails("top-p", "--top-p", 0)
+    sample_fails("--guidance must be a finite number", "--guidance", "nan")
+    sample_fails("--temperature must be a finite number", "--temperature", "inf")
+    sample_fails("--seed must be at least 0", "--seed", 10**23)
+    sample_fails("--prompt is needed", "--prompt", "  ")
+    sample_fails("one of them", "--chat", "--turns", 2)
+    sample_fails("weights that stay", "--offload", "--compile")
     sample_fails("the prompt has", "--prompt", "word " * 3000)
     training_fails("no such folder", "--weights", nothing)
     training_fails("no such tar", "--data", nothing)
@@ -372,6 +394,9 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     training_fails("at least 1", "--batch-size", 0)
     training_fails("--steps must be at least 1", "--steps", 0)
     training_fails("--vokens must be at most 128", "--vokens", 129)
+    training_fails("--lr must be a finite number", "--lr", "nan")
+    training_fails("--epochs must be above 0", "--epochs", 0)
+    training_fails("--warmup at least 0", "--warmup", -3)
     train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 1)
     training_fails("holds a run already", "--out", tmp_path / "run")
     training_fails("none of its 1 checkpoints fits", "--out", tmp_path / "run", "--resume", "--vokens", 4)

@@ -16,10 +16,11 @@ from test_commands import train as train_uas
 import sample
 import train_mls
 import weights as weights_command
+from checkpoints import checkpoint_folders
 from loading import WeightsError
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import load_minigpt5
-from training import checkpoint_folders, read_log
+from training import read_log
 
 
 @pytest.fixture(scope="module")
@@ -252,13 +253,15 @@ def test_long_rows_are_cut_where_the_model_ends(monkeypatch, weights, data, tmp_
 def test_chat(monkeypatch, weights, data, tmp_path, capsys):
     picture = tmp_path / "in.png"
     Image.effect_noise((40, 30), 80).convert("RGB").save(picture)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hello <script>\n/image {picture}\nwhat is this?\n"))
+    lines = f"hello <script>\n/image nowhere.png\n{3000 * 'long '}\n/image {picture}\nwhat is this?\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     segments = ask(monkeypatch, weights, tmp_path / "out", "--chat", "--force-image")
     texts = [segment["text"] for segment in segments if "text" in segment]
-    assert "hello <script>" in texts and "what is this?" in texts
+    assert [text for text in texts if text[0] == ">"] == ["> hello <script>", "> what is this?"]
     assert sum("image" in segment for segment in segments) >= 3  # the two answers' and the given one
     assert "&lt;script&gt;" in (tmp_path / "out/index.html").read_text()
-    capsys.readouterr()
+    complaints = capsys.readouterr().err.splitlines()
+    assert len(complaints) == 2 and "nowhere.png: no such file" in complaints[0] and "the prompt has" in complaints[1]
 
 
 def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):

@@ -399,6 +399,7 @@ def test_command_line(shop, tmp_path):
     words = ["--seed", "3", "--parts", "judge", "--minutes", "judge=0", "--out", str(shop.runs)]
     done = subprocess.run([*command, *words, "--weights", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "step 2" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "minigpt5" / "config.json").read_text())["train_uas"]["start_as"] == "<Img>"
     one, two = (folder / "judge.safetensors" for folder in (shop.weights, tmp_path))
     assert one.read_bytes() == two.read_bytes()
     words = ["--parts", "captioner", "--out", str(tmp_path / "runs")]

@@ -25,12 +25,13 @@ from test_steps import NoReading
 
 import train_mls
 import train_uas
+from checkpoints import checkpoint_folders
 from loading import matched, save_safetensors
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from muon import Muon
 from parallel import Gradients, World
-from training import checkpoint_folders, group_of, load_checkpoint, read_log, save_checkpoint
+from training import group_of, load_checkpoint, read_log, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,9 +20,9 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from checkpoints import checkpoint_folders
 from runs import Run, prepare, ranks
-
-from training import checkpoint_folders, read_log
+from training import read_log
 
 SECONDS = 10.0  # from the signal to the end, at most
 STARTING, GIVEN_UP = 300.0, 60.0

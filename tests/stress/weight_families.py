@@ -17,7 +17,7 @@ from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
 import training
-from checkpoints import checkpoint_adapters
+from checkpoints import checkpoint_adapters, find_checkpoint
 from convert import read_tensors
 from llama import Tokenizer, load_llama
 from loading import fill, shapes_only, tensor_files
@@ -97,7 +97,7 @@ def read_bad_checkpoint(what: str, rng: Random, folder: Path) -> str:
     model, _, contents, good = trained()
     path = folder / "trained.safetensors"
     path.write_bytes(BAD_SAFETENSORS[what](rng, contents["trained.safetensors"]))
-    require(training.find_checkpoint(path) == path, "not found")
+    require(find_checkpoint(path) == path, "not found")
     load_minigpt5(weights(), path, read_pictures=False)
     require(what in MAY_LOAD, "loaded in spite of that")
     adapters = checkpoint_adapters(path)
