@@ -3,7 +3,7 @@
     python train_mls.py                                                # the miniature, on stories of its drawn world
     python train_mls.py --weights weights --data vist-train.tar --uas runs/cc3m --out runs/vist
     python train_mls.py --weights weights --data mmdialog-train.tar --uas runs/cc3m --out runs/chat --prefix
-    python sample.py --weights weights --checkpoint runs/vist --prompt "what happens next?" --image a.jpg
+    python sample.py --weights weights --checkpoint runs/vist --prompt "we had a barbecue." --image a.jpg --turns 1
 
 Starts from a run of stage 1, or with --no-uas from untrained vokens. Trained are LoRA matrices in Vicuna, or a prefix
 of virtual tokens, the voken rows and the mapper's transformer; its MLP and queries stay as stage 1 left them. The loss

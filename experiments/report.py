@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bench.common import hardware
 from cli import pick_device
 from evaluation.cases import pictures_of, read_answer, read_cases
-from experiments.claims import CLAIMS, differences, verdict
+from experiments.claims import CLAIMS, FAILS, HOLDS, NOISE, differences, verdict
 from experiments.duel import WAYS
 from experiments.systems import CONTEXTS, METRICS, PICTURES, SIZES, TABLES, Options, Table, scorings_of
 from images import draw_grid, save_image
@@ -109,7 +109,7 @@ def claims(figures: Figures, options: Options, seeds: list[int]) -> list[str]:
         text, what = f"Better than two stages: {way}", "table 4: share better minus share worse"
         rows.append([text, "abstract: better in more than 56 % of cases", what, signed(found), f"**{verdict(found)}**"])
     told = Counter(row[-1].strip("*") for row in rows)
-    count = f"Of {len(rows)} claims: {', '.join(f'{n} {what}' for what, n in told.most_common())}."
+    count = f"Of {len(rows)} claims {told[HOLDS]} hold, {told[FAILS]} do not, {told[NOISE]} are within noise."
     head = "| the paper's claim | said in | measured as | by how much | here |"
     return [count, "", head, "| --- | --- | --- | ---: | --- |", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
