@@ -109,7 +109,9 @@ def claims(figures: Figures, options: Options, seeds: list[int]) -> list[str]:
         text, what = f"Better than two stages: {way}", "table 4: share better minus share worse"
         rows.append([text, "abstract: better in more than 56 % of cases", what, signed(found), f"**{verdict(found)}**"])
     told = Counter(row[-1].strip("*") for row in rows)
-    count = f"Of {len(rows)} claims {told[HOLDS]} hold, {told[FAILS]} do not, {told[NOISE]} are within noise."
+    open_ones = len(rows) - told[HOLDS] - told[FAILS] - told[NOISE]  # not measured, or with one seed
+    count = f"Of {len(rows)} claims {told[HOLDS]} hold, {told[FAILS]} do not, {told[NOISE]} are within noise"
+    count += f", {open_ones} are open." if open_ones else "."
     head = "| the paper's claim | said in | measured as | by how much | here |"
     return [count, "", head, "| --- | --- | --- | ---: | --- |", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
