@@ -22,9 +22,10 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from runs import SCRIPTS, Run, prepare
+
 import training
 from checkpoints import checkpoint_folders
-from runs import SCRIPTS, Run, prepare
 from training import read_log
 
 LIMIT = 600.0  # seconds after which a run that should end by itself is given up

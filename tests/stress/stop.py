@@ -20,8 +20,9 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from checkpoints import checkpoint_folders
 from runs import Run, prepare, ranks
+
+from checkpoints import checkpoint_folders
 from training import read_log
 
 SECONDS = 10.0  # from the signal to the end, at most
