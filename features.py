@@ -75,7 +75,8 @@ def identity(weights: Path, feature: str) -> str:
     if feature == "moments":
         return fingerprint([sd / "vae" / "config.json", *tensor_files(sd / "vae")], picture_size(weights))
     if feature == "encoding":
-        words = [sd / "tokenizer" / name for name in ("vocab.json", "merges.txt")]
+        names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+        words = [path for name in names if (path := sd / "tokenizer" / name).exists()]
         return fingerprint([sd / "text_encoder" / "config.json", *tensor_files(sd / "text_encoder"), *words])
     tensors = tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens"))
     return fingerprint([blip2 / "config.json", *tensors, weights / "minigpt4" / "llama_proj.safetensors"])

@@ -15,6 +15,7 @@ for the rounding. features.py has the format.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import chain
@@ -195,6 +196,9 @@ def main(args: argparse.Namespace) -> None:
     for tar in filter(is_url, tars):
         raise ValueError(f"{tar}: only local tars can be precomputed")
     into = make_folder(args.out) if len(tars) > 1 or args.out.is_dir() else None
+    names = Counter(Path(tar).name for tar in tars)
+    if into and (twice := [name for name, count in names.items() if count > 1]):
+        raise ValueError(f"--out {args.out}: two sources are named {twice[0]}, give each a folder of its own")
     for tar in tars:
         out = into / Path(tar).name if into else args.out
         options = {"captions": not args.no_captions, "batch_size": args.batch_size, "workers": args.workers}

@@ -5,7 +5,7 @@ A run's folder:
     log.jsonl               a line every few steps
     losses.png samples.png  drawn as the run goes on
     step-00000500/          a checkpoint, written and removed under another name: there is no half one
-        trained.safetensors    the voken rows and the mapper, what sample.py --checkpoint reads
+        trained.safetensors    all that trains (voken rows, mapper, adapter), what sample.py --checkpoint reads
         optimizer.safetensors  the optimisers' moments under the same names
         state.json             step, position in the data, sums of the next line of the log, the command's arguments
 """
@@ -90,7 +90,7 @@ def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse
     if getattr(args, "vokens", 1) > MOST_VOKENS:
         parser.error(f"--vokens must be at most {MOST_VOKENS}")
     if args.shard and args.compile:
-        parser.error("--shard goes without --compile: layers that are put together on the way cannot be compiled")
+        parser.error("--shard cannot be combined with --compile: layers that are put together on the way are no graph")
     return args
 
 
@@ -109,7 +109,7 @@ def open_run(args: argparse.Namespace, world: World) -> Path:
 
 def drawn_data(write: Callable[..., None], args: argparse.Namespace, size: int) -> list[str]:
     """A tar of the miniature's world in the run's folder, drawn once: `write` is one of miniature.world's writers."""
-    path = args.out / f"drawn-{args.drawn}.tar"
+    path = args.out / f"{write.__name__.removeprefix('write_')}-{args.drawn}-{args.seed}.tar"
     if not path.exists():
         print(f"drawing {args.drawn:,} samples into {path}", flush=True)
         write(path, args.drawn, args.seed, size=size)

@@ -239,7 +239,7 @@ def test_layers_hold_nearly_all_of_the_published_weights():
 def test_shard_needs_others(folder, monkeypatch, capsys):
     arguments = ("--weights", folder / "weights", "--data", folder / "pairs.tar", "--out", folder / "alone", "--shard")
     fails(train_uas.main, monkeypatch, capsys, "--shard needs several processes: torchrun", *arguments)
-    fails(train_uas.main, monkeypatch, capsys, "--shard goes without --compile", *arguments, "--compile")
+    fails(train_uas.main, monkeypatch, capsys, "--shard cannot be combined with --compile", *arguments, "--compile")
     assert not (folder / "alone").exists()
 
 

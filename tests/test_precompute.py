@@ -200,6 +200,10 @@ def test_other_weights_are_refused(monkeypatch, weights, sources, tmp_path, caps
         save_file({name: tensor + 1e-4 for name, tensor in load_file(path).items()}, path)
         training_fails(rf"x\.tar: its {part} were precomputed with other weights")
         path.write_bytes(content)
+    padding = other / "stable-diffusion" / "tokenizer" / "special_tokens_map.json"
+    padding.write_text('{"pad_token": "!"}')
+    training_fails(r"x\.tar: its encoding were precomputed with other weights")
+    padding.unlink()
     training_fails("only one of them", "--data", tar, sources / "pairs.tar")
     inside = members(tar)
     for marker in (b"{}", inside[MARKER][:20], safetensors.torch.save({}, {"made_with": "[]", "shapes": "{}"})):
@@ -219,6 +223,11 @@ def test_bad_arguments(monkeypatch, weights, sources, tmp_path, capsys):
     precompute_fails("nowhere: no such folder", "--weights", "nowhere")
     precompute_fails("is the source", "--out", source)
     precompute_fails("no folder", "--out", tmp_path / "no" / "x.tar")
+    (tmp_path / "a").mkdir()
+    same_name = shutil.copy(source, tmp_path / "a" / source.name)
+    both = ("precompute", source, same_name, "--weights", weights, "--out", tmp_path / "a", *ALONE)
+    fails(published.main, monkeypatch, capsys, "two sources are named pairs.tar", *both)
+    assert same_name.read_bytes() == source.read_bytes()
     precompute_fails("at least 1", "--batch-size", 0)
     precompute_fails("nothing to keep.*1 no picture", source=write_tar(tmp_path / "words.tar", {"a.txt": b"words"}))
     done = made(monkeypatch, weights, source, tmp_path / "y.tar")
