@@ -86,7 +86,7 @@ def clean_caption(text: str) -> str:
 def uas_texts(caption: str, vokens: int = 8, instruction: int | None = None) -> tuple[str, str]:
     """Caption -> (source, target) of stage 1; `instruction` is the number of a request phrasing, None the bare caption.
 
-    What looks like a voken inside the caption is kept: the tokenizer has to take a caption as plain text.
+    Special tokens in the caption are not escaped here: pass it through `Tokenizer.plain` first.
     """
     source = caption
     if instruction is not None:
@@ -161,7 +161,7 @@ def read_caption(read: Callable[[int], bytes | None]) -> str:
         content = json.loads(read(JSON) or b"{}")
         if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
             raise Unusable("no caption")
-        if len(content["caption"].encode()) > most_bytes(TEXT):  # which fails at half a character, "\\ud83d" in JSON
+        if len(content["caption"].encode()) > most_bytes(TEXT):  # which fails at a lone surrogate, "\\ud83d" in JSON
             raise Unusable("too large")
     except UnicodeError:
         raise Unusable("caption not UTF-8") from None

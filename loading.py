@@ -122,6 +122,16 @@ def read_config(cls, path: Path, *nested: str):
     return config
 
 
+def check_settings(path: Path, supported: dict[str, tuple]) -> dict:
+    """A published config.json. WeightsError for a setting that is none of its `supported` values; None: left out."""
+    published = read_json(path)
+    for name, values in supported.items():
+        if published.get(name) not in values:
+            known = " or ".join(repr(value) for value in values if value is not None) or "null"
+            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {known}")
+    return published
+
+
 def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     """The safetensors files of `folder` that hold keys starting with one of `wanted`, through the index where there is
     one. Half-precision variants (`*.fp16.safetensors`) and adapters beside the model are passed over."""
@@ -233,15 +243,16 @@ def pinned(module: nn.Module, most: int = 1 << 30) -> nn.Module:
     Many share a block of up to `most` bytes: torch takes such memory in powers of two, and for each matrix of Vicuna
     alone that would be a third more.
     """
-    groups, used = [[]], 0
+    groups, used = [], 0
     for parameter in module.parameters():
-        size = -(-parameter.nbytes // 64) * 64
-        if groups[-1] and used + size > most:
+        size = -(-parameter.nbytes // 64) * 64  # the next one starts on a line of the cache
+        if not groups or used + size > most:
             groups, used = [*groups, []], 0
         groups[-1].append((parameter, used))
         used += size
     for group in groups:
-        block = torch.empty(sum(-(-p.nbytes // 64) * 64 for p, _ in group), dtype=torch.uint8).pin_memory()
+        last, start = group[-1]
+        block = torch.empty(start + last.nbytes, dtype=torch.uint8).pin_memory()
         for parameter, at in group:
             place = block[at : at + parameter.nbytes].view(parameter.dtype)
             place = place.as_strided(parameter.shape, parameter.stride(), place.storage_offset())

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): steps of matrices whose singular values are all made about equal.
+"""Muon (Jordan et al. 2024): momentum, made orthogonal matrix by matrix: all singular values of a step are about 1.
 
 AdamW's step of a matrix is ruled by a few directions that every sample shares; here each direction moves alike, so that
 far fewer steps are needed where weights start from nothing. For embeddings, vectors and what reads or writes pixels,

@@ -3,7 +3,7 @@
     python data.py vist train.story-in-sequence.json images/train --out vist-train.tar
     python data.py vist val_cleaned.json --out vist-val.tar           # as in the released repository
     python data.py mmdialog train/train_conversations.txt --out mmdialog-train.tar
-    python data.py mmdialog test/test_conversations.txt --max-tokens 0 --out mmdialog-test.tar
+    python data.py mmdialog test/test_conversations.txt --max-words 0 --out mmdialog-test.tar
     python data.py cc3m cc3m_train.tsv --out cc3m-train.tar           # or a folder of KEY.jpg with KEY.txt
 
     source                            tar                                             read by
@@ -334,7 +334,7 @@ def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None 
     return report
 
 
-def convert(kind: str, sources: list[Path], out: Path, max_tokens: int = 50, workers: int = 1) -> Report:
+def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, workers: int = 1) -> Report:
     """What the command does. sources: files of the data set, and folders to look for pictures in; without a folder they
     are looked for beside each file. ValueError for what cannot be read."""
     files, folders = [path for path in sources if path.is_file()], [path for path in sources if path.is_dir()]
@@ -347,7 +347,7 @@ def convert(kind: str, sources: list[Path], out: Path, max_tokens: int = 50, wor
     if kind == "vist":
         return write_tar(vist_jobs(files, folders), vist_sample, out, workers)
     if kind == "mmdialog":
-        return write_tar(mmdialog_jobs(files, folders, max_tokens), mmdialog_sample, out, workers)
+        return write_tar(mmdialog_jobs(files, folders, max_words), mmdialog_sample, out, workers)
     return write_tar(cc3m_jobs(files, folders), cc3m_sample, out, workers)
 
 
@@ -372,11 +372,11 @@ def main() -> None:
         add("--out", type=Path, required=True, help="the tar to write")
         add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
         if kind == "mmdialog":
-            add("--max-tokens", type=int, default=50, help="end a dialogue at a turn of more words; 0: never")
+            add("--max-words", type=int, default=50, help="end a dialogue at a turn of more words; 0: never")
     precompute.add_options(kinds.add_parser("precompute", help=precompute.__doc__.split("\n")[0]))
     args = vars(parser.parse_args())
     if args["kind"] == "precompute":
         return precompute.main(argparse.Namespace(**args))
-    if args["workers"] < 1 or args.get("max_tokens", 0) < 0:
-        parser.error("--workers is at least 1, --max-tokens at least 0")
+    if args["workers"] < 1 or args.get("max_words", 0) < 0:
+        parser.error("--workers is at least 1, --max-words at least 0")
     print(f"{convert(**args)}\n{args['out']}: {args['out'].stat().st_size:,} bytes")

@@ -10,7 +10,7 @@ Loads weights/blip2 (the names and config.json of Salesforce/blip2-flan-t5-xxl) 
 Left out: BLIP-2's own language model and its projection, the Q-Former's text half, which the query tokens never pass,
 and other picture sizes (positions are learned for one size).
 
-Letters: B batch, T picture tokens (patches and one class token), N query tokens, D width, H heads, Dh head width.
+Letters: B batch, T picture tokens (patches and one class token), Q query tokens, D width, H heads, Dh head width.
 """
 
 import dataclasses
@@ -71,9 +71,9 @@ def preprocess_input(image: Image.Image, size: int = 224, pad: bool = False) -> 
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention of every query to every key. (B, N, D), (B, T, D), (B, T, D) -> (B, N, D)."""
+    """Attention of every query to every key. (B, Q, D), (B, T, D), (B, T, D) -> (B, Q, D)."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # (B, H, ., Dh)
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, N, D)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, Q, D)
 
 
 # The vision transformer: pre-norm, its class token first, all tokens kept.
@@ -230,7 +230,7 @@ class QFormerEncoder(nn.Module):
 
 
 class QFormer(nn.Module):
-    """queries (B, N, D), picture tokens (B, T, encoder_hidden_size) -> (B, N, D)."""
+    """queries (B, Q, D), picture tokens (B, T, encoder_hidden_size) -> (B, Q, D)."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
@@ -242,7 +242,7 @@ class QFormer(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """pixels (B, 3, size, size), normalised as `preprocess_input` does -> (B, N, llm_width)."""
+    """pixels (B, 3, size, size), normalised as `preprocess_input` does -> (B, Q, llm_width)."""
 
     def __init__(self, vision: VisionConfig, qformer: QFormerConfig, llm_width: int = 4096):
         super().__init__()
@@ -253,8 +253,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         picture = self.vision_model(pixels)  # (B, T, Dv)
-        queries = self.query_tokens.expand(len(pixels), -1, -1)  # (B, N, D)
-        return self.llama_proj(self.qformer(queries, picture))  # (B, N, llm_width)
+        queries = self.query_tokens.expand(len(pixels), -1, -1)  # (B, Q, D)
+        return self.llama_proj(self.qformer(queries, picture))  # (B, Q, llm_width)
 
 
 # What a BLIP-2 folder holds besides: its language model, and the Q-Former's text half where a copy kept it.

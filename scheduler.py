@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from loading import WeightsError, read_config, read_json
+from loading import check_settings, read_config
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class NoiseSchedule:
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' type."""
-        signal, spread = self._shares(t, latents.dtype)
+        signal, spread = self._amplitudes(t, latents.dtype)
         return signal * latents + spread * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the UNet should predict from add_noise(latents, noise, t): the noise, or v."""
         if self.config.prediction_type == "epsilon":
             return noise
-        signal, spread = self._shares(t, latents.dtype)
+        signal, spread = self._amplitudes(t, latents.dtype)
         return signal * noise - spread * latents
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class NoiseSchedule:
         # A loss on epsilon is the loss on x_0 times SNR, a loss on v times SNR + 1; min(SNR, gamma) is wanted of both.
         return snr.clamp(max=gamma) / (snr if self.config.prediction_type == "epsilon" else snr + 1)
 
-    def _shares(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _amplitudes(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         a = self.alphas_cumprod[t][:, None, None, None]  # (B, 1, 1, 1)
         return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
 
@@ -216,9 +216,5 @@ SUPPORTED = {
 def load_schedule(folder: Path) -> NoiseSchedule:
     """stable-diffusion/scheduler -> NoiseSchedule. Raises WeightsError."""
     path = Path(folder) / "scheduler_config.json"
-    published = read_json(path)
-    for name, values in SUPPORTED.items():
-        if published.get(name) not in values:
-            known = " or ".join(repr(value) for value in values if value is not None) or "null"
-            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {known}")
+    check_settings(path, SUPPORTED)
     return NoiseSchedule(read_config(ScheduleConfig, path))

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
+from loading import WeightsError, check_settings, fill, read_config, shapes_only, tensor_files
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, H, S, Dh) each
 
@@ -346,11 +346,7 @@ SUPPORTED = {
 
 def read_unet_config(path: Path) -> UNetConfig:
     """A published unet/config.json. WeightsError for a setting that would be computed wrongly."""
-    published = read_json(path)
-    for name, values in SUPPORTED.items():
-        if published.get(name) not in values:
-            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {values[0]!r}")
-    one_number = isinstance(published.get("attention_head_dim"), int)
+    one_number = isinstance(check_settings(path, SUPPORTED).get("attention_head_dim"), int)
     config = read_config(EqualHeadsConfig if one_number else UNetConfig, path)
     levels = len(config.block_out_channels)
     for name in ("down_block_types", "up_block_types", *(() if one_number else ("attention_head_dim",))):

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from images import resize_and_crop, to_bytes
-from loading import WeightsError, fill, read_config, read_json, shapes_only, stored, tensor_files
+from loading import check_settings, fill, read_config, shapes_only, stored, tensor_files
 
 EPS = 1e-6  # of every group norm; no published config names it
 
@@ -229,10 +229,7 @@ def rename(key: str) -> str:
 
 def read_vae_config(path: Path) -> VAEConfig:
     """A published vae/config.json. WeightsError for a setting that would be computed wrongly without being noticed."""
-    published = read_json(path)
-    for name, values in {"act_fn": ("silu", None), "shift_factor": (None,), "latents_mean": (None,)}.items():
-        if published.get(name) not in values:
-            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {values[0]!r}")
+    check_settings(path, {"act_fn": ("silu", None), "shift_factor": (None,), "latents_mean": (None,)})
     return read_config(VAEConfig, path)
 
 

@@ -193,7 +193,7 @@ def test_mmdialog(tmp_path):
     assert members["000000000.0.jpg"] == members["000000000.2.jpg"] == picture(-5 % 256)
     assert len(told(members, "000000003")["turns"]) == 3 and "000000003.1.jpg" not in members
 
-    report = convert("mmdialog", [file], tmp_path / "x.tar", max_tokens=0)
+    report = convert("mmdialog", [file], tmp_path / "x.tar", max_words=0)
     assert report.kept == {"dialogues": 7, "turns": 17, "pictures": 4} and "long turn" not in report.cut
 
 
@@ -279,7 +279,7 @@ def test_command_line(tmp_path, vist, monkeypatch, capsys):
         (["vist", vist, "--out", tmp_path], "a folder"),
         (["cc3m", vist, "--out", tmp_path / "no" / "x.tar"], "no folder"),
         (["mmdialog", vist, "--out", out], "nothing to keep"),
-        (["mmdialog", vist, "--out", out, "--max-tokens", "-1"], "at least 0"),
+        (["mmdialog", vist, "--out", out, "--max-words", "-1"], "at least 0"),
     ):
         monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -309,7 +309,7 @@ def test_mmdialog_sample(tmp_path):
     report = convert("mmdialog", [file], tmp_path / "x.tar")
     assert report.kept == {"dialogues": 1, "turns": 9, "pictures": 4} and not report.dropped and not report.cut
     with pytest.raises(ValueError, match="1 long turn in the first two turns"):  # its first turn has 50 words
-        convert("mmdialog", [file], tmp_path / "y.tar", max_tokens=49)
+        convert("mmdialog", [file], tmp_path / "y.tar", max_words=49)
 
 
 def test_cc3m_sample(tmp_path):
