@@ -4,7 +4,8 @@
     fc.*, t2i_decoder_prompt, ...                the mapper, under its published names
     model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
     prefix_encoder.*                             its prefix
-    metadata                                     stage, vokens; lora_alpha; "over": the file that this one goes over
+    metadata                                     stage, vokens; lora_alpha; "over": the file that this one goes over;
+                                                 "system": how its prompts begin
 
 Every number that sizes the model to be built is checked before it is used.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from loading import WeightsError, is_shard, open_safetensors, stored
 
+STORIES, TALKS = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # files of stage 2
 TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
 
 
@@ -32,6 +34,12 @@ def find_checkpoint(place: Path) -> Path | None:
     return None
 
 
+def shipped_checkpoint(folder: Path, stage_2: tuple[str, ...]) -> Path | None:
+    """Of weights/minigpt5: the first of stage 2's files `stage_2` that is there, else stage 1's."""
+    places = [*(folder / f"{name}.safetensors" for name in stage_2), folder]
+    return next(filter(None, map(find_checkpoint, places)), None)
+
+
 def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
     """Metadata and {name: slice} of a checkpoint. WeightsError if it is none."""
     with open_safetensors(path) as file:
@@ -43,8 +51,8 @@ def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
     return metadata, tensors
 
 
-def checkpoint_below(path: Path) -> Path | None:
-    """The checkpoint in the same folder that `path` goes over: stage 2's holds no more than what stage 2 changed."""
+def base_checkpoint(path: Path) -> Path | None:
+    """The checkpoint in the same folder that `path` changes: stage 2's file may hold no more than stage 2 changed."""
     with open_safetensors(path) as file:
         name = (file.metadata() or {}).get("over")
     if name is not None and not is_shard(name):

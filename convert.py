@@ -31,6 +31,7 @@ from torch import Tensor
 
 from llama import Llama, LlamaConfig, Tokenizer, published_name
 from loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
+from stories import SYSTEM
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HALF_ROUNDING = 2.0**-11  # relative, of float16, in which Vicuna is published
@@ -78,8 +79,8 @@ def readable(size: int) -> str:
 
 KINDS = (  # what a file is: a name that only such a file holds, in the order in which the kinds are converted
     ("vicuna", r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight"),
-    ("blip2", r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*"),
     ("minigpt4", r"llama_proj\.weight"),
+    ("blip2", r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*"),
     ("uas", r"model\.llama_model\.model\.embed_tokens\.weight"),
     ("mls", r"model\.llama_model\.base_model\..*\.lora_A\..*"),
 )
@@ -104,6 +105,10 @@ BLIP2_UNUSED = re.compile(
     r"|(t5|opt|llm|vision|text)_proj\.|itm_head\.|temp$|language_(model|projection)\."  # other models' heads
     r"|(norm|fc_norm|head|lm_head)\.|mask_token$"  # EVA's own end; BLIP-2 takes the last block's output
 )
+OPENINGS = {  # how every prompt began that the released LoRA matrices were trained on
+    "stage2_vist": "Please understanding images and generate story.",
+    "stage2_mmdialog": "Please generate conversation with appropriate image.",
+}
 EVA_BLOCKS = 39  # of the published file's 40: BLIP-2 uses the last but one's output
 
 
@@ -238,7 +243,9 @@ def published_heads(width: int, published_width: int, heads: int) -> int:
 
 
 def convert_projection(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
-    tensors = {name: value[:] for name, value in read_tensors(paths[-1]).items()}
+    """MiniGPT-4's file holds what it trained and, as released, the buffers of its frozen parts."""
+    buffers = re.compile(r"(Qformer|llama_model)\..*(position_ids|rotary_emb\.inv_freq)")
+    tensors = {name: value[:] for name, value in read_tensors(paths[-1]).items() if not buffers.fullmatch(name)}
     if len(paths) > 1 or tensors.keys() != {"llama_proj.weight", "llama_proj.bias"}:
         raise WeightsError(f"{paths[-1]}: expected one file with llama_proj.weight and llama_proj.bias")
     save(tensors, out / "minigpt4" / "llama_proj.safetensors", dtype)
@@ -259,7 +266,10 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
             wanted = ("fc.", "t2i_decoder_prompt")
             tensors |= {name: value[:] for name, value in read_tensors(first).items() if name.startswith(wanted)}
         metadata = {"format": "minigpt5", "stage": stage, "source": path.name}
-        metadata |= {"lora_alpha": "16"} if stage == "mls" else {}
+        if stage == "mls":
+            metadata["lora_alpha"] = "16"
+            if path.stem in OPENINGS:
+                metadata["system"] = SYSTEM + OPENINGS[path.stem]
         for name, scale, vokens in ((EMBED, "embed_scale", "vokens.input"), (HEAD, "head_scale", "vokens.output")):
             table, published = tensors.pop(name), vicuna_table(out, name)
             rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder

@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import find_checkpoint
+from checkpoints import STORIES, TALKS, find_checkpoint, shipped_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import describe
 from evaluation.cases import (
@@ -51,10 +51,9 @@ from evaluation.cases import (
 )
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
-from generation import Sampling
+from generation import add_sampling_options, sampling_of
 from miniature.recipe import write_json, write_text
 from minigpt5 import load_minigpt5
-from scheduler import SAMPLERS
 from stories import TASKS
 from tars import Unusable
 
@@ -131,7 +130,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="tars of pairs, stories or dialogues; folders of them, patterns")
     add("--out", type=Path, metavar="FILE", help="figures as JSON; FILE with the ending .md: a table")
-    add("--checkpoint", type=Path, help="a file or a run's folder; default, without --answers: WEIGHTS/minigpt5's")
+    add("--checkpoint", type=Path, help="a file or a run's folder; default, without --answers: of WEIGHTS/minigpt5 "
+        "stage 2's for stories and dialogues where it is there, else stage 1's")  # fmt: skip
     add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: OUT without ending, -answers")
     add("--metrics", nargs="+", type=metric_name, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
     add("--task", choices=TASKS, default="image", help="what a story's step asks for")
@@ -150,30 +150,21 @@ def arguments() -> argparse.Namespace:
         add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
     add_weights_option(parser)
     add("--seed", type=int, default=0, help="same seed, same answers")
-    add("--steps", type=int, default=50, help="denoising steps of a picture")
-    add("--guidance", type=float, default=7.5, help="guidance against the zero-voken condition; 1: off")
-    add("--sampler", choices=sorted(SAMPLERS), default="pndm")
-    add("--temperature", type=float, default=1.0, help="of the words; 0: always the likeliest")
-    add("--top-p", type=float, default=0.9, help="sample among the likeliest words of this mass; 1: off")
-    add("--repetition-penalty", type=float, default=2.0, help="on words already said; 1: off")
-    add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--force-image", action="store_true", help="begin every answer with a picture")
+    add_sampling_options(parser)
     add("--batch-size", type=int, default=16, help="cases answered at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     args = parse(parser, "evaluate")
     if not args.data or not args.out or args.out.suffix != ".json":
         parser.error("--data is needed, and --out with the ending .json")
-    if not args.checkpoint and not args.answers:
-        args.checkpoint = args.weights / "minigpt5"
-    if min(args.max_new_tokens, args.steps, args.batch_size) < 1 or args.n < 0 or args.seed < 0:
-        parser.error("--max-new-tokens, --steps and --batch-size are at least 1, --n and --seed at least 0")
-    if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
-        parser.error("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
+    if args.batch_size < 1 or args.n < 0:
+        parser.error("--batch-size is at least 1, --n at least 0")
+    args.sampling = sampling_of(args)
     for name in ("judge", "pairing"):
         path = args.weights / f"{name}.safetensors"
         if getattr(args, name) is None and path.is_file():
             setattr(args, name, path)
+    args.scores_only = bool(args.answers) and not args.checkpoint
     args.answers = args.answers or args.out.with_name(f"{args.out.stem}-answers")
     return args
 
@@ -187,7 +178,7 @@ def main() -> None:
     cases = cases[: args.n or None]
     settings = {"task": cases[0].task, "context": args.context}
     make_folder(args.out.parent)
-    if args.checkpoint:
+    if not args.scores_only:
         settings |= ask(args, cases, device, settings)
     elif not args.answers.is_dir():
         raise ValueError(f"{args.answers}: no such folder of answers")
@@ -225,16 +216,16 @@ def main() -> None:
 
 def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, settings: dict) -> dict:
     """Make the answers that are not there yet; returns what they were made with."""
-    checkpoint = find_checkpoint(args.checkpoint)
+    place, names = args.weights / "minigpt5", {"caption": (), "reply": TALKS}.get(cases[0].task, STORIES)
+    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else shipped_checkpoint(place, names)
     if checkpoint is None:
-        raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
-    sampling = Sampling(**{name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__})
-    made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "seed": args.seed, **asdict(sampling)}
+        raise ValueError(f"{args.checkpoint or place}: neither a checkpoint nor the folder of a run that has one")
+    made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "seed": args.seed, **asdict(args.sampling)}
     check_settings(make_folder(args.answers), settings | made)
     write_json(args.answers / SETTINGS, settings | made)
     reads = cases[0].task != "caption"
     model = load_minigpt5(args.weights, checkpoint, dtype=DTYPES[args.dtype], device=device, read_pictures=reads)
-    count = generate(model.eval(), cases, args.answers, args.context, sampling, args.seed, args.batch_size)
+    count = generate(model.eval(), cases, args.answers, args.context, args.sampling, args.seed, args.batch_size)
     print(f"{count:,} of {len(cases):,} cases answered now, see {args.answers}")
     del model
     gc.collect()  # the networks may need its memory

@@ -11,6 +11,7 @@ the same alone and in a batch.
 B prompts, T tokens, N vokens of a picture, M pictures, D width of the language model, S Dc conditioning.
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -42,6 +43,27 @@ class Sampling:
     steps: int = 50
     guidance: float = 7.5  # 1: no guidance
     compile: bool = False  # torch.compile for the token, the denoising step and the decoder
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--steps", type=int, default=50, help="denoising steps of a picture")
+    add("--guidance", type=float, default=7.5, help="guidance against the zero-voken condition; 1: off")
+    add("--sampler", choices=sorted(SAMPLERS), default="pndm", help="what takes the noise out of a picture")
+    add("--temperature", type=float, default=1.0, help="of the words; 0: always the likeliest")
+    add("--top-p", type=float, default=0.9, help="sample among the likeliest words of this mass; 1: off")
+    add("--repetition-penalty", type=float, default=2.0, help="on words already said; 1: off")
+    add("--max-new-tokens", type=int, default=256, help="longest answer")
+    add("--force-image", action="store_true", help="begin every answer with a picture")
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """ValueError for values out of range."""
+    if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
+        raise ValueError("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
+    if min(args.max_new_tokens, args.steps) < 1:
+        raise ValueError("--max-new-tokens and --steps are at least 1")
+    return Sampling(**{name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__})
 
 
 @cache
@@ -115,6 +137,7 @@ class Answer:
     """An answer in the making."""
 
     used: int  # tokens so far, the prompt's among them
+    slots: int  # tokens that it may have
     ids: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)  # (N, D) of each picture
     active: bool = True
@@ -145,18 +168,17 @@ def say(
     tokenizer, N = model.tokenizer, len(model.tokenizer.voken_ids)
     rows = [[tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(p), model.queries)] for p in prompts]
     virtual = model.prefix.embedding.num_embeddings if model.prefix else 0
-    answers = [Answer(virtual + len(row)) for row in rows]
+    most, more = model.llama.config.max_position_embeddings, sampling.max_new_tokens + 8 * N  # room for eight pictures
+    answers = [Answer(used, min(used + more, most)) for used in (virtual + len(row) for row in rows)]
     longest = max(answer.used for answer in answers)
-    # Beside its words an answer has room for eight pictures, or ends sooner.
-    slots = min(longest + sampling.max_new_tokens + 8 * N, model.llama.config.max_position_embeddings)
-    if longest + N > slots:
-        raise ValueError(f"the prompt has {longest - virtual} tokens, room is for {slots - N - virtual}")
+    if longest + N > most:
+        raise ValueError(f"the prompt has {longest - virtual} tokens, room is for {most - N - virtual}")
     inputs = None
     if pixels is not None:
         with on(model.device, model.image_encoder):
             inputs = model.image_encoder(pixels)  # (P, Q, D)
     with on(model.device, model.llama):
-        decode(model, rows, inputs, answers, slots, sampling, generators)
+        decode(model, rows, inputs, answers, sampling, generators)
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=model.device)
     return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
 
@@ -166,7 +188,6 @@ def decode(
     rows: list[list[int]],
     inputs: Tensor | None,
     answers: list[Answer],
-    slots: int,
     sampling: Sampling,
     generators: list[torch.Generator],
 ) -> None:
@@ -175,7 +196,8 @@ def decode(
     start, vokens, N = tokenizer.voken_ids[0], tokenizer.voken_ids, len(tokenizer.voken_ids)
     numbers = torch.arange(len(rows), device=device)
     all_real = torch.ones(len(rows), 1, dtype=torch.long, device=device)  # the mask of one token a row
-    step, cache = compiled_next_token if sampling.compile else next_token, open_cache(model, len(rows), slots, sampling)
+    step = compiled_next_token if sampling.compile else next_token
+    cache = open_cache(model, len(rows), max(answer.slots for answer in answers), sampling)
     chances = torch.zeros(sampling.max_new_tokens, len(rows), device=device)
     if sampling.temperature:  # else nothing is drawn, and the noise of pictures is each generator's first
         own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
@@ -198,7 +220,7 @@ def decode(
                 fed[row] = vokens if token == start else [token]
                 drawn += [row] if token == start else []
                 answer.used += len(fed[row])
-                answer.active = not tokenizer.ends(answer.ids) and answer.used + N <= slots
+                answer.active = not tokenizer.ends(answer.ids) and answer.used + N <= answer.slots
         last = position == sampling.max_new_tokens or not any(answer.active for answer in answers)
         if last and not drawn:
             break
@@ -263,8 +285,10 @@ def answer(
     pictures: list[list[Image.Image]],
     sampling: Sampling,
     generators: list[torch.Generator],
+    pad: bool = True,
 ) -> list[list[str | Image.Image]]:
-    """Text and pictures in turn, for each prompt. A prompt holds one <ImageHere> for each of its `pictures`."""
+    """Text and pictures in turn, for each prompt. A prompt holds one <ImageHere> for each of its `pictures`, which are
+    made square by padding, as released for users, or else by cropping, as released in training and evaluation."""
     for prompt, given in zip(prompts, pictures, strict=True):
         places = model.tokenizer.encode(prompt).count(model.tokenizer.image_id)
         if places != len(given):
@@ -272,7 +296,7 @@ def answer(
     pixels = None
     if any(pictures):
         size = model.image_encoder.vision_model.config.image_size
-        pixels = torch.stack([preprocess_input(picture, size, pad=True) for given in pictures for picture in given])
+        pixels = torch.stack([preprocess_input(picture, size, pad) for given in pictures for picture in given])
         pixels = pixels.to(model.device, type_of(model.image_encoder))
     said = say(model, prompts, pixels, sampling, generators)
     counts = [len(features) for _, features in said]

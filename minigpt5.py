@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import TABLES, checkpoint_adapters, checkpoint_below, checkpoint_contents, number_of, rows_of
+from checkpoints import TABLES, base_checkpoint, checkpoint_adapters, checkpoint_contents, number_of, rows_of
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import (
     FLOATS,
@@ -83,7 +83,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def few_lengths(length: int) -> int:
+def bucket_length(length: int) -> int:
     """The next of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ...: every shape costs a compilation."""
     step = 1 << max(4, length.bit_length() - 3)
     return -(-length // step) * step
@@ -103,11 +103,11 @@ def collate(
     tokenizer: Tokenizer,
     pairs: list[tuple[str, str]],
     queries: int,
-    length: Callable[[int], int] = int,
+    round_length: Callable[[int], int] = int,
     limit: int = 2048,
 ) -> Rows:
     """(source, target) texts -> rows of <s> source target. Padded on the right, so that the longest source is followed
-    by as many places as the longest target has tokens; `length` (see `few_lengths`) then makes it longer.
+    by as many places as the longest target has tokens; `round_length` (`bucket_length`, or none) then makes it longer.
 
     Learned are the target's tokens but for [IMG1]..[IMGN-2]: of the vokens only the first, which says that a picture
     belongs here, and the last, with which text goes on. A source is cut at its end so that a row has at most `limit`
@@ -125,7 +125,7 @@ def collate(
         labels.append([IGNORE] * len(source_ids) + learned)
         pictures += [(row, at - 1) for at, label in enumerate(labels[-1]) if label == tokenizer.voken_ids[0]]
     L = max(len(row) - start for row, start in zip(rows, starts, strict=True))
-    T = length(max(starts) + L)
+    T = round_length(max(starts) + L)
     rows = [row + [tokenizer.eos_id] * (T - len(row)) for row in rows]
     labels = [label + [IGNORE] * (T - len(label)) for label in labels]
     where = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2)
@@ -174,7 +174,8 @@ class MiniGPT5(nn.Module):
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2, see add_adapters
-        self.tables = {}  # what a converted checkpoint made of Vicuna's two: a factor, or None for other ones
+        self.tables = {}  # Vicuna's two that a converted checkpoint changed: by a factor, or None: it holds them whole
+        self.system = None  # the sentences that open a converted checkpoint's prompts, where they are not stories.py's
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # embeddings of an input picture
         self.compiled_for = 0  # see compile_losses
 
@@ -313,7 +314,7 @@ class MiniGPT5(nn.Module):
         before = (rows.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
         predicting, labels = hidden.gather(1, before), rows.labels.gather(1, rows.targets)
         if self.compiled_for:
-            L = few_lengths(labels.shape[1])
+            L = bucket_length(labels.shape[1])
             predicting, labels = padded(predicting, L, 1), padded(labels, L, 1, IGNORE)
         text_loss = self.text_loss(predicting, labels)
         losses = {"loss": text_weight * text_loss, "text_loss": text_loss}
@@ -393,8 +394,9 @@ class MiniGPT5(nn.Module):
         weight decay shrank them, and the released model runs with the shrunk ones): whole, or as one factor.
         """
         trained = self.trained_parameters()
-        _, tensors = checkpoint_contents(path)
-        if (base := checkpoint_below(path)) is not None:
+        metadata, tensors = checkpoint_contents(path)
+        self.system = metadata.get("system")
+        if (base := base_checkpoint(path)) is not None:
             missing = {name: parameter for name, parameter in trained.items() if name not in tensors}
             for name, tensor in matched(missing, [base], lambda key: key if key in missing else None).items():
                 trained.pop(name).copy_(tensor)

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Around what needs all processes: where one of them has ended, the others' errors are one line too."""
+def one_line_peer_errors() -> Iterator[None]:
+    """Where another process has ended, torch.distributed's RuntimeError becomes a ValueError of one line."""
     try:
         yield
     except RuntimeError as error:  # gloo's; NCCL does not return, and torchrun ends the process
@@ -48,7 +48,7 @@ class World:
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1:
-            with together():
+            with one_line_peer_errors():
                 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, timeout=timedelta(hours=2))  # to index many tars takes rank 0 a while
             atexit.register(dist.destroy_process_group)
@@ -59,7 +59,7 @@ class World:
         """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
         values = [value] * self.size
         if self.size > 1:
-            with together():
+            with one_line_peer_errors():
                 dist.all_gather_object(values, value)
         return values
 
@@ -67,7 +67,7 @@ class World:
         """Whether it is true in any rank; from host to host, as `gather`, but quick enough for every step."""
         votes = torch.tensor(int(flag))
         if self.size > 1:
-            with together():
+            with one_line_peer_errors():
                 dist.all_reduce(votes)
         return bool(votes)
 
@@ -106,7 +106,7 @@ class Gradients:
         """One step of the optimisers along the mean over the ranks, or none."""
         if self.world.size > 1:
             self.flat /= self.world.size
-            with together():
+            with one_line_peer_errors():
                 dist.all_reduce(self.flat)
         # The norm is infinite too where a square is, which AdamW's second moment would never recover from.
         finite = torch.linalg.vector_norm(self.flat).isfinite()

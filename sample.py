@@ -19,22 +19,20 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from checkpoints import find_checkpoint
+from checkpoints import STORIES, TALKS, find_checkpoint, shipped_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import clean_caption
-from generation import Sampling, answer, room_after
+from generation import Sampling, add_sampling_options, answer, room_after, sampling_of
 from images import draw_grid, read_image, save_image
 from loading import WeightsError, read_json
 from minigpt5 import MiniGPT5, load_minigpt5
-from scheduler import SAMPLERS
 from stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
-
-STORIES, TALKS = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # checkpoints of stage 2
 
 
 def arguments() -> argparse.Namespace:
@@ -49,36 +47,28 @@ def arguments() -> argparse.Namespace:
         "stage 2's for stories, talks and pictures that are given, else stage 1's")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
-    add("--steps", type=int, default=50, help="denoising steps of a picture")
-    add("--guidance", type=float, default=7.5, help="guidance against the zero-voken condition; 1: off")
-    add("--sampler", choices=sorted(SAMPLERS), default="pndm", help="what takes the noise out of a picture")
-    add("--temperature", type=float, default=1.0, help="of the words; 0: always the likeliest")
-    add("--top-p", type=float, default=0.9, help="sample among the likeliest words of this mass; 1: off")
-    add("--repetition-penalty", type=float, default=2.0, help="on words already said; 1: off")
-    add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--force-image", action="store_true", help="begin every answer with a picture")
+    add_sampling_options(parser)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     add("--int8", action="store_true", help="the language model's matrices in 8 bits")
     add("--offload", action="store_true", help="keep on the host what is not in use: for a GPU of 16 GB")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: to --chat on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
+        "GPU, else off")  # fmt: skip
     args = parse(parser, "sample")
     args.prompt = args.prompt and valid(args.prompt).strip()
     if not args.prompt and not args.chat:
         parser.error("--prompt is needed, or --chat")
     if args.chat and args.turns is not None:
         parser.error("--chat is a talk, --turns tells a story: one of them")
-    if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
-        parser.error("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
     if args.offload and args.compile:
-        parser.error("--offload goes without --compile: what is compiled wants weights that stay where they are")
-    if args.max_new_tokens < 1 or args.steps < 1 or (args.turns is not None and args.turns < 1):
-        parser.error("--max-new-tokens, --steps and --turns are at least 1")
+        parser.error("--offload cannot be combined with --compile: compiled code needs weights that stay in place")
+    if args.turns is not None and args.turns < 1:
+        parser.error("--turns is at least 1")
     return args
 
 
 def valid(text: str) -> str:
-    """What was typed with bytes that are not UTF-8 in a row of its own: Python keeps them as half characters."""
+    """Typed text with "?" for each lone surrogate, Python's stand-in for a byte that is not UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -110,27 +100,27 @@ class Conversation:
 
     def reply(self) -> list[str | Image.Image]:
         """The answer to the last turn of a talk, which becomes the next turn."""
-        heard = self.turns[first_heard(len(self.turns)) :]
-        segments = self.ask(dialog_source(heard, len(self.turns)), heard)
-        self.add(*spoken(segments))
-        return segments
+        k = len(self.turns)
+        return self.go_on(self.turns[first_heard(k) :], lambda heard: dialog_source(heard, k, self.model.system))
 
     def next_step(self) -> list[str | Image.Image]:
         """A story goes on: first a picture for its first sentence if it has none, then step after step."""
         *before, last = self.turns
         if not before and not last.pictures:
-            segments = self.ask(story_source([], REQUESTS["image"][0].format(last.text)), [])
+            segments = self.ask(story_source([], REQUESTS["image"][0].format(last.text), self.model.system), [])
             self.turns = [Turn(last.text, spoken(segments)[1])]
             return segments
-        heard = self.turns
-        while len(heard) > 1 and room_after(self.model, self.next_source(heard)) < self.sampling.max_new_tokens:
-            heard = heard[1:]  # the oldest step is left out
-        segments = self.ask(self.next_source(heard), heard)
+        request = REQUESTS["text+image"][0]
+        return self.go_on(self.turns, lambda told: story_source(told, request, self.model.system))
+
+    def go_on(self, turns: list[Turn], source: Callable[[list[Turn]], str]) -> list[str | Image.Image]:
+        """The answer to the `source` of the turns, which becomes the next turn. The oldest turns are left out where
+        they leave no room for a whole answer."""
+        while len(turns) > 1 and room_after(self.model, source(turns)) < self.sampling.max_new_tokens:
+            turns = turns[1:]
+        segments = self.ask(source(turns), turns)
         self.add(*spoken(segments))
         return segments
-
-    def next_source(self, told: list[Turn]) -> str:
-        return story_source(told, REQUESTS["text+image"][0])
 
 
 def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:
@@ -226,12 +216,9 @@ def main() -> None:
     pictures = [read_image(path) for path in args.image]
     out = make_folder(args.out)
     start = time.perf_counter()
-    trained = args.weights / "minigpt5"
     names = STORIES if args.turns is not None else TALKS if args.chat or pictures else ()
-    places = [trained / f"{name}.safetensors" for name in names] + [trained]
-    if args.checkpoint:
-        places = [args.checkpoint]
-    checkpoint = next(filter(None, map(find_checkpoint, places)), None)
+    shipped = shipped_checkpoint(args.weights / "minigpt5", names)
+    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else shipped
     if checkpoint is None and args.checkpoint:
         raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
     torch.manual_seed(args.seed)  # of what has no checkpoint
@@ -239,6 +226,7 @@ def main() -> None:
     device = pick_device(args.device)
     if args.compile is None:  # it takes minutes: for one answer that is too long
         args.compile = args.chat and device.type == "cuda" and not args.offload
+    sampling = sampling_of(args)
     model = load_minigpt5(
         args.weights,
         checkpoint,
@@ -252,17 +240,6 @@ def main() -> None:
     if checkpoint is None:
         print("no trained checkpoint found: the voken rows and the mapper are random, pictures will be noise")
 
-    sampling = Sampling(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        max_new_tokens=args.max_new_tokens,
-        force_image=args.force_image,
-        sampler=args.sampler,
-        steps=args.steps,
-        guidance=args.guidance,
-        compile=args.compile,
-    )
     if args.compile:
         print("the first answer and its first picture compile the model, which may take minutes; --no-compile does not")
     conversation = Conversation(model, sampling, args.seed)

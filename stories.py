@@ -83,16 +83,17 @@ def shown(turn: Turn, picture: str) -> str:
     return f"{turn.text} {picture * len(turn.pictures)}".strip()
 
 
-def story_source(before: list[Turn], request: str) -> str:
-    """A story so far and a request, which may hold pictures of its own, as the language model reads them."""
+def story_source(before: list[Turn], request: str, system: str | None = None) -> str:
+    """A story so far and a request, which may hold pictures of its own, as the language model reads them. `system`: the
+    sentences that open the prompts of a checkpoint, where it has others (`MiniGPT5.system`)."""
     told = "".join(turn.text + PICTURE * len(turn.pictures) for turn in before)
-    return f"{STORY}###Human:{told}" + ("\n" if told else "") + f" {request} ###Assistant:"
+    return f"{system or STORY}###Human:{told}" + ("\n" if told else "") + f" {request} ###Assistant:"
 
 
-def story_row(before: list[Turn], turn: Turn, task: str, phrase: int, vokens: str) -> Row:
+def story_row(before: list[Turn], turn: Turn, task: str, phrase: int, vokens: str, system: str | None = None) -> Row:
     """The next step `turn` of a story as a sample of `task`, in one of the phrasings of its request."""
     requests, given = REQUESTS[task], PICTURE if task == "text" else turn.text
-    source = story_source(before, requests[phrase % len(requests)].format(given))
+    source = story_source(before, requests[phrase % len(requests)].format(given), system)
     inputs = tuple(picture for step in before for picture in step.pictures)
     if task == "text":
         return Row(source, turn.text + END, inputs + turn.pictures)
@@ -100,16 +101,16 @@ def story_row(before: list[Turn], turn: Turn, task: str, phrase: int, vokens: st
     return Row(source, shown(answer, vokens) + END, inputs, turn.pictures)
 
 
-def dialog_source(before: list[Turn], k: int) -> str:
+def dialog_source(before: list[Turn], k: int, system: str | None = None) -> str:
     """The turns before turn k and the mark of who speaks next; even turns are the human's, odd ones the assistant's."""
     said = [f"{SPEAKERS[i % 2]} {shown(turn, PICTURE)}\n" for i, turn in enumerate(before, k - len(before))]
-    return DIALOG + "".join(said) + SPEAKERS[k % 2]
+    return (system or DIALOG) + "".join(said) + SPEAKERS[k % 2]
 
 
-def dialog_row(before: list[Turn], turn: Turn, k: int, vokens: str) -> Row:
+def dialog_row(before: list[Turn], turn: Turn, k: int, vokens: str, system: str | None = None) -> Row:
     """Turn k of a dialogue as the answer to the turns before it."""
     inputs = tuple(picture for earlier in before for picture in earlier.pictures)
-    return Row(dialog_source(before, k), shown(turn, vokens) + END, inputs, turn.pictures)
+    return Row(dialog_source(before, k, system), shown(turn, vokens) + END, inputs, turn.pictures)
 
 
 def first_heard(k: int) -> int:
@@ -184,7 +185,7 @@ class StoryData(TarData):
         super().__init__(tars)
         self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
         self.to_input, self.to_output, self.features, self.blind = to_input, to_output, features, blind
-        self.weights = task_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
+        self.weights = checked_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
         self.row_ends = [np.cumsum(row_items(index)) for index in self.indices]
 
     def items(self, index: TarIndex) -> int:
@@ -202,7 +203,8 @@ class StoryData(TarData):
         return tar, row, int(self.row_ends[tar][row]) - at
 
     def length(self, i: int, draw: tuple[int, int]) -> float:
-        """The turns before it and a picture to be told of: what can be known of a story without reading it."""
+        """How long the row is, about, known without reading the story: turns before it, one more for a picture in its
+        request."""
         tar, row, from_end = self.turn(i)
         return self.indices[tar].turns[row] - from_end + (pick_task(self.weights, draw[0]) == "text")
 
@@ -296,7 +298,7 @@ def uniform(bits: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def task_weights(weights: dict[str, float]) -> list[float]:
+def checked_weights(weights: dict[str, float]) -> list[float]:
     """{"image": 2, "text": 1} -> [2, 0, 1], in the order of TASKS. ValueError for what cannot be drawn from."""
     unknown = sorted(set(weights) - set(TASKS))
     if unknown:

@@ -5,11 +5,11 @@
     python train_mls.py --weights weights --data mmdialog-train.tar --uas runs/cc3m --out runs/chat --prefix
     python sample.py --weights weights --checkpoint runs/vist --prompt "we had a barbecue." --image a.jpg --turns 1
 
-Starts from a run of stage 1, or with --no-uas from untrained vokens. Trained are LoRA matrices in Vicuna, or a prefix
-of virtual tokens, the voken rows and the mapper's transformer; its MLP and queries stay as stage 1 left them. The loss
-is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text for a picture, or both.
-Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5. The miniature has its own, in
-WEIGHTS/minigpt5/config.json, where L_text counts fully.
+Starts from a run of stage 1, or with --no-uas from untrained vokens. What trains: an adapter of Vicuna (LoRA, or with
+--prefix virtual tokens), the voken rows and the mapper's transformer; the mapper's MLP and queries stay as stage 1 left
+them. The loss is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text for a
+picture, or both. Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5. The miniature has its own, in
+WEIGHTS/minigpt5/config.json, with L_text at weight 1.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from data import describe
 from features import find_features, picture_size
 from lora import TARGETS
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, TEXT_WEIGHT, collate, few_lengths, load_minigpt5
-from parallel import Gradients, World, together, weights_held
+from minigpt5 import DROP_RATE, TEXT_WEIGHT, bucket_length, collate, load_minigpt5
+from parallel import Gradients, World, one_line_peer_errors, weights_held
 from qformer import preprocess_input
-from stories import TASKS, open_stories
+from stories import TASKS, checked_weights, open_stories
 from tars import expand
 from training import (
     Meter,
@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
         help=f"how often a story step is each task, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
     add("--blind-history", type=float, default=0.0, metavar="SHARE",
-        help="of the story steps that are told of with texts alone before them; default: none")  # fmt: skip
+        help="share of story steps whose history keeps its texts and loses its pictures; default: 0")  # fmt: skip
     add("--text-weight", type=float, default=TEXT_WEIGHT, help="of L_text in the loss; L_LDM has 1")
     add("--freeze-mapper", action="store_true", help="all of it; default: its transformer trains, as released")
     add("--lr", type=float, default=2e-5, help="for the voken rows and the mapper")
@@ -100,6 +100,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--text-weight must be 0 or more")
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")
+    checked_weights(args.tasks)  # now, not when the data have been drawn
     return args
 
 
@@ -188,14 +189,14 @@ def main() -> None:
         model.checkpoint_gradients()
     if compiled:
         model.compile_losses(args.batch_size)
-    length = few_lengths if compiled else int  # of the rows: as it comes where nothing is compiled
+    round_length = bucket_length if compiled else int  # of the rows: as it comes where nothing is compiled
     drop_rate = 0.0 if args.no_cfg else DROP_RATE
     done, shown = start, None
     model.train()  # LoRA's dropout; the frozen parts have none
 
     look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
     bar = tqdm(range(start, total), "mls", total, initial=start, **look)
-    with closing(batches), together(), stop_signals() as asked, bar:
+    with closing(batches), one_line_peer_errors(), stop_signals() as asked, bar:
         for step in bar:
             # ---- one step
             for group in optimizer.param_groups:
@@ -204,7 +205,7 @@ def main() -> None:
                 batch = next(batches)
                 place = micro * world.size + world.rank  # of this batch among those of the step
                 torch.manual_seed(step_generator(args.seed, step, place, 1).initial_seed())  # of the dropout
-                rows = collate(model.tokenizer, batch["pairs"], model.queries, length, limit)
+                rows = collate(model.tokenizer, batch["pairs"], model.queries, round_length, limit)
                 draws = posterior = None
                 if batch["outputs"] is not None:
                     places = (args.seed, step, place * args.batch_size)

@@ -23,9 +23,9 @@ from cli import DTYPES, pick_device, run
 from data import describe, open_batches, uas_texts
 from features import find_features, picture_size
 from miniature.world import write_pairs
-from minigpt5 import DROP_RATE, collate, few_lengths, load_minigpt5
+from minigpt5 import DROP_RATE, bucket_length, collate, load_minigpt5
 from muon import Muon
-from parallel import Gradients, World, together, weights_held
+from parallel import Gradients, World, one_line_peer_errors, weights_held
 from tars import expand
 from training import (
     Meter,
@@ -142,14 +142,14 @@ def main() -> None:
         model.checkpoint_gradients()
     if compiled:
         model.compile_losses(args.batch_size)
-    length = few_lengths if compiled else int  # of the rows: as it comes where nothing is compiled
+    round_length = bucket_length if compiled else int  # of the rows: as it comes where nothing is compiled
     empty_caption = model.encode_captions([""] if encodes else features.empty_caption) if captioned else None
     drop_rate = 0.0 if args.no_cfg else DROP_RATE
     done, shown = start, None
 
     look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
     bar = tqdm(range(start, total), "uas", total, initial=start, **look)
-    with closing(batches), together(), stop_signals() as asked, bar:
+    with closing(batches), one_line_peer_errors(), stop_signals() as asked, bar:
         for step in bar:
             # ---- one step
             factor = learning_rate_factor(step, args.warmup, total)
@@ -159,7 +159,7 @@ def main() -> None:
                 batch = next(batches)
                 plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
                 pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]
-                rows = collate(model.tokenizer, pairs, model.queries, length, LONGEST).to(device)
+                rows = collate(model.tokenizer, pairs, model.queries, round_length, LONGEST).to(device)
                 place = (micro * world.size + world.rank) * args.batch_size  # of our first sample among the step's
                 draws = draw_pictures(model, range(len(pairs)), drop_rate, args.seed, step, place)
                 pictures = batch["moments" if "moments" in features else "pixels"]

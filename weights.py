@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import checkpoint_below
+from checkpoints import base_checkpoint, checkpoint_contents
 from cli import make_folder, run
 from convert import convert, read_tensors, readable
 from llama import Tokenizer, Vokens, load_llama
@@ -38,13 +38,13 @@ from text_encoder import ClipTokenizer, load_text_encoder
 from unet import UNetConfig, load_unet
 from vae import load_vae
 
-# Published files: bytes (0: not on record), SHA-256 (of some, only both ends are on record), name in the repository.
+# Published files: bytes, SHA-256, name in the repository.
 KNOWN = """
 499723 9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347 tokenizer.model
-0 017a9ed5...8dcbb prerained_minigpt4_7b.pth
-1540697487 ef595994...a8b34 stage1_cc3m.ckpt
-1536289349 d8242c68...f54e1 stage2_vist.ckpt
-1536290373 68e9dc76...41734 stage2_mmdialog.ckpt
+37907201 017a9ed588a11ed383711003cf50cf675191420a04689f682fb56fa9bbb8dcbb prerained_minigpt4_7b.pth
+1540697487 ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34 stage1_cc3m.ckpt
+1536289349 d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1 stage2_vist.ckpt
+1536290373 68e9dc76b9dec11c6d38dc6be3b8e54cc04645776b3095868ee7e90e8e341734 stage2_mmdialog.ckpt
 3463726498 6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214 unet/diffusion_pytorch_model.safetensors
 334643276 a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815 vae/diffusion_pytorch_model.safetensors
 1361597018 cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c text_encoder/model.safetensors
@@ -62,11 +62,6 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def has_hash(digest: str, known: str) -> bool:
-    begin, _, end = known.partition("...")
-    return digest.startswith(begin) and digest.endswith(end)
 
 
 # ----------------------------------------------------------------------------------------------------------- pack
@@ -166,7 +161,7 @@ def published_state(path: Path, root: Path, hashes: bool) -> tuple[str, list[str
     if not hashes:
         return "-" if size is None else "same size" if same_size else "other size", []
     digest = sha256(path)
-    if size is not None and has_hash(digest, known):
+    if digest == known:
         return "same hash", []
     reason = "its size is the published file's, its hash is not" + OTHER_UNET * name.startswith("unet/")
     return f"{digest[:8]}...", [f"{path}: {reason}"] * same_size
@@ -176,18 +171,16 @@ def check_trained(path: Path, loaded: dict) -> None:
     """A checkpoint in our format against the sizes of the parts that it goes with. Adapters are left out."""
     if not {"vicuna", "unet", "text encoder"} <= loaded.keys():
         raise WeightsError(f"{path}: not checked, because parts that it goes with are missing or not right")
-    rows = read_tensors(path).get("vokens.input")
-    if rows is None:
-        raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
+    _, tensors = checkpoint_contents(path)
     llm_width = loaded["vicuna"].config.hidden_size
     tokens = len(loaded["text encoder"].text_model.embeddings.position_embedding.weight)
     with torch.device("meta"):
         model = VokenMapper(llm_width, loaded["unet"].config.cross_attention_dim, tokens)
-        model.vokens = Vokens(rows.get_shape()[0] - 1, 0, llm_width)
+        model.vokens = Vokens(tensors["vokens.input"].get_shape()[0] - 1, 0, llm_width)
     others = re.compile(r"model\.|lm_head\.|prefix_encoder\.")  # Vicuna's old rows, LoRA, a prefix
     wanted = model.state_dict()
-    if base := checkpoint_below(path):
-        below = read_tensors(base).keys() - read_tensors(path).keys()
+    if base := base_checkpoint(path):
+        below = checkpoint_contents(base)[1].keys() - tensors.keys()
         wanted = {name: tensor for name, tensor in wanted.items() if name not in below}
     if problems := compare(wanted, [path], lambda key: None if others.match(key) else key):
         raise WeightsError(problems[0], problems)
@@ -254,7 +247,7 @@ SOURCES = {  # part: repositories in the order tried, their files (an index brin
         f"stable-diffusion/{SD_FILES[-1]}",
     ),
     "minigpt5": (
-        ("KZ-ucsc/MiniGPT5",),
+        ("KZ-ucsc/MiniGPT5", "camenduru/MiniGPT-5"),
         ("stage1_cc3m.ckpt", "stage2_vist.ckpt", "stage2_mmdialog.ckpt"),
         "minigpt5/mls-mmdialog.safetensors",
     ),
@@ -268,6 +261,7 @@ def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> Non
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise WeightsError("fetch needs the package huggingface_hub: pip install huggingface_hub") from None
+    out = out.resolve()  # as the hub's answers are
     for part in chosen:
         repositories, files, last = SOURCES[part]
         if (out / last).is_file():
@@ -298,7 +292,7 @@ def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...],
     paths, names = [], list(files)
     for name in names:  # grows where an index names shards
         path = Path(hf_hub_download(repository, name, local_dir=folder))
-        if name in KNOWN and not has_hash(digest := sha256(path), KNOWN[name][1]):
+        if name in KNOWN and (digest := sha256(path)) != KNOWN[name][1]:
             path.unlink()
             raise WeightsError(f"{name} is not the published file: its sha256 is {digest}, not {KNOWN[name][1]}")
         if name.endswith(".index.json"):

@@ -35,7 +35,7 @@ from bench import peers
 from bench.common import Report, agree, alternate, parser, peak_memory_of, rows_of, start
 from cli import run
 from data import uas_texts
-from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, collate, few_lengths, load_minigpt5
+from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, bucket_length, collate, load_minigpt5
 from train_uas import LONGEST
 from training import compiled_graphs, step_generator
 from vae import to_pixels
@@ -71,13 +71,13 @@ class Ours:
     def __init__(self, model: MiniGPT5, precomputed: bool):
         self.model, self.empty = model, model.encode_captions([""])
         self.pictures, self.texts = ("moments", "encoding") if precomputed else ("pictures", "captions")
-        self.length = few_lengths if model.compiled_for else int
+        self.round_length = bucket_length if model.compiled_for else int
         self.optimizer = optimizer_of(list(model.vokens.parameters()), list(model.mapper.parameters()), fused=True)
 
     def backward(self, batch: dict, draws: Draws) -> Tensor:
         model = self.model
         pairs = [uas_texts(model.tokenizer.plain(caption)) for caption in batch["captions"]]
-        rows = collate(model.tokenizer, pairs, model.queries, self.length, LONGEST).to(model.device)
+        rows = collate(model.tokenizer, pairs, model.queries, self.round_length, LONGEST).to(model.device)
         posterior = model.encode_pictures(batch[self.pictures])
         captions = (model.encode_captions(batch[self.texts]), self.empty)
         loss = model.losses(rows, draws, posterior, captions, min_snr_gamma=GAMMA)["loss"]

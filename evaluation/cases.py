@@ -144,9 +144,9 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[str
     before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
     for first in range(first_heard(k) if case.task == "reply" else 0, max(len(before), 1)):
         if case.task == "reply":
-            row = dialog_row(before[first:], turn, k, "")
+            row = dialog_row(before[first:], turn, k, "", model.system)
         else:
-            row = story_row(before[first:], turn, case.task, 0, "")
+            row = story_row(before[first:], turn, case.task, 0, "", model.system)
         if room_after(model, row.source) >= room:
             return row.source, pictures_of(case, row.inputs)
     raise Unusable("prompt too long")
@@ -240,7 +240,8 @@ def generate(
         if asked:
             keys, prompts, pictures = zip(*asked, strict=True)
             generators = [generator_of(seed, key) for key in keys]
-            for key, segments in zip(keys, answer(model, prompts, pictures, sampling, generators), strict=True):
+            answers = answer(model, prompts, pictures, sampling, generators, pad=False)
+            for key, segments in zip(keys, answers, strict=True):
                 write_answer(folder, key, segments)
         bar.update(len(waiting[start : start + batch_size]))
     bar.close()

@@ -255,13 +255,22 @@ def test_resume(monkeypatch, quick, weights, tars, tmp_path):
     (answers / "000000002.json").unlink()
     original = generation.answer
 
-    def answer(model, prompts, *rest):
+    def answer(model, prompts, *rest, **options):
         asked.extend(prompts)
-        return original(model, prompts, *rest)
+        return original(model, prompts, *rest, **options)
 
     monkeypatch.setattr(cases, "answer", answer)
     evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *made, "--batch-size", 1)
     assert len(asked) == 1 and {path.name: path.read_bytes() for path in answers.iterdir()} == before
+
+
+def test_default_checkpoint_is_of_the_stage(monkeypatch, weights, tars, tmp_path):
+    """Stories are asked of stage 2's file where it is there, captions of stage 1's."""
+    own = shutil.copytree(weights, tmp_path / "w")
+    shutil.copy(weights / "minigpt5" / "mls.safetensors", own / "minigpt5" / "mls-story.safetensors")
+    for name, stage in (("pairs", "uas"), ("stories", "mls-story")):
+        record = evaluated(monkeypatch, tars / f"{name}.tar", tmp_path / f"{name}.json", *QUICK, "--weights", own)
+        assert record["settings"]["checkpoint"] == f"minigpt5/{stage}.safetensors"
 
 
 @pytest.mark.parametrize("task, words", [("image", False), ("text+image", True), ("text", True)])
@@ -284,7 +293,7 @@ def test_contexts_and_last_steps(monkeypatch, tars):
     assert steps[0].key == f"000000000.{len(told) - 1}" and steps[0].facts == told[-1].picture
 
     class Model:
-        queries, prefix = 1, None
+        queries, prefix, system = 1, None, None
         llama = type("Llama", (), {"config": type("Config", (), {"max_position_embeddings": 10_000})})
         tokenizer = type("Plain", (), {"plain": staticmethod(str), "encode": staticmethod(list), "image_id": -1})
 

@@ -72,6 +72,17 @@ def test_batched_answers_equal_single_ones(model):
             assert_close(together[i][1], features, 1e-5, f"voken features of prompt {i}")
 
 
+def test_room_for_pictures_is_each_prompt_s_own(model, monkeypatch):
+    """An answer of nothing but pictures has as many beside a longer prompt as alone."""
+    monkeypatch.setattr(generation, "pick_tokens", lambda logits, *rest: logits.argmax(-1) * 0 + first)
+    (first, *_), prompts = model.tokenizer.voken_ids, ["a", 40 * "a kite "]
+    N = len(model.tokenizer.voken_ids)
+    together = say(model, prompts, None, Sampling(max_new_tokens=24), generators(2))
+    for i in range(2):
+        [alone] = say(model, prompts[i : i + 1], None, Sampling(max_new_tokens=24), generators(1))
+        assert len(alone[0]) == len(together[i][0]) == min(24, (24 + 8 * N) // N)
+
+
 def test_a_picture_at_the_very_end(model):
     """The last token allowed is [IMG0]: its picture is still painted."""
     sampling = Sampling(max_new_tokens=1, steps=2, force_image=True)
@@ -205,7 +216,7 @@ def test_pinned_weights_share_blocks(monkeypatch):
     module = torch.nn.Sequential(conv, torch.nn.Linear(7, 9).bfloat16(), torch.nn.Linear(300, 2)).requires_grad_(False)
     before = {name: (p.clone(), p.stride()) for name, p in module.named_parameters()}
     pinned(module, most=1000)
-    assert taken == [576 + 64 + 128 + 64, 2432, 64]
+    assert taken == [576 + 64 + 128 + 18, 2400, 8]
     assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 3
     for name, parameter in module.named_parameters():
         value, stride = before[name]

@@ -14,6 +14,7 @@ from test_commands import call, fails, pairs, write_tar
 from test_commands import train as train_uas
 
 import sample
+import stories
 import train_mls
 import weights as weights_command
 from checkpoints import checkpoint_folders
@@ -264,14 +265,49 @@ def test_chat(monkeypatch, weights, data, tmp_path, capsys):
     assert len(complaints) == 2 and "nowhere.png: no such file" in complaints[0] and "the prompt has" in complaints[1]
 
 
+def test_chat_forgets_what_leaves_no_room(monkeypatch, weights, tmp_path):
+    """A line that fills the positions is answered as far as they go; the next one is heard without it."""
+    monkeypatch.setattr(sample, "room_after", lambda model, prompt: 100 - 50 * prompt.count("long"))
+    heard = []
+    monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "so it is"]])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("long long\nhello\nand now?\n"))
+    ask(monkeypatch, weights, tmp_path, "--chat", "--max-new-tokens", 30)
+    assert [(prompt.count("long"), prompt.count("so it is")) for prompt in heard] == [(2, 0), (0, 1), (0, 1)]
+    assert "hello" in heard[2] and heard[1].endswith("###Assistant:")
+
+
+def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, weights, uas, tmp_path):
+    """By metadata, as `weights.py convert` writes it; others have our own sentence."""
+    tensors, heard = load_file(checkpoint_folders(uas)[0] / "trained.safetensors"), []
+    metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
+    save_file(tensors, tmp_path / "ours.safetensors", metadata)
+    save_file(tensors, tmp_path / "released.safetensors", metadata | {"system": "Please go on."})
+    monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "on it goes"]])
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    for name, sentences in (("ours", (stories.STORY, stories.DIALOG)), ("released", 2 * ("Please go on.",))):
+        options = (
+            "--prompt",
+            "a kite",
+            "--image",
+            tmp_path / "a.png",
+            "--checkpoint",
+            tmp_path / f"{name}.safetensors",
+        )
+        ask(monkeypatch, weights, tmp_path / "out", *options, "--turns", 1)
+        ask(monkeypatch, weights, tmp_path / "out", *options)
+        for prompt, sentence in zip(heard[-2:], sentences, strict=True):
+            assert prompt.startswith(f"{sentence}###Human:")
+
+
 def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):
     def training_fails(pattern, *arguments):
         base = ("--weights", weights, "--data", data / "stories.tar", "--out", tmp_path / "run", "--workers", 0)
         fails(train_mls.main, monkeypatch, capsys, pattern, *base, *arguments)
 
-    training_fails("neither a checkpoint nor", "--uas", tmp_path / "nothing")
     training_fails("no such task: song", "--tasks", "song=1")
     training_fails("invalid task_weights value", "--tasks", "image")
+    assert not (tmp_path / "run").exists()  # refused before anything is drawn or written
+    training_fails("neither a checkpoint nor", "--uas", tmp_path / "nothing")
     training_fails("--text-weight must be 0 or more", "--text-weight", -1)
     training_fails("no linear layer is named x_proj", "--lora-targets", "q_proj,x_proj")
     training_fails("no linear layer is named lm_head", "--lora-targets", "q_proj,lm_head")

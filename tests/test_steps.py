@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generation import Sampling, paint, say
-from minigpt5 import Rows, collate, few_lengths, load_minigpt5
+from minigpt5 import Rows, bucket_length, collate, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from training import Meter, step_generator
 
@@ -48,9 +48,9 @@ def texts(seed: int, batch: int, pictures: float = 1.0) -> list[tuple[str, str]]
     return samples
 
 
-def losses_of(model, samples, seed: int = 0, length=int) -> dict:
+def losses_of(model, samples, seed: int = 0, round_length=int) -> dict:
     """As train_uas.py has them."""
-    rows = collate(model.tokenizer, samples, model.queries, length)
+    rows = collate(model.tokenizer, samples, model.queries, round_length)
     M = len(rows.picture_rows)
     pixels = torch.rand(M, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     captions = [samples[row][0] for row in rows.picture_rows.tolist()]
@@ -68,8 +68,8 @@ def gradients(model, losses) -> dict:
 # ---- few shapes
 
 
-def test_few_lengths():
-    lengths = [few_lengths(n) for n in range(1, 2049)]
+def test_bucket_length():
+    lengths = [bucket_length(n) for n in range(1, 2049)]
     assert sorted(set(lengths))[:12] == [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256]
     assert len(set(lengths)) == 24 and lengths == sorted(lengths) and lengths[-1] == 2048
     assert all(n <= length < n + 16 or length < 1.25 * n for n, length in enumerate(lengths, 1))
@@ -83,7 +83,7 @@ def test_padding_changes_nothing(weights, adapter):
     for padded in (False, True):
         model = open_model(weights, adapter).eval()
         model.compiled_for = 32 if padded else 0  # the lengths of compilation, without it
-        losses = losses_of(model, samples, length=few_lengths if padded else int)
+        losses = losses_of(model, samples, round_length=bucket_length if padded else int)
         results.append((losses, gradients(model, losses)))
     (losses, exact), (padded_losses, padded) = results
     assert losses.keys() == padded_losses.keys() and exact.keys() == padded.keys()
@@ -116,7 +116,7 @@ def test_a_stage_2_run_meets_few_shapes(weights):
     model.compiled_for, exact = 16, set()
     for seed in range(200):
         samples = texts(seed, 16, pictures=0.67)
-        rows = collate(model.tokenizer, samples, model.queries, few_lengths)
+        rows = collate(model.tokenizer, samples, model.queries, bucket_length)
         M = len(rows.picture_rows)
         model.losses(
             rows, model.draw(M, step_generator(0, seed, 0)), model.encode_pictures(torch.zeros(M, 2, 4, 16, 16))
