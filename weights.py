@@ -89,16 +89,16 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
 
 
 def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
-    """(name, its folders and files, what loads it). A loader maps its files into memory without reading the tensors."""
+    """(name, its folders and files, what loads it). On the meta device a loader reads the files' headers alone."""
     vicuna, sd = root / "vicuna", root / "stable-diffusion"
     projection = root / "minigpt4" / "llama_proj.safetensors"
     return [
-        ("vicuna", [vicuna], lambda: load_llama(vicuna)),
+        ("vicuna", [vicuna], lambda: load_llama(vicuna, device="meta")),
         ("vicuna tokenizer", [vicuna / "tokenizer.model"], lambda: Tokenizer(vicuna / "tokenizer.model")),
-        ("image encoder", [root / "blip2", projection], lambda: load_image_encoder(root)),
-        ("unet", [sd / "unet"], lambda: load_unet(sd / "unet")),
-        ("vae", [sd / "vae"], lambda: load_vae(sd / "vae")),
-        ("text encoder", [sd / "text_encoder"], lambda: load_text_encoder(sd / "text_encoder")),
+        ("image encoder", [root / "blip2", projection], lambda: load_image_encoder(root, device="meta")),
+        ("unet", [sd / "unet"], lambda: load_unet(sd / "unet", device="meta")),
+        ("vae", [sd / "vae"], lambda: load_vae(sd / "vae", device="meta")),
+        ("text encoder", [sd / "text_encoder"], lambda: load_text_encoder(sd / "text_encoder", device="meta")),
         (
             "clip tokenizer",
             [sd / "tokenizer/vocab.json", sd / "tokenizer/merges.txt"],
