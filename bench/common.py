@@ -27,7 +27,7 @@ from torch import Tensor
 from cli import DTYPES, make_folder, pick_device
 
 SHORTEST = 0.05  # seconds of one timing: faster calls are repeated until they fill it
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}  # relative, of ours and peer; in bf16 only gross errors show
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # relative, of ours and peer; in bf16 only gross errors show
 
 
 def parser(description: str, sizes: tuple[str, ...], rounds: int = 9) -> argparse.ArgumentParser:
@@ -62,6 +62,7 @@ def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")  # as in training; without effect on a CPU
+    torch.manual_seed(0)  # of what is untrained
     return device, DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
