@@ -52,12 +52,14 @@ from evaluation.cases import (
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from generation import add_sampling_options, sampling_of
+from images import resize_and_crop
 from miniature.recipe import write_json, write_text
 from minigpt5 import load_minigpt5
 from stories import TASKS
 from tars import Unusable
 
 TOGETHER = 16  # cases whose pictures the networks see at a time
+LARGEST = 512  # pixels of a true picture's side, as released
 
 
 # ---- cases into outcomes
@@ -74,7 +76,9 @@ def outcomes_of(cases: list[Case], folder: Path, networks: dict) -> tuple[list[O
             try:
                 if answer and answer.unusable:
                     raise Unusable(answer.unusable)
-                wanted = pictures_of(case, case.pictures)
+                # What was learned is to draw whole pictures on white squares, so they are compared with such.
+                true = pictures_of(case, case.pictures)
+                wanted = [resize_and_crop(picture, min(LARGEST, max(picture.size)), pad=True) for picture in true]
             except Unusable as error:
                 unusable[str(error)] += 1
                 continue

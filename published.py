@@ -187,8 +187,8 @@ def mmdialog_jobs(files: list[Path], folders: list[Path], most: int) -> Iterator
 def mmdialog_sample(key: str, line: bytes, folders: list[Path], most: int) -> Sample:
     """A dialogue up to its first turn that cannot be used, or that has more than `most` words (0: any number).
 
-    White space separates words; the released code counts so too, and allows 20. Raises Unusable where not even two
-    turns are left.
+    White space separates words; the released code allows 50 tokens, until March 2024 20 words. Raises Unusable where
+    not even two turns are left.
     """
     try:
         content = json.loads(line)

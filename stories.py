@@ -22,8 +22,8 @@ data.py's head explains, so an epoch meets each once; the task of a story's step
     batch["tasks"]          B names of tasks; batch["keys"] beside them, KEY.k
     batch["bad"]            as in data.py
 
-Left out: a story's first step as a task (the released code draws it from its text alone, which is stage 1's task), and
-tars behind http(s).
+Left out: a story's first step as a task (the released code has its picture, asked for with no history, among the
+samples), and tars behind http(s).
 """
 
 import json

@@ -8,7 +8,7 @@
 Starts from a run of stage 1, or with --no-uas from untrained vokens. What trains: an adapter of Vicuna (LoRA, or with
 --prefix virtual tokens), the voken rows and the mapper's transformer; the mapper's MLP and queries stay as stage 1 left
 them. The loss is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text for a
-picture, or both. Defaults are the released run's: 4 epochs, batches of 32, AdamW at 2e-5. The miniature has its own, in
+picture, or both. Defaults are the paper's: 4 epochs, batches of 32, AdamW at 2e-5. The miniature has its own, in
 WEIGHTS/minigpt5/config.json, with L_text at weight 1.
 """
 

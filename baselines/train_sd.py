@@ -6,7 +6,8 @@
 
 The condition is the frozen text encoder's of the step's text after those of earlier steps, as many as it has room for
 (`stable_diffusion.told`); in half of the samples, so that one UNet serves both, of the step's text alone. The
-loss is L_LDM (Eq. 3) with the UNet unfrozen; one condition in ten is the empty text. Options, folder, log and
+loss is L_LDM (Eq. 3; weighted by min-SNR, as in stage 1, unless --min-snr-gamma is 0) with the UNet unfrozen; one
+condition in ten is the empty text. Options, folder, log and
 checkpoints are those of train_uas.py and train_mls.py.
 """
 
@@ -83,6 +84,7 @@ def arguments() -> argparse.Namespace:
     unused = [name for name in ("no_ldm", "compile", "gradient_checkpointing") if getattr(args, name)]
     if unused or args.accumulate > 1:
         parser.error(f"--{'accumulate' if not unused else unused[0].replace('_', '-')} is not for this baseline")
+    args.group = 1  # all rows are of one length
     return args
 
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from cli import DTYPES, make_folder, pick_device
 
 SHORTEST = 0.05  # seconds of one timing: faster calls are repeated until they fill it
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # relative, of ours and peer; in bf16 only gross errors show
+# Relative, of outputs and of gradients, of ours and peer. In bfloat16 gradients show gross errors alone.
+TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (0.1, 0.5)}
 
 
 def parser(description: str, sizes: tuple[str, ...], rounds: int = 9) -> argparse.ArgumentParser:
@@ -163,30 +164,37 @@ def rows_of(
     return rows
 
 
-def difference(ours: Tensor | Sequence[Tensor], peer: Tensor | Sequence[Tensor], order: float = math.inf) -> float:
-    """Norm of their difference relative to the peer's, the largest of all pairs of tensors; of order infinity, by their
-    largest values."""
-    pairs = zip(*((x,) if isinstance(x, Tensor) else x for x in (ours, peer)), strict=True)
-    pairs = [(a.float().flatten(), b.float().flatten()) for a, b in pairs]
-    return max(((a - b).norm(order) / b.norm(order).clamp(min=1e-12)).item() for a, b in pairs)
+def difference(ours: Tensor, peer: Tensor, order: float) -> float:
+    """Norm of their difference relative to the peer's; of order infinity, by their largest values."""
+    ours, peer = ours.float().flatten(), peer.float().flatten()
+    return ((ours - peer).norm(order) / peer.norm(order).clamp(min=1e-12)).item()
 
 
-def agree(what: str, ours: Tensor | Sequence[Tensor], peer: Tensor | Sequence[Tensor], dtype: torch.dtype) -> float:
-    """Their difference. ValueError where ours and peer do not compute the same: then their times tell nothing."""
-    figure = difference(ours, peer, math.inf if dtype == torch.float32 else 2)  # in 16 bit single values stray far
-    if not figure < TOLERANCE[dtype]:  # NaN, too
-        raise ValueError(f"{what}: ours and peer differ by {figure:.1e}")
-    return figure
+def agree(
+    what: str, ours: Tensor | Sequence[Tensor], peer: Tensor | Sequence[Tensor], dtype: torch.dtype, gradients: int = 0
+) -> float:
+    """Their difference; the last `gradients` tensors are gradients. ValueError where ours and peer do not compute the
+    same: then their times tell nothing."""
+    ours, peer = ([x] if isinstance(x, Tensor) else list(x) for x in (ours, peer))
+    order = math.inf if dtype == torch.float32 else 2  # in 16 bit single values stray far
+    figures = [difference(a, b, order) for a, b in zip(ours, peer, strict=True)]
+    limits = [TOLERANCE[dtype][i >= len(ours) - gradients] for i in range(len(ours))]
+    if not all(figure < limit for figure, limit in zip(figures, limits, strict=True)):  # NaN, too
+        raise ValueError(f"{what}: ours and peer differ by {max(figures):.1e}")
+    return max(figures)
 
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Products of float32 in float32: in TF32, as they are timed, gradients of ours and peer may differ by a tenth."""
+    before = torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = before
 
 
 # ---- results
@@ -227,7 +235,7 @@ class Report:
         place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         lines = [f"{place}; {versions}. Ratios below 1: ours is faster.", ""]
-        lines += ["| what | size | ours | peer | ours/peer | half of the rounds |", "| " + "--- | " * 6]
+        lines += ["| what | size | ours | peer | time, ours/peer | half of the rounds |", "| " + "--- | " * 6]
         lines += ["| " + " | ".join(self.cells(row)) + " |" for row in self.record["rows"]]
         lines += [f"\nLeft out: {what}" for what in self.record["left_out"]]
         return "\n".join(lines) + "\n"

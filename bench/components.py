@@ -177,7 +177,9 @@ def main(argv: list[str] | None = None) -> None:
                 batch = BATCH[size][part in PICTURES]
                 for what, name, ours, peer in PARTS[part](weights, batch, dtype, device):
                     with exact_products():
-                        figure = agree(what, ours(), peer(), torch.float32 if part == "mapper" else dtype)
+                        results, kind = (ours(), peer()), torch.float32 if part == "mapper" else dtype
+                        backward = 0 if isinstance(results[0], torch.Tensor) else len(results[0]) - 1
+                        figure = agree(what, *results, kind, gradients=backward)
                     times = alternate({"ours": ours, name: peer}, args.rounds, device, args.clock)
                     report.add(rows_of(what, size, times, difference=figure, batch=batch))
 

@@ -17,6 +17,7 @@ the page cache, not the libraries' own.
 """
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench import peers
-from bench.common import Report, agree, alternate, parser, rows_of, start
+from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
 from cli import run
 from generation import Sampling, answer, paint, say
 from images import save_image, to_image
@@ -49,6 +50,21 @@ LIBRARIES = "transformers, diffusers"
 PROMPT = "a small red boat with a white sail on the calm sea at night"
 
 
+def open_pipeline(weights: Path, dtype: torch.dtype, device: torch.device) -> diffusers.StableDiffusionPipeline:
+    pipeline = diffusers.StableDiffusionPipeline(
+        unet=peers.peer_unet(weights, dtype, device),
+        vae=peers.peer_vae(weights, dtype, device),
+        scheduler=diffusers.PNDMScheduler.from_pretrained(weights / "stable-diffusion" / "scheduler"),
+        text_encoder=None,
+        tokenizer=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 class Libraries:
     """The same stack from transformers, diffusers and torch.nn.Transformer."""
 
@@ -56,27 +72,17 @@ class Libraries:
         self.tokenizer, self.device = tokenizer, vokens.input.device
         self.llama = peers.peer_llama_with_vokens(weights, tokenizer, vokens, dtype)
         self.mapper = peers.PeerMapper(mapper).eval().requires_grad_(False)
-        diffusion = weights / "stable-diffusion"
-        self.pipeline = diffusers.StableDiffusionPipeline(
-            unet=peers.peer_unet(weights, dtype, self.device),
-            vae=peers.peer_vae(weights, dtype, self.device),
-            scheduler=diffusers.PNDMScheduler.from_pretrained(diffusion / "scheduler"),
-            text_encoder=None,
-            tokenizer=None,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = open_pipeline(weights, dtype, self.device)
 
-    def compile(self) -> "Libraries":
-        """As diffusers' documentation advises."""
-        pipeline, mode = self.pipeline, "max-autotune" if self.device.type == "cuda" else "default"
+    def compiled(self, weights: Path, dtype: torch.dtype) -> "Libraries":
+        """With a pipeline of its own, compiled as diffusers' documentation advises."""
+        other, mode = copy.copy(self), "max-autotune" if self.device.type == "cuda" else "default"
+        other.pipeline = pipeline = open_pipeline(weights, dtype, self.device)
         for part in (pipeline.unet, pipeline.vae):
             part.to(memory_format=torch.channels_last)
         pipeline.unet = torch.compile(pipeline.unet, mode=mode, fullgraph=True)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode=mode, fullgraph=True)
-        return self
+        return other
 
     def embed(self, ids: list[int]) -> Tensor:
         return self.llama.get_input_embeddings()(torch.tensor([ids], device=self.device))
@@ -143,7 +149,7 @@ def words(model: MiniGPT5, libraries: Libraries, args: argparse.Namespace) -> di
     def ours(seed: int, sampling: Sampling) -> list[int]:
         return say(model, [PROMPT], None, sampling, [generator(seed)])[0][0]
 
-    with torch.no_grad():
+    with torch.no_grad(), exact_products():
         prompt = libraries.embed([model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)])
         states = libraries.llama.model(inputs_embeds=prompt).last_hidden_state
         agree("words", model.llama(prompt), states, type_of(model.llama))
@@ -222,8 +228,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(report: Report, size: str, weights: Path, args, device: torch.device, dtype: torch.dtype) -> None:
     model = load_minigpt5(weights, None, 8, dtype, device, read_pictures=False).eval()
-    parts = (weights, model.tokenizer, model.vokens, model.mapper, dtype)
-    libraries = Libraries(*parts)
+    libraries = Libraries(weights, model.tokenizer, model.vokens, model.mapper, dtype)
     times = alternate(words(model, libraries, args), args.rounds, device, args.clock)
     report.add(rows_of("words", size, times, args.tokens, "tokens/s", tokens=args.tokens))
 
@@ -231,13 +236,15 @@ def measure(report: Report, size: str, weights: Path, args, device: torch.device
     features = torch.randn(1, 8, model.llama.config.hidden_size, generator=generator()).to(device)
     latents = model.draw_latents(1, generator())
     checked = sampling if dtype == torch.float32 else replace(sampling, guidance=1.0)  # which makes roundings larger
-    picture = (paint(model, features, checked, latents) / 2 + 0.5).clamp(0, 1)
-    figure = agree("picture", picture, libraries.paint(features, checked, latents), dtype)
+    with exact_products():
+        picture = (paint(model, features, checked, latents) / 2 + 0.5).clamp(0, 1)
+        figure = agree("picture", picture, libraries.paint(features, checked, latents), dtype)
     contenders = {"ours": partial(paint, model, features, sampling, latents)}
     contenders["diffusers"] = partial(libraries.paint, features, sampling, latents)
     if args.compile:
-        compiled = Libraries(*parts).compile()
-        contenders["diffusers, compiled"] = partial(compiled.paint, features, sampling, latents)
+        contenders["diffusers, compiled"] = partial(
+            libraries.compiled(weights, dtype).paint, features, sampling, latents
+        )
     times = alternate(contenders, args.rounds, device, args.clock)
     report.add(rows_of("picture", size, times, steps=args.steps, difference=figure))
 

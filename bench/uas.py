@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import peers
-from bench.common import Report, agree, alternate, parser, peak_memory_of, rows_of, start
+from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
 from cli import run
 from data import uas_texts
 from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, bucket_length, collate, load_minigpt5
@@ -216,8 +216,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(report: Report, size: str, contenders: dict, batches: list[dict], model, args, dtype) -> None:
     draws = model.draw(len(batches[0]["captions"]), step_generator(1, 0, 0))
-    results = {name: losses_and_gradients(contender, batches[0], draws) for name, contender in contenders.items()}
-    figures = {name: agree(f"uas step, {name}", result, results["ours"], dtype) for name, result in results.items()}
+    with exact_products():
+        results = {name: losses_and_gradients(contender, batches[0], draws) for name, contender in contenders.items()}
+    figures = {name: agree(f"uas step, {name}", r, results["ours"], dtype, gradients=3) for name, r in results.items()}
     steps = {name: step_of(contender, batches, model) for name, contender in contenders.items()}
     for step in steps.values():
         for _ in batches:  # every length once
@@ -225,13 +226,13 @@ def measure(report: Report, size: str, contenders: dict, batches: list[dict], mo
     before, samples = compiled_graphs(), len(batches[0]["captions"])
     times = alternate(steps, args.rounds, model.device, args.clock)
     more = {"batch": samples, "difference": max(figures.values()), "graphs_after_warmup": compiled_graphs() - before}
-    if model.device.type == "cuda":
+    if args.cap_gb:  # ours alone
         more["reserved_gb"] = torch.cuda.max_memory_reserved(model.device) / 1e9
-    memory = {name: [peak_memory_of(step, model.device)] for name, step in steps.items()}
     pairs = [("ours, precomputed", "ours"), *((name, "released recipe") for name in ("ours", "ours, precomputed"))]
     pairs = [pair for pair in pairs if pair[1] in times]
     for pair in pairs:
         report.add(rows_of("uas step", size, {name: times[name] for name in pair}, samples, "samples/s", **more))
+    memory = {name: [peak_memory_of(step, model.device)] for name, step in steps.items()}
     for pair in pairs:
         report.add(rows_of("uas step, memory", size, {name: memory[name] for name in pair}, unit="GB", **more))
 

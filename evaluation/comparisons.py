@@ -82,7 +82,9 @@ def beside_pictures(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
 
 def beside_texts(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
     """With the true text of the case, which the prompt of most tasks holds."""
-    outcomes = [outcome for outcome in outcomes if outcome.wanted]
+    outcomes = [outcome for outcome in outcomes if outcome.wanted and outcome.case.turn.text]
+    if not outcomes:
+        raise Unavailable("no words beside the pictures that are wanted")
     texts = encode(bench, name, [outcome.case.turn.text for outcome in outcomes])
     pairs = [(text, came) for text, o in zip(texts, outcomes, strict=True) for _, came in o.pairs()]
     return mean([cosine(text, came[name]).item() if came else 0.0 for text, came in pairs])

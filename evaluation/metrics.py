@@ -104,12 +104,14 @@ def symmetric_root(matrix: Tensor) -> Tensor:
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> float:
     """exp(mean KL(p(y | picture) || p(y))) in [1, K] of probabilities (n, K), the mean over so many parts of the
-    pictures (Salimans et al. 2016). With fewer pictures than 10 a part, one part. ValueError without a picture."""
+    pictures (Salimans et al. 2016), or one part where those would have fewer than K. n pictures cannot score above n,
+    so only figures of like n compare. ValueError without a picture."""
     if not len(probabilities):
         raise ValueError("no picture came")
-    splits = splits if len(probabilities) >= 10 * splits else 1
+    splits = splits if len(probabilities) >= splits * probabilities.shape[1] else 1
+    order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))  # data may come sorted
     scores = []
-    for p in probabilities.double().tensor_split(splits):
+    for p in probabilities.double()[order].tensor_split(splits):
         divergence = torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(0))  # (n, K)
         scores.append(divergence.sum(-1).mean().exp())
     return torch.stack(scores).mean().item()

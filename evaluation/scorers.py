@@ -29,7 +29,7 @@ from miniature.pairing import load_pairing
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before the libraries are imported
 
-SIDE = 256  # pixels of a picture for Inception, which itself makes 299 of them; as in the released code
+SIDE = 256  # pixels of a picture for Inception, which itself makes 299 of them; the released code's FID has as many
 JUDGED_SIDE = 64
 
 
@@ -87,7 +87,9 @@ class PreferenceClip:
     def __init__(self, path: Path, device: torch.device):
         import open_clip
 
-        self.net, _, self.processor = open_clip.create_model_and_transforms(self.architecture)
+        self.net, _, self.processor = open_clip.create_model_and_transforms(
+            self.architecture, image_resize_mode="longest"
+        )
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.net.load_state_dict(state.get("state_dict", state))
         self.net.to(device).eval()

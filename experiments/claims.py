@@ -60,7 +60,7 @@ def verdict(differences: list[float]) -> str:
         return ONE_SEED
     mean = sum(differences) / k
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (k - 1) / k)
-    if abs(mean) <= STUDENT.get(k - 1, 1.96) * error or mean == 0:
+    if abs(mean) <= STUDENT[min(k - 1, 9)] * error or mean == 0:
         return NOISE
     return HOLDS if mean > 0 else FAILS
 

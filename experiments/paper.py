@@ -145,7 +145,7 @@ def arguments() -> argparse.Namespace:
         help="of each training of stage 1; systems.py has the others' share",
     )
     add("--batch-size", type=int, default=defaults.batch_size, help="of stage 1; stage 2 takes half as many")
-    add("--n", type=int, default=defaults.n, help="test pairs, stories and dialogues of a scoring")
+    add("--n", type=int, default=defaults.n, help="test pairs, stories' steps or dialogues' turns of a scoring")
     add("--samples", type=int, default=defaults.samples, help="training pairs; a quarter of stories and of dialogues")
     add("--denoise", type=int, default=defaults.denoise, help="denoising steps of a picture")
     add("--jobs", type=int, default=2, help="processes at a time, which share the cores")

@@ -17,7 +17,7 @@ from cli import pick_device
 from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import CLAIMS, FAILS, HOLDS, NOISE, differences, verdict
 from experiments.duel import WAYS
-from experiments.systems import CONTEXTS, METRICS, PICTURES, SIZES, TABLES, Options, Table, scorings_of
+from experiments.systems import METRICS, PICTURES, SIZES, TABLES, Options, Table, scorings_of
 from images import draw_grid, save_image
 from loading import read_json
 from miniature.recipe import write_text
@@ -200,8 +200,8 @@ its dialogues for MMDialog; test data are held out. {hours}
 A value is the mean over seeds ± their deviation. Networks that see photographs are no use here: CLIP's place is taken
 by the miniature's own contrastive model ("pairing"), Inception's by its judge, so FID and IS are a Frechet distance and
 an Inception-style score on the judge's features and compare only within this report. "all right": the share of
-pictures in which the judge finds every fact right that is asked for. "true": words say nothing that is wrong of the
-picture. A missing picture counts as a miss. A dash: not measured.
+pictures in which the judge finds every fact right that is asked for. "true": words say something of the
+picture and nothing that is wrong of it. A missing picture counts as a miss. A dash: not measured.
 """
 
 
@@ -228,13 +228,18 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
             lines += [f"![{content.title}]({part}.png)", ""]
         lines += table(part, content, figures, published)
         if part == "table1":
-            lines += [f"Contexts: {', '.join(CONTEXTS.values())}. Stable Diffusion reads as many of a story's texts as "
-                      "its encoder has room for. 0 and an IS of 1: no picture came.", ""]  # fmt: skip
+            lines += ["The context is what is given of the earlier steps: nothing, their texts, their pictures, or "
+                      "both. Stable Diffusion reads as many of a story's texts as its encoder has room for. 0 and an "
+                      "IS of 1: no picture came.", ""]  # fmt: skip
         if part == "table3":
             lines += ["## Table 4. A story continued in words and a picture, side by side", "",
                       "The paper's human judges are replaced by the attribute judge: `duel.py` says when a "
-                      "continuation is better. Two stages: fine-tuned MiniGPT-4 tells, fine-tuned SD draws.", "",
+                      "continuation is better. Two stages: fine-tuned MiniGPT-4 tells, fine-tuned SD draws "
+                      "what it told, a sentence that seldom names the scene.", "",
                       *duels(options, seeds, published)]  # fmt: skip
+        if part == "table5":
+            lines += ["A case is any turn but a dialogue's first, also the human's, whose words nothing determines: "
+                      "that lowers all figures of words.", ""]  # fmt: skip
         if part == "table6":
             lines += ["GILL and MiniGPT-5 without L_LDM are one training here (`systems.py`). Without CFG: no "
                       "condition is dropped in training, guidance 1 in sampling.", ""]  # fmt: skip

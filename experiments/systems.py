@@ -1,6 +1,6 @@
-"""Every training and scoring of the paper's experiments, as lists: SYSTEMS, SCORINGS, TABLES, CLAIMS, PICTURES.
+"""Every training and scoring of the paper's experiments, as lists: SYSTEMS, SCORINGS, TABLES, PICTURES.
 
-    plan(options, seeds) -> {name: Job}      what `paper.py` runs: data, then trainings, then scorings, each once
+    plan(options, seeds, parts) -> {name: Job}      what `paper.py` runs: data, then trainings, then scorings, each once
 
 A system is a script of this repository with its switches. Trainings and answers differ between seeds, the test data do
 not. What the paper trains at full size is here in the miniature's drawn world, which stands in for CC3M (pairs), VIST
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 class System(NamedTuple):
     script: str
-    data: str  # a training tar of DATA
+    data: str  # a training tar (data_jobs)
     share: float  # of the steps of stage 1
     switches: tuple[str, ...] = ()
     start: str | None = None  # the system whose run is stage 1
@@ -40,7 +40,7 @@ SYSTEMS = {
     "prefix": System(MLS, "stories", 0.5, ("--prefix",), "uas"),
     "no-uas": System(MLS, "stories", 0.5, ("--no-uas",)),
     "minigpt4": System(MLS, "stories", 0.5, ("--tasks", "text=1", *TEXT_ONLY)),
-    "sd": System("baselines/train_sd.py", "stories", 0.5, ("--lr", "1e-4", "--warmup", "50")),
+    "sd": System("baselines/train_sd.py", "stories", 0.5, ("--lr", "1e-4", "--warmup", "50", "--min-snr-gamma", "0")),
     "dialogue": System(MLS, "dialogues", 0.5, (), "uas"),
     "divter": System(MLS, "described", 0.5, TEXT_ONLY),
 }

@@ -3,8 +3,8 @@
     vae          pixels (B, 3, 64, 64) <-> latents (B, 16, 8, 8)
     decoder      latents (B, 16, 8, 8) -> pixels, the encoder as it is
 
-The UNet learns on the latents of one encoder. The decoder can go on alone and still fits them: so came Stable
-Diffusion by its later decoders.
+The UNet learns on the latents of one encoder. The decoder can be trained further alone and still fits them, as Stable
+Diffusion's later decoders were.
 """
 
 import hashlib
@@ -140,8 +140,9 @@ class AutoencoderRecipe(Recipe):
 
 def latent_block(vae: VAE, drawn: Tensor, rows: range) -> np.ndarray:
     """float16 (rows, 2, C, h, w): mean and deviation of the scaled latents."""
+    device = next(vae.parameters()).device
     with torch.no_grad():
-        encoded = [vae.encode(to_pixels(part)) for part in drawn[rows.start : rows.stop].split(64)]
+        encoded = [vae.encode(to_pixels(part.to(device))) for part in drawn[rows.start : rows.stop].split(64)]
         mean, logvar = map(torch.cat, zip(*encoded, strict=True))
         both = torch.stack([mean, torch.exp(0.5 * logvar)], 1) * vae.config.scaling_factor
     return both.half().cpu().numpy()

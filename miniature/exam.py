@@ -5,7 +5,7 @@
     look                pictures -> the facts that the judge sees
     right_shares        facts seen, facts wanted -> the share that is right, of each attribute
 
-Prompt i starts from the same noise on every way to a picture. Words are always the likeliest ones.
+Prompt i starts from the same noise whichever way its picture is made. Words are decoded greedily.
 """
 
 import re
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
 
+from baselines.stable_diffusion import StableDiffusion
 from generation import Sampling, answer
 from images import draw_grid, to_image, to_tensor
 from miniature.facts import Picture
@@ -28,11 +28,7 @@ from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import draw, random_stream, sample_pair
 from minigpt5 import MiniGPT5, load_minigpt5
-from scheduler import SAMPLERS, load_schedule
 from stories import Turn
-from text_encoder import ClipTokenizer, load_text_encoder
-from unet import load_unet
-from vae import load_vae
 
 BATCH = 50  # prompts at a time
 SHOWN = 10  # examples of a sheet
@@ -107,28 +103,12 @@ class Said(NamedTuple):
 @torch.no_grad()
 def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
     """Drawn as Stable Diffusion alone does, which reads a prompt's padding too; no language model takes part."""
-    folder, device, sampling = exam.weights / "stable-diffusion", exam.device, exam.sampling
-    tokenizer = ClipTokenizer(folder / "tokenizer")
-    text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, device)
-    unet = load_unet(folder / "unet", torch.float32, device)
-    vae = load_vae(folder / "vae", torch.float32, device)
-    schedule = load_schedule(folder / "scheduler").to(device)
-    size, channels = unet.config.sample_size, unet.config.in_channels
-
-    def encode(texts: list[str]) -> Tensor:
-        return text_encoder(tokenizer(texts)[0].to(device))
-
+    model, s = StableDiffusion(exam.weights, torch.float32, exam.device).eval(), exam.sampling
     pictures = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
-        condition = torch.cat([encode([""] * len(part)), encode(part)])  # (2B, S, Dc)
-        generators = [exam.generator(start + i) for i in range(len(part))]
-        latents = torch.cat([torch.randn(1, channels, size, size, generator=g) for g in generators]).to(device)
-        sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps)
-        for index, timestep in enumerate(sampler.timesteps):
-            without, given = unet(torch.cat([latents, latents]), timestep, condition).chunk(2)
-            latents = sampler.step(without + sampling.guidance * (given - without), index, latents)
-        pictures += map(to_image, vae.decode(latents))
+        noise = torch.cat([model.draw_latents(1, exam.generator(start + i)) for i in range(len(part))])
+        pictures += map(to_image, model.paint(part, noise, s.sampler, s.steps, s.guidance))
     return pictures
 
 

@@ -122,7 +122,7 @@ def shares(judge: Judge, pixels: Tensor, wanted: list[Picture]) -> dict[str, flo
 
 
 def any_picture(rng: np.random.Generator) -> Picture:
-    """Up to three things, one a slot, in every combination; in one picture in six the first thing is there twice."""
+    """Up to three things, one a slot, in every combination; in one in six all are of one kind and colour."""
     scene, things, taken = pick(rng, list(SCENES)), [], set()
     wanted, twins = int(rng.choice(4, p=[0.04, 0.40, 0.40, 0.16])), rng.random() < 1 / 6
     for _ in range(12 * wanted):

@@ -77,7 +77,7 @@ MINUTES = {  # of training, on a GPU and on a CPU
 SHIPPED = Path(__file__).resolve().parent / "weights"
 WARMUP = 100  # steps
 SAVE_SECONDS, MEASURE_SECONDS = 120, 300
-MEMORY = 9  # the averaged weights are a mean over about a MEMORY-th of the steps so far
+EMA_GAMMA = 9  # of a power-function average (Karras et al. 2024): its mean age is an 11th of the steps so far
 OUTER = re.compile(r"embed|lm_head|conv_in\b|conv_out\b|query_tokens|look\b")  # matrices that are not Muon's
 
 
@@ -104,7 +104,7 @@ def rate_factor(step: int, hold: int) -> float:
 @torch.no_grad()
 def average(averaged: nn.Module, modules: nn.Module, step: int) -> None:
     """Moving mean over a share of all steps so far (Karras et al. 2024, power function averages)."""
-    share = 1 - (1 - 1 / (step + 1)) ** (MEMORY + 1)
+    share = 1 - (1 - 1 / (step + 1)) ** (EMA_GAMMA + 1)
     torch._foreach_lerp_(list(averaged.parameters()), list(modules.parameters()), share)
 
 
@@ -150,6 +150,8 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     averaged = copy.deepcopy(recipe.modules).eval().requires_grad_(False)
     optimizers = optimizers_of(recipe)
     step, seconds = restore(checkpoint, recipe, averaged, optimizers)
+    if step == 0 and minutes <= 0:
+        raise ValueError(f"{folder}: nothing is trained yet, so nothing is written")
     cut_log(log, step)
     size = sum(p.numel() for p in recipe.modules.parameters())
     print(f"{recipe.name}: {size:,} parameters, step {step}, {seconds / 60:.1f} of {minutes:g} minutes used")

@@ -27,7 +27,7 @@ CHOICE = 402  # purpose of the random streams
 CONTEXTS = ("no history", "its texts", "texts and pictures")
 OWN_STEPS = 4
 
-LEAVES = re.compile("|".join(phrase.replace("{}", r"\w+") for phrase in PARTINGS))
+LEAVES = re.compile("|".join(phrase.replace("{}", r"(?:(?!the\b)\w+ ){0,3}?\w+") for phrase in PARTINGS))
 COLOUR = "|".join(sorted((word for words in COLOUR_WORDS.values() for word in words), key=len, reverse=True))
 RECOLOURED = re.compile(rf"\b(?:turns|becomes|is|makes (?:it|the(?: \w+)? \w+)) ({COLOUR})\b")
 

@@ -6,6 +6,7 @@
 The vectors stand in the place of the ten words that a picture has in the documents.
 """
 
+import hashlib
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -112,7 +113,7 @@ class LanguageRecipe(Recipe):
         llama, (ids, weights) = modules["llama"], rows.unbind(1)
         logits = llama.lm_head(llama(llama.model.embed_tokens(ids[:, :-1])))
         surprise = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        weights = weights * (ids != self.tokenizer.bos_id)  # where a document ends is chance
+        weights = weights * (ids != self.tokenizer.bos_id)  # <s> always follows </s>: nothing to learn
         weights = weights[:, 1:].flatten().float()
         return {"loss": (surprise * weights).sum() / weights.sum()}
 
@@ -178,7 +179,8 @@ class CaptionerRecipe(Recipe):
             nn.init.normal_(vectors, std=0.5)  # about as large as what patches bring: else place is learned last
         self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 64, shop.device
         self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
-        made = shop.sets / f"looks-{shop.seed}-{shop.pictures}.npy"
+        version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # of the tokenizer whose ids they are
+        made = shop.sets / f"looks-{version}-{shop.seed}-{shop.pictures}.npy"
         looks = cached(made, shop.pictures, rows_of(partial(look_row, path, shop.seed)), shop.workers)
         self.looks = looks.to(shop.device)
         self.tested = pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device)

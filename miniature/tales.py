@@ -255,6 +255,7 @@ ASKS_ABOUT = choices(
     "tell me about {}. | what do you know about {}? | do you like {}? | what is special about {}? | can you tell me "
     "something about {}?"
 )
+SMALL_TALK = {asked for asked, _ in TALK} | {form.format(plural(kind)) for form in ASKS_ABOUT for kind in KINDS}
 
 
 def request(rng, split, picture):

@@ -1,8 +1,8 @@
 """What is said about a picture: captions in many phrasings, and the reader that gets the facts back out of a text.
 
 Captions are written as cleaned CC3M captions are: lower case, no full stops. Colours are always named, the scene too;
-sizes and places of all things or of none (`SIZE_NAMED`, `PLACE_NAMED` of the captions); sunset and night always, day in
-about half of the captions: where no time is named, it is day.
+places of all things or of none, sizes too, but for "a boat that is small and red" (`SIZE_NAMED`, `PLACE_NAMED`); sunset
+and night always, day in about half of the captions: where no time is named, it is day.
 
 In every list of synonyms the first is the commonest.
 """

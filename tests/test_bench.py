@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ import bench.data
 import bench.reckon
 import bench.sample
 import bench.uas
-from bench.common import agree, alternate, rows_of
+from bench.common import agree, alternate, rows_of, seconds_of
 from llama import LlamaConfig
 from unet import UNetConfig
 from vae import VAEConfig
@@ -89,7 +90,9 @@ def test_harness():
     calls = []
     contenders = {"ours": lambda: calls.append("ours"), "peer": lambda: calls.append("peer")}
     times = alternate(contenders, 3, torch.device("cpu"))
-    assert [len(seconds) for seconds in times.values()] == [3, 3] and {"ours", "peer"} == set(calls)
+    assert [len(seconds) for seconds in times.values()] == [3, 3]
+    assert calls[-6:] == ["ours", "peer", "peer", "ours", "ours", "peer"]  # after warming up, and measuring how long
+    assert seconds_of(lambda: time.sleep(0.02), torch.device("cpu"), 5) < 0.06  # of one call
     (row,) = rows_of("what", "size", {"ours": [1.0, 2.0, 9.0], "peer": [2.0, 4.0, 4.5]}, work=8, unit="samples/s")
     assert (row["ours"], row["peer"], row["ratio"]) == (4.0, 2.0, 0.5)
     with pytest.raises(ValueError, match="differ"):
