@@ -17,8 +17,6 @@ they are kept: as one factor in the metadata (embed_scale, head_scale) where tha
 Vicuna's names.
 """
 
-import json
-import os
 import re
 import shutil
 import zipfile
@@ -29,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from files import write_json
 from llama import Llama, LlamaConfig, Tokenizer, published_name
 from loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
 from stories import SYSTEM
@@ -56,12 +55,6 @@ def read_tensors(path: Path) -> dict:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds no state dict")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
-def write_json(content: dict, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> int:
@@ -168,8 +161,9 @@ def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: tor
     shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
     right = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": pieces}
     right |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # v0's file has others, all wrong
-    write_json(read_json(config) | right, folder / "config.json")
-    write_json({"metadata": {"total_size": size}, "weight_map": weight_map}, folder / "model.safetensors.index.json")
+    write_json(folder / "config.json", read_json(config) | right)
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
@@ -201,7 +195,7 @@ def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torc
     for part, file in ((vision, "vision_model.safetensors"), (rest, "qformer.safetensors")):
         if part:
             save(part, folder / file, dtype)
-    write_json(values, folder / "config.json")
+    write_json(folder / "config.json", values)
 
 
 def blip2_name(key: str) -> str:

@@ -51,9 +51,9 @@ from evaluation.cases import (
 )
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
+from files import write_json, write_text
 from generation import add_sampling_options, sampling_of
 from images import resize_and_crop
-from miniature.recipe import write_json, write_text
 from minigpt5 import load_minigpt5
 from stories import TASKS
 from tars import Unusable

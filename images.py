@@ -5,12 +5,13 @@ the same bytes.
 """
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+from files import written_whole
 
 MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture that claims more, or a longer side, is refused undecoded:
 MAX_RATIO = 100  # it may be padded to a square of its long side, or its short side made as long as the model's
@@ -94,13 +95,8 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG under a temporary name, then rename it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         image.save(temporary, "PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def draw_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:

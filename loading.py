@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from files import written_whole
+
 
 class Uninitialised(TorchFunctionMode):
     """Modules built inside keep what memory held: no initialiser of torch.nn.init runs."""
@@ -278,16 +280,12 @@ def on(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write atomically: a temporary name beside `path`, flushed to the disk, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors makes its files readable by the owner alone
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+            safetensors.torch.save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)  # safetensors makes its files readable by the owner alone
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: not written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)

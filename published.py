@@ -32,6 +32,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data import clean_caption, decode, describe
+from files import written_whole
 from loading import read_json
 from tars import KINDS, MOST_NUMBERED, PICTURE, TEXT, Unusable, most_bytes
 
@@ -310,27 +311,23 @@ def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None 
 
     ValueError where nothing is kept.
     """
-    report, temporary = Report(), out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    report = Report()
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out}: " + ("a folder" if out.is_dir() else f"no folder {out.parent}"))
-    try:
-        with tarfile.open(temporary, "w") as tar:
-            for sample in tqdm(samples, total=total, unit=" samples", delay=2, leave=False):
-                if isinstance(sample, str):
-                    report.dropped[sample] += 1
-                    continue
-                report.kept.update(sample.counts)
-                report.cut.update([sample.cut] if sample.cut else [])
-                for name, content in sample.members:
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-                tar.members.clear()  # tarfile would collect them all
+    with written_whole(out) as temporary, tarfile.open(temporary, "w") as tar:
+        for sample in tqdm(samples, total=total, unit=" samples", delay=2, leave=False):
+            if isinstance(sample, str):
+                report.dropped[sample] += 1
+                continue
+            report.kept.update(sample.counts)
+            report.cut.update([sample.cut] if sample.cut else [])
+            for name, content in sample.members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            tar.members.clear()  # tarfile would collect them all
         if not report.kept:
             raise ValueError(f"nothing to keep, {out} not written; dropped: {describe(report.dropped)}")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return report
 
 

@@ -14,8 +14,6 @@ import argparse
 import base64
 import html
 import io
-import json
-import os
 import re
 import sys
 import time
@@ -28,6 +26,7 @@ from PIL import Image
 from checkpoints import STORIES, TALKS, find_checkpoint, shipped_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import clean_caption
+from files import write_json, write_text
 from generation import Sampling, add_sampling_options, answer, room_after, sampling_of
 from images import draw_grid, read_image, save_image
 from loading import WeightsError, read_json
@@ -145,11 +144,8 @@ def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out:
     body = "".join(paragraph(segment) for segment in segments)
     style = "body{font:18px serif;max-width:40em;margin:2em auto}img{width:100%;max-width:32em;image-rendering:auto}"
     page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(prompt)}</title><style>{style}</style>{body}\n'
-    record = json.dumps({"segments": described, "seed": seed, "prompt": prompt}, indent=1, ensure_ascii=False) + "\n"
-    for name, content in (("index.html", page), ("answer.json", record)):
-        temporary = out / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(out / name)
+    write_text(out / "index.html", page)
+    write_json(out / "answer.json", {"segments": described, "seed": seed, "prompt": prompt})
     for name in old - pictures_of(out / "answer.json"):
         (out / name).unlink(missing_ok=True)
 

@@ -43,9 +43,9 @@ from evaluation.cases import (
     read_cases,
     write_answer,
 )
+from files import write_json
 from images import to_image
 from loading import matched, read_json, save_safetensors
-from miniature.recipe import write_json
 from minigpt5 import MiniGPT5, number_types, type_of
 from scheduler import SAMPLERS, load_schedule
 from stories import TASKS

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cli import DTYPES, make_folder, pick_device
+from files import write_json, write_text
 
 SHORTEST = 0.05  # seconds of one timing: faster calls are repeated until they fill it
 # Relative, of outputs and of gradients, of ours and peer. In bfloat16 gradients show gross errors alone.
@@ -241,10 +241,5 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def write(self) -> None:
-        for path, text in (
-            (self.path, json.dumps(self.record, indent=1)),
-            (self.path.with_suffix(".md"), self.table()),
-        ):
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+        write_json(self.path, self.record)
+        write_text(self.path.with_suffix(".md"), self.table())

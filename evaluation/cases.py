@@ -30,11 +30,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import clean_caption, decode, describe, read_caption, uas_texts
+from files import write_json
 from generation import Sampling, answer, room_after
 from images import ImageError, read_image, save_image
 from loading import read_json
 from miniature.facts import Picture
-from miniature.recipe import write_json
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
 from stories import Turn, dialog_row, first_heard, read_turns, story_row

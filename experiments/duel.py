@@ -26,9 +26,9 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from cli import add_weights_option, run
 from evaluation.cases import Case, facts_of, read_answer, read_cases
 from evaluation.scorers import WorldJudge
+from files import write_json
 from miniature.exam import NOTHING
 from miniature.facts import Picture
-from miniature.recipe import write_json
 from miniature.score_stories import hero_colour, kept, true_of
 from tars import JSON
 

@@ -34,8 +34,8 @@ from cli import add_weights_option, make_folder, run
 from experiments.report import write_report
 from experiments.systems import PARTS, SIZES, Job, Options, plan
 from features import fingerprint
+from files import write_json
 from loading import read_json
-from miniature.recipe import write_json
 from training import append_log, stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,9 +18,9 @@ from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import CLAIMS, FAILS, HOLDS, NOISE, differences, verdict
 from experiments.duel import WAYS
 from experiments.systems import METRICS, PICTURES, SIZES, TABLES, Options, Table, scorings_of
+from files import write_text
 from images import draw_grid, save_image
 from loading import read_json
-from miniature.recipe import write_text
 from training import COLOURS, read_log
 
 PUBLISHED = Path(__file__).parent / "published.json"

@@ -13,7 +13,6 @@ of a text to know what its picture has to show.
     look_row        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
 """
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 import sentencepiece
 
 from data import REQUESTS, uas_texts
+from files import written_whole
 from llama import Tokenizer
 from miniature.facts import PLACES, Picture, pick
 from miniature.tales import SEES, SHOWS
@@ -111,8 +111,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
         pieces = f"{row.source}\n{row.target}".replace("<ImageHere>", "\n").split("\n")
         texts += [*pieces, *map(picture_words, row.inputs + row.outputs)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=file,
@@ -127,7 +126,6 @@ def train_tokenizer(path: Path, seed: int) -> None:
             num_threads=1,
             minloglevel=2,
         )
-    temporary.replace(path)
 
 
 @lru_cache

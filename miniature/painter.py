@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from files import write_json
 from images import draw_grid, to_image
 from miniature.autoencoder import judge_in, latent_set
 from miniature.judge import shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
-from miniature.recipe import Recipe, Shop, normal, write_json, write_part
+from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import pictures
 from miniature.world import random_stream, sample_pair
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig

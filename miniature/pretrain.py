@@ -44,12 +44,13 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cli import make_folder, pick_device, run
+from files import write_file, written_whole
 from miniature.autoencoder import AutoencoderRecipe, DecoderRecipe
 from miniature.judge import JudgeRecipe
 from miniature.painter import DiffusionRecipe
 from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
-from miniature.recipe import Recipe, Shop, write_file
+from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from muon import Muon
 from training import append_log, cut_log, draw_losses, read_log, step_generator, stop_signals
@@ -112,15 +113,10 @@ def average(averaged: nn.Module, modules: nn.Module, step: int) -> None:
 
 
 def save(path: Path, state: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -> tuple[int, float]:

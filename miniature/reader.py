@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from files import write_json, write_text
 from miniature.facts import Picture
 from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
-from miniature.recipe import Recipe, Shop, reset, write_json, write_part, write_text
+from miniature.recipe import Recipe, Shop, reset, write_part
 from miniature.sets import cached, rows_of
 from miniature.words import caption, facts_in
 from miniature.world import random_stream, sample_pair

@@ -1,13 +1,12 @@
 """What every part of the miniature's pre-training is to the loop in `pretrain.py`, and how its weights are written."""
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from files import write_json
 from loading import save_safetensors
 
 
@@ -71,22 +70,6 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.dev
     """Standard normal numbers drawn on the device, as the (CPU) generator's next number decides."""
     seed = int(torch.randint(1 << 62, (), generator=generator))
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Written under a temporary name, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_file(path, text.encode())
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

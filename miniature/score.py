@@ -37,6 +37,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from checkpoints import find_checkpoint
 from cli import add_weights_option, make_folder, pick_device, run
 from data import REQUESTS, uas_texts
+from files import write_json
 from generation import Sampling
 from images import to_image, to_tensor
 from miniature.autoencoder import decibels
@@ -62,7 +63,6 @@ from miniature.exam import (
 )
 from miniature.facts import Picture
 from miniature.judge import right
-from miniature.recipe import write_json
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
 from miniature.tales import Turn as Told

@@ -4,7 +4,6 @@ Row i of a set is a function of its seed and i alone. A set that is already on t
 folder `sets` of a run after changes to the world.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files import written_whole
 from miniature.world import draw, sample_pair
 
 CHUNK = 1024  # rows that a process makes at a time
@@ -37,9 +37,8 @@ def cached(path: Path, rows: int, make: Callable[[range], np.ndarray], workers: 
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"making {rows:,} rows of {path}", flush=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         pieces = [range(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
-        try:
+        with written_whole(path) as temporary:
             first = make(range(1))
             array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (rows, *first.shape[1:]))
             if workers > 1 and len(pieces) > 1:
@@ -50,9 +49,6 @@ def cached(path: Path, rows: int, make: Callable[[range], np.ndarray], workers: 
                 for piece in pieces:
                     array[piece.start : piece.stop] = make(piece)
             array.flush()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": torch may write to it, the file stays as it is
 
 

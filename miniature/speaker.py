@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from files import write_file, write_json, write_text
 from images import draw_grid
 from llama import KVCache, Llama, LlamaConfig, load_llama
 from miniature.documents import (
@@ -33,7 +34,7 @@ from miniature.documents import (
     train_tokenizer,
 )
 from miniature.judge import right
-from miniature.recipe import Recipe, Shop, reset, write_file, write_json, write_part, write_tensors, write_text
+from miniature.recipe import Recipe, Shop, reset, write_part, write_tensors
 from miniature.sets import cached, pictures, rows_of
 from miniature.words import facts_in
 from miniature.world import sample_pair

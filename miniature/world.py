@@ -26,7 +26,6 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import count, product
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from files import written_whole
 from miniature.facts import (
     COLOURS,
     KINDS,
@@ -111,18 +111,6 @@ def sample_dialogue(seed: int, index: int, split: str = "train") -> tuple[list[T
 
 
 # ---- tars
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block is through, removed when it fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def png(picture: Picture, jitter: int, size: int) -> bytes:
