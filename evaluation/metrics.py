@@ -104,11 +104,11 @@ def symmetric_root(matrix: Tensor) -> Tensor:
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> float:
     """exp(mean KL(p(y | picture) || p(y))) in [1, K] of probabilities (n, K), the mean over so many parts of the
-    pictures (Salimans et al. 2016), or one part where those would have fewer than K. n pictures cannot score above n,
+    pictures (Salimans et al. 2016), or one part where those would have fewer than 100. n pictures cannot score above n,
     so only figures of like n compare. ValueError without a picture."""
     if not len(probabilities):
         raise ValueError("no picture came")
-    splits = splits if len(probabilities) >= splits * probabilities.shape[1] else 1
+    splits = splits if len(probabilities) >= 100 * splits else 1
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))  # data may come sorted
     scores = []
     for p in probabilities.double()[order].tensor_split(splits):
