@@ -402,6 +402,10 @@ def test_command_line(shop, tmp_path):
     assert json.loads((tmp_path / "minigpt5" / "config.json").read_text())["train_uas"]["start_as"] == "<Img>"
     one, two = (folder / "judge.safetensors" for folder in (shop.weights, tmp_path))
     assert one.read_bytes() == two.read_bytes()
+    untrained = ["--parts", "judge", "--minutes", "judge=0", "--out", str(tmp_path / "new")]
+    done = subprocess.run([*command, *untrained, "--weights", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and "nothing is trained yet" in done.stderr
+    assert one.read_bytes() == two.read_bytes()  # nor is anything written over
     words = ["--parts", "captioner", "--out", str(tmp_path / "runs")]
     done = subprocess.run([*command, *words, "--weights", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and "config.json: no such file" in done.stderr and "Traceback" not in done.stderr
