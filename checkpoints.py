@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loading import WeightsError, is_shard, open_safetensors, stored
 
-STORIES, TALKS = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # files of stage 2
+STORY_FILES, TALK_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # files of stage 2
 TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
 
 

@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import STORIES, TALKS, find_checkpoint, shipped_checkpoint
+from checkpoints import STORY_FILES, TALK_FILES, find_checkpoint, shipped_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import describe
 from evaluation.cases import (
@@ -220,7 +220,7 @@ def main() -> None:
 
 def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, settings: dict) -> dict:
     """Make the answers that are not there yet; returns what they were made with."""
-    place, names = args.weights / "minigpt5", {"caption": (), "reply": TALKS}.get(cases[0].task, STORIES)
+    place, names = args.weights / "minigpt5", {"caption": (), "reply": TALK_FILES}.get(cases[0].task, STORY_FILES)
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else shipped_checkpoint(place, names)
     if checkpoint is None:
         raise ValueError(f"{args.checkpoint or place}: neither a checkpoint nor the folder of a run that has one")

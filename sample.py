@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from checkpoints import STORIES, TALKS, find_checkpoint, shipped_checkpoint
+from checkpoints import STORY_FILES, TALK_FILES, find_checkpoint, shipped_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import clean_caption
 from files import write_json, write_text
@@ -212,7 +212,7 @@ def main() -> None:
     pictures = [read_image(path) for path in args.image]
     out = make_folder(args.out)
     start = time.perf_counter()
-    names = STORIES if args.turns is not None else TALKS if args.chat or pictures else ()
+    names = STORY_FILES if args.turns is not None else TALK_FILES if args.chat or pictures else ()
     shipped = shipped_checkpoint(args.weights / "minigpt5", names)
     checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else shipped
     if checkpoint is None and args.checkpoint:

@@ -34,7 +34,7 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoints import find_checkpoint
+from checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
 from cli import add_weights_option, make_folder, pick_device, run
 from data import REQUESTS, uas_texts
 from files import write_json
@@ -268,10 +268,9 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None
     """What `--checkpoint` names; without it stage 1's, for stories stage 2's if it is there."""
     trained = weights / "minigpt5"
     if wanted:
-        places = [wanted, trained / f"{wanted}.safetensors"]
+        found = find_checkpoint(wanted) or find_checkpoint(trained / f"{wanted}.safetensors")
     else:
-        places = [trained / "mls-story.safetensors"] * (part == "stories") + [trained]
-    found = next(filter(None, map(find_checkpoint, places)), None)
+        found = shipped_checkpoint(trained, STORY_FILES if part == "stories" else ())
     if found is None and (wanted or part in NEED_CHECKPOINT):
         raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")
     return found

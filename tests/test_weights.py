@@ -502,6 +502,10 @@ def test_fetch_without_the_hub_package(tmp_path, command, monkeypatch):
     assert status == 2 and "pip install" in err and err.count("\n") == 1
 
 
+def test_known_files_have_sizes_and_whole_hashes():
+    assert all(size and re.fullmatch("[0-9a-f]{64}", digest) for size, digest in weights.KNOWN.values())
+
+
 def test_names_of_transformers_pass_through(random_folder):
     for name in tensors_of(random_folder / "blip2" / "model.safetensors"):
         assert blip2_name(name) == name
