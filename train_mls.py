@@ -7,8 +7,8 @@
 
 Starts from a run of stage 1, or with --no-uas from untrained vokens. What trains: an adapter of Vicuna (LoRA, or with
 --prefix virtual tokens), the voken rows and the mapper's transformer; the mapper's MLP and queries stay as stage 1 left
-them. The loss is 0.01 L_text + L_LDM, over three tasks drawn at random: the next picture for a text, the text for a
-picture, or both. Defaults are the paper's: 4 epochs, batches of 32, AdamW at 2e-5. The miniature has its own, in
+them. The loss is 0.01 L_text + L_LDM, over three tasks: the next picture for a text, the text for a picture, or both.
+Defaults are the paper's: 4 epochs, batches of 32, AdamW at 2e-5. The miniature has its own, in
 WEIGHTS/minigpt5/config.json, with L_text at weight 1.
 """
 
@@ -26,7 +26,7 @@ from data import describe
 from features import find_features, picture_size
 from lora import TARGETS
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, TEXT_WEIGHT, bucket_length, collate, load_minigpt5
+from minigpt5 import DROP_RATE, TEXT_WEIGHT, Rows, bucket_length, collate, load_minigpt5
 from parallel import Gradients, World, one_line_peer_errors, weights_held
 from qformer import preprocess_input
 from stories import TASKS, checked_weights, open_stories
@@ -55,6 +55,7 @@ from training import (
     stop_if_nonfinite,
     stop_signals,
     total_steps,
+    validate,
 )
 from vae import preprocess_output
 
@@ -81,7 +82,7 @@ def arguments() -> argparse.Namespace:
     add("--lora-targets", type=names, default=TARGETS, metavar="NAME,...",
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
-        help=f"how often a story step is each task, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
+        help=f"share of each task among a story's steps, of {', '.join(TASKS)}; default: all alike")  # fmt: skip
     add("--blind-history", type=float, default=0.0, metavar="SHARE",
         help="share of story steps whose history keeps its texts and loses its pictures; default: 0")  # fmt: skip
     add("--text-weight", type=float, default=TEXT_WEIGHT, help="of L_text in the loss; L_LDM has 1")
@@ -119,7 +120,7 @@ def main() -> None:
     size = picture_size(args.weights)
     with world.first():
         data = args.data or drawn_data(write_stories, args, size)
-    features = find_features(expand(data), args.weights)
+    features = find_features(expand(data) + (expand(args.val) if args.val else []), args.weights)
 
     sees = "queries" not in features
     parts = {"read_pictures": sees, "sharded": args.shard}
@@ -146,17 +147,17 @@ def main() -> None:
     side = model.image_encoder.vision_model.config.image_size if sees else None
     limit = min(args.max_tokens, model.llama.config.max_position_embeddings)
     with world.first():  # it leaves the indices of the tars to the other ranks
-        batches = open_stories(
-            data,
-            model.tokenizer,
-            model.queries,
-            partial(preprocess_input, size=side),  # cropped, as released; what is to be drawn is padded
-            partial(preprocess_output, size=size),
-            args.batch_size,
-            limit,
-            args.tasks,
-            features,
-            args.blind_history,
+        open_data = partial(
+            open_stories,
+            tokenizer=model.tokenizer,
+            queries=model.queries,
+            to_input=partial(preprocess_input, size=side),  # cropped, as released; what is to be drawn is padded
+            to_output=partial(preprocess_output, size=size),
+            batch_size=args.batch_size,
+            limit=limit,
+            weights=args.tasks,
+            features=features,
+            blind=args.blind_history,
             seed=args.seed,
             rank=world.rank,
             world_size=world.size,
@@ -164,8 +165,10 @@ def main() -> None:
             max_bad=args.max_bad,
             group=args.group,
         )
-    for note in batches.dataset.notes:
-        print(note)
+        batches, held_out = open_data(data), open_data(args.val) if args.val else None
+    for opened in filter(None, (batches, held_out)):
+        for note in opened.dataset.notes:
+            print(note)
     total = total_steps(args, batches.dataset_size(), world.size)
 
     adapter = {name: p for name, p in trained.items() if "lora_" in name or "prefix_" in name}
@@ -194,6 +197,22 @@ def main() -> None:
     done, shown = start, None
     model.train()  # LoRA's dropout; the frozen parts have none
 
+    def forward(batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0) -> tuple[dict[str, torch.Tensor], Rows]:
+        """The losses of one forward pass of a step, and its rows."""
+        place = micro * world.size + world.rank  # of this batch among those of the step
+        torch.manual_seed(step_generator(args.seed, step, place, 1).initial_seed())  # of the dropout
+        rows = collate(model.tokenizer, batch["pairs"], model.queries, round_length, limit)
+        draws = posterior = None
+        if batch["outputs"] is not None:
+            places = (args.seed, step, place * args.batch_size)
+            draws = draw_pictures(model, rows.picture_rows.tolist(), drop_rate, *places)
+            posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
+        elif args.shard:  # the other ranks may have pictures, and need this one's part of the UNet
+            draws = model.draw(0, torch.Generator())
+            posterior = None if args.no_ldm else (draws.noise, draws.noise)
+        rows, weights = rows.to(device), {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
+        return model.losses(rows, draws, posterior, inputs=batch["inputs"], **weights), rows
+
     look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
     bar = tqdm(range(start, total), "mls", total, initial=start, **look)
     with closing(batches), one_line_peer_errors(), stop_signals() as asked, bar:
@@ -203,20 +222,7 @@ def main() -> None:
                 group["lr"] = group["full_lr"] * learning_rate_factor(step, args.warmup, total)
             for micro in range(args.accumulate):
                 batch = next(batches)
-                place = micro * world.size + world.rank  # of this batch among those of the step
-                torch.manual_seed(step_generator(args.seed, step, place, 1).initial_seed())  # of the dropout
-                rows = collate(model.tokenizer, batch["pairs"], model.queries, round_length, limit)
-                draws = posterior = None
-                if batch["outputs"] is not None:
-                    places = (args.seed, step, place * args.batch_size)
-                    draws = draw_pictures(model, rows.picture_rows.tolist(), drop_rate, *places)
-                    posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
-                elif args.shard:  # the other ranks may have pictures, and need this one's part of the UNet
-                    draws = model.draw(0, torch.Generator())
-                    posterior = None if args.no_ldm else (draws.noise, draws.noise)
-                rows, inputs = rows.to(device), batch["inputs"]
-                weights = {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
-                losses = model.losses(rows, draws, posterior, inputs=inputs, **weights)
+                losses, rows = forward(batch, step, micro, drop_rate)
                 gradients.backward(losses["loss"] / args.accumulate)
                 meter.add(losses)
             gradients.step()
@@ -225,7 +231,7 @@ def main() -> None:
 
             done, stopping = step + 1, world.any(bool(asked))
             if shown is None and batch["outputs"] is not None:
-                shown = (rows, inputs, batch["outputs"], [target for _, target in batch["pairs"]])
+                shown = (rows, batch["inputs"], batch["outputs"], [target for _, target in batch["pairs"]])
             if done % args.log_every == 0 or done == total:
                 record = meter.line(done, optimizer, batches.bad, gradients)
                 record |= {"graphs": compiled_graphs()} if compiled else {}
@@ -233,6 +239,11 @@ def main() -> None:
                     append_log(log, record)
                 bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
                 stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
+            if held_out is not None and (done % args.val_every == 0 or done == total):
+                record = validate(model, held_out, forward, args.val_batches, world, asked)
+                if record and world.rank == 0:
+                    append_log(log, {"step": done, **record})
+                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
             if args.sample_every and done % args.sample_every == 0:
                 if not world.any(shown is None) and (world.rank == 0 or args.shard):
                     paint_samples(model, *shown, None if world.rank else out / "samples.png")

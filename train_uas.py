@@ -23,7 +23,7 @@ from cli import DTYPES, pick_device, run
 from data import describe, open_batches, uas_texts
 from features import find_features, picture_size
 from miniature.world import write_pairs
-from minigpt5 import DROP_RATE, bucket_length, collate, load_minigpt5
+from minigpt5 import DROP_RATE, Rows, bucket_length, collate, load_minigpt5
 from muon import Muon
 from parallel import Gradients, World, one_line_peer_errors, weights_held
 from tars import expand
@@ -50,6 +50,7 @@ from training import (
     stop_if_nonfinite,
     stop_signals,
     total_steps,
+    validate,
 )
 from vae import preprocess_output
 
@@ -83,12 +84,12 @@ def main() -> None:
     size, captioned = picture_size(args.weights), not args.no_cap
     with world.first():  # it draws, and leaves the indices of the tars to the other ranks
         data = args.data or drawn_data(write_pairs, args, size)
-        features = find_features(expand(data), args.weights)
-        batches = open_batches(
-            data,
-            partial(preprocess_output, size=size),
-            args.batch_size,
-            features,
+        features = find_features(expand(data) + (expand(args.val) if args.val else []), args.weights)
+        open_data = partial(
+            open_batches,
+            transform=partial(preprocess_output, size=size),
+            batch_size=args.batch_size,
+            features=features,
             seed=args.seed,
             rank=world.rank,
             world_size=world.size,
@@ -96,8 +97,10 @@ def main() -> None:
             max_bad=args.max_bad,
             group=args.group,
         )
-    for note in batches.dataset.notes:
-        print(note)
+        batches, held_out = open_data(data), open_data(args.val) if args.val else None
+    for opened in filter(None, (batches, held_out)):
+        for note in opened.dataset.notes:
+            print(note)
     total = total_steps(args, batches.dataset_size(), world.size)
 
     encodes = captioned and "encoding" not in features
@@ -145,7 +148,20 @@ def main() -> None:
     round_length = bucket_length if compiled else int  # of the rows: as it comes where nothing is compiled
     empty_caption = model.encode_captions([""] if encodes else features.empty_caption) if captioned else None
     drop_rate = 0.0 if args.no_cfg else DROP_RATE
+    pictures = "moments" if "moments" in features else "pixels"
+    texts = "captions" if encodes else "encoding"
     done, shown = start, None
+
+    def forward(batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0) -> tuple[dict[str, torch.Tensor], Rows]:
+        """The losses of one forward pass of a step, and its rows."""
+        plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
+        pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]
+        rows = collate(model.tokenizer, pairs, model.queries, round_length, LONGEST).to(device)
+        place = (micro * world.size + world.rank) * args.batch_size  # of our first sample among the step's
+        draws = draw_pictures(model, range(len(pairs)), drop_rate, args.seed, step, place)
+        posterior = None if args.no_ldm else model.encode_pictures(batch[pictures])
+        captions = (model.encode_captions(batch[texts]), empty_caption) if captioned else None
+        return model.losses(rows, draws, posterior, captions, min_snr_gamma=args.min_snr_gamma), rows
 
     look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
     bar = tqdm(range(start, total), "uas", total, initial=start, **look)
@@ -157,16 +173,7 @@ def main() -> None:
                 group["lr"] = factor * group["full_lr"]
             for micro in range(args.accumulate):
                 batch = next(batches)
-                plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
-                pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]
-                rows = collate(model.tokenizer, pairs, model.queries, round_length, LONGEST).to(device)
-                place = (micro * world.size + world.rank) * args.batch_size  # of our first sample among the step's
-                draws = draw_pictures(model, range(len(pairs)), drop_rate, args.seed, step, place)
-                pictures = batch["moments" if "moments" in features else "pixels"]
-                posterior = None if args.no_ldm else model.encode_pictures(pictures)
-                texts = batch["captions" if encodes else "encoding"] if captioned else None
-                captions = (model.encode_captions(texts), empty_caption) if captioned else None
-                losses = model.losses(rows, draws, posterior, captions, min_snr_gamma=args.min_snr_gamma)
+                losses, rows = forward(batch, step, micro, drop_rate)
                 gradients.backward(losses["loss"] / args.accumulate)
                 meter.add(losses)
             gradients.step()
@@ -174,7 +181,7 @@ def main() -> None:
             # ---- the step is done
 
             done, stopping = step + 1, world.any(bool(asked))
-            shown = shown or (rows, None, pictures, batch["captions"])
+            shown = shown or (rows, None, batch[pictures], batch["captions"])
             if done % args.log_every == 0 or done == total:
                 record = meter.line(done, optimizers[0], batches.bad, gradients)
                 record |= {"graphs": compiled_graphs()} if compiled else {}
@@ -182,6 +189,11 @@ def main() -> None:
                     append_log(log, record)
                 bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
                 stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
+            if held_out is not None and (done % args.val_every == 0 or done == total):
+                record = validate(model, held_out, forward, args.val_batches, world, asked)
+                if record and world.rank == 0:
+                    append_log(log, {"step": done, **record})
+                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
             if args.sample_every and done % args.sample_every == 0:
                 if world.rank == 0 or args.shard:
                     paint_samples(model, *shown, None if world.rank else out / "samples.png")

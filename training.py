@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,9 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     )
     add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step always has one")
     add("--sample-every", type=int, default=1000, help="steps between samples.png; 0: never")
+    add("--val", nargs="+", metavar="DATA", help="held-out data whose losses are logged, as val_loss and so on")
+    add("--val-every", type=int, default=1000, help="steps between these; the last step always has them")
+    add("--val-batches", type=int, default=20, help="batches of --val, on each GPU, that they are means over")
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, which hold means over them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
@@ -80,7 +83,8 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
 
 def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
     args = parse(parser, command)
-    for name in ("drawn", "batch_size", "accumulate", "group", "max_nonfinite", "save_every", "log_every", "vokens"):
+    least_1 = "drawn batch_size accumulate group max_nonfinite save_every log_every val_every val_batches vokens"
+    for name in least_1.split():
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.epochs <= 0 or args.warmup < 0:
@@ -354,17 +358,41 @@ class Meter:
         kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
         self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
+    def means(self, world: World) -> dict[str, float]:
+        ranks = world.gather(self.state())
+        sums, passes = (added(rank[kind] for rank in ranks) for kind in ("sums", "passes"))
+        return {name: total / passes[name] for name, total in sums.items() if passes[name]}
+
     def line(self, step: int, optimizer: torch.optim.Optimizer, bad: dict, gradients: Gradients) -> dict:
         """The line of the log after `step`, and a new start."""
         seconds, device = time.perf_counter() - self.clock, gradients.flat.device
-        ranks = gradients.world.gather({**self.state(), "bad": dict(bad)})
-        sums, passes, bad = (added(rank[kind] for rank in ranks) for kind in ("sums", "passes", "bad"))
-        record = {"step": step, **{name: total / passes[name] for name, total in sums.items() if passes[name]}}
-        record |= {"lr": optimizer.param_groups[-1]["lr"]}
+        record = {"step": step, **self.means(gradients.world), "lr": optimizer.param_groups[-1]["lr"]}
+        bad = added(gradients.world.gather(dict(bad)))
         record |= {"samples_per_s": round(self.steps * self.per_step / seconds, 3)}
         record |= {"bad": bad, "nonfinite": int(gradients.skipped), "memory_gb": round(peak_memory(device), 2)}
         self.__init__(self.per_step)
         return record
+
+
+def validate(model: MiniGPT5, batches, forward: Callable, count: int, world: World, asked: list) -> dict[str, float]:
+    """{"val_loss", "val_text_loss", ...}: means over the first `count` batches of each rank, of one pass at most; {} if
+    `asked` to stop. forward(batch, n) -> (losses of batch n, ...), with the same random numbers each time.
+
+    Compiled losses keep what their gradients need, as graphs that do not would have to be made first.
+    """
+    start, size = batches.state_dict(), batches.dataset_size()
+    if size is not None:
+        count = min(count, -(-size // (batches.batch_size * world.size)))
+    training, meter, stopping = model.training, Meter(0), False
+    model.eval()
+    with closing(batches), torch.set_grad_enabled(bool(model.compiled_for)):
+        for n in range(count):
+            meter.add(forward(next(batches), n)[0])
+            if stopping := world.any(bool(asked)):
+                break
+    model.train(training)
+    batches.load_state_dict(start)
+    return {} if stopping else {f"val_{name}": value for name, value in meter.means(world).items()}
 
 
 def values_of(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -420,7 +448,8 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def draw_losses(records: list[dict], path: Path) -> None:
-    """One small chart a loss over the steps, side by side, each from 0 to its own largest value."""
+    """One small chart a loss over the steps, side by side, each from 0 to its own largest value; in black that of
+    held-out data."""
     names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss") if any(name in r for r in records)]
     if not names:  # nothing was finite
         return
@@ -428,14 +457,16 @@ def draw_losses(records: list[dict], path: Path) -> None:
     chart = Image.new("RGB", (width * len(names), height), "white")
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)
     for panel, name in enumerate(names):
-        points = [(r["step"], r[name]) for r in records if name in r]
-        last, top = max(step for step, _ in points), max(value for _, value in points) or 1.0
+        points, held_out = ([(r["step"], r[key]) for r in records if key in r] for key in (name, f"val_{name}"))
+        last, top = max(step for step, _ in points), max(value for _, value in points + held_out) or 1.0
         left, right, bottom = panel * width + margin, (panel + 1) * width - 10, height - margin
         pen.line([(left, margin), (left, bottom), (right, bottom)], fill="#888")
         across, up = (right - left) / max(last, 1), (bottom - margin) / top
-        line = [(left + across * step, bottom - up * value) for step, value in points]
-        pen.line(line if len(line) > 1 else line * 2, fill=COLOURS[panel], width=2)
-        pen.text((left, 8), f"{name}  {points[-1][1]:.4f}", fill="black", font=font)
+        for curve, colour in ((points, COLOURS[panel]), (held_out, "black")):
+            line = [(left + across * step, bottom - up * value) for step, value in curve]
+            pen.line(line if len(line) > 1 else line * 2, fill=colour, width=2)
+        ends = [f"{curve[-1][1]:.4f}" for curve in (points, held_out) if curve]
+        pen.text((left, 8), f"{name}  {', held out '.join(ends)}", fill="black", font=font)
         pen.text((left - 30, margin - 6), f"{top:.2g}", fill="#555", font=font)
         pen.text((right - 60, bottom + 6), f"step {last}", fill="#555", font=font)
     save_image(chart, path)

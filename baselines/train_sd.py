@@ -57,7 +57,7 @@ from vae import preprocess_output
 
 
 class DrawnSteps(StoryData):
-    """The steps but for the first of stories, as samples of a text and its picture."""
+    """The steps of stories, as samples of a text and its picture."""
 
     def __init__(self, tars: list[str], tokenizer, to_output, features: Features):
         super().__init__(tars, self, 0, None, to_output, weights={"image": 1.0}, features=features)
@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=float, default=1e-5, help="for the UNet")
     add_run_options(parser, out="runs/sd", epochs=4, batch_size=32)
     args = check_run_options(parser, "train_sd")
-    unused = [name for name in ("no_ldm", "compile", "gradient_checkpointing") if getattr(args, name)]
+    unused = [name for name in ("no_ldm", "compile", "gradient_checkpointing", "val") if getattr(args, name)]
     if unused or args.accumulate > 1:
         parser.error(f"--{'accumulate' if not unused else unused[0].replace('_', '-')} is not for this baseline")
     args.group = 1  # all rows are of one length

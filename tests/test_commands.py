@@ -117,6 +117,25 @@ def test_resume_is_exact(monkeypatch, weights, tar, tmp_path, capsys):
     assert len(checkpoint_folders(tmp_path / "parts")) == 2  # older ones are dropped
 
 
+def test_held_out_losses(monkeypatch, weights, tar, tmp_path, capsys):
+    """In eval mode, over one pass of 4 pairs, with the same random numbers each time: the same again where nothing is
+    learnt, those of a training step on the same pairs where nothing is dropped. The training does not notice them."""
+    held_out = write_tar(tmp_path / "held-out.tar", pairs(4))
+    val = ("--val", held_out, "--val-every", 2, "--batch-size", 4, "--no-cfg")
+    still = train(monkeypatch, weights, held_out, tmp_path / "still", "--steps", 5, *val, "--lr", 0, "--mapper-lr", 0)
+    assert [(r["step"], "val_loss" in r) for r in still][1:3] == [(2, False), (2, True)]
+    found = [{name: v for name, v in r.items() if name != "step"} for r in still if "val_loss" in r]
+    assert len(found) == 3 and found[0] == found[1] == found[2]  # steps 2, 4 and the last, 5
+    for name in ("loss", "text_loss", "ldm_loss", "cap_loss"):
+        assert found[0][f"val_{name}"] == pytest.approx(still[0][name], rel=1e-5), name
+    runs = [train(monkeypatch, weights, tar, tmp_path / f"{i}", "--steps", 4, *(val if i else val[4:])) for i in (0, 1)]
+    losses = [[(r["step"], r["loss"]) for r in log if "loss" in r] for log in runs]
+    assert losses[0] == losses[1] and sum("val_loss" in r for r in runs[1]) == 2
+    assert runs[1][-1]["val_cap_loss"] < runs[1][2]["val_cap_loss"] and "step 4: val_loss" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no such tar"):
+        train(monkeypatch, weights, tar, tmp_path / "none", "--val", tmp_path / "none.tar")
+
+
 def test_broken_checkpoint_is_passed_over(monkeypatch, weights, tar, tmp_path, capsys):
     train(monkeypatch, weights, tar, tmp_path, "--steps", 4, "--save-every", 2)
     newest = checkpoint_folders(tmp_path)[0] / "trained.safetensors"

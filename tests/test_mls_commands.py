@@ -20,7 +20,7 @@ import weights as weights_command
 from checkpoints import checkpoint_folders
 from loading import WeightsError
 from miniature.world import write_dialogues, write_stories
-from minigpt5 import load_minigpt5
+from minigpt5 import MiniGPT5, load_minigpt5
 from training import read_log
 
 
@@ -76,6 +76,24 @@ def test_lora_options(monkeypatch, weights, data, uas, tmp_path):
     assert ranks == {"o_proj": 3, "up_proj": 3}
     layers = load_minigpt5(weights, checkpoint).lora
     assert layers and all(layer.scale == 2 and layer.lora_A.out_features == 3 for layer in layers)
+
+
+def test_held_out_losses(monkeypatch, weights, data, uas, tmp_path):
+    """Without dropout and gradients; the training, whose dropout goes on, does not notice them."""
+    val, modes, losses_of = ("--val", data / "stories.tar", "--val-every", 1, "--val-batches", 2), [], MiniGPT5.losses
+
+    def losses(model, *inputs, **options):
+        modes.append((model.training, torch.is_grad_enabled()))
+        return losses_of(model, *inputs, **options)
+
+    monkeypatch.setattr(MiniGPT5, "losses", losses)
+    logs = [
+        train(monkeypatch, weights, data, tmp_path / f"{i}", "--uas", uas, "--steps", 3, *(val if i else ()))
+        for i in range(2)
+    ]
+    assert modes == [(True, True)] * 3 + [(True, True), (False, False), (False, False)] * 3
+    numbers = [[(r["step"], r["loss"], r["text_loss"]) for r in log if "loss" in r] for log in logs]
+    assert numbers[0] == numbers[1] and sum("val_loss" in r for r in logs[1]) == 3
 
 
 def test_adapter_has_a_rate_of_its_own(monkeypatch, weights, data, uas, tmp_path):

@@ -118,7 +118,7 @@ def folder(tmp_path_factory):
     mls = ["--weights", weights, "--data", stories, *FIXED, "--group", 1]
     texts = ["--batch-size", 1, "--seed", 2]  # in steps 1, 3 and 4 pictures are in no rank, in both, in rank 1 alone
     jobs = [
-        ("uas", 1, "one", [*uas, "--batch-size", 4]),
+        ("uas", 1, "one", [*uas, "--batch-size", 4, "--val", pairs_tar]),
         ("uas", 2, "two", [*uas, "--batch-size", 2]),
         ("uas", 2, "two-one-two", [*uas, "--batch-size", 2], 1),
         ("uas", 1, "two-one-two", [*uas, "--batch-size", 4, "--resume"], 1),
@@ -128,11 +128,16 @@ def folder(tmp_path_factory):
         ("uas", 2, "spoiled", [*uas, "--batch-size", 2, "--save-every", 1], 2, 1),
         ("mls", 1, "mls-one", [*mls, "--batch-size", 2, "--accumulate", 2]),
         ("mls", 2, "mls-two", [*mls, "--batch-size", 2]),
-        ("uas", 2, "shard", [*uas, "--batch-size", 2, "--shard", "--sample-every", 3, "--save-every", 2]),
+        (
+            "uas",
+            2,
+            "shard",
+            [*uas, "--batch-size", 2, "--val", pairs_tar, "--shard", "--sample-every", 3, "--save-every", 2],
+        ),
         ("uas", 2, "shard-one", [*uas, "--batch-size", 2, "--shard", "--gradient-checkpointing"], 2),
         ("uas", 1, "shard-one", [*uas, "--batch-size", 4, "--resume"]),
-        ("mls", 2, "lora", [*mls, *texts]),
-        ("mls", 2, "lora-shard", [*mls, *texts, "--shard", "--sample-every", 3]),
+        ("mls", 2, "lora", [*mls, *texts, "--val", stories]),
+        ("mls", 2, "lora-shard", [*mls, *texts, "--val", stories, "--shard", "--sample-every", 3]),
         ("mls", 2, "prefix", [*mls, *texts, "--prefix"]),
         ("mls", 2, "prefix-shard", [*mls, *texts, "--prefix", "--shard", "--gradient-checkpointing"]),
     ]
@@ -152,7 +157,7 @@ def folder(tmp_path_factory):
 def compare(folder, one: str, other: str) -> None:
     """Largest relative difference of any loss, and that of the weights in the end: in all, as AdamW makes steps of one
     size out of gradients that are nothing but rounding."""
-    logs = [read_log(folder / name / "log.jsonl") for name in (one, other)]
+    logs = [[r for r in read_log(folder / name / "log.jsonl") if "loss" in r] for name in (one, other)]
     assert [record["step"] for record in logs[0]] == [record["step"] for record in logs[1]] == [1, 2, 3, 4]
     names = ("loss", "text_loss", "ldm_loss", "cap_loss")
     assert all([name in a for name in names] == [name in b for name in names] for a, b in zip(*logs, strict=True))
@@ -220,9 +225,17 @@ def test_shared_out_layers_are_the_whole_ones(folder, run, whole):
 
 
 def test_which_steps_have_pictures(folder):
-    pictures = [["ldm_loss" in record for record in read_log(folder / run / "log.jsonl")] for run in ("lora", "prefix")]
-    assert pictures == [[True, False, True, True]] * 2
+    logs = [[r for r in read_log(folder / run / "log.jsonl") if "loss" in r] for run in ("lora", "prefix")]
+    assert [["ldm_loss" in record for record in log] for log in logs] == [[True, False, True, True]] * 2
     assert (folder / "shard" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(("run", "other"), [("one", "shard"), ("lora", "lora-shard")])
+def test_held_out_losses_on_two_ranks(folder, run, other):
+    """Pairs on one rank and on two with shared out layers; stories on two, with ranks that have no picture."""
+    one, two = ([r for r in read_log(folder / r / "log.jsonl") if "val_loss" in r] for r in (run, other))
+    assert len(one) == len(two) == 1 and one[0].keys() == two[0].keys() and {"val_loss", "val_ldm_loss"} < one[0].keys()
+    assert one[0] == pytest.approx(two[0], rel=1e-6)
 
 
 def test_layers_hold_nearly_all_of_the_published_weights():
