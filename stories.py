@@ -2,14 +2,17 @@
 
 A sample of an interleaved tar is `KEY.json`, {"kind": "story" | "dialog", "turns": [{"text": ..., "image": ...}, ...]},
 and its pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or null. `python data.py vist` and
-`python data.py mmdialog` write such tars (published.py). Every turn k after the first is an item of the order that
-data.py's head explains, so an epoch meets each once; the task of a story's step is drawn by (seed, position).
+`python data.py mmdialog` write such tars (published.py).
 
     task          source                                                 target
     image         steps before k, "Generate an image ...: text of k"     vokens ###
     text+image    steps before k, "What should happen then?"             text of k, vokens ###
     text          steps before k, "Tell me ... by this image:" picture   text of k ###
     reply         the previous exchange of a dialogue, turns before k    text of turn k, its vokens if any ###
+
+The items of the order that data.py's head explains are every turn of a dialogue but the first, and every step of a
+story in each task, the first step as an image alone: 13 items of five steps. An epoch meets each once. Where the tasks
+have weights, the step's task is drawn by (seed, position).
 
     batches = open_stories(["vist-train.tar"], tokenizer, 32, partial(qformer.preprocess_input, size=224),
                            partial(vae.preprocess_output, size=512), batch_size=32)
@@ -22,8 +25,7 @@ data.py's head explains, so an epoch meets each once; the task of a story's step
     batch["tasks"]          B names of tasks; batch["keys"] beside them, KEY.k
     batch["bad"]            as in data.py
 
-Left out: a story's first step as a task (the released code has its picture, asked for with no history, among the
-samples), and tars behind http(s).
+Left out: tars behind http(s).
 """
 
 import json
@@ -162,7 +164,7 @@ def picture_member(name: object, key: str) -> int:
 
 
 class StoryData(TarData):
-    """The turns but for the first of the stories and dialogues in local tars, as samples.
+    """The turns of the stories and dialogues in local tars, as samples (see the head of the file).
 
     tokenizer: its `plain` guards what comes from the tar, its `encode` tells lengths; queries: positions that an input
     picture takes. A row has at most `limit` tokens, pictures and <s> counted: the oldest turns are left out whole, the
@@ -182,43 +184,53 @@ class StoryData(TarData):
         features: Features = NONE,
         blind: float = 0.0,
     ):
-        super().__init__(tars)
         self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
         self.to_input, self.to_output, self.features, self.blind = to_input, to_output, features, blind
         self.weights = checked_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
-        self.row_ends = [np.cumsum(row_items(index)) for index in self.indices]
+        self.first, self.tasks = int(self.weights[0] > 0), sum(weight > 0 for weight in self.weights)  # items of a step
+        super().__init__(tars)
+        self.row_ends = [np.cumsum(self.row_items(index)) for index in self.indices]
+
+    def row_items(self, index: TarIndex) -> np.ndarray:
+        """Items of each row of a tar; what is no story has one too, so that it is met and counted as broken."""
+        steps = self.first + self.tasks * (index.turns - 1)
+        return np.maximum(np.where(index.turns > 0, steps, -index.turns - 1), 1)
 
     def items(self, index: TarIndex) -> int:
-        return int(row_items(index).sum())
+        return int(self.row_items(index).sum())
 
     def draw(self, bits: np.random.PCG64) -> tuple[int, int]:
         """The task and the phrasing, each as 64 random bits."""
         task, phrase = bits.random_raw(2)
         return int(task), int(phrase)
 
-    def turn(self, i: int) -> tuple[int, int, int]:
-        """Item -> (tar, row in its table, how many turns before the end: 1 for the last)."""
+    def turn(self, i: int, bits: int) -> tuple[int, int, int, str]:
+        """Item -> (tar, row in its table, turn, task). bits: of a story's task."""
         tar, at = self.place(i)
-        row = int(np.searchsorted(self.row_ends[tar], at, side="right"))
-        return tar, row, int(self.row_ends[tar][row]) - at
+        ends = self.row_ends[tar]
+        row = int(np.searchsorted(ends, at, side="right"))
+        at -= int(ends[row - 1]) if row else 0
+        if self.indices[tar].turns[row] <= 0:
+            return tar, row, at + 1, "reply"
+        k, nth = divmod(at - self.first, self.tasks)
+        task = pick_task(self.weights, (nth + uniform(bits)) / self.tasks) if k >= 0 else "image"
+        return tar, row, k + 1, task
 
     def length(self, i: int, draw: tuple[int, int]) -> float:
         """How long the row is, about, known without reading the story: turns before it, one more for a picture in its
         request."""
-        tar, row, from_end = self.turn(i)
-        return self.indices[tar].turns[row] - from_end + (pick_task(self.weights, draw[0]) == "text")
+        *_, k, task = self.turn(i, draw[0])
+        return k - first_heard(k) if task == "reply" else k + (task == "text")
 
     def sample(self, i: int, draw: tuple[int, int]) -> dict | Broken:
         """{"key", "task", "source", "target", "inputs", "outputs"}, the last two lists of tensors."""
-        tar, row, from_end = self.turn(i)
+        tar, row, k, task = self.turn(i, draw[0])
         index = self.indices[tar]
         key, read = index.key(row), partial(read_member, self.tars[tar], index.table[row])
         try:
             kind, turns = read_turns(read(JSON), key, self.tokenizer.plain)
-            k = len(turns) - from_end
-            if k < 1:
+            if k >= len(turns) or (kind == "dialog") != (task == "reply"):
                 raise Unusable("tar and index differ")
-            task = pick_task(self.weights, draw[0]) if kind == "story" else "reply"
             fitting = self.fit(kind, turns[: k + 1], task, draw[1])
             inputs, outputs = self.pictures(read, fitting)
         except Unusable as error:
@@ -288,11 +300,6 @@ class StoryData(TarData):
         }
 
 
-def row_items(index: TarIndex) -> np.ndarray:
-    """Items of each row of a tar; what is no story has one too, so that it is met and counted as broken."""
-    return np.maximum(index.turns - 1, 1)
-
-
 def uniform(bits: int) -> float:
     """64 random bits -> a number in [0, 1)."""
     return (bits >> 11) * 2.0**-53
@@ -309,10 +316,10 @@ def checked_weights(weights: dict[str, float]) -> list[float]:
     return values
 
 
-def pick_task(weights: list[float], bits: int) -> str:
-    """64 random bits -> one of TASKS in proportion to its weight."""
+def pick_task(weights: list[float], place: float) -> str:
+    """A place in [0, 1) -> that of TASKS which is there if each takes up its weight."""
     ends = np.cumsum(weights)
-    return TASKS[int(np.searchsorted(ends, uniform(bits) * ends[-1], side="right"))]
+    return TASKS[int(np.searchsorted(ends, place * ends[-1], side="right"))]
 
 
 def open_stories(

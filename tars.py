@@ -31,7 +31,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 PICTURE, TEXT, JSON, FEATURES, NUMBERED = range(5)  # kinds of members; the picture KEY.k.jpg has kind NUMBERED + k
 MOST_NUMBERED = 100  # pictures of an interleaved sample
 KINDS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), PICTURE)  # endings
@@ -196,7 +196,7 @@ class TarIndex(NamedTuple):
 
     stamp: np.ndarray  # INDEX_VERSION, the tar's size and its time of change in ns
     table: np.ndarray  # (n, 2 * kinds): offset and size of a member, kind by kind; -1: none
-    turns: np.ndarray  # (n,): of an interleaved sample how many turns its JSON has, else 0
+    turns: np.ndarray  # (n,): of a story how many turns its JSON has, of a dialogue minus as many, else 0
     keys: np.ndarray  # the keys one after another, UTF-8
     ends: np.ndarray  # (n + 1,): key i is keys[ends[i] : ends[i + 1]]
     note: np.ndarray  # what is wrong with the tar as a whole, UTF-8, mostly empty
@@ -206,14 +206,15 @@ class TarIndex(NamedTuple):
 
 
 def count_turns(content: bytes) -> int:
-    """The turns of a story or dialogue in JSON; 0 for other JSON, which is mostly seen without parsing it."""
+    """The turns of a story in JSON, of a dialogue minus as many; 0 for other JSON, which is mostly seen unparsed."""
     if b'"turns"' not in content:
         return 0
     try:
-        turns = json.loads(content)["turns"]
+        sample = json.loads(content)
+        sign = {"story": 1, "dialog": -1}[sample["kind"]]
+        return sign * len(sample["turns"]) if isinstance(sample["turns"], list) else 0
     except (ValueError, LookupError, TypeError, RecursionError):
         return 0
-    return len(turns) if isinstance(turns, list) else 0
 
 
 def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
@@ -262,7 +263,7 @@ def goes_together(index: TarIndex) -> bool:
     numbers = all(array.dtype == np.int64 for array in (stamp, table, turns, ends))
     texts = all(array.dtype == np.uint8 and array.ndim == 1 for array in (keys, note))
     cuts = len(ends) == len(turns) + 1 and ends[0] == 0 and ends[-1] == len(keys) and (np.diff(ends) >= 0).all()
-    counts = turns.ndim == 1 and ((turns >= 0) & (turns <= most_bytes(JSON))).all()
+    counts = turns.ndim == 1 and ((turns >= -most_bytes(JSON)) & (turns <= most_bytes(JSON))).all()
     return bool(numbers and texts and cuts and counts and there.all())
 
 

@@ -111,7 +111,8 @@ def turns_of(key: str, read: Callable[[int], bytes | None], task: str, last: boo
     if kind == "story" and not all(turn.text and turn.pictures for turn in turns):
         raise Unusable("step without text or picture")
     labels = [turn.get("label") for turn in json.loads(content)["turns"]]
-    for k in range(len(turns) - 1 if last and kind == "story" else 1, len(turns)):
+    first = 1 if kind == "dialog" else len(turns) - 1 if last else int(task != "image")  # a picture needs no history
+    for k in range(first, len(turns)):
         if not turns[k].text and not turns[k].pictures:
             raise Unusable("empty turn")
         task_of = task if kind == "story" else "reply"

@@ -85,6 +85,11 @@ def open_data(tar: str, tokenizer: Tokenizer, **options) -> StoryData:
     return StoryData([tar], tokenizer, 8, small_input, small_output, **options)
 
 
+def item_of(data: StoryData, k: int) -> int:
+    """The item that is step k of its first story, in its only task."""
+    return k - 1 + data.first
+
+
 def take(batches, count: int) -> list[dict]:
     return [next(batches) for _ in range(count)]
 
@@ -153,7 +158,7 @@ def test_a_text_injects_nothing(tmp_path, tokenizer, kind):
     special = {*tokenizer.voken_ids, tokenizer.image_id, tokenizer.eos_id, tokenizer.bos_id}
     for task in TASKS if kind == "story" else ["text+image"]:
         data = open_data(tar, tokenizer, weights=only(task))
-        sample = data.sample(1, (0, 0))
+        sample = data.sample(item_of(data, 2) if kind == "story" else 1, (0, 0))
         ids = tokenizer.encode(sample["source"])
         assert [i for i in ids if i in special] == [tokenizer.image_id] * (3 if task == "text" else 2)
         assert len(sample["inputs"]) == ids.count(tokenizer.image_id)
@@ -193,12 +198,23 @@ def test_which_members_are_numbered_pictures():
 # ---- samples
 
 
-def test_every_turn_after_the_first_is_an_item(tmp_path, tokenizer):
+def test_which_turns_are_items(tmp_path, tokenizer):
+    """As in the released code: 13 of a story of five steps, and of a dialogue every turn but the first."""
     chat = ("dialog", [("hi",), ("look", 91), ("nice", 92, 93), ("bye",)])
-    data = open_data(write(tmp_path / "x.tar", {"a": story(1, 5), "b/c": chat, "d": story(2, 2)}), tokenizer)
+    tar = write(tmp_path / "x.tar", {"a": story(1, 5), "b/c": chat, "d": story(2, 2)})
+    data = open_data(tar, tokenizer)
+    samples = [data.sample(i, data.draw(np.random.PCG64(i))) for i in range(len(data))]
+    later = [(f"a.{k}", task) for k in range(1, 5) for task in TASKS]
+    replies = [(f"b/c.{k}", "reply") for k in (1, 2, 3)]
+    wanted = [("a.0", "image"), *later, *replies, ("d.0", "image"), *[("d.1", task) for task in TASKS]]
+    assert [(sample["key"], sample["task"]) for sample in samples] == wanted
+    assert samples[0]["source"].startswith(f"{stories.STORY}###Human: ") and "step 0 of 1" in samples[0]["source"]
+    assert not samples[0]["inputs"] and len(samples[0]["outputs"]) == 1
+    counts = {task: len(open_data(tar, tokenizer, weights=only(task))) for task in TASKS}
+    assert counts == {"image": 5 + 3 + 2, "text+image": 4 + 3 + 1, "text": 4 + 3 + 1}
+
+    data = open_data(tar, tokenizer, weights=only("text+image"))
     samples = [data.sample(i, (0, 0)) for i in range(len(data))]
-    assert [sample["key"] for sample in samples] == ["a.1", "a.2", "a.3", "a.4", "b/c.1", "b/c.2", "b/c.3", "d.1"]
-    assert [sample["task"] for sample in samples] == ["image"] * 4 + ["reply"] * 3 + ["image"]
     batch = data.collate(samples)
     assert shades(batch["inputs"], False) == [10, 10, 11, 10, 11, 12, 10, 11, 12, 13, 91, 91, 92, 93, 20]
     assert shades(batch["outputs"], True) == [11, 12, 13, 14, 91, 92, 93, 21]
@@ -231,7 +247,7 @@ def test_tasks(tmp_path, tokenizer):
     }
     for task, (end, target, inputs, outputs) in wanted.items():
         data = open_data(tar, tokenizer, weights=only(task))
-        batch = data.collate([data.sample(1, (1 << 63, 0))])
+        batch = data.collate([data.sample(item_of(data, 2), (1 << 63, 0))])
         assert batch["tasks"] == [task] and batch["pairs"][0][0].endswith(end) and batch["pairs"][0][1] == target
         assert shades(batch["inputs"], False) == inputs and shades(batch["outputs"], True) == outputs
     assert batch["outputs"] is None  # a batch of nothing but the text task
@@ -242,22 +258,26 @@ def test_blind_history(tmp_path, tokenizer):
     told = "###Human:step 0 of 1step 1 of 1\n"
     for task, inputs in {"image": [], "text+image": [], "text": [12]}.items():
         data = open_data(tar, tokenizer, weights=only(task), blind=1.0)
-        batch = data.collate([data.sample(1, (1 << 63, 0))])
+        batch = data.collate([data.sample(item_of(data, 2), (1 << 63, 0))])
         source = batch["pairs"][0][0]
         assert told in source and source.count("<ImageHere>") == len(inputs)
         assert shades(batch["inputs"], False) == inputs if inputs else batch["inputs"] is None
-    data = open_data(tar, tokenizer, blind=0.25)
+    data = open_data(tar, tokenizer, weights=only("text"), blind=0.25)
     draws = [data.draw(np.random.PCG64(i)) for i in range(2000)]
-    blind = sum(told in data.sample(1, draw)["source"] for draw in draws)
+    blind = sum(told in data.sample(item_of(data, 2), draw)["source"] for draw in draws)
     assert 440 < blind < 560
 
 
 def test_task_weights(tmp_path, tokenizer):
     data = open_data(write(tmp_path / "x.tar", {"0": story(1)}), tokenizer, weights={"image": 3, "text": 1})
-    bits = [np.random.PCG64(i) for i in range(4000)]
-    drawn = Counter(stories.pick_task(data.weights, data.draw(b)[0]) for b in bits)
-    assert set(drawn) == {"image", "text"} and 2880 < drawn["image"] < 3120
-    assert [stories.pick_task([0, 0, 1], edge) for edge in (0, 2**64 - 1)] == ["text", "text"]
+    assert len(data) == 1 + 2 * 3  # two tasks of three steps, and the first one's picture
+    for step in range(3):
+        draws = [data.draw(np.random.PCG64(i)) for i in range(4000)]
+        drawn = Counter(data.turn(1 + 2 * step + n, draw[0])[2:] for draw in draws for n in range(2))
+        assert set(drawn) == {(step + 1, "image"), (step + 1, "text")} and 5880 < drawn[step + 1, "image"] < 6120
+    assert {data.turn(0, data.draw(np.random.PCG64(i))[0])[2:] for i in range(100)} == {(0, "image")}
+    edges = [stories.pick_task([2, 1, 1], place) for place in (0, 0.49, 0.5, 0.74, 0.75, 1 - 2**-53)]
+    assert edges == ["image", "image", "text+image", "text+image", "text", "text"]
     for weights in ({"image": 0}, {"image": -1, "text": 2}, {"draw": 1}, {"image": float("nan")}, {}):
         with pytest.raises(ValueError, match="task"):
             open_data(data.tars[0], tokenizer, weights=weights)
@@ -266,12 +286,12 @@ def test_task_weights(tmp_path, tokenizer):
 def test_old_turns_leave_whole_where_room_is_short(tmp_path, tokenizer):
     chat = ("dialog", [(f"turn {k}", k) for k in range(6)])
     tar = write(tmp_path / "x.tar", {"0": story(1, 6), "1": chat})
-    whole = open_data(tar, tokenizer)
-    for item, steps in ((4, 5), (9, 3)):
+    whole = open_data(tar, tokenizer, weights=only("image"))
+    for item, steps in ((5, 5), (10, 3)):
         sample = whole.sample(item, (0, 0))
         lengths = {}
         for limit in range(40, 400):
-            shorter = open_data(tar, tokenizer, limit=limit).sample(item, (0, 0))
+            shorter = open_data(tar, tokenizer, limit=limit, weights=only("image")).sample(item, (0, 0))
             if isinstance(shorter, Broken):
                 assert shorter.reason == "too long" and not lengths
                 continue
@@ -306,7 +326,7 @@ def test_every_kind_of_broken_sample_is_counted(tmp_path, tokenizer):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             whole.addfile(info, io.BytesIO(content))
-    data = open_data(tar, tokenizer)
+    data = open_data(tar, tokenizer, weights=only("text"))
     wanted = [*BROKEN, *[None] * 2, "not an image", *[None] * 3, "no JSON"]
     samples = [data.sample(i, (0, 0)) for i in range(len(data))]
     assert [s.reason if isinstance(s, Broken) else None for s in samples] == wanted
@@ -337,18 +357,20 @@ def data(tmp_path, tokenizer) -> StoryData:
 
 
 def test_an_epoch_meets_every_item_once(data):
-    good = {f"{i}.{k}" for i in range(5) for k in range(1, 2 + i % 3)} | {"c.1", "c.2"}
+    good = {(f"{i}.{k}", task) for i in range(5) for k in range(1, 2 + i % 3) for task in TASKS}
+    good |= {(f"{i}.0", "image") for i in range(5)} | {("c.1", "reply"), ("c.2", "reply")}
     batches = Batches(data, len(data))
     for _ in range(3):
         batch = next(batches)
-        assert set(batch["keys"]) == good and len(batch["keys"]) == len(good) + 1  # the broken one's place is filled
+        met = list(zip(batch["keys"], batch["tasks"], strict=True))
+        assert set(met) == good and len(met) == len(good) + 1  # the broken one's place is filled
     assert batches.bad == {"neither story nor dialogue": 1}
 
 
-def test_tasks_are_drawn_anew_in_each_epoch(tmp_path, tokenizer):
-    batches = Batches(open_data(write(tmp_path / "x.tar", {"0": story(1, 9)}), tokenizer), 8)
-    epochs = [dict(zip(batch["keys"], batch["tasks"], strict=True)) for batch in take(batches, 3)]
-    assert all(len(epoch) == 8 for epoch in epochs)
+def test_weighted_tasks_are_drawn_anew_in_each_epoch(tmp_path, tokenizer):
+    data = open_data(write(tmp_path / "x.tar", {"0": story(1, 9)}), tokenizer, weights={"text+image": 1, "text": 2})
+    epochs = [sorted(zip(batch["keys"], batch["tasks"], strict=True)) for batch in take(Batches(data, len(data)), 3)]
+    assert all(len(epoch) == 16 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
@@ -385,17 +407,17 @@ def test_the_miniatures_tars(tmp_path, tokenizer):
     write_stories(tmp_path / "s.tar", 3, 0, size=16)
     write_dialogues(tmp_path / "d.tar", 3, 0, size=16)
     batches = open_stories([str(tmp_path)], tokenizer, 8, small_input, small_output, batch_size=4)
-    turns = 0
+    items = 0
     for name in ("s", "d"):
         with tarfile.open(tmp_path / f"{name}.tar") as tar:
             told = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
-            turns += sum(len(sample["turns"]) - 1 for sample in told)
-    assert batches.dataset_size() == turns
-    for batch in take(batches, -(-turns // 4)):
+            items += sum(3 * len(s["turns"]) - 2 if name == "s" else len(s["turns"]) - 1 for s in told)
+    assert batches.dataset_size() == items
+    for batch in take(batches, -(-items // 4)):
         rows = collate(tokenizer, batch["pairs"], 8)
         inputs, outputs = (0 if p is None else len(p) for p in (batch["inputs"], batch["outputs"]))
         assert int((rows.ids == tokenizer.image_id).sum()) == 8 * inputs and len(rows.picture_rows) == outputs
-    assert not batches.bad and batches.seen == turns
+    assert not batches.bad and batches.seen == items
     assert (tmp_path / "s.tar.index.npz").exists()
     with pytest.raises(ValueError, match="local tars"):
         open_stories(["https://host/a.tar"], tokenizer, 8, small_input, small_output, batch_size=1)
@@ -408,7 +430,8 @@ def test_the_published_samples(tmp_path, tokenizer):
     convert("vist", [vist], tmp_path / "v.tar")
     convert("mmdialog", [mmdialog], tmp_path / "m.tar")
     to_input, to_output = partial(preprocess_input, size=28), partial(preprocess_output, size=32)
-    data = StoryData([str(tmp_path / "v.tar"), str(tmp_path / "m.tar")], tokenizer, 8, to_input, to_output)
+    made = [str(tmp_path / "v.tar"), str(tmp_path / "m.tar")]
+    data = StoryData(made, tokenizer, 8, to_input, to_output, weights=only("text+image"))
     samples = [data.sample(i, (0, 0)) for i in range(len(data))]
     assert [sample["key"] for sample in samples] == [f"000000000.{k}" for k in (1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8)]
     assert [len(sample["inputs"]) for sample in samples] == [1, 2, 3, 4, 1, 2, 3, 2, 2, 0, 0, 0]
