@@ -52,10 +52,15 @@ def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
         if option.choices and value not in option.choices:
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, not one of {', '.join(option.choices)}")
         option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed
+    return read_arguments(parser)
+
+
+def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line with the defaults said in --help, and only numbers that are any."""
     for option in parser._actions:
         if option.help and option.default not in (None, False, [], argparse.SUPPRESS) and "default" not in option.help:
             option.help += " (default: %(default)s)"
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             parser.error(f"--{name.replace('_', '-')} must be a finite number")

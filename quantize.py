@@ -36,7 +36,7 @@ def int8_rows(weight: Tensor, dtype: torch.dtype, device: str | torch.device, n:
     for start in range(0, len(weight), n):
         rows = weight[start : start + n].to(device).float()
         scales.append((rows.abs().amax(1) / 127).clamp(min=1e-8).to(dtype))  # rounded before it divides
-        quantised[start : start + n] = (rows / scales[-1].float()[:, None]).round().clamp(-127, 127)
+        quantised[start : start + n] = (rows / scales[-1].float()[:, None]).round()
     return quantised, torch.cat(scales)
 
 
@@ -70,7 +70,11 @@ def main() -> None:
     args = parser.parse_args()
     folder, device = args.weights / "vicuna", pick_device(args.device)
     dtype = DTYPES[args.dtype] or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    tokenizer, text = Tokenizer(folder / "tokenizer.model"), args.text.read_text("utf-8")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    try:
+        text = args.text.read_text("utf-8")
+    except UnicodeError:
+        raise ValueError(f"{args.text}: not UTF-8") from None
     ids = torch.tensor(tokenizer.encode(tokenizer.plain(text)), device=device)
     if len(ids) < 2:
         raise ValueError(f"{args.text}: too short to predict a token of it")

@@ -70,6 +70,8 @@ def sha256(path: Path) -> str:
 def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that are there
     already are left out: stage 2's file then goes over stage 1's, as the released ones do."""
+    if base_checkpoint(checkpoint) is not None:
+        raise ValueError(f"{checkpoint}: packed already, it goes over stage 1's file")
     tensors = {name: tensor[:].to(dtype) for name, tensor in read_tensors(checkpoint).items()}
     with open_safetensors(checkpoint) as file:
         metadata = {key: value for key, value in (file.metadata() or {}).items() if key != "over"}

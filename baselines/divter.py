@@ -43,8 +43,10 @@ def in_words(turns: list[dict], key: str) -> list[dict]:
     """Turns of a dialogue's JSON with the captions of their pictures. ValueError for a picture of unknown facts."""
     rng, told = random_stream(0, zlib.crc32(key.encode()), DESCRIBED), []
     for turn in turns:
+        if not isinstance(turn, dict) or not isinstance(turn.get("text"), str):
+            raise ValueError(f"{key}: a turn without text")
         text = turn["text"]
-        if turn["image"]:
+        if turn.get("image"):
             try:
                 text = f"{text} {MARK} {caption(Picture.from_label(turn.get('label')), rng)}"
             except (TypeError, LookupError):
@@ -57,8 +59,11 @@ def members(tar: str) -> Iterator[tuple[str, bytes]]:
     index = read_index(tar)
     for row in range(len(index.table)):
         key, read = index.key(row), partial(read_member, tar, index.table[row])
-        sample = json.loads(read(JSON) or b"{}")
-        if sample.get("kind") != "dialog":
+        try:
+            sample = json.loads(read(JSON) or b"{}")
+        except ValueError:
+            raise ValueError(f"{tar}: {key} has broken JSON") from None
+        if not isinstance(sample, dict) or sample.get("kind") != "dialog" or not isinstance(sample.get("turns"), list):
             raise ValueError(f"{tar}: {key} is no dialogue")
         yield f"{key}.json", as_json({"kind": "dialog", "turns": in_words(sample["turns"], key)})
 

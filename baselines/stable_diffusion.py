@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from baselines.divter import split_description
 from checkpoints import find_checkpoint
-from cli import DTYPES, add_weights_option, make_folder, pick_device, run
+from cli import DTYPES, add_weights_option, make_folder, pick_device, read_arguments, run
 from evaluation.cases import (
     SETTINGS,
     Case,
@@ -161,9 +161,9 @@ def arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="pictures drawn at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bf16 on a GPU")
-    args = parser.parse_args()
-    if min(args.steps, args.batch_size) < 1 or min(args.n, args.seed) < 0:
-        parser.error("--steps and --batch-size are at least 1, --n and --seed at least 0")
+    args = read_arguments(parser)
+    if min(args.steps, args.batch_size) < 1 or args.n < 0:
+        parser.error("--steps and --batch-size are at least 1, --n at least 0")
     return args
 
 
@@ -173,6 +173,8 @@ def main() -> None:
     cases = read_cases(args.data, args.task, args.last)[0][: args.n or None]
     if args.words and not args.words.is_dir():
         raise ValueError(f"{args.words}: no such folder of answers")
+    if args.words:
+        check_settings(args.words, {"task": cases[0].task})
     if cases[0].task not in ("caption", "image") and not args.words:
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()

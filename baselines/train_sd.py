@@ -82,6 +82,7 @@ def arguments() -> argparse.Namespace:
     add_run_options(parser, out="runs/sd", epochs=4, batch_size=32)
     args = check_run_options(parser, "train_sd")
     unused = [name for name in ("no_ldm", "compile", "gradient_checkpointing", "val") if getattr(args, name)]
+    unused += [name for name in ("group", "sample_every") if getattr(args, name) not in (0, parser.get_default(name))]
     if unused or args.accumulate > 1:
         parser.error(f"--{'accumulate' if not unused else unused[0].replace('_', '-')} is not for this baseline")
     args.group = 1  # all rows are of one length

@@ -35,8 +35,9 @@ def parser(description: str, sizes: tuple[str, ...], rounds: int = 9) -> argpars
     """The options that all benchmarks have; `sizes` is what runs by default, with a GPU also the full size."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = result.add_argument
-    full = ("full",) if torch.cuda.is_available() else ()
-    add("--sizes", nargs="+", choices=("tiny", "miniature", "half", "full"), default=(*sizes, *full))
+    names = "tiny", "miniature", "half", "full"
+    add("--sizes", nargs="+", choices=names, help=f"default: {', '.join(sizes)}, on a GPU full, too")
+    result.set_defaults(usual_sizes=sizes)
     add("--rounds", type=int, default=rounds, help="timings of each, in turn")
     add("--threads", type=int, help="of the CPU; default: torch's, one a core")
     add("--weights", type=Path, help="miniature's weights; default: miniature/weights, random ones where it is missing")
@@ -54,6 +55,7 @@ def parser(description: str, sizes: tuple[str, ...], rounds: int = 9) -> argpars
 def start(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Check and apply the options."""
     device = pick_device(args.device)
+    args.sizes = args.sizes or (*args.usual_sizes, *(("full",) if device.type == "cuda" else ()))
     if "full" in args.sizes and device.type == "cpu" and not args.force:
         raise ValueError("--sizes full takes hours and 60 GB without a GPU; --force does it all the same")
     if args.rounds < 1 or (args.threads is not None and args.threads < 1):

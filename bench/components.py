@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
-from cli import run
+from cli import read_arguments, run
 from llama import History, load_llama
 from qformer import load_image_encoder
 from text_encoder import ClipTokenizer, load_text_encoder
@@ -168,7 +168,7 @@ PARTS = WORDS | PICTURES
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, ("miniature", "half"))
     options.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS))
-    args = options.parse_args(argv)
+    args = read_arguments(options, argv)
     device, dtype = start(args)
     report = Report("components", args, device)
     for size in args.sizes:

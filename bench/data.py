@@ -33,7 +33,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from bench.common import CLOCKS, Report, in_turn, parser, rows_of, start
-from cli import run
+from cli import read_arguments, run
 from data import open_batches
 from vae import preprocess_output
 
@@ -102,7 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--data", type=Path, help="a tar of pairs; default: one is drawn")
     options.add_argument("--pictures", type=int, default=128, help="pictures of one timing")
     options.add_argument("--workers", nargs="+", type=int, default=(0, 1, 2), help="processes; 0: none")
-    args = options.parse_args(argv)
+    args = read_arguments(options, argv)
+    if args.pictures < 1 or min(args.workers) < 0:
+        options.error("--pictures is at least 1, --workers at least 0")
     device, _ = start(args)
     report = Report("data", args, device)
     try:

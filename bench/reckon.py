@@ -1,4 +1,4 @@
-"""What MiniGPT-5 takes at the published sizes, reckoned from shapes alone: no weights, no GPU, a minute.
+"""What MiniGPT-5 takes at the published sizes, reckoned from shapes alone: no weights, no GPU.
 
     python bench/reckon.py
     python bench/reckon.py --batch-sizes 1 2 4 --tokens 64

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
-from cli import run
+from cli import read_arguments, run
 from generation import Sampling, answer, paint, say
 from images import save_image, to_image
 from llama import Tokenizer, Vokens
@@ -213,7 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     add("--starts", type=int, default=3, help="new processes of each, cold and warm; 0: none")
     add("--compile", action=argparse.BooleanOptionalAction, help="ours, and a second pipeline; default: on a GPU")
     add("--libraries-alone", type=Path, help=argparse.SUPPRESS)
-    args = options.parse_args(argv)
+    args = read_arguments(options, argv)
+    if min(args.tokens, args.steps) < 1 or args.starts < 0:
+        options.error("--tokens and --steps are at least 1, --starts at least 0")
     device, dtype = start(args)
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     if args.libraries_alone:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
-from cli import run
+from cli import read_arguments, run
 from data import uas_texts
 from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, bucket_length, collate, load_minigpt5
 from train_uas import LONGEST
@@ -194,9 +194,13 @@ def main(argv: list[str] | None = None) -> None:
     options.add_argument("--compile", action=argparse.BooleanOptionalAction, help="ours; default: on a GPU")
     options.add_argument("--gradient-checkpointing", action="store_true", help="ours, as train_uas.py has it")
     options.add_argument("--cap-gb", type=float, help="ours alone, with no more than this much of the GPU's memory")
-    args = options.parse_args(argv)
+    args = read_arguments(options, argv)
+    if args.batch_size is not None and args.batch_size < 1:
+        options.error("--batch-size is at least 1")
     device, dtype = start(args)
     compiled = device.type == "cuda" if args.compile is None else args.compile
+    if args.cap_gb and device.type != "cuda":
+        raise ValueError("--cap-gb is for a GPU")
     if args.cap_gb:
         torch.cuda.set_per_process_memory_fraction(args.cap_gb * 1e9 / torch.cuda.mem_get_info(device)[1], device)
     report = Report("uas", args, device)

@@ -23,7 +23,7 @@ import torch
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_weights_option, run
+from cli import add_weights_option, read_arguments, run
 from evaluation.cases import Case, facts_of, read_answer, read_cases
 from evaluation.scorers import WorldJudge
 from files import write_json
@@ -68,7 +68,9 @@ def main() -> None:
     add("--n", type=int, default=0, help="the first so many stories; 0: all")
     add("--out", type=Path, required=True, metavar="FILE", help="shares as JSON")
     add_weights_option(parser)
-    args = parser.parse_args()
+    args = read_arguments(parser)
+    if args.n < 0:
+        parser.error("--n is at least 0")
     cases = read_cases(args.data, "text+image", True)[0][: args.n or None]
     judge = WorldJudge(args.weights / "judge.safetensors", torch.device("cpu"))
     sides = []

@@ -30,7 +30,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_weights_option, make_folder, run
+from cli import add_weights_option, make_folder, read_arguments, run
 from experiments.report import write_report
 from experiments.systems import PARTS, SIZES, Job, Options, plan
 from features import fingerprint
@@ -155,7 +155,7 @@ def arguments() -> argparse.Namespace:
         add(f"--{name}", type=Path, metavar="PATH", help="as evaluate.py's; without it the miniature's own, or none")
     add("--list", action="store_true", help="print the jobs that are missing, run none")
     add("--report-only", action="store_true", help="run none")
-    args = parser.parse_args()
+    args = read_arguments(parser)
     if min(args.steps, args.batch_size, args.n - 1, args.samples, args.denoise, args.jobs) < 1 or min(args.seeds) < 0:
         parser.error("--n is at least 2, seeds are at least 0, all other numbers at least 1")
     return args

@@ -200,8 +200,9 @@ its dialogues for MMDialog; test data are held out. {hours}
 A value is the mean over seeds ± their deviation. Networks that see photographs are no use here: CLIP's place is taken
 by the miniature's own contrastive model ("pairing"), Inception's by its judge, so FID and IS are a Frechet distance and
 an Inception-style score on the judge's features and compare only within this report. "all right": the share of
-pictures in which the judge finds every fact right that is asked for. "true": words say something of the
-picture and nothing that is wrong of it. A missing picture counts as a miss. A dash: not measured.
+pictures in which the judge finds every fact right that the caption or the step has; in dialogues every fact of the true
+picture, also where the request leaves it open. "true": words say something of the picture and nothing that is wrong of
+it. A missing picture counts as a miss. A dash: not measured.
 """
 
 
@@ -214,14 +215,17 @@ def hours(options: Options) -> str:
 
 def write_report(options: Options, seeds: list[int], folder: Path) -> None:
     figures, published = read_figures(options, seeds), read_json(PUBLISHED)
+    if not figures:
+        raise ValueError(f"{options.out / 'scores'}: no scores yet, so there is nothing to report")
     said = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
     sizes = "".join(f" --{name.replace('_', '-')} {getattr(options, name)}" for name in SIZES)
     lines = [HEAD.format(seeds=said, hours=hours(options), sizes=sizes)]
     lines += ["## Claims", "", *claims(figures, options, seeds)]
     lines += ["A claim holds where the mean difference between the seeds' figures is over its standard error times "
               "Student's t for 95 % (`claims.py`).", ""]  # fmt: skip
-    if folder.resolve() == NOTES.parent / "report":
-        lines += [NOTES.read_text(encoding="utf-8")]
+    notes = NOTES.read_text(encoding="utf-8")
+    if notes.startswith(f"<!-- {sizes.strip()} -->\n"):  # they are about a run of these sizes
+        lines += [notes.partition("\n")[2]]
     for part, content in TABLES.items():
         lines += [f"## {NAMES[part]}. {content.title}", ""]
         if part.startswith("figure") and plot(content, figures, folder / f"{part}.png"):

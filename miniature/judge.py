@@ -205,7 +205,7 @@ class JudgeRecipe(Recipe):
         self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(len(self.tested))]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Three quarters of the batches are blurred or noisy, or both."""
+        """Three quarters of the batches are blurred, three quarters noisy."""
         rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator).to(self.device)
         blur, loud = (torch.rand(2, generator=generator) - 0.25).clamp(min=0).tolist()
         pixels = to_pixels(self.pictures[rows])

@@ -1,8 +1,9 @@
 """Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world.
 
-    python miniature/pretrain.py                                    # all parts, as long as MINUTES says
-    python miniature/pretrain.py --parts vae judge --minutes vae=60 judge=10
-    python miniature/pretrain.py --parts vae --minutes vae=0        # write what there is so far, train no further
+    python miniature/pretrain.py --weights runs/weights             # all parts, as long as MINUTES says
+    python miniature/pretrain.py --weights runs/weights --parts vae judge --minutes vae=60 judge=10
+    python miniature/pretrain.py --weights runs/weights --parts vae --minutes vae=0   # write what there is so far
+    python miniature/pretrain.py --parts pairing                    # what does not ship, beside what does
 
 Parts, in the order in which they need one another:
 
@@ -43,7 +44,7 @@ from torch import nn
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import make_folder, pick_device, run
+from cli import make_folder, pick_device, read_arguments, run
 from files import write_file, written_whole
 from miniature.autoencoder import AutoencoderRecipe, DecoderRecipe
 from miniature.judge import JudgeRecipe
@@ -124,7 +125,13 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
     if not path.exists():
         return 0, 0.0
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many kinds, for what is no checkpoint
+            raise ValueError(f"not readable, {error}") from None
+        frozen = {name: p for name, p in recipe.modules.named_parameters() if not p.requires_grad}
+        if not all(torch.equal(p.cpu(), state["modules"][name]) for name, p in frozen.items()):
+            raise ValueError("what it builds on was trained further since")
         recipe.modules.load_state_dict(state["modules"])
         averaged.load_state_dict(state["averaged"])
         for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
@@ -223,6 +230,8 @@ def budget(text: str) -> tuple[str, float]:
     if part not in PARTS:
         raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(PARTS)}")
     try:
+        if not 0 <= float(minutes) < float("inf"):
+            raise ValueError
         return part, float(minutes)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not PART=MINUTES") from None
@@ -234,14 +243,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--minutes", nargs="+", type=budget, default=[], metavar="PART=MINUTES", help="training time, over all runs")
     add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, sheets, training sets")
-    add("--weights", type=Path, default=SHIPPED, help="where finished parts go")
+    add("--weights", type=Path, default=SHIPPED, help="where finished parts go, beside those that they build on; "
+        "needed but for --parts pairing")  # fmt: skip
     add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
-    if args.pictures < 1 or args.workers < 1 or args.seed < 0:
-        parser.error("--pictures and --workers are at least 1, --seed at least 0")
+    args = read_arguments(parser, argv)
+    if args.pictures < 1 or args.workers < 1:
+        parser.error("--pictures and --workers are at least 1")
+    if args.weights == SHIPPED and args.parts != ["pairing"]:
+        parser.error("--weights is needed: finished parts would go over the shipped ones")
     return args
 
 

@@ -35,7 +35,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
-from cli import add_weights_option, make_folder, pick_device, run
+from cli import add_weights_option, make_folder, pick_device, read_arguments, run
 from data import REQUESTS, uas_texts
 from files import write_json
 from generation import Sampling
@@ -296,9 +296,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    args = parser.parse_args(argv)
-    if args.seed < 0 or args.steps < 1 or (args.n is not None and args.n < 1):
-        parser.error("--n and --steps are at least 1, --seed at least 0")
+    args = read_arguments(parser, argv)
+    if args.steps < 1 or (args.n is not None and args.n < 1):
+        parser.error("--n and --steps are at least 1")
     return args
 
 
@@ -313,6 +313,8 @@ def main(argv: list[str] | None = None) -> None:
         guidance=args.guidance,
     )
     sheets = make_folder(args.sheets) if args.sheets else None
+    if args.out:
+        make_folder(args.out.parent)
     exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": exam.done}

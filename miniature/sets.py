@@ -49,7 +49,10 @@ def cached(path: Path, rows: int, make: Callable[[range], np.ndarray], workers: 
                 for piece in pieces:
                     array[piece.start : piece.stop] = make(piece)
             array.flush()
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": torch may write to it, the file stays as it is
+    try:
+        return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": torch may write to it, the file stays as it is
+    except (ValueError, EOFError):
+        raise ValueError(f"{path}: damaged; remove it to make it again") from None
 
 
 def picture_row(seed: int, split: str, i: int) -> np.ndarray:

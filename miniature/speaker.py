@@ -1,6 +1,6 @@
 """Recipes of the miniature's "Vicuna" and "MiniGPT-4": the language model; then a captioner that speaks through it.
 
-    language     rows of documents (B, 256) -> scores of the next token (B, 255, 768)
+    language     rows of documents (B, 2, 256) -> scores of the next token (B, 255, 768)
     captioner    pixels (B, 3, 64, 64) -> vectors (B, 10, 192), which the frozen language model retells
 
 The vectors stand in the place of the ten words that a picture has in the documents.
