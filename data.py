@@ -15,7 +15,8 @@ to resume, even with another number of ranks. The price: a good pair is seen twi
 Tars behind http(s) cannot be read at random: streams.py reads them through a shuffle buffer.
 
 Batches of rows of like length have less padding: with group 8 each run of 8 batches is sorted by length, cut anew and
-put in random order again. To resume exactly the samples of a step must then be as many as before.
+put in random order again. To resume exactly the samples of a step must then be as many as before. A run that ends
+within such a group has seen some of the next epoch in the place of the last samples of its own.
 
     batches = open_batches(["cc3m-train-{0000..0575}.tar"], partial(vae.preprocess_output, size=512), batch_size=48)
     batch = next(batches)
@@ -29,6 +30,7 @@ put in random order again. To resume exactly the samples of a step must then be 
 Left out: the released code's random horizontal flip of pictures.
 """
 
+import hashlib
 import json
 import re
 import signal
@@ -216,6 +218,10 @@ class TarData(Dataset):
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def digest(self) -> str:
+        """Of the samples' keys in their order: other data have another one."""
+        return hashlib.sha256(b"".join(index.keys.tobytes() + b"\n" for index in self.indices)).hexdigest()[:16]
+
     def place(self, i: int) -> tuple[int, int]:
         """Item -> (tar, item in that tar)."""
         tar = int(np.searchsorted(self.ends, i, side="right"))
@@ -329,7 +335,8 @@ class Batches:
         self.dataset, self.batch_size, self.seed, self.max_bad = dataset, batch_size, seed, max_bad
         self.group = group
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.size, self.bad, self.seen, self.loaded = len(dataset), Counter(), 0, None
+        self.size, self.digest = len(dataset), dataset.digest()
+        self.bad, self.seen, self.loaded = Counter(), 0, None
         self.go_to({"epoch": 0, "position": 0})
 
     def __iter__(self) -> Iterator[dict]:
@@ -345,7 +352,7 @@ class Batches:
         self.bad.update(batch["bad"])
         self.seen += batch.pop("seen")
         error, broken = batch.get("error"), sum(self.bad.values())
-        if error is None and self.seen >= BAD_FROM and broken > self.max_bad * self.seen:
+        if error is None and self.seen * self.world_size >= BAD_FROM and broken > self.max_bad * self.seen:
             what = f"{broken:,} of {self.seen:,} samples are broken, over --max-bad {self.max_bad:g}"
             error = f"{what}: {describe(self.bad)}"
         if error:
@@ -364,15 +371,16 @@ class Batches:
         "epoch" and "position" are the same on all ranks, "bad" and "seen" are this rank's. Sum these two over the ranks
         before saving: in loading, rank 0 takes them over and the others start from zero.
         """
-        return {"seed": self.seed, "size": self.size, **self.place(), "bad": dict(self.bad), "seen": self.seen}
+        same = {"seed": self.seed, "size": self.size, "digest": self.digest}
+        return {**same, **self.place(), "bad": dict(self.bad), "seen": self.seen}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on exactly there; workers may be others, and without groups batch_size and world_size too.
 
         ValueError for other data or seed.
         """
-        for name, ours in (("seed", self.seed), ("size", self.size)):
-            if state[name] != ours:
+        for name, ours in (("seed", self.seed), ("size", self.size), ("digest", self.digest)):
+            if state.get(name, ours) != ours:
                 raise ValueError(f"cannot resume: the checkpoint's data has {name} {state[name]}, this run's {ours}")
         self.close()
         self.bad = Counter(state["bad"] if self.rank == 0 else {})

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cli import DTYPES, add_weights_option, make_folder, pick_device
-from data import Broken, PairData, decode
+from data import Broken, PairData, collate, decode
 from features import MARKER, Features, identity, marker_bytes, picture_size
 from minigpt5 import encode_captions, number_types, type_of
 from published import Report, Sample, write_samples
@@ -120,20 +120,25 @@ class Encoders:
 load_encoders = lru_cache(maxsize=1)(Encoders)  # the tars of a data set follow one another
 
 
+def apart(samples: list[dict | Broken]) -> tuple[list[str], dict]:
+    """The reasons of the broken ones, and the others as one batch: its pictures in one piece of shared memory."""
+    good = [sample for sample in samples if not isinstance(sample, Broken)]
+    reasons = [sample.reason for sample in samples if isinstance(sample, Broken)]
+    return reasons, collate(good) if good else {}
+
+
 def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     pairs = PairData([tar], partial(preprocess_output, size=encoders.size))
-    for batch in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=list):
-        yield from (sample.reason for sample in batch if isinstance(sample, Broken))
-        good = [sample for sample in batch if not isinstance(sample, Broken)]
+    for broken, good in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=apart):
+        yield from broken
         if not good:
             continue
-        captions = [sample["caption"] for sample in good]
-        tensors = {"moments": encoders.moments(torch.stack([sample["pixels"] for sample in good]))}
+        captions = good["captions"]
+        tensors = {"moments": encoders.moments(good["pixels"])}
         if encoders.empty_caption is not None:
             tensors["encoding"] = encoders.encodings(captions)
-        for i, (sample, caption) in enumerate(zip(good, captions, strict=True)):
+        for i, (key, caption) in enumerate(zip(good["keys"], captions, strict=True)):
             features = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
-            key = sample["key"]
             yield Sample([(f"{key}.txt", caption.encode()), (f"{key}.safetensors", features)], {"pairs": 1})
 
 

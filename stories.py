@@ -87,8 +87,9 @@ def shown(turn: Turn, picture: str) -> str:
 
 def story_source(before: list[Turn], request: str, system: str | None = None) -> str:
     """A story so far and a request, which may hold pictures of its own, as the language model reads them. `system`: the
-    sentences that open the prompts of a checkpoint, where it has others (`MiniGPT5.system`)."""
-    told = "".join(turn.text + PICTURE * len(turn.pictures) for turn in before)
+    sentences that open the prompts of a checkpoint, where it has others (`MiniGPT5.system`). Texts without a picture
+    between them are kept apart: together they could make a special token."""
+    told = "".join(turn.text + (PICTURE * len(turn.pictures) or " ") for turn in before).rstrip(" ")
     return f"{system or STORY}###Human:{told}" + ("\n" if told else "") + f" {request} ###Assistant:"
 
 

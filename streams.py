@@ -7,6 +7,7 @@ Where tars lie on a disk, data.py reads them at random instead, with the same ba
 precomputed features are read there alone.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,6 +42,9 @@ class StreamPairs:
     def __len__(self) -> int:
         return len(self.urls)
 
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(self.urls).encode()).hexdigest()[:16]
+
     def url(self, seed: int, tar: int) -> str:
         epoch, place = divmod(tar, len(self))
         return self.urls[epoch_order(len(self), seed, epoch)[place]]
@@ -58,9 +62,9 @@ class StreamPairs:
                 sample = make_sample(key, partial(streamed, parts), self.transform)
                 seen += tar < len(self)
                 if isinstance(sample, Broken):
-                    bad.update([sample.reason] if tar < len(self) else [])
+                    bad.update([sample.reason] if tar < len(self) or sample.reason == "stream cut" else [])
                     barren.update([sample.reason])
-                    if sum(barren.values()) > TRIES or tar > usable + len(self) + slots:
+                    if sum(barren.values()) > TRIES or tar > usable + 2 * len(self) + slots:  # two shuffled epochs
                         raise ValueError(f"no usable pair in {self.url(seed, tar)}: {describe(barren)}")
                     continue
                 chosen.append({**sample, "instruction": draw_instruction(random_bits(1, seed, tar, end))})

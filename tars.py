@@ -41,7 +41,7 @@ MAX_BYTES = (64 << 20, 64 << 10, 1 << 20, 128 << 20)  # of a member of the first
 LARGEST, LONGEST_HEADER = 64 << 30, 16 << 10  # bytes of any member, and of a header that extends the next one
 PADDING = 1 << 20  # zeros that a tar may end with
 BUFFER_BYTES = 256 << 20  # of a shuffle buffer, however few samples that is
-TIMEOUT, RETRIES, PAUSE = 60.0, 5, 1.0  # a connection: seconds, new attempts, seconds before the first (then doubled)
+TIMEOUT, RETRIES, PAUSE = 60.0, 8, 1.0  # a connection: seconds, new attempts, seconds before the first (then doubled)
 
 
 class Unusable(Exception):
@@ -258,7 +258,7 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
 def goes_together(index: TarIndex) -> bool:
     """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
     stamp, table, turns, keys, ends, note = index
-    places = table.reshape(len(turns), -1, 2)  # offset and size
+    places = table.reshape(len(turns), table.shape[1] // 2, 2)  # offset and size
     there = (places >= 0).all(-1) | (places == -1).all(-1)
     numbers = all(array.dtype == np.int64 for array in (stamp, table, turns, ends))
     texts = all(array.dtype == np.uint8 and array.ndim == 1 for array in (keys, note))
@@ -309,7 +309,7 @@ def read_member(path: str, row: np.ndarray, kind: int) -> bytes | None:
         return None
     if size > most_bytes(kind):
         raise Unusable("too large")
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         file.seek(offset)
         content = file.read(size)
     if len(content) < size:

@@ -165,7 +165,7 @@ def main() -> None:
             max_bad=args.max_bad,
             group=args.group,
         )
-        batches, held_out = open_data(data), open_data(args.val) if args.val else None
+        batches, held_out = open_data(data), open_data(args.val, group=1) if args.val else None
     for opened in filter(None, (batches, held_out)):
         for note in opened.dataset.notes:
             print(note)

@@ -121,7 +121,7 @@ def test_held_out_losses(monkeypatch, weights, tar, tmp_path, capsys):
     """In eval mode, over one pass of 4 pairs, with the same random numbers each time: the same again where nothing is
     learnt, those of a training step on the same pairs where nothing is dropped. The training does not notice them."""
     held_out = write_tar(tmp_path / "held-out.tar", pairs(4))
-    val = ("--val", held_out, "--val-every", 2, "--batch-size", 4, "--no-cfg")
+    val = ("--val", held_out, "--val-every", 2, "--batch-size", 4, "--no-cfg", "--group", 1)
     still = train(monkeypatch, weights, held_out, tmp_path / "still", "--steps", 5, *val, "--lr", 0, "--mapper-lr", 0)
     assert [(r["step"], "val_loss" in r) for r in still][1:3] == [(2, False), (2, True)]
     found = [{name: v for name, v in r.items() if name != "step"} for r in still if "val_loss" in r]

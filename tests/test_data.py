@@ -352,7 +352,8 @@ def test_resume_goes_on_exactly(pairs, workers):
         halves = [next(rank) for rank in ranks]
         assert all(batch[name] == halves[0][name] + halves[1][name] for name in ("keys", "instructions"))
     assert ranks[0].bad + ranks[1].bad == whole.bad
-    for wrong in (Batches(pairs, 4, seed=2), Batches(PairData(pairs.tars[:1], small), 4, seed=1)):
+    others = PairData(pairs.tars[:1], small), PairData(pairs.tars[::-1], small)
+    for wrong in (Batches(pairs, 4, seed=2), *(Batches(other, 4, seed=1) for other in others)):
         with pytest.raises(ValueError, match="cannot resume"):
             wrong.load_state_dict(state)
 
@@ -493,7 +494,8 @@ def test_a_tar_that_ends_early_is_counted(tmp_path, server, reason):
         path.write_bytes(path.read_bytes()[:20_000])
     batches = open_batches([server.url + "0.tar"], small, 5)
     assert all(n < 10 for batch in take(batches, 4) for n in numbers_of(batch))
-    assert batches.bad == {reason: 1}
+    assert batches.bad.keys() == {reason}
+    assert (batches.bad[reason] > 1) == (reason == "stream cut")  # which is the network's, and new in each epoch
 
 
 def test_stream_errors_are_one_line(tmp_path, server, monkeypatch):
