@@ -88,6 +88,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile pays: on a GPU, and one with bfloat16 (Ampere or later), else it refuses such weights."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def make_folder(path: Path) -> Path:
     """Create a folder for output. OSError where it cannot be created or written."""
     path.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from images import to_image
 from llama import KVCache, Llama
 from loading import on
-from minigpt5 import MiniGPT5, expand_placeholders, type_of
+from minigpt5 import MiniGPT5, expand_placeholders, send, type_of
 from qformer import preprocess_input
 from scheduler import SAMPLERS
 
@@ -122,8 +122,8 @@ def lasting_cache(llama: Llama, batch: int, slots: int, device: torch.device) ->
 
 def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling) -> KVCache:
     """An empty cache, or one that holds the prefix."""
-    if sampling.compile:  # in steps of 256 slots, as every size is compiled
-        cache = lasting_cache(model.llama, batch, -(-slots // 256) * 256, model.device)
+    if sampling.compile:  # of 256, 512, 1024 ... slots, as every size is compiled
+        cache = lasting_cache(model.llama, batch, max(256, 1 << (slots - 1).bit_length()), model.device)
         cache.lengths.zero_()
     else:
         cache = KVCache(model.llama.config, batch, slots, type_of(model.llama), model.device)
@@ -211,7 +211,7 @@ def decode(
     if sampling.force_image:
         picked = torch.full_like(picked, start)
     for position in range(1, sampling.max_new_tokens + 1):
-        said[numbers, picked] = True
+        said.scatter_(1, picked[:, None], True)
         fed, drawn = [[] for _ in rows], []
         for row, token in enumerate(picked.tolist()):  # here the host waits for the device, and nowhere else
             answer = answers[row]
@@ -246,6 +246,7 @@ def decode(
 def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor) -> Tensor:
     """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1], guided against zeros."""
     guided, dtype = sampling.guidance != 1, type_of(model.unet)
+    latents = send(latents, model.device)
     unet, decode_latents = model.unet, model.vae.decode
     if sampling.compile:
         unet, decode_latents = compiled(unet, replayed=True), compiled(decode_latents)

@@ -228,7 +228,8 @@ def fill(
 ) -> nn.Module:
     """Make the tensors of `files` the parameters of the meta-device `model`, each cast and moved once. The model is
     then frozen and in eval mode. `rename` and errors are those of `matched`. `channels_last`: convolutions, and with
-    them all feature maps, in memory as (B, h, w, C), which makes them faster and attention's reshaping free."""
+    them feature maps, in memory as (B, h, w, C), which makes them faster and attention's reshaping free. (Not on a GPU
+    without compiling: there group normalisation takes (B, C, h, w).)"""
 
     def placed(tensor: torch.Tensor) -> torch.Tensor:
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
@@ -254,7 +255,7 @@ def pinned(module: nn.Module, most: int = 1 << 30) -> nn.Module:
         used += size
     for group in groups:
         last, start = group[-1]
-        block = torch.empty(start + last.nbytes, dtype=torch.uint8).pin_memory()
+        block = torch.empty(start + last.nbytes, dtype=torch.uint8, pin_memory=True)
         for parameter, at in group:
             place = block[at : at + parameter.nbytes].view(parameter.dtype)
             place = place.as_strided(parameter.shape, parameter.stride(), place.storage_offset())

@@ -74,13 +74,16 @@ class Draws(NamedTuple):
     noise: Tensor  # (M, C, h, w) standard normal, the diffusion noise
     timesteps: Tensor  # (M,)
 
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(*(send(tensor, device) for tensor in self))
+
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device. To a GPU through pinned memory: from other memory the host would wait until the GPU has done all
     that it was given."""
     if tensor.device == device or device.type == "cpu":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def bucket_length(length: int) -> int:
@@ -219,18 +222,18 @@ class MiniGPT5(nn.Module):
         return self.vae.encode(pixels.to(type_of(self.vae)))
 
     def draw(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Draws:
-        """The random numbers of one step, drawn on the generator's device and moved to the model's."""
+        """The random numbers of one step, on the generator's device."""
         drop = torch.rand(pictures, generator=generator, device=generator.device) < drop_rate
         posterior, noise = self.draw_latents(pictures, generator), self.draw_latents(pictures, generator)
         steps = len(self.schedule.alphas_cumprod)
         timesteps = torch.randint(steps, (pictures,), generator=generator, device=generator.device)
-        return Draws(send(drop, self.device), posterior, noise, send(timesteps, self.device))
+        return Draws(drop, posterior, noise, timesteps)
 
     def draw_latents(self, pictures: int, generator: torch.Generator) -> Tensor:
-        """Standard normal (M, C, h, w)."""
+        """Standard normal (M, C, h, w), on the generator's device."""
         size = self.unet.config.sample_size
         shape = (pictures, self.unet.config.in_channels, size, size)
-        return send(torch.randn(shape, generator=generator, device=generator.device), self.device)
+        return torch.randn(shape, generator=generator, device=generator.device)
 
     def read(self, rows: Rows, inputs: Tensor | None = None) -> Tensor:
         """Rows and their input pictures, as `embed` takes them -> the language model's hidden states (B, T, D)."""

@@ -15,7 +15,6 @@ With --shard no process holds all frozen weights: `shard` leaves each a part of 
 when its turn comes, forward and backward, and taken apart again, so all processes have to go through it together.
 """
 
-import atexit
 import os
 import sys
 import traceback
@@ -51,9 +50,13 @@ class World:
             with one_line_peer_errors():
                 backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
                 dist.init_process_group(backend, timeout=timedelta(hours=2))  # to index many tars takes rank 0 a while
-            atexit.register(dist.destroy_process_group)
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
+
+    def end(self) -> None:
+        """After the last exchange, in all ranks; not after an error in one, as NCCL would wait for the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
 
     def gather(self, value: object) -> list:
         """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from checkpoints import STORY_FILES, TALK_FILES, find_checkpoint, shipped_checkpoint
-from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
+from cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
 from data import clean_caption
 from files import write_json, write_text
 from generation import Sampling, add_sampling_options, answer, room_after, sampling_of
@@ -221,7 +221,7 @@ def main() -> None:
     reads = bool(pictures) or args.chat or args.turns is not None
     device = pick_device(args.device)
     if args.compile is None:  # it takes minutes: for one answer that is too long
-        args.compile = args.chat and device.type == "cuda" and not args.offload
+        args.compile = args.chat and can_compile(device) and not args.offload
     sampling = sampling_of(args)
     model = load_minigpt5(
         args.weights,

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import find_checkpoint
-from cli import DTYPES, pick_device, run
+from cli import DTYPES, can_compile, pick_device, run
 from data import describe
 from features import find_features, picture_size
 from lora import TARGETS
@@ -187,7 +187,7 @@ def main() -> None:
     if world.rank == 0:
         cut_log(log, start)
 
-    compiled = device.type == "cuda" and not args.shard if args.compile is None else args.compile
+    compiled = can_compile(device) and not args.shard if args.compile is None else args.compile
     if args.gradient_checkpointing:
         model.checkpoint_gradients()
     if compiled:
@@ -208,7 +208,7 @@ def main() -> None:
             draws = draw_pictures(model, rows.picture_rows.tolist(), drop_rate, *places)
             posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
         elif args.shard:  # the other ranks may have pictures, and need this one's part of the UNet
-            draws = model.draw(0, torch.Generator())
+            draws = model.draw(0, torch.Generator()).to(device)
             posterior = None if args.no_ldm else (draws.noise, draws.noise)
         rows, weights = rows.to(device), {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
         return model.losses(rows, draws, posterior, inputs=batch["inputs"], **weights), rows
@@ -256,6 +256,7 @@ def main() -> None:
             if stopping:
                 break
     bad = describe(added(world.gather(dict(batches.bad))))
+    world.end()
     if done < total:
         print(f"stopped after step {done} of {total}; to go on: {resume_command()}")
     else:

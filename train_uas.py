@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from cli import DTYPES, pick_device, run
+from cli import DTYPES, can_compile, pick_device, run
 from data import describe, open_batches, uas_texts
 from features import find_features, picture_size
 from miniature.world import write_pairs
@@ -140,7 +140,7 @@ def main() -> None:
     if world.rank == 0:
         cut_log(log, start)
 
-    compiled = device.type == "cuda" and not args.shard if args.compile is None else args.compile
+    compiled = can_compile(device) and not args.shard if args.compile is None else args.compile
     if args.gradient_checkpointing:
         model.checkpoint_gradients()
     if compiled:
@@ -206,6 +206,7 @@ def main() -> None:
             if stopping:
                 break
     bad = describe(added(world.gather(dict(batches.bad))))
+    world.end()
     if done < total:
         print(f"stopped after step {done} of {total}; to go on: {resume_command()}")
     else:

@@ -147,7 +147,7 @@ def draw_pictures(model: MiniGPT5, picture_rows: list[int], drop_rate: float, se
     whichever rank and in whichever forward pass it comes. picture_rows: see `Rows`."""
     pictures = Counter(picture_rows)  # of each row, in their order
     draws = [model.draw(n, step_generator(seed, step, at + row), drop_rate) for row, n in pictures.items()]
-    return Draws(*map(torch.cat, zip(*draws, strict=True)))
+    return Draws(*map(torch.cat, zip(*draws, strict=True))).to(model.device)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -46,7 +46,7 @@ from evaluation.cases import (
 from files import write_json
 from images import to_image
 from loading import matched, read_json, save_safetensors
-from minigpt5 import MiniGPT5, number_types, type_of
+from minigpt5 import MiniGPT5, number_types, send, type_of
 from scheduler import SAMPLERS, load_schedule
 from stories import TASKS
 from text_encoder import ClipTokenizer, load_text_encoder
@@ -83,7 +83,7 @@ class StableDiffusion(nn.Module):
         """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
         condition, dtype = self.encode([""] * len(texts) + texts), type_of(self.unet)
         keys_values = self.unet.keys_values(condition.to(dtype))  # the same in all steps
-        solver = SAMPLERS[sampler](self.schedule, steps)
+        solver, latents = SAMPLERS[sampler](self.schedule, steps), send(latents, self.device)
         for index, timestep in enumerate(solver.timesteps):
             both = self.unet(torch.cat([latents, latents]).to(dtype), timestep, keys_values)
             without, given = both.to(torch.float32, copy=True).chunk(2)

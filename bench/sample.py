@@ -43,7 +43,7 @@ from generation import Sampling, answer, paint, say
 from images import save_image, to_image
 from llama import Tokenizer, Vokens
 from mapper import VokenMapper
-from minigpt5 import MiniGPT5, load_minigpt5, type_of
+from minigpt5 import MiniGPT5, load_minigpt5, send, type_of
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = "transformers, diffusers"
@@ -236,7 +236,7 @@ def measure(report: Report, size: str, weights: Path, args, device: torch.device
 
     sampling = Sampling(steps=args.steps, force_image=True, max_new_tokens=1, compile=args.compile)
     features = torch.randn(1, 8, model.llama.config.hidden_size, generator=generator()).to(device)
-    latents = model.draw_latents(1, generator())
+    latents = send(model.draw_latents(1, generator()), device)
     checked = sampling if dtype == torch.float32 else replace(sampling, guidance=1.0)  # which makes roundings larger
     with exact_products():
         picture = (paint(model, features, checked, latents) / 2 + 0.5).clamp(0, 1)

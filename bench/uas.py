@@ -174,7 +174,7 @@ def step_of(contender: Ours | Released, batches: list[dict], model: MiniGPT5) ->
 
     def step() -> None:
         i = next(numbers)
-        contender.backward(batches[i % len(batches)], model.draw(size, step_generator(0, i, 0)))
+        contender.backward(batches[i % len(batches)], model.draw(size, step_generator(0, i, 0)).to(model.device))
         contender.optimizer.step()
         contender.optimizer.zero_grad(set_to_none=True)
 
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(report: Report, size: str, contenders: dict, batches: list[dict], model, args, dtype) -> None:
-    draws = model.draw(len(batches[0]["captions"]), step_generator(1, 0, 0))
+    draws = model.draw(len(batches[0]["captions"]), step_generator(1, 0, 0)).to(model.device)
     with exact_products():
         results = {name: losses_and_gradients(contender, batches[0], draws) for name, contender in contenders.items()}
     figures = {name: agree(f"uas step, {name}", r, results["ours"], dtype, gradients=3) for name, r in results.items()}

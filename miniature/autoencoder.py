@@ -24,6 +24,7 @@ from miniature.judge import Judge, load_judge, shares
 from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import cached, pictures, rows_of, to_pixels
 from miniature.world import draw, sample_pair
+from minigpt5 import send
 from vae import VAE, VAEConfig, load_vae
 
 VAE_SIZES = VAEConfig(
@@ -84,8 +85,9 @@ class AutoencoderRecipe(Recipe):
 
     def weighted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures of the training set and how much each of their pixels counts."""
-        drawn, behind = self.pictures[rows.to(self.device)], self.backdrops[self.behind[rows].long().to(self.device)]
-        weight = 1 + THING_WEIGHT * (drawn != behind).any(-1)[:, None]  # (B, 1, 64, 64)
+        drawn, behind = self.pictures[send(rows, self.device)], send(self.behind[rows].long(), self.device)
+        different = (drawn != self.backdrops[behind]).any(-1)[:, None]  # (B, 1, 64, 64)
+        weight = 1 + THING_WEIGHT * different
         return to_pixels(drawn), weight / weight.mean()
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -171,7 +173,7 @@ class DecoderRecipe(AutoencoderRecipe):
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
-        mean, deviation = self.latents[rows.to(self.device)].float().unbind(1)
+        mean, deviation = self.latents[send(rows, self.device)].float().unbind(1)
         return *self.weighted(rows), mean + deviation * normal(mean.shape, generator, self.device)
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, latents: Tensor) -> dict[str, Tensor]:

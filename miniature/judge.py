@@ -35,6 +35,7 @@ from miniature.facts import COLOURS, KINDS, KINDS_IN, PLACES, SCENES, SIZES, TIM
 from miniature.recipe import Recipe, Shop, normal, write_tensors
 from miniature.sets import cached, pictures, rows_of, to_pixels
 from miniature.world import draw, random_stream, sample_pair
+from minigpt5 import send
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
@@ -206,7 +207,7 @@ class JudgeRecipe(Recipe):
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Three quarters of the batches are blurred, three quarters noisy."""
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator).to(self.device)
+        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
         blur, loud = (torch.rand(2, generator=generator) - 0.25).clamp(min=0).tolist()
         pixels = to_pixels(self.pictures[rows])
         noise = 0.2 * loud * normal(pixels.shape, generator, self.device)

@@ -19,6 +19,7 @@ from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, toke
 from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import pictures
 from miniature.world import random_stream, sample_pair
+from minigpt5 import send
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
 from text_encoder import load_text_encoder
 from unet import UNet, UNetConfig
@@ -77,10 +78,11 @@ class DiffusionRecipe(Recipe):
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         B, shape = self.batch_size, (self.batch_size, *self.latents.shape[2:])
         tops = (len(self.latents), PHRASINGS, SCHEDULE.num_train_timesteps)
-        rows, phrasing, t = (torch.randint(top, (B,), generator=generator).to(self.device) for top in tops)
+        rows, phrasing, t = (torch.randint(top, (B,), generator=generator) for top in tops)
         half = B // 2
-        t[:half] = torch.randint(*DECIDING, (half,), generator=generator).to(self.device)
-        drop, unmasked = (torch.rand(B, generator=generator).to(self.device) < share for share in (DROP_RATE, 0.5))
+        t[:half] = torch.randint(*DECIDING, (half,), generator=generator)
+        drop, unmasked = (torch.rand(B, generator=generator) < share for share in (DROP_RATE, 0.5))
+        rows, phrasing, t, drop, unmasked = (send(x, self.device) for x in (rows, phrasing, t, drop, unmasked))
         sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
         mean, deviation = self.latents[rows].float().unbind(1)
         ids = torch.where(drop[:, None], self.empty, self.texts[rows, phrasing].long())

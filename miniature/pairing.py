@@ -29,6 +29,7 @@ from miniature.facts import Picture
 from miniature.recipe import Recipe, Shop, reset, write_tensors
 from miniature.sets import cached, rows_of, to_pixels
 from miniature.world import draw, random_stream, sample_dialogue, sample_pair, sample_story
+from minigpt5 import send
 from text_encoder import TextConfig, TextEncoder
 
 WIDTH, VIEWS, LENGTH = 128, 12, 40  # of features; learned views of a picture; words of a text, its end counted
@@ -127,7 +128,7 @@ class PairingRecipe(Recipe):
         self.tested = to_pixels(torch.from_numpy(drawn).to(shop.device))
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator).to(self.device)
+        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
         return to_pixels(self.pictures[rows]), self.texts[rows].long()
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ from torch import nn
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import make_folder, pick_device, read_arguments, run
+from cli import can_compile, make_folder, pick_device, read_arguments, run
 from files import write_file, written_whole
 from miniature.autoencoder import AutoencoderRecipe, DecoderRecipe
 from miniature.judge import JudgeRecipe
@@ -160,7 +160,7 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     print(f"{recipe.name}: {size:,} parameters, step {step}, {seconds / 60:.1f} of {minutes:g} minutes used")
 
     on_gpu = shop.device.type == "cuda"
-    losses_of = torch.compile(recipe.losses) if on_gpu else recipe.losses
+    losses_of = torch.compile(recipe.losses) if shop.compile else recipe.losses
     parameters = list(recipe.modules.parameters())
     sums, logged, started, begun = {}, step, seconds, time.perf_counter()
     saved = measured = seconds
@@ -249,6 +249,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
     args = read_arguments(parser, argv)
     if args.pictures < 1 or args.workers < 1:
         parser.error("--pictures and --workers are at least 1")
@@ -264,7 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = Path("minigpt5") / "config.json"  # the defaults of the commands that use the weights
     if not (args.weights / settings).exists():
         write_file(args.weights / settings, (SHIPPED / settings).read_bytes())
-    shop = Shop(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
+    compiles = can_compile(device) if args.compile is None else args.compile
+    options = {"seed": args.seed, "pictures": args.pictures, "workers": args.workers, "compile": compiles}
+    shop = Shop(make_folder(args.out), args.weights, device, **options)
     for part, recipe_class in PARTS.items():
         if part not in args.parts:
             continue

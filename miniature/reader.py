@@ -25,6 +25,7 @@ from miniature.recipe import Recipe, Shop, reset, write_part
 from miniature.sets import cached, rows_of
 from miniature.words import caption, facts_in
 from miniature.world import random_stream, sample_pair
+from minigpt5 import send
 from text_encoder import ClipTokenizer, TextConfig, TextEncoder
 
 TEXT_SIZES = TextConfig(
@@ -166,7 +167,7 @@ class TextRecipe(Recipe):
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         tops = len(self.texts), PHRASINGS
         rows, phrasing = (torch.randint(top, (self.batch_size,), generator=generator) for top in tops)
-        rows, phrasing = rows.to(self.device), phrasing.to(self.device)
+        rows, phrasing = send(rows, self.device), send(phrasing, self.device)
         return self.texts[rows, phrasing].long(), self.labels[rows].long()
 
     def scores(self, modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ class Shop:
     pictures: int = 1 << 17  # different pictures that the parts see
     workers: int = 1  # processes that make the sets
     tested: int = 256  # held-out pictures of a measurement
+    compile: bool = False  # the losses
 
     @property
     def sets(self) -> Path:

@@ -38,7 +38,7 @@ from miniature.recipe import Recipe, Shop, reset, write_part, write_tensors
 from miniature.sets import cached, pictures, rows_of
 from miniature.words import facts_in
 from miniature.world import sample_pair
-from minigpt5 import expand_placeholders
+from minigpt5 import expand_placeholders, send
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
 from stories import Row, Turn, dialog_source
 
@@ -107,7 +107,7 @@ class LanguageRecipe(Recipe):
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         rows = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
-        return (self.rows[rows.to(self.device)].long(),)
+        return (self.rows[send(rows, self.device)].long(),)
 
     def losses(self, modules: nn.ModuleDict, rows: Tensor) -> dict[str, Tensor]:
         """rows (B, 2, T): ids, and how much each counts."""
@@ -187,14 +187,14 @@ class CaptionerRecipe(Recipe):
         self.tested = pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device)
         self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
         self.table = self.llama.model.embed_tokens.weight
+        self.mean, self.deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 
     def pixels(self, rows: Tensor) -> Tensor:
         """uint8 (B, 64, 64, 3) -> (B, 3, 64, 64) normalised as `qformer.preprocess_input` does."""
-        mean, deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
-        return (rows.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
+        return (rows.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.deviation
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator).to(self.device)
+        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
         looks = self.looks[rows].long()
         words, answers = looks[:, 2 : 2 + WORDS], looks[: max(1, self.batch_size // 16)]
         return self.pixels(self.pictures[rows]), words, answers[:, :2], answers[:, 2 + WORDS :]
