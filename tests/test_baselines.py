@@ -8,9 +8,10 @@ import torch
 from random_weights import write_random_weights
 
 from baselines import divter, stable_diffusion, train_sd
-from baselines.stable_diffusion import StableDiffusion, told
+from baselines.stable_diffusion import StableDiffusion, texts_of, told
 from cli import MINIATURE, run
-from evaluation.cases import check_settings, read_answer, read_cases, write_answer
+from evaluation.cases import SETTINGS, check_settings, read_answer, read_cases, write_answer
+from files import write_json
 from generation import Sampling
 from images import to_image, to_tensor
 from loading import open_safetensors
@@ -43,7 +44,7 @@ def pictures(folder, keys) -> list[torch.Tensor]:
     return [to_tensor(read_answer(folder, key).segments[-1]) for key in keys]
 
 
-def test_told(weights):
+def test_told(weights, tars):
     """As many sentences before the last as there is room for, none cut, the nearest first."""
     tokenizer = StableDiffusion(weights).tokenizer
     sentence = "a small red boat sails on the sea at night"
@@ -52,6 +53,9 @@ def test_told(weights):
     assert told(texts, tokenizer) == " ".join([sentence] * most)
     assert told(["no room for me " * 30, "one", "two"], tokenizer) == "one two"
     assert told(["alone " * 100], tokenizer) == "alone " * 100
+    case = read_cases([str(tars / "stories.tar")], "image", True)[0][0]
+    assert texts_of(case, "none", tokenizer) == case.turn.text
+    assert texts_of(case, "texts", tokenizer).endswith(f"{case.before[-1].text} {case.turn.text}")
 
 
 def test_draws_as_the_exam_does():
@@ -131,10 +135,13 @@ def test_two_stages(monkeypatch, weights, tars, tmp_path):
     answers = [read_answer(tmp_path / "a", case.key).segments for case in cases[:3]]
     assert [answer[0] for answer in answers[:2]] == ["a red boat", "a cat"] and answers[2] == []
     write_answer(tmp_path / "words", cases[0].key, ["two kites"])
+    write_json(tmp_path / "words" / SETTINGS, {"context": "none"})  # the words' own is what counts
     call(monkeypatch, stable_diffusion, *drawn, "--words", tmp_path / "words", "--answers", tmp_path / "b")
     other = [read_answer(tmp_path / "b", case.key).segments for case in cases[:2]]
     assert not torch.equal(to_tensor(answers[0][1]), to_tensor(other[0][1]))
     assert torch.equal(to_tensor(answers[1][1]), to_tensor(other[1][1]))
+    check_settings(tmp_path / "a", {"context": "both"})
+    check_settings(tmp_path / "b", {"context": "none"})
 
 
 def test_split_description():

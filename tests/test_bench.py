@@ -94,6 +94,10 @@ def test_harness():
     assert calls[-6:] == ["ours", "peer", "peer", "ours", "ours", "peer"]  # after warming up, and measuring how long
     assert seconds_of(lambda: time.sleep(0.02), torch.device("cpu"), 5) < 0.06  # of one call
     (row,) = rows_of("what", "size", {"ours": [1.0, 2.0, 9.0], "peer": [2.0, 4.0, 4.5]}, work=8, unit="samples/s")
-    assert (row["ours"], row["peer"], row["ratio"]) == (4.0, 2.0, 0.5)
+    assert (row["ours"], row["peer"], row["ratio"]) == (4.0, 2.0, 0.5) and row["quartiles"] == [0.5, 1.25]
     with pytest.raises(ValueError, match="differ"):
         agree("what", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), torch.float32)
+    one = torch.ones(3)
+    assert agree("what", [one, 1.15 * one], [one, one], torch.bfloat16, gradients=1) == pytest.approx(0.15)
+    with pytest.raises(ValueError, match="differ"):
+        agree("what", [1.15 * one, one], [one, one], torch.bfloat16, gradients=1)

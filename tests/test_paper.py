@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from random_weights import write_random_weights
 from experiments import claims, paper, report
 from experiments.claims import CLAIMS, verdict
 from experiments.duel import WAYS, compare, judged
-from experiments.systems import METRICS, PARTS, SCORINGS, SYSTEMS, TABLES, Job, Options, plan
+from experiments.systems import METRICS, MLS, PARTS, SCORINGS, SYSTEMS, TABLES, Job, Options, plan
 from loading import save_safetensors
 from miniature.facts import Picture, Thing
 from miniature.judge import Judge
@@ -76,6 +77,31 @@ def test_plan():
         assert claim.metric in METRICS and {claim.better, claim.worse} <= set(SCORINGS), claim.text
     for table in TABLES.values():
         assert set(table.columns) <= set(METRICS) and set(table.rows.values()) <= set(SCORINGS)
+
+
+def given(command: list[str], option: str) -> list[str]:
+    return [value for name, value in pairwise(command) if name == option]
+
+
+def test_commands():
+    """Test data are held out; trainings and pictures have their seed and one guidance; stage 2 is as in the paper."""
+    jobs = plan(Options(paper.ROOT / "runs", paper.ROOT), [0, 1], list(PARTS))
+    for name, job in jobs.items():
+        system, _, seed = name.rpartition(".")
+        for command in job.commands:
+            if command[0] == "miniature/world.py":
+                assert given(command, "--split") == (["held-out"] if name.startswith("test/") else []), command
+            if system in SYSTEMS or "--guidance" in command:
+                assert given(command, "--seed") == [seed], command
+            if command[0] == MLS:
+                assert given(command, "--lora-rank") == ["8"] and given(command, "--text-weight") == ["0.01"], command
+            assert command.count("--guidance") <= 1, command
+    for scoring, guidance in (("cc3m/uas", "3"), ("cc3m/no-cfg", "1"), ("guidance/7.5", "7.5")):
+        assert given(jobs[f"{scoring}.0"].commands[-1], "--guidance") == [guidance]
+    assert given(jobs["minigpt4.0"].commands[0], "--tasks") == ["text=1"]
+    (duel,) = jobs["table4.1"].commands
+    first, second = duel[duel.index("--answers") + 1 :][:2]
+    assert first.endswith("continued-lora.1") and second.endswith("continued-two-stage.1")
 
 
 SMALL = ("--steps", 1, "--n", 2, "--samples", 8, "--denoise", 1, "--device", "cpu", "--jobs", 1)
@@ -184,6 +210,7 @@ def test_stops_and_goes_on(tmp_path):
         ([-0.10, -0.12, -0.11], "does not hold"),
         ([0.10, 0.12, -0.11], "within noise"),
         ([0.01, 0.10, 0.19], "within noise"),  # mean 0.1, standard error 0.052: 1.9 of them, 4.3 are needed
+        ([0.055, 0.10, 0.145], "within noise"),  # 3.8 of them
         ([0.08, 0.10, 0.12], "holds"),  # 8.7 of them
         ([0.0, 0.0, 0.0], "within noise"),
     ],
@@ -215,6 +242,7 @@ def test_judged():
     assert nothing == dict.fromkeys(WAYS, False)
     words = judged("a blue boat at sea", following, last, following)  # wrong of the story and of the picture
     assert words == {"language continuity": False, "image quality": True, "multimodal coherence": False}
+    assert judged("a small red boat at sea by day", last, last, following)["language continuity"]  # true of the last
     unclear = Picture("sea", "night", (boat, Thing(None)))
     assert not judged("a red boat", unclear, last, following)["image quality"]
     shares = compare([right, nothing, right], [words, right, right])["multimodal coherence"]
@@ -224,5 +252,7 @@ def test_judged():
 
 
 def test_spread():
+    figures = {("a", 0): {"FID": 1.0}, ("a", 1): {"FID": 2.0}, ("a", 2): {"IS": 3.0}, ("b", 0): {"FID": 4.0}}
+    assert report.values(figures, "a", "FID") == [1.0, 2.0]
     assert report.spread([]) == "-" and report.spread([0.25]) == "0.25"
     assert report.spread([1.0, 2.0, 3.0]) == "2 ± 1"

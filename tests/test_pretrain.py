@@ -289,6 +289,20 @@ def test_exports_load(shop):
     assert not [p for p in weights.rglob("*") if p.name.endswith(".tmp")]
 
 
+@torch.no_grad()
+def test_latents_of_the_export(shop):
+    """Their means deviate by about one, as the UNet's noise does; beside them is the posterior's deviation."""
+    vae = load_vae(shop.weights / "stable-diffusion" / "vae", torch.float32)
+    drawn = pictures(shop.sets, shop.pictures, shop.seed, 1)
+    mean, deviation = torch.from_numpy(autoencoder.latent_block(vae, drawn, range(8))).float().unbind(1)
+    print(f"deviation of the means {mean.std():.3f}")
+    assert 0.9 < mean.std() < 1.1
+    expected, logvar = vae.encode(to_pixels(drawn[:8]))
+    scale = vae.config.scaling_factor
+    assert torch.allclose(mean, scale * expected, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(deviation, scale * logvar.exp().sqrt(), rtol=1e-3, atol=1e-3)
+
+
 def test_transformers_and_diffusers_load_the_exports(shop):
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     sd = shop.weights / "stable-diffusion"
@@ -354,12 +368,15 @@ def test_labels_and_reading_agree():
             [np.eye(n)[w] for n, w in zip(judging.WHOLE_SIZES, whole, strict=True)]
         )
 
-    def perfect(rows):
-        scores = [sure(judging.labels(picture)) for picture in pictures[: len(rows)]]
-        return tuple(torch.tensor(np.stack(x)) for x in zip(*scores, strict=True))
+    def seen(known):
+        scores = tuple(torch.tensor(np.stack(x)) for x in zip(*map(sure, known), strict=True))
+        return judging.read(lambda rows: scores, torch.zeros(len(known), 3, 64, 64))
 
-    seen = judging.read(perfect, torch.zeros(200, 3, 64, 64))
-    assert all(judging.right(a, b)["all"] for a, b in zip(seen, pictures, strict=False))
+    found = seen([judging.labels(picture) for picture in pictures[:200]])
+    assert all(judging.right(a, b)["all"] for a, b in zip(found, pictures, strict=False))
+    known = judging.labels(Picture("sea", "night", (BOAT,)))
+    known[-1] = 2  # one thing in the slots, two by their number
+    assert seen([known])[0].things == (BOAT, Thing(None))
 
 
 def test_missing_judge_is_named(tmp_path):

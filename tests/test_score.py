@@ -16,7 +16,7 @@ from miniature import autoencoder, documents, painter, pretrain, reader, score, 
 from miniature import exam as examining
 from miniature.exam import NOTHING, Exam, Said
 from miniature.recipe import Shop
-from miniature.words import description
+from miniature.words import description, facts_in
 from miniature.world import Picture, Thing
 from minigpt5 import load_minigpt5
 
@@ -208,13 +208,24 @@ def test_round_trip_undoes_the_scaling(exam, draw, monkeypatch):
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_captions(exam, monkeypatch, shift):
-    exam = replace(exam, n=40)
-    pictures = [world.sample_pair(exam.seed, (i + shift) % exam.n, "held-out")[0] for i in range(exam.n)]
-    texts = [description(picture, world.random_stream(0, i), True, True) for i, picture in enumerate(pictures)]
-    monkeypatch.setattr(score, "ask", lambda *_: [Said(text, None) for text in texts])
-    figures = score.captions(exam)["described, right"]
+def test_captions(exam, draw, monkeypatch, shift):
+    """Each answer tells the facts of the picture beside the question, or those of the next question's."""
+
+    def ask(exam, sources, pictures):
+        shown = [picture.info["facts"] for (picture,) in pictures[shift:] + pictures[:shift]]
+        return [Said(description(facts, world.random_stream(0, i), True, True), None) for i, facts in enumerate(shown)]
+
+    monkeypatch.setattr(score, "ask", ask)
+    figures = score.captions(replace(exam, n=40))["described, right"]
     assert set(figures.values()) == {1.0} if shift == 0 else figures["all"] == figures["no error"] == 0.0
+
+
+def test_answers_in_words():
+    told = facts_in("a red boat")
+    assert score.no_error(told, Picture("sea", "day", (BOAT,)))
+    assert not score.no_error(told, Picture("sea", "day", (BOAT, KITE)))
+    assert score.same_answer("no, there is not any star.", "no, there is no star.")
+    assert not score.same_answer("yes, there is a star.", "no, there is no star.")
 
 
 def test_replies(exam, draw, monkeypatch):
@@ -264,6 +275,9 @@ def test_repeating_the_last_step_tells_nothing(exam, draw):
     figures = score_stories.mixed_figures(exam, said, steps)
     assert figures["both"] == 1.0 and figures["both, and new"] == 0.0
     assert score_stories.text_figures(exam, said, steps)["tells the change"] == 0.0
+    said = [Said(f"{step.turn.text} {step.last.scene}", None) for step in steps]
+    figures = score_stories.text_figures(exam, said, steps)
+    assert figures["tells the change"] > 0.9 and figures["goes on"] == 0.0
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -289,7 +303,11 @@ def test_own_stories(exam, draw, monkeypatch, shift):
 
 
 def test_contexts(exam):
-    step = score_stories.story_steps(exam)[0]
+    steps = score_stories.story_steps(replace(exam, n=40))
+    assert {len(step.before) for step in steps} == {1, 2, 3, 4}
+    for i, step in enumerate(steps):
+        assert step.before[0].text == world.sample_story(exam.seed, i, "held-out")[0][0].text
+    step = max(steps, key=lambda step: len(step.before))
     none, texts, both = (score_stories.history(step, context) for context in score_stories.CONTEXTS)
     assert none == [] and both == step.before and all(turn.pictures for turn in both)
     assert [turn.text for turn in texts] == [turn.text for turn in both] and not any(turn.pictures for turn in texts)
@@ -300,6 +318,7 @@ def test_contexts(exam):
 
 def test_one_noise_on_both_ways(exam):
     """With the text encoding in the mapper's place, the vokens' way draws the very pictures of the text encoder's."""
+    assert exam.generator(0).initial_seed() != exam.generator(1).initial_seed()
     prompts = examining.held_out_prompts(exam, 1)[0]
     through_text = examining.text_to_pictures(exam, prompts)
     model = load_minigpt5(exam.weights, None, read_pictures=False, read_captions=True)
@@ -342,10 +361,12 @@ def test_words_for_a_picture_are_no_text(exam, monkeypatch):
 
 def test_turns_to_answer(exam):
     turns = score.turns_to_answer(replace(exam, n=40))
+    held_out = {turn.text for i in range(100) for turn in world.sample_dialogue(exam.seed, i, "held-out")[0]}
     for wish, rows in turns.items():
         assert len(rows) == 40 and all(row.source.count("<ImageHere>") == len(row.pictures) for row in rows)
         assert all(row.source.endswith("###Assistant:") for row in rows)
         assert all(row.asked.text in row.source.rpartition("###Human: ")[2] for row in rows)
+        assert all(row.asked.text in held_out for row in rows)
         assert any("draw" in row.asked.text for row in rows) == wish
         assert all((row.turn.picture is not None) == wish for row in rows)
     assert any(row.pictures for row in turns[False])
@@ -388,6 +409,15 @@ def test_one_part_and_its_checkpoint(weights, tmp_path, capsys):
     assert list(record["figures"]) == ["replies"] and record["checkpoints"] == {"replies": "mls-story.safetensors"}
     for row in record["figures"]["replies"].values():
         assert set(row) == {"a picture came", "right"}
+
+
+def test_settings(tmp_path, monkeypatch):
+    """Words are decoded greedily; seed, sampler, steps and guidance are the command's."""
+    exams = []
+    monkeypatch.setitem(score.PARTS, "judge", lambda exam: exams.append(exam) or {})
+    score.main(f"judge --weights {tmp_path} --seed 5 --sampler ddim --steps 3 --guidance 2 --device cpu".split())
+    assert exams[0].seed == 5
+    assert exams[0].sampling == replace(WORDS, max_new_tokens=score.LONGEST, sampler="ddim", steps=3, guidance=2.0)
 
 
 def test_checkpoints(weights, tmp_path):

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -122,6 +123,24 @@ def test_check_finds_parts_that_do_not_go_together(folder, command):
     assert status == 1
     assert "image encoder and vicuna do not go together: width 32 and 64" in out
     assert "prediction_type 'sample' is not supported" in out
+
+
+def test_check_finds_sizes_that_do_not_go_together():
+    """Each pair of sizes gives its line; a vocabulary may have more rows than the tokenizer has pieces."""
+    embeddings = SimpleNamespace(token_embedding=torch.nn.Embedding(1, 24))
+    loaded = {
+        "unet": SimpleNamespace(config=weights.UNetConfig(cross_attention_dim=32, in_channels=4)),
+        "text encoder": SimpleNamespace(text_model=SimpleNamespace(embeddings=embeddings)),
+        "vae": SimpleNamespace(config=SimpleNamespace(latent_channels=16)),
+        "vicuna tokenizer": SimpleNamespace(base_vocabulary=5),
+        "vicuna": SimpleNamespace(config=SimpleNamespace(vocab_size=6)),
+    }
+    assert weights.mismatches(loaded) == [
+        "unet and text encoder do not go together: width 32 and 24",
+        "unet and vae do not go together: channels 4 and 16",
+    ]
+    loaded = {"vicuna tokenizer": SimpleNamespace(base_vocabulary=7), "vicuna": loaded["vicuna"]}
+    assert weights.mismatches(loaded) == ["vicuna tokenizer and vicuna do not go together: vocabulary 7 and 6"]
 
 
 def test_check_finds_the_prediction_type_of_the_other_stable_diffusion():

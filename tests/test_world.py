@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,10 +67,22 @@ def test_splits():
         for sample in (world.sample_story, world.sample_dialogue):
             turns, _ = sample(0, i)
             assert not any(world.held_out(*t) for turn in turns if turn.picture for t in triples_of(turn.picture))
-    turns, _ = world.sample_story(0, 0, "held-out")
-    assert world.held_out(*triples_of(turns[0].picture)[0])
+            tested = [turn.picture for turn in sample(0, i, "held-out")[0] if turn.picture]
+            assert all(world.held_out(*triples_of(picture)[0]) for picture in tested[:1])
     with pytest.raises(ValueError, match="no split 'test'"):
         world.sample_picture(world.random_stream(0, 0), "test")
+
+
+def test_random_streams():
+    one, *others = (world.random_stream(*key).random() for key in ((0, 1, 3), (0, 1, 4), (0, 2, 3), (1, 1, 3)))
+    assert one not in others and one == world.random_stream(0, 1, 3).random()
+
+
+def test_fits():
+    boat, fish = Thing("boat", "red", "big", "left"), Thing("fish", "blue", "big", "middle")
+    assert not world.fits((boat, fish), "sea") and not world.fits((boat, replace(fish, place="left")), "sea")
+    for other in (replace(fish, size="small"), replace(fish, place="right"), replace(fish, kind="kite")):
+        assert world.fits((boat, other), "sea") and not world.fits((boat, other), "desert")
 
 
 def test_every_fact_is_drawn():
@@ -188,6 +201,7 @@ def test_captions_say_what_is_in_the_picture():
             None,
             [Thing("cat", None, "small", "left"), Thing("kite", place="right")],
         ),
+        ("at sea, not in the city, by day, not at night", "sea", "day", []),
         ("a painter makes the cat golden.", None, None, [Thing("cat", "yellow")]),
         ("hello, how are you?", None, None, []),
     ],
@@ -234,13 +248,21 @@ def test_dialogues():
     for i in range(2000):
         turns, _ = world.sample_dialogue(0, i)
         assert len(turns) in (4, 6, 8)
+        picture = None
         for asked, answer in zip(turns[::2], turns[1::2], strict=True):
             assert asked.text and answer.text
             assert not (asked.picture and answer.picture)
-            if answer.picture and "take the" not in asked.text:
+            if "take the" in asked.text:
+                assert world.facts_in(asked.text).things[0].kind == picture.things[1].kind
+                assert answer.picture.things == picture.things[:1]
+            elif answer.picture:
                 assert world.agrees(world.facts_in(asked.text), answer.picture), asked.text
             if asked.picture:
                 assert world.agrees(world.facts_in(answer.text), asked.picture), answer.text
+            if asked.text.startswith("what colour is the"):
+                (meant,), (told,) = (world.facts_in(turn.text).things for turn in (asked, answer))
+                assert [told.colour] == [thing.colour for thing in picture.things if thing.kind == meant.kind]
+            picture = asked.picture or answer.picture or picture
             drawn += answer.picture is not None
             silent += answer.picture is None
     print(f"answers with a picture {drawn}, in words {silent}")
@@ -283,7 +305,9 @@ def test_interleaved_tar(tmp_path, write, kind):
         for turn in label["turns"]:
             assert (turn["image"] is None) == (turn["label"] is None)
             if turn["image"]:
-                assert Image.open(io.BytesIO(content.pop(turn["image"]))).size == (32, 32)
+                stored = np.asarray(Image.open(io.BytesIO(content.pop(turn["image"]))).convert("RGB"))
+                drawn = world.draw(Picture.from_label(turn["label"]), label["jitter"], 32)
+                assert stored.shape == (32, 32, 3) and (stored == np.asarray(drawn)).all()
     assert set(content) == set(labels)  # no picture that no turn names
 
 
