@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 
 import data
+import streams
 import tars
 from data import Batches, Broken, PairData, clean_caption, epoch_order, open_batches
 from streams import StreamBatches, StreamPairs
@@ -138,6 +140,8 @@ def test_expand(tmp_path, monkeypatch):
     assert expand(["x-*", "y-a.tar"]) == ["x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
     assert expand(["y-b.tar", "."]) == ["y-b.tar", "x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
     assert expand(["https://host/t-{8..10}.tar"]) == [f"https://host/t-{i}.tar" for i in (8, 9, 10)]
+    assert list(tars.braces("x{8..11}")) == ["x8", "x9", "x10", "x11"]
+    assert list(tars.braces("x{11..8}")) == ["x11", "x10", "x9", "x8"]
     (tmp_path / "empty").mkdir()
     for value in (["z.tar"], ["z*.tar"], ["x-{08..11}.tar"], ["empty"], [""], [], ["s3://a/b.tar"], ["{0..9999999}"]):
         with pytest.raises(ValueError) as error:
@@ -168,6 +172,7 @@ def test_json_captions_and_pixels(tmp_path):
     members += [("b.png", picture(300)), ("b.json", b'{"caption": "no"}'), ("b.txt", "\ufeffÜber".encode())]
     pairs = PairData([str(write_tar(tmp_path / "x.tar", members))], small)
     assert [sample["caption"] for sample in pairs] == ["from json", "über"]
+    assert [pairs.length(i, None) for i in range(2)] == [len(members[1][1]), len(members[4][1])]
     pixels = pairs[0]["pixels"]
     assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.uint8
     assert pixels[:, 0, 0].tolist() == [44, 1, 0]
@@ -207,19 +212,46 @@ def test_index_is_cached_and_checked(tmp_path, monkeypatch):
         assert read_index(path).table.tolist() == first and len(scans) == count + 1 and cache.read_bytes() != content
     write_tar(Path(path), good(range(4)))  # another tar under the same name
     assert [len(read_index(path).table) for _ in range(2)] == [4, 4] and len(scans) == 8
+    dialogue = [("d.json", b'{"kind": "dialog", "turns": ["a", "b"]}')]
+    for count, (members, turns) in enumerate((([("readme.md", b"")], []), (dialogue, [-2])), 9):
+        write_tar(Path(path), members)
+        assert [read_index(path).turns.tolist() for _ in range(2)] == [turns] * 2 and len(scans) == count
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
 
 
 def test_index_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
     path = str(write_tar(tmp_path / "x.tar", good(range(3))))
-    Path(path + ".index.npz").mkdir()  # stands in for a read-only folder, also where tests run as root
-    assert len(read_index(path).table) == 3
-    assert len(list(tars.CACHE.iterdir())) == 1
+    (tmp_path / "other").mkdir()
+    other = str(write_tar(tmp_path / "other" / "x.tar", good(range(4))))
+    for tar in (path, other):
+        Path(tar + ".index.npz").mkdir()  # stands in for a read-only folder, also where tests run as root
+    assert [len(read_index(tar).table) for tar in (path, other)] == [3, 4]
+    assert len(list(tars.CACHE.iterdir())) == 2 and not list(tmp_path.glob(".*"))
     monkeypatch.setattr(tars, "scan_tar", None)
-    assert len(read_index(path).table) == 3
+    assert [len(read_index(tar).table) for tar in (path, other)] == [3, 4]
     monkeypatch.undo()
     monkeypatch.setattr(tars, "CACHE", Path(path) / "no folder")
     assert len(read_index(path).table) == 3  # no cache at all
+
+
+def test_members_are_forgotten_while_walking(tmp_path):
+    """tarfile would collect them all."""
+    path = write_tar(tmp_path / "x.tar", good(range(5)))
+    with open(path, "rb") as file, tars.open_tar(file, "r:") as tar:
+        assert [len(tar.members) <= 1 for _ in tars.walk(tar)] == [True] * 10
+
+
+def test_sparse_members_are_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", good(range(1)))
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("00001.png")
+        sparse = {"major": "1", "minor": "0", "name": "00001.png", "realsize": "9"}
+        info.pax_headers = {f"GNU.sparse.{name}": value for name, value in sparse.items()}
+        content = b"1\n0\n9\n".ljust(512, b"\0") + b"some data"
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    pairs = PairData([str(path)], small)
+    assert len(pairs) == 1 and "sparse" in pairs.notes[0]
 
 
 def test_what_is_not_a_tar_is_one_line(tmp_path):
@@ -281,6 +313,16 @@ def test_broken_samples_are_counted_once(tmp_path, workers):
     assert set(seen) == set(range(9)) and sum(seen.values()) == 60
 
 
+def test_a_replacement_is_any_other_pair(tmp_path, monkeypatch):
+    """With the request that was drawn for the broken one."""
+    monkeypatch.setattr(data, "draw_instruction", lambda bits: bits.random_raw() % 7)
+    broken = [(f"{i:05}.txt", b"no picture") for i in range(20, 40)]
+    batch = next(Batches(PairData([str(write_tar(tmp_path / "x.tar", good(range(20)) + broken))], small), 40, seed=1))
+    filled = [n for n, item in zip(numbers_of(batch), epoch_order(40, 1, 0), strict=True) if item >= 20]
+    assert len(filled) == 20 and len(set(filled)) > 8 and filled.count(0) < 8
+    assert batch["instructions"] == [data.draw_instruction(data.random_bits(1, 1, p)) for p in range(40)]
+
+
 def test_too_many_broken_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BAD_FROM", 20)
     path = write_tar(tmp_path / "x.tar", [*good(range(38)), *BROKEN["no caption"], *BROKEN["not an image"]])
@@ -288,6 +330,9 @@ def test_too_many_broken_stop_the_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"of .* samples are broken, over --max-bad 0.01: 1 n") as error:
         take(Batches(pairs, 4), 10)
     assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="over --max-bad"):  # of which a rank has seen 10 at most
+        for rank in range(4):
+            take(Batches(pairs, 2, rank=rank, world_size=4), 5)
     batches = Batches(pairs, 4, max_bad=0.1)
     take(batches, 30)
     assert batches.bad == {"no caption": 1, "not an image": 1} and batches.seen == 40
@@ -347,7 +392,9 @@ def test_resume_goes_on_exactly(pairs, workers):
     resumed.close()
     ranks = [Batches(pairs, 2, seed=1, rank=rank, world_size=2) for rank in range(2)]  # now on two ranks
     for rank in ranks:
+        next(rank)  # loading is right for one that has begun, too
         rank.load_state_dict(state)
+    assert [rank.seen for rank in ranks] == [23, 0]
     for batch in rest:
         halves = [next(rank) for rank in ranks]
         assert all(batch[name] == halves[0][name] + halves[1][name] for name in ("keys", "instructions"))
@@ -408,7 +455,8 @@ def test_real_tar(tmp_path):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder. `cuts` answers break off after 4000 bytes; what lies from `silent_from` on never comes."""
+    """Serves a folder. `cuts` answers break off after 4000 bytes; what lies from `silent_from` on never comes;
+    the first answers are the errors `codes`."""
 
     folder, cuts, silent_from, ranges, daemon_threads = Path(), 0, None, True, True
 
@@ -419,6 +467,8 @@ class Server(http.server.ThreadingHTTPServer):
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         path, server = self.server.folder / self.path.lstrip("/"), self.server
+        if server.codes:
+            return self.send_error(server.codes.pop(0))
         if not path.exists():
             return self.send_error(404)
         content, start = path.read_bytes(), 0
@@ -444,7 +494,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path):
     server = Server(("127.0.0.1", 0), Handler)
-    server.folder, server.asked = tmp_path, []
+    server.folder, server.asked, server.codes = tmp_path, [], []
     server.url = f"http://127.0.0.1:{server.server_port}/"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -485,6 +535,31 @@ def test_cut_connections_are_taken_up_again(tmp_path, server, ranges):
     assert not batches.bad and (server.asked[4][1] == 16_000 if ranges else len(server.asked) >= 5)
 
 
+def test_which_answers_are_asked_for_again(tmp_path, server):
+    write_tar(tmp_path / "0.tar", good(range(5)))
+    for code in (404, 403):
+        server.codes = [code] * 3
+        with pytest.raises(tars.StreamRefused, match=str(code)):
+            next(tars.stream_tar(server.url + "0.tar"))
+        assert len(server.codes) == 2
+    for code in (408, 429, 503):
+        server.codes = [code] * 3
+        assert len(list(tars.stream_tar(server.url + "0.tar"))) == 5 and not server.codes
+    assert list(tars.stream_tar(server.url + "0.tar", (tmp_path / "0.tar").stat().st_size)) == []  # 416
+
+
+def test_shuffle_buffer(monkeypatch):
+    def shuffled(seed: int, count: int, cursor: list[int]):
+        items = ((0, byte, str(byte), {tars.TEXT: b"four"}) for byte in range(100))
+        return tars.shuffled(items, np.random.PCG64(seed), count, 1, cursor)
+
+    assert len({tuple(byte for _, byte, *_ in islice(shuffled(seed, 10, [0, 0]), 50)) for seed in range(4)}) == 4
+    monkeypatch.setattr(tars, "BUFFER_BYTES", 10)
+    cursor = [0, 0]
+    next(shuffled(0, 50, cursor))
+    assert cursor == [0, 2]  # three items are over 10 bytes
+
+
 @pytest.mark.parametrize("reason", ["stream cut", "truncated tar"])
 def test_a_tar_that_ends_early_is_counted(tmp_path, server, reason):
     path = write_tar(tmp_path / "0.tar", good(range(30)))
@@ -511,6 +586,31 @@ def test_stream_errors_are_one_line(tmp_path, server, monkeypatch):
         open_batches([server.url + "x.tar", str(local)], small, 2)
     with pytest.raises(ValueError, match="cannot be reached"):
         next(open_batches(["http://127.0.0.1:9/x.tar"], small, 2))
+
+
+def test_epochs_of_a_stream(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(streams, "draw_instruction", lambda bits: bits.random_raw())
+    for i in range(2):
+        write_tar(tmp_path / f"{i}.tar", good(range(3 * i, 3 * i + 3)))
+    batches = open_batches([server.url + "{0..1}.tar"], small, 6)
+    epochs = take(batches, 3)
+    assert [sorted(numbers_of(batch)) for batch in epochs] == [[*range(6)]] * 3 and batches.seen == 6
+    assert len({draw for batch in epochs for draw in batch["instructions"]}) == 18
+    pairs = StreamPairs([str(i) for i in range(6)], small)
+    orders = [[pairs.url(0, tar) for tar in range(first, first + 6)] for first in (0, 6)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == pairs.urls
+
+
+def test_where_the_slots_of_a_stream_go_on():
+    pairs = StreamPairs([str(i) for i in range(6)], small)
+    for rank, cursors in ((0, {0: (6, 0)}), (1, {1: (5, 0)})):
+        batches = StreamBatches(pairs, 5, rank=rank, world_size=2)
+        batches.go_to({"epoch": 0, "position": 5})
+        assert batches.cursors == cursors
+    batches = StreamBatches(pairs, 5, workers=2)
+    batches.cursors = {0: (2, 512), 1: (7, 0)}
+    place = batches.place()
+    assert (place["epoch"], place["position"]) == (0, 2)  # of the earliest unfinished tar
 
 
 def test_stream_resumes_without_repeating(tmp_path, server):

@@ -34,6 +34,11 @@ def test_modes():
         assert np.abs(np.asarray(image).astype(int) - 128).max() <= 2, name  # all are the same mid grey
 
 
+def test_sixteen_bits_are_rounded():
+    dark = Image.fromarray(np.full((4, 6), 200, dtype=np.uint16))
+    assert read_image(encoded(dark, "PNG")).getpixel((0, 0)) == (1, 1, 1)  # 200 / 257
+
+
 def test_upright():
     image = Image.new("RGB", (6, 4))
     exif = image.getexif()

@@ -212,6 +212,23 @@ def test_other_weights_are_refused(monkeypatch, weights, sources, tmp_path, caps
     train_uas(monkeypatch, other, tar, tmp_path / "run", "--steps", 1)  # copies are the same weights
 
 
+def test_identity_depends_on_every_file(weights, tmp_path):
+    other, sd = tmp_path / "weights", "stable-diffusion"
+    shutil.copytree(weights, other)
+    for feature, file in (
+        ("queries", "minigpt4/llama_proj.safetensors"),
+        ("queries", "blip2/config.json"),
+        ("encoding", f"{sd}/text_encoder/config.json"),
+        ("moments", f"{sd}/vae/config.json"),
+    ):
+        path, before = other / file, identity(other, feature)
+        path.write_bytes(path.read_bytes() + b" ")
+        assert identity(other, feature) != before, file
+    unet, before = other / sd / "unet" / "config.json", identity(other, "moments")
+    unet.write_text(json.dumps({**json.loads(unet.read_text()), "sample_size": 32}))  # larger pictures
+    assert identity(other, "moments") != before
+
+
 def test_bad_arguments(monkeypatch, weights, sources, tmp_path, capsys):
     source, out = sources / "pairs.tar", tmp_path / "x.tar"
 

@@ -201,6 +201,7 @@ def test_which_members_are_numbered_pictures():
         ("0", tars.NUMBERED + 99),
         ("0", tars.PICTURE),
     ]
+    assert tars.most_bytes(tars.NUMBERED + 3) == tars.most_bytes(tars.PICTURE)
     for name in ("0.100.jpg", "0.07.jpg", "0.1.txt", "0.1.2.jpg", "0.x.jpg", "0..jpg", ".1.jpg", "0.1."):
         assert tars.member_of(name) is None, name
 
@@ -232,6 +233,13 @@ def test_which_turns_are_items(tmp_path, tokenizer):
     rows = collate(tokenizer, batch["pairs"], 8)
     assert int((rows.ids == tokenizer.image_id).sum()) == 8 * 15
     assert rows.picture_rows.tolist() == [0, 1, 2, 3, 4, 5, 5, 7]
+
+
+def test_lengths(tmp_path, tokenizer):
+    chat = ("dialog", [(f"turn {k}",) for k in range(9)])
+    data = open_data(write(tmp_path / "x.tar", {"0": story(1, 3), "1": chat}), tokenizer)
+    lengths = [data.length(i, (0, 0)) for i in range(len(data))]
+    assert lengths == [0, 1, 1, 2, 2, 2, 3, *(1, 2, 3, 2, 3, 2, 3, 2)]
 
 
 def test_groups_have_histories_of_like_length(tmp_path, tokenizer):
@@ -276,6 +284,8 @@ def test_blind_history(tmp_path, tokenizer):
     draws = [data.draw(np.random.PCG64(i)) for i in range(2000)]
     blind = sum(told in data.sample(item_of(data, 2), draw)["source"] for draw in draws)
     assert 440 < blind < 560
+    tar = write(tmp_path / "y.tar", {"0": ("dialog", [("a", 1), ("b", 2), ("c",)])})
+    assert len(open_data(tar, tokenizer, blind=1.0).sample(1, (0, 0))["inputs"]) == 2
 
 
 def test_task_weights(tmp_path, tokenizer):
@@ -310,7 +320,8 @@ def test_old_turns_leave_whole_where_room_is_short(tmp_path, tokenizer):
             kept = shorter["inputs"]
             assert torch.equal(torch.stack(kept), torch.stack(sample["inputs"][-len(kept) :]))
             assert shorter["source"].count(SEEN) == len(kept) and shorter["target"] == sample["target"]
-            lengths.setdefault(len(kept), limit)
+            if lengths.setdefault(len(kept), limit) == limit:
+                assert row.ids.shape[1] == limit  # no place is left free
         assert sorted(lengths) == list(range(1, steps + 1)) and list(lengths.values()) == sorted(lengths.values())
         assert shorter["source"] == sample["source"]
 
@@ -346,6 +357,8 @@ def test_every_kind_of_broken_sample_is_counted(tmp_path, tokenizer):
             assert len(batch["pairs"]) == 3 and set(batch["keys"]) <= {"g.1", "g.2", "h.1", "h.2", "h.3"}
         batches.close()
         assert batches.bad == {**dict.fromkeys(BROKEN, 1), "not an image": 1, "no JSON": 1} and batches.seen == 15
+    tar = write(tmp_path / "y.tar", {"0": ("story", [("a",), ("b", 2)])})  # an earlier step counts, too
+    assert open_data(tar, tokenizer, weights=only("text")).sample(0, (0, 0)).reason == "step without text or picture"
     for name, cls in (("x", PairData), ("y", StoryData)):  # the other stage's tars
         write(tmp_path / "x.tar", {"0": story(1)})
         write(tmp_path / "y.tar", {"0": b'{"caption": "a"}'})
@@ -353,6 +366,13 @@ def test_every_kind_of_broken_sample_is_counted(tmp_path, tokenizer):
         wrong = PairData([tar], small_output) if cls is PairData else open_data(tar, tokenizer)
         with pytest.raises(ValueError, match=r"no usable .* in .*tar: 1 n"):
             next(Batches(wrong, 2))
+
+
+def test_tar_and_index_differ(tmp_path, tokenizer, monkeypatch):
+    for turns in (9, -4):  # an index may come from anywhere; the story has 4
+        monkeypatch.setattr(tars, "count_turns", lambda content, turns=turns: turns)
+        data = open_data(write(tmp_path / f"{turns}.tar", {"0": story(1)}), tokenizer)
+        assert data.sample(len(data) - 1, (0, 0)) == Broken("0", "tar and index differ")
 
 
 # ---- order, workers, resuming
