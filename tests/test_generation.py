@@ -210,12 +210,19 @@ def test_on_brings_and_takes_back():
 
 def test_pinned_weights_share_blocks(monkeypatch):
     """The same weights in the same layout, in as few blocks as hold them."""
-    taken = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda block: taken.append(block.nbytes) or block)
+    taken, empty = [], torch.empty
+
+    def pinned_empty(size, dtype, pin_memory):
+        assert pin_memory
+        taken.append(size)
+        return empty(size, dtype=dtype)
+
     conv = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
     module = torch.nn.Sequential(conv, torch.nn.Linear(7, 9).bfloat16(), torch.nn.Linear(300, 2)).requires_grad_(False)
     before = {name: (p.clone(), p.stride()) for name, p in module.named_parameters()}
-    pinned(module, most=1000)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", pinned_empty)
+        pinned(module, most=1000)
     assert taken == [576 + 64 + 128 + 18, 2400, 8]
     assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 3
     for name, parameter in module.named_parameters():

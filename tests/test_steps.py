@@ -196,7 +196,9 @@ def test_no_waiting_on_a_gpu(weights):
     def step():
         rows = collate(model.tokenizer, samples, model.queries).to(device)
         draws, captions = model.draw(4, step_generator(0, 0, 0)), model.encode_captions([text for text, _ in samples])
-        losses = model.losses(rows, draws, model.encode_pictures(torch.zeros(4, 3, 32, 32)), (captions, empty))
+        losses = model.losses(
+            rows, draws.to(device), model.encode_pictures(torch.zeros(4, 3, 32, 32)), (captions, empty)
+        )
         losses["loss"].backward()
         meter.add(losses)
         optimizer.step()
@@ -251,7 +253,8 @@ def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
     samples = [(f"{words} <ImageHere>", target) for words, target in texts(0, 4)]
     with OneDevice():
         rows = collate(model.tokenizer, samples, model.queries).to(meta)
-        draws, posterior = model.draw(4, step_generator(0, 0, 0)), model.encode_pictures(torch.zeros(4, 3, 32, 32))
+        draws = model.draw(4, step_generator(0, 0, 0)).to(model.device)
+        posterior = model.encode_pictures(torch.zeros(4, 3, 32, 32))
         captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
         losses = model.losses(rows, draws, posterior, captions, torch.zeros(4, 3, 28, 28))
         losses["loss"].backward()
