@@ -25,13 +25,23 @@ def checkpoint_folders(out: Path) -> list[Path]:
 
 
 def find_checkpoint(place: Path) -> Path | None:
-    """A safetensors file; or of a run's folder the newest checkpoint's; or of weights/minigpt5 uas.safetensors."""
+    """A safetensors file; or a checkpoint's folder's; or of a run's folder the newest checkpoint's; or of
+    weights/minigpt5 uas.safetensors."""
     if place.is_file():
         return place
-    for file in [folder / "trained.safetensors" for folder in checkpoint_folders(place)] + [place / "uas.safetensors"]:
+    folders = place, *checkpoint_folders(place)
+    for file in [*(folder / "trained.safetensors" for folder in folders), place / "uas.safetensors"]:
         if file.is_file():
             return file
     return None
+
+
+def given_checkpoint(place: Path) -> Path:
+    """What the user named. ValueError where there is none."""
+    found = find_checkpoint(place)
+    if found is None:
+        raise ValueError(f"{place}: neither a checkpoint nor the folder of a run that has one")
+    return found
 
 
 def shipped_checkpoint(folder: Path, stage_2: tuple[str, ...]) -> Path | None:

@@ -52,6 +52,7 @@ def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
         if option.choices and value not in option.choices:
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, not one of {', '.join(option.choices)}")
         option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed
+        option.help = re.sub("; default: .*", "", option.help or "", flags=re.DOTALL)  # that was the other one
     return read_arguments(parser)
 
 

@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import STORY_FILES, TALK_FILES, find_checkpoint, shipped_checkpoint
+from checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
 from data import describe
 from evaluation.cases import (
@@ -44,6 +44,7 @@ from evaluation.cases import (
     SETTINGS,
     Case,
     check_settings,
+    digest,
     generate,
     pictures_of,
     read_answer,
@@ -51,6 +52,7 @@ from evaluation.cases import (
 )
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
+from features import fingerprint
 from files import write_json, write_text
 from generation import add_sampling_options, sampling_of
 from images import resize_and_crop
@@ -179,8 +181,8 @@ def main() -> None:
     cases, bad = read_cases(args.data, args.task, args.last)
     if args.context != "both" and cases[0].task not in TASKS:
         raise ValueError("--context is for stories, this data has none")
+    settings = {"task": cases[0].task, "context": args.context, "data": digest(cases)}
     cases = cases[: args.n or None]
-    settings = {"task": cases[0].task, "context": args.context}
     make_folder(args.out.parent)
     if not args.scores_only:
         settings |= ask(args, cases, device, settings)
@@ -221,10 +223,9 @@ def main() -> None:
 def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, settings: dict) -> dict:
     """Make the answers that are not there yet; returns what they were made with."""
     place, names = args.weights / "minigpt5", {"caption": (), "reply": TALK_FILES}.get(cases[0].task, STORY_FILES)
-    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else shipped_checkpoint(place, names)
-    if checkpoint is None:
-        raise ValueError(f"{args.checkpoint or place}: neither a checkpoint nor the folder of a run that has one")
-    made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "seed": args.seed, **asdict(args.sampling)}
+    checkpoint = given_checkpoint(args.checkpoint or shipped_checkpoint(place, names) or place)
+    made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "trained": fingerprint([checkpoint])}
+    made |= {"seed": args.seed, **asdict(args.sampling)}
     check_settings(make_folder(args.answers), settings | made)
     write_json(args.answers / SETTINGS, settings | made)
     reads = cases[0].task != "caption"

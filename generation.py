@@ -162,8 +162,9 @@ def say(
 
     pixels: the prompts' pictures in order, as `MiniGPT5.embed` takes them. When [IMG0] is drawn all N vokens are fed at
     once and only [IMG0] is recorded; text goes on after the last one. An answer ends with </s>, with "###", after
-    max_new_tokens or where the positions end; the stop ids stay in it. The repetition penalty counts <s> and what was
-    said, not the prompt. ValueError for a prompt that leaves no room.
+    max_new_tokens, where it has used max_new_tokens + 8 N positions, and where there are no more; the stop ids stay in
+    it. The repetition penalty counts <s> and what was said, not the prompt. ValueError for a prompt that leaves no
+    room.
     """
     tokenizer, N = model.tokenizer, len(model.tokenizer.voken_ids)
     rows = [[tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(p), model.queries)] for p in prompts]

@@ -24,7 +24,10 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 shapes.setdefault(parameter.flatten(1).shape, []).append(parameter)
             for shape, parameters in shapes.items():
-                averages = [self.state[p].setdefault("average", torch.zeros_like(p)) for p in parameters]
+                for parameter in parameters:
+                    if "average" not in self.state[parameter]:
+                        self.state[parameter]["average"] = torch.zeros_like(parameter)
+                averages = [self.state[p]["average"] for p in parameters]
                 gradients = [p.grad for p in parameters]
                 torch._foreach_mul_(averages, group["momentum"] ** (1 - kept))
                 torch._foreach_add_(averages, gradients)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from checkpoints import STORY_FILES, TALK_FILES, find_checkpoint, shipped_checkpoint
+from checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
 from cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
 from data import clean_caption
 from files import write_json, write_text
@@ -115,7 +115,8 @@ class Conversation:
     def go_on(self, turns: list[Turn], source: Callable[[list[Turn]], str]) -> list[str | Image.Image]:
         """The answer to the `source` of the turns, which becomes the next turn. The oldest turns are left out where
         they leave no room for a whole answer."""
-        while len(turns) > 1 and room_after(self.model, source(turns)) < self.sampling.max_new_tokens:
+        needed = self.sampling.max_new_tokens + len(self.model.tokenizer.voken_ids)  # whose last word may be a picture
+        while len(turns) > 1 and room_after(self.model, source(turns)) < needed:
             turns = turns[1:]
         segments = self.ask(source(turns), turns)
         self.add(*spoken(segments))
@@ -200,7 +201,8 @@ def chat(conversation: Conversation, first: str | None, pictures: list[Image.Ima
             segments = conversation.reply()
         except ValueError as error:  # no picture, or more words than there is room for: the talk goes on without
             print(f"error: {error}", file=sys.stderr)
-            conversation.turns = conversation.turns[: 2 * turns]
+            if len(conversation.turns) > 2 * turns:  # it was said with these pictures
+                conversation.turns, pictures = conversation.turns[: 2 * turns], []
             continue
         said += [f"> {line}", *pictures, *segments]
         count, pictures, turns = show(segments, out, count + len(pictures)), [], turns + 1
@@ -214,9 +216,7 @@ def main() -> None:
     start = time.perf_counter()
     names = STORY_FILES if args.turns is not None else TALK_FILES if args.chat or pictures else ()
     shipped = shipped_checkpoint(args.weights / "minigpt5", names)
-    checkpoint = find_checkpoint(args.checkpoint) if args.checkpoint else shipped
-    if checkpoint is None and args.checkpoint:
-        raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
+    checkpoint = given_checkpoint(args.checkpoint) if args.checkpoint else shipped
     torch.manual_seed(args.seed)  # of what has no checkpoint
     reads = bool(pictures) or args.chat or args.turns is not None
     device = pick_device(args.device)

@@ -13,6 +13,7 @@ WEIGHTS/minigpt5/config.json, with L_text at weight 1.
 """
 
 import argparse
+import re
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import find_checkpoint
+from checkpoints import find_checkpoint, given_checkpoint
 from cli import DTYPES, can_compile, pick_device, run
 from data import describe
 from features import find_features, picture_size
@@ -29,7 +30,7 @@ from miniature.world import write_stories
 from minigpt5 import DROP_RATE, TEXT_WEIGHT, Rows, bucket_length, collate, load_minigpt5
 from parallel import Gradients, World, one_line_peer_errors, weights_held
 from qformer import preprocess_input
-from stories import TASKS, checked_weights, open_stories
+from stories import SPEAKERS, TASKS, checked_weights, open_stories
 from tars import expand
 from training import (
     Meter,
@@ -68,7 +69,16 @@ def names(text: str) -> tuple[str, ...]:
 def task_weights(text: str) -> dict[str, float]:
     """ "image=2,text=1" -> {"image": 2.0, "text": 1.0}."""
     pairs = [part.partition("=") for part in text.split(",")]
-    return {name.strip(): float(weight) for name, _, weight in pairs}
+    try:
+        return {name.strip(): float(weight) for name, _, weight in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=WEIGHT,...") from None
+
+
+def words_of(source: str, target: str) -> str:
+    """What stands above a picture in samples.png: the answer's words, or else the request."""
+    request = re.split(r"\n|###\w+:", source.removesuffix(SPEAKERS[1]).strip())[-1].strip()
+    return re.sub(r"\[IMG\d+\]|###", "", target).strip() or request
 
 
 def arguments() -> argparse.Namespace:
@@ -89,7 +99,7 @@ def arguments() -> argparse.Namespace:
     add("--freeze-mapper", action="store_true", help="all of it; default: its transformer trains, as released")
     add("--lr", type=float, default=2e-5, help="for the voken rows and the mapper")
     add("--adapter-lr", type=float, help="for LoRA or the prefix; default: --lr")
-    add("--vokens", type=int, default=8, help="vokens of a picture; with --uas those of its run")
+    add("--vokens", type=int, default=8, help="vokens of a picture, where it starts from no stage 1")
     add("--max-tokens", type=int, default=2048, help="longest row; the oldest steps of a history are left out")
     add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
     args = check_run_options(parser, "train_mls")
@@ -113,9 +123,8 @@ def main() -> None:
     world = World(device)
     out = open_run(args, world)
     log = out / "log.jsonl"
-    first = None if args.no_uas else find_checkpoint(args.uas or args.weights / "minigpt5")
-    if args.uas and first is None:
-        raise ValueError(f"{args.uas}: neither a checkpoint nor the folder of a run that has one")
+    shipped = None if args.no_uas else find_checkpoint(args.weights / "minigpt5")
+    first = given_checkpoint(args.uas) if args.uas else shipped
 
     size = picture_size(args.weights)
     with world.first():
@@ -145,7 +154,8 @@ def main() -> None:
         print(f"sharded: each process holds {own:,} of the {whole:,} bytes of Vicuna and UNet")
 
     side = model.image_encoder.vision_model.config.image_size if sees else None
-    limit = min(args.max_tokens, model.llama.config.max_position_embeddings)
+    virtual = model.prefix.embedding.num_embeddings if model.prefix else 0
+    limit = min(args.max_tokens, model.llama.config.max_position_embeddings - virtual)
     with world.first():  # it leaves the indices of the tars to the other ranks
         open_data = partial(
             open_stories,
@@ -231,7 +241,7 @@ def main() -> None:
 
             done, stopping = step + 1, world.any(bool(asked))
             if shown is None and batch["outputs"] is not None:
-                shown = (rows, batch["inputs"], batch["outputs"], [target for _, target in batch["pairs"]])
+                shown = (rows, batch["inputs"], batch["outputs"], [words_of(*pair) for pair in batch["pairs"]])
             if done % args.log_every == 0 or done == total:
                 record = meter.line(done, optimizer, batches.bad, gradients)
                 record |= {"graphs": compiled_graphs()} if compiled else {}
@@ -239,11 +249,6 @@ def main() -> None:
                     append_log(log, record)
                 bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
                 stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
-            if held_out is not None and (done % args.val_every == 0 or done == total):
-                record = validate(model, held_out, forward, args.val_batches, world, asked)
-                if record and world.rank == 0:
-                    append_log(log, {"step": done, **record})
-                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
             if args.sample_every and done % args.sample_every == 0:
                 if not world.any(shown is None) and (world.rank == 0 or args.shard):
                     paint_samples(model, *shown, None if world.rank else out / "samples.png")
@@ -253,6 +258,11 @@ def main() -> None:
                 state = run_state(args, batches, meter, gradients)
                 if world.rank == 0:
                     save_checkpoint(out, done, model, [optimizer], state, "mls")
+            if held_out is not None and (done % args.val_every == 0 or done == total):
+                record = validate(model, held_out, forward, args.val_batches, world, asked)
+                if record and world.rank == 0:
+                    append_log(log, {"step": done, **record})
+                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
             if stopping:
                 break
     bad = describe(added(world.gather(dict(batches.bad))))
@@ -260,7 +270,7 @@ def main() -> None:
     if done < total:
         print(f"stopped after step {done} of {total}; to go on: {resume_command()}")
     else:
-        print(f"done: {total} steps, broken samples: {bad}, see {out}")
+        print(f"done: {done} steps, broken samples: {bad}, see {out}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,10 @@ def arguments() -> argparse.Namespace:
     add("--start-as", metavar="TEXT", help="rows of the vokens start as this text's pieces; default: the tables' mean")
     add("--no-cap", action="store_true", help="without L_CAP (the paper's ablation)")
     add_run_options(parser, out="runs/uas", epochs=2, batch_size=48)
-    return check_run_options(parser, "train_uas")
+    args = check_run_options(parser, "train_uas")
+    if args.no_ldm and args.no_cap:
+        parser.error("--no-ldm and --no-cap leave the mapper nothing to learn from")
+    return args
 
 
 def main() -> None:
@@ -189,11 +192,6 @@ def main() -> None:
                     append_log(log, record)
                 bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s") if name in record})
                 stop_if_nonfinite(gradients, args.max_nonfinite, done, out)
-            if held_out is not None and (done % args.val_every == 0 or done == total):
-                record = validate(model, held_out, forward, args.val_batches, world, asked)
-                if record and world.rank == 0:
-                    append_log(log, {"step": done, **record})
-                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
             if args.sample_every and done % args.sample_every == 0:
                 if world.rank == 0 or args.shard:
                     paint_samples(model, *shown, None if world.rank else out / "samples.png")
@@ -203,6 +201,11 @@ def main() -> None:
                 state = run_state(args, batches, meter, gradients)
                 if world.rank == 0:
                     save_checkpoint(out, done, model, optimizers, state, "uas")
+            if held_out is not None and (done % args.val_every == 0 or done == total):
+                record = validate(model, held_out, forward, args.val_batches, world, asked)
+                if record and world.rank == 0:
+                    append_log(log, {"step": done, **record})
+                    bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
             if stopping:
                 break
     bad = describe(added(world.gather(dict(batches.bad))))
@@ -210,7 +213,7 @@ def main() -> None:
     if done < total:
         print(f"stopped after step {done} of {total}; to go on: {resume_command()}")
     else:
-        print(f"done: {total} steps, broken samples: {bad}, see {out}")
+        print(f"done: {done} steps, broken samples: {bad}, see {out}")
 
 
 if __name__ == "__main__":

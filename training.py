@@ -87,6 +87,11 @@ def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse
     for name in least_1.split():
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("lr", "output_lr", "mapper_lr", "adapter_lr", "muon"):
+        if (getattr(args, name, None) or 0) < 0:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0")
+    if not 0 <= args.max_bad <= 1:
+        parser.error("--max-bad must be from 0 to 1")
     if args.epochs <= 0 or args.warmup < 0:
         parser.error("--epochs must be above 0, --warmup at least 0")
     if args.steps is not None and args.steps < 1:
@@ -458,7 +463,8 @@ def draw_losses(records: list[dict], path: Path) -> None:
     pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)
     for panel, name in enumerate(names):
         points, held_out = ([(r["step"], r[key]) for r in records if key in r] for key in (name, f"val_{name}"))
-        last, top = max(step for step, _ in points), max(value for _, value in points + held_out) or 1.0
+        last, top = (max(numbers) for numbers in zip(*points, *held_out, strict=True))
+        top = top or 1.0
         left, right, bottom = panel * width + margin, (panel + 1) * width - 10, height - margin
         pen.line([(left, margin), (left, bottom), (right, bottom)], fill="#888")
         across, up = (right - left) / max(last, 1), (bottom - margin) / top

@@ -31,18 +31,20 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines.divter import split_description
-from checkpoints import find_checkpoint
+from checkpoints import given_checkpoint
 from cli import DTYPES, add_weights_option, make_folder, pick_device, read_arguments, run
 from evaluation.cases import (
     SETTINGS,
     Case,
     check_settings,
+    digest,
     file_of,
     generator_of,
     read_answer,
     read_cases,
     write_answer,
 )
+from features import fingerprint
 from files import write_json
 from images import to_image
 from loading import matched, read_json, save_safetensors
@@ -170,22 +172,22 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device = pick_device(args.device)
-    cases = read_cases(args.data, args.task, args.last)[0][: args.n or None]
+    cases, _ = read_cases(args.data, args.task, args.last)
+    data, cases = digest(cases), cases[: args.n or None]
     if args.words and not args.words.is_dir():
         raise ValueError(f"{args.words}: no such folder of answers")
     if args.words:
-        check_settings(args.words, {"task": cases[0].task})
+        check_settings(args.words, {"task": cases[0].task, "data": data})
     if cases[0].task not in ("caption", "image") and not args.words:
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
-    found = find_checkpoint(args.checkpoint) if args.checkpoint else None
-    if args.checkpoint and not found:
-        raise ValueError(f"{args.checkpoint}: neither a checkpoint nor the folder of a run that has one")
+    found = given_checkpoint(args.checkpoint) if args.checkpoint else None
     if found:
         model.load_trained(found)
-    made = {"task": cases[0].task, "context": context_of(args, cases[0])}
+    made = {"task": cases[0].task, "context": context_of(args, cases[0]), "data": data}
     made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
     made |= {"words": args.words and str(args.words), "checkpoint": found and f"{found.parent.name}/{found.name}"}
+    made |= {"trained": found and fingerprint([found])}
     check_settings(make_folder(args.answers), made)
     write_json(args.answers / SETTINGS, made)
 

@@ -15,6 +15,7 @@ KEY.json is written last and under a temporary name, so a case is answered when 
 `_answers.json` says how the answers were made; to go on with other settings is an error.
 """
 
+import hashlib
 import json
 import zlib
 from collections import Counter
@@ -94,6 +95,12 @@ def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Coun
     return cases, bad
 
 
+def digest(cases: list[Case]) -> str:
+    """Of what is asked: other data have another one, even where the keys are the same."""
+    asked = "\n".join(f"{case.key} {case.turn.text}" for case in cases)
+    return hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def pair_of(key: str, read: Callable[[int], bytes | None]) -> Case:
     caption = clean_caption(read_caption(read))
     if not caption:
@@ -136,12 +143,15 @@ def pictures_of(case: Case, members: tuple[int, ...]) -> list[Image.Image]:
 
 
 def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[str, list[Image.Image]]:
-    """The prompt and its pictures; the oldest turns are left out where not `room` tokens would remain for the answer.
-    Raises Unusable where even none of them fit."""
+    """The prompt and its pictures; the oldest turns, but never the last one, are left out where not `room` tokens would
+    remain for the answer. Raises Unusable where that is not enough."""
     tokenizer, k = model.tokenizer, len(case.before)
     turn = Turn(tokenizer.plain(case.turn.text), case.turn.pictures)
     if case.task == "caption":
-        return uas_texts(turn.text)[0], []
+        source = uas_texts(turn.text)[0]
+        if room_after(model, source) < room:
+            raise Unusable("prompt too long")
+        return source, []
     before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
     for first in range(first_heard(k) if case.task == "reply" else 0, max(len(before), 1)):
         if case.task == "reply":
@@ -187,7 +197,8 @@ def read_answer(folder: Path, key: str) -> Answer | None:
         return None
     content = read_json(path)
     segments, lost = [], []
-    for segment in content.get("segments", [None]):
+    found = content.get("segments")
+    for segment in found if isinstance(found, list) else [None]:
         if isinstance(segment, dict) and isinstance(segment.get("text"), str):
             segments.append(segment["text"])
         elif isinstance(segment, dict) and isinstance(segment.get("image"), str):
@@ -215,11 +226,11 @@ def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """ValueError where the answers in `folder` were made with other `settings`."""
+    """ValueError where the answers in `folder` were made with other `settings`, as far as it says."""
     if (folder / SETTINGS).is_file():
         there = read_json(folder / SETTINGS)
-        found = {name: there.get(name) for name in settings}
-        other = [f"{name} {found[name]}, not {value}" for name, value in settings.items() if found[name] != value]
+        there = {name: there.get(name, value) for name, value in settings.items()}
+        other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there[name] != value]
         if other:
             raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
 

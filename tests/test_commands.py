@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_uas
-from checkpoints import checkpoint_folders
+from checkpoints import checkpoint_folders, find_checkpoint
 from cli import run
 from training import learning_rate_factor, read_log
 
@@ -114,7 +114,9 @@ def test_resume_is_exact(monkeypatch, weights, tar, tmp_path, capsys):
     ours, expected = (load_file(tmp_path / run / "step-00000007/trained.safetensors") for run in ("parts", "whole"))
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    assert len(checkpoint_folders(tmp_path / "parts")) == 2  # older ones are dropped
+    newest, _ = folders = checkpoint_folders(tmp_path / "parts")  # older ones are dropped
+    assert find_checkpoint(tmp_path / "parts") == find_checkpoint(newest) == newest / "trained.safetensors"
+    assert find_checkpoint(folders[1]).parent == folders[1]
 
 
 def test_held_out_losses(monkeypatch, weights, tar, tmp_path, capsys):
@@ -134,6 +136,10 @@ def test_held_out_losses(monkeypatch, weights, tar, tmp_path, capsys):
     assert runs[1][-1]["val_cap_loss"] < runs[1][2]["val_cap_loss"] and "step 4: val_loss" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no such tar"):
         train(monkeypatch, weights, tar, tmp_path / "none", "--val", tmp_path / "none.tar")
+    broken = write_tar(tmp_path / "broken.tar", {"a.png": b"<html>", "a.txt": b"a"})
+    with pytest.raises(ValueError, match="no usable pair"):
+        train(monkeypatch, weights, tar, tmp_path / "broken", "--steps", 4, "--save-every", 2, *val, "--val", broken)
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "broken")] == ["step-00000002"]  # first of all
 
 
 def test_broken_checkpoint_is_passed_over(monkeypatch, weights, tar, tmp_path, capsys):
@@ -389,6 +395,10 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
             train_uas.main, monkeypatch, capsys, pattern, "--weights", weights, "--data", tar, "--out", out, *arguments
         )
 
+    for name in ("--lr", "--mapper-lr", "--output-lr", "--muon"):
+        training_fails(f"{name} must be at least 0", name, -1)
+    training_fails("--max-bad must be from 0 to 1", "--max-bad", 7)
+    training_fails("nothing to learn from", "--no-ldm", "--no-cap")
     sample_fails("no such folder", "--weights", nothing)
     sample_fails("no such file", "--image", nothing)
     sample_fails("not an image", "--image", not_a_picture)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import generation
@@ -314,6 +315,15 @@ def test_resume(monkeypatch, quick, weights, tars, tmp_path):
     monkeypatch.setattr(cases, "answer", answer)
     evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *made, "--batch-size", 1)
     assert len(asked) == 1 and {path.name: path.read_bytes() for path in answers.iterdir()} == before
+    world.write_pairs(tmp_path / "other.tar", 4, 9, "held-out", size=32)  # of the same keys
+    with pytest.raises(ValueError, match="holds answers made with data"):
+        evaluated(monkeypatch, tmp_path / "other.tar", tmp_path / "a.json", *made)
+    trained = load_file(weights / "minigpt5" / "uas.safetensors")
+    trained["vokens.input"] += 1
+    (tmp_path / "minigpt5").mkdir()
+    save_file(trained, tmp_path / "minigpt5" / "uas.safetensors")  # of the same name
+    with pytest.raises(ValueError, match="holds answers made with trained"):
+        evaluated(monkeypatch, tars / "pairs.tar", tmp_path / "a.json", *made, "--checkpoint", tmp_path / "minigpt5")
 
 
 def test_default_checkpoint_is_of_the_stage(monkeypatch, weights, tars, tmp_path):
@@ -366,6 +376,8 @@ def test_contexts_and_last_steps(monkeypatch, tars):
     assert len(pictures) < earlier and told[0].text not in prompt and told[-1].text in prompt
     with pytest.raises(cases.Unusable, match="too long"):
         cases.prompt_of(steps[0], Model, "both", 490)
+    with pytest.raises(cases.Unusable, match="too long"):
+        cases.prompt_of(steps[0]._replace(task="caption", turn=Turn("a" * 500)), Model, "both", 10)
 
 
 def test_missing_pictures_count(monkeypatch, quick, weights, tars, tmp_path):

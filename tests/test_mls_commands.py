@@ -323,7 +323,7 @@ def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):
         fails(train_mls.main, monkeypatch, capsys, pattern, *base, *arguments)
 
     training_fails("no such task: song", "--tasks", "song=1")
-    training_fails("invalid task_weights value", "--tasks", "image")
+    training_fails("'image' is not TASK=WEIGHT", "--tasks", "image")
     assert not (tmp_path / "run").exists()  # refused before anything is drawn or written
     training_fails("neither a checkpoint nor", "--uas", tmp_path / "nothing")
     training_fails("--text-weight must be 0 or more", "--text-weight", -1)
