@@ -177,7 +177,7 @@ def main() -> None:
     if args.words and not args.words.is_dir():
         raise ValueError(f"{args.words}: no such folder of answers")
     if args.words:
-        check_settings(args.words, {"task": cases[0].task, "data": data})
+        check_settings(args.words, {"task": cases[0].task})
     if cases[0].task not in ("caption", "image") and not args.words:
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
