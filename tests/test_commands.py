@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,14 @@ from PIL import Image
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
 
+import data
 import sample
 import train_uas
 from checkpoints import checkpoint_folders, find_checkpoint
 from cli import run
-from training import learning_rate_factor, read_log
+from data import REQUESTS
+from minigpt5 import MiniGPT5
+from training import learning_rate_factor, read_log, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +74,18 @@ def train(monkeypatch, weights, tar, out, *arguments) -> list[dict]:
     fixed = ("--warmup", 5, "--lr", 1e-3, "--workers", 0, "--log-every", 1, "--sample-every", 0, "--batch-size", 2)
     call(train_uas.main, monkeypatch, "--weights", weights, "--data", tar, "--out", out, *fixed, *arguments)
     return read_log(out / "log.jsonl")
+
+
+def noting(monkeypatch, owner, name: str) -> list[tuple]:
+    """Positional and named arguments of the calls of a function that goes on as it did."""
+    calls, function = [], getattr(owner, name)
+
+    def note(*arguments, **options):
+        calls.append((arguments, options))
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, note)
+    return calls
 
 
 # ---- training
@@ -185,6 +201,26 @@ def test_switches(monkeypatch, weights, tar, tmp_path):
     assert trained["vokens.input"].shape[0] == trained["vokens.output"].shape[0] == 2
 
 
+def test_switches_reach_the_losses(monkeypatch, weights, tar, tmp_path):
+    draws, losses = noting(monkeypatch, train_uas, "draw_pictures"), noting(monkeypatch, MiniGPT5, "losses")
+    train(monkeypatch, weights, tar, tmp_path / "off", "--steps", 1, "--no-cfg", "--min-snr-gamma", 0)
+    train(monkeypatch, weights, tar, tmp_path / "on", "--steps", 1)
+    assert [drop_rate for (_, _, drop_rate, *_), _ in draws] == [0, 0.1]
+    assert [options["min_snr_gamma"] for _, options in losses] == [0, 5]
+
+
+def test_captions_are_plain_text_in_requests(monkeypatch, weights, tmp_path):
+    tar = write_tar(tmp_path / "x.tar", pairs(4) | {"00000.txt": b"a </s> boat"})
+    monkeypatch.setattr(data, "draw_instruction", lambda bits: 3)
+    batches = noting(monkeypatch, train_uas, "collate")
+    train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 2)
+    assert len(batches) == 2
+    for (tokenizer, texts, _, _, limit), _ in batches:
+        assert limit == 256
+        for source, _ in texts:
+            assert REQUESTS[3] in source and tokenizer.eos_id not in tokenizer.encode(source)
+
+
 def test_learning_rate_of_output_rows(monkeypatch, weights, tar, tmp_path):
     """Half of --lr is half the way; the input rows do not notice."""
     found = {}
@@ -216,6 +252,12 @@ def test_epochs_and_pictures_of_a_run(monkeypatch, weights, tar, tmp_path):
 def test_learning_rate():
     factors = [learning_rate_factor(step, 4, 10) for step in range(10)]
     assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 0.5, 2 / 6, 1 / 6])
+
+
+def test_an_epoch_s_steps():
+    """Of every rank's batches, each as often as is accumulated."""
+    options = SimpleNamespace(steps=None, epochs=2, batch_size=3, accumulate=5)
+    assert total_steps(options, samples=300, ranks=4) == 10
 
 
 # ---- sampling

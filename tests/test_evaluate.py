@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import evaluate
 import generation
 from cli import run
 from evaluation import cases, metrics, scorers
-from evaluation.cases import write_answer
+from evaluation.cases import generator_of, read_answer, write_answer
 from evaluation.comparisons import METRICS, Bench, Outcome, attributes, drawn
 from evaluation.metrics import Part
 from loading import save_safetensors
@@ -348,6 +349,17 @@ def test_stories(monkeypatch, quick, weights, tars, tmp_path, task, words):
         assert "right all" in record["figures"]
 
 
+def reader(positions: int) -> SimpleNamespace:
+    """What a prompt asks of a model; its tokens are characters."""
+    return SimpleNamespace(
+        queries=1,
+        prefix=None,
+        system=None,
+        llama=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions)),
+        tokenizer=SimpleNamespace(plain=str, encode=list, image_id=-1),
+    )
+
+
 def test_contexts_and_last_steps(monkeypatch, tars):
     asked = {}
     steps, _ = cases.read_cases([str(tars / "stories.tar")], "image", True)
@@ -355,13 +367,8 @@ def test_contexts_and_last_steps(monkeypatch, tars):
     told = world.sample_story(1, 0, "held-out")[0]
     assert steps[0].key == f"000000000.{len(told) - 1}" and steps[0].facts == told[-1].picture
 
-    class Model:
-        queries, prefix, system = 1, None, None
-        llama = type("Llama", (), {"config": type("Config", (), {"max_position_embeddings": 10_000})})
-        tokenizer = type("Plain", (), {"plain": staticmethod(str), "encode": staticmethod(list), "image_id": -1})
-
     for context in cases.CONTEXTS:
-        prompt, pictures = cases.prompt_of(steps[0], Model, context, 10)
+        prompt, pictures = cases.prompt_of(steps[0], reader(10_000), context, 10)
         asked[context] = (told[0].text in prompt, len(pictures), prompt.count("<ImageHere>"))
         assert told[-1].text in prompt
     earlier = len(told) - 1
@@ -371,13 +378,38 @@ def test_contexts_and_last_steps(monkeypatch, tars):
         "pictures": (False, earlier, earlier),
         "both": (True, earlier, earlier),
     }
-    Model.llama.config.max_position_embeddings = 500  # the oldest steps are left out
-    prompt, pictures = cases.prompt_of(steps[0], Model, "both", 10)
+    prompt, pictures = cases.prompt_of(steps[0], reader(500), "both", 10)  # the oldest steps are left out
     assert len(pictures) < earlier and told[0].text not in prompt and told[-1].text in prompt
     with pytest.raises(cases.Unusable, match="too long"):
-        cases.prompt_of(steps[0], Model, "both", 490)
+        cases.prompt_of(steps[0], reader(500), "both", 490)
     with pytest.raises(cases.Unusable, match="too long"):
-        cases.prompt_of(steps[0]._replace(task="caption", turn=Turn("a" * 500)), Model, "both", 10)
+        cases.prompt_of(steps[0]._replace(task="caption", turn=Turn("a" * 500)), reader(500), "both", 10)
+
+
+def test_every_reply_of_a_dialogue_is_a_case(tars):
+    every, last = (cases.read_cases([str(tars / "dialogues.tar")], "image", only)[0] for only in (False, True))
+    assert len(every) == len(last) > 4  # --last is for stories
+
+
+def test_replies_hear_three_turns():
+    before = [Turn(f"turn {i}") for i in range(5)]
+    case = cases.Case("a.5", "a", "reply", before, Turn("turn 5"), None, None)
+    prompt, _ = cases.prompt_of(case, reader(10_000), "both", 10)
+    assert re.findall(r"turn \d", prompt) == ["turn 2", "turn 3", "turn 4"]
+
+
+def test_each_case_has_random_numbers_of_its_own():
+    assert len({generator_of(seed, key).initial_seed() for seed in (0, 1) for key in "ab"}) == 4
+
+
+def test_pictures_outside_the_answers_are_not_read(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "out.png")
+    write_answer(tmp_path / "in", "a", [])
+    (tmp_path / "in/a.json").write_text('{"segments": [{"image": "../out.png"}]}')
+    assert read_answer(tmp_path / "in", "a").lost == ("no file",)
+    (tmp_path / "in/a.json").write_text('{"segments": 5}')
+    with pytest.raises(ValueError, match="segments should be a list"):
+        read_answer(tmp_path / "in", "a")
 
 
 def test_missing_pictures_count(monkeypatch, quick, weights, tars, tmp_path):

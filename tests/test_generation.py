@@ -1,6 +1,7 @@
 """Answers in batches, the token sampler, segments; what the recordings of test_golden.py do not show."""
 
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 
@@ -12,7 +13,7 @@ from random_weights import write_random_weights
 from torch._dynamo.testing import CompileCounter
 
 import generation
-from generation import Sampling, answer, pick_tokens, say, segments_of
+from generation import Sampling, answer, pick_tokens, room_after, say, segments_of
 from images import to_tensor
 from loading import on, pinned
 from minigpt5 import load_minigpt5
@@ -81,6 +82,19 @@ def test_room_for_pictures_is_each_prompt_s_own(model, monkeypatch):
     for i in range(2):
         [alone] = say(model, prompts[i : i + 1], None, Sampling(max_new_tokens=24), generators(1))
         assert len(alone[0]) == len(together[i][0]) == min(24, (24 + 8 * N) // N)
+
+
+def test_a_prefix_takes_room(model):
+    """Its five virtual tokens have positions of their own."""
+    with_prefix = deepcopy(model)
+    with_prefix.add_adapters(prefix={})
+    assert room_after(with_prefix.eval(), "a boat") == room_after(model, "a boat") - 5
+    longest = model.llama.config.max_position_embeddings - len(model.tokenizer.voken_ids) - 5
+    prompt = " ".join(longest * "a")  # with <s> one token too many
+    with pytest.raises(ValueError, match=f"the prompt has {longest + 1} tokens, room is for {longest}"):
+        say(with_prefix, [prompt], None, Sampling(), generators(1))
+    [(ids, _)] = say(with_prefix, [prompt[2:]], None, Sampling(max_new_tokens=1), generators(1))
+    assert ids
 
 
 def test_a_picture_at_the_very_end(model):
@@ -228,6 +242,19 @@ def test_pinned_weights_share_blocks(monkeypatch):
     for name, parameter in module.named_parameters():
         value, stride = before[name]
         assert torch.equal(parameter, value) and parameter.stride() == stride and not parameter.requires_grad
+
+
+def test_pictures_are_padded_or_cropped(model, monkeypatch):
+    padded = []
+
+    def note(picture, size, pad):
+        padded.append(pad)
+        return preprocess_input(picture, size, pad)
+
+    monkeypatch.setattr(generation, "preprocess_input", note)
+    for pad in (True, False):
+        answer(model, [PICTURE], [[noise_picture(0)]], Sampling(max_new_tokens=1), generators(1), pad)
+    assert padded == [True, False]
 
 
 def test_places_and_pictures_must_agree(model):

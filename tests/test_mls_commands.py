@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
-from test_commands import call, fails, pairs, write_tar
+from test_commands import call, fails, noting, pairs, write_tar
 from test_commands import train as train_uas
 
 import sample
@@ -76,6 +76,14 @@ def test_lora_options(monkeypatch, weights, data, uas, tmp_path):
     assert ranks == {"o_proj": 3, "up_proj": 3}
     layers = load_minigpt5(weights, checkpoint).lora
     assert layers and all(layer.scale == 2 and layer.lora_A.out_features == 3 for layer in layers)
+
+
+def test_checkpoints_keep_the_scale_of_lora(weights, tmp_path):
+    model = load_minigpt5(weights, read_pictures=False)
+    model.add_adapters(lora={"rank": 4, "alpha": 12})
+    model.save_trained(tmp_path / "x.safetensors", "mls")
+    layers = load_minigpt5(weights, tmp_path / "x.safetensors", read_pictures=False).lora
+    assert layers and all(layer.scale == 3 for layer in layers)
 
 
 def test_held_out_losses(monkeypatch, weights, data, uas, tmp_path):
@@ -165,6 +173,25 @@ def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
     assert "ldm_loss" not in bare[0]
 
 
+def test_switches_reach_data_and_losses(monkeypatch, weights, data, tmp_path):
+    opened, draws = noting(monkeypatch, train_mls, "open_stories"), noting(monkeypatch, train_mls, "draw_pictures")
+    losses = noting(monkeypatch, MiniGPT5, "losses")
+    switches = ("--no-cfg", "--min-snr-gamma", 0, "--blind-history", 0.25, "--tasks", "image=1")
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 1, *switches)
+    assert [options["blind"] for _, options in opened] == [0.25]
+    assert [drop_rate for (_, _, drop_rate, *_), _ in draws] == [0]
+    assert [options["min_snr_gamma"] for _, options in losses] == [0]
+
+
+def test_mapper_rests_without_a_picture_loss(monkeypatch, weights, data, tmp_path):
+    """No loss reaches it; weight decay alone would move it."""
+    options = ("--steps", 2, "--save-every", 1, "--tasks", "image=1", "--no-ldm")
+    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", *options)
+    after, before = (load_file(path / "trained.safetensors") for path in checkpoint_folders(tmp_path / "run"))
+    mapper = {name for name in before if not name.startswith("vokens.") and "lora_" not in name}
+    assert mapper and all(torch.equal(before[name], after[name]) for name in mapper)
+
+
 def test_overfits_a_story(monkeypatch, weights, tmp_path):
     write_stories(tmp_path / "one.tar", 1, 3, "train")
     steps = ("--steps", 150, "--sample-every", 150, "--log-every", 10)
@@ -196,6 +223,15 @@ def test_story(monkeypatch, weights, data, uas, tmp_path):
     assert "a kite [IMG0]" in page and "http" not in page
     again = ask(monkeypatch, weights, tmp_path / "again", *arguments)
     assert again == segments
+
+
+def test_requests_of_a_story(monkeypatch, weights, tmp_path):
+    """A picture for its first sentence, then what happens next."""
+    heard, picture = [], Image.new("RGB", (32, 32))
+    monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "so", picture]])
+    ask(monkeypatch, weights, tmp_path, "--prompt", "a kite", "--turns", 2)
+    first, second = heard
+    assert "scene description: a kite" in first and "What should happen then?" in second
 
 
 def test_long_story(monkeypatch, weights, tmp_path):
@@ -258,15 +294,11 @@ def test_shrunk_tables_stay_shrunk(weights, uas, tmp_path):
 
 
 def test_long_rows_are_cut_where_the_model_ends(monkeypatch, weights, data, tmp_path):
-    limits, collate = [], train_mls.collate
-
-    def note(*arguments):
-        limits.append(arguments[4])
-        return collate(*arguments)
-
-    monkeypatch.setattr(train_mls, "collate", note)
-    train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 1, "--max-tokens", 300)
-    assert limits == [300]
+    batches = noting(monkeypatch, train_mls, "collate")
+    for most in (300, 100_000):
+        train(monkeypatch, weights, data / "stories.tar", tmp_path / str(most), "--steps", 1, "--max-tokens", most)
+    positions = load_minigpt5(weights, read_pictures=False).llama.config.max_position_embeddings
+    assert [limit for (*_, limit), _ in batches] == [300, positions]
 
 
 def test_chat(monkeypatch, weights, data, tmp_path, capsys):
@@ -281,6 +313,22 @@ def test_chat(monkeypatch, weights, data, tmp_path, capsys):
     assert "&lt;script&gt;" in (tmp_path / "out/index.html").read_text()
     complaints = capsys.readouterr().err.splitlines()
     assert len(complaints) == 2 and "nowhere.png: no such file" in complaints[0] and "the prompt has" in complaints[1]
+
+
+def test_chat_forgets_what_has_no_answer(monkeypatch, weights, tmp_path):
+    heard = []
+
+    def answer(model, prompts, *rest):
+        heard.append(prompts[0])
+        if "bad" in prompts[0]:
+            raise ValueError("no room")
+        return [["so it is"]]
+
+    monkeypatch.setattr(sample, "answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nbad\nbye\n"))
+    ask(monkeypatch, weights, tmp_path, "--chat")
+    assert ["bad" in prompt for prompt in heard] == [False, True, False]
+    assert "hello" in heard[2] and heard[2].endswith("bye\n###Assistant:")
 
 
 def test_chat_forgets_what_leaves_no_room(monkeypatch, weights, tmp_path):

@@ -24,7 +24,7 @@ from miniature.recipe import Shop
 from miniature.sets import cached, pictures, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.world import Picture, Thing
-from muon import orthogonal
+from muon import Muon, orthogonal
 from qformer import ImageEncoder, load_image_encoder
 from scheduler import load_schedule
 from text_encoder import ClipTokenizer, TextEncoder, load_text_encoder
@@ -153,6 +153,18 @@ def test_muon_makes_singular_values_equal():
     print(f"singular values from {values.min():.2f} to {values.max():.2f}")
     assert values.min() > 0.6 and values.max() < 1.3
     assert torch.allclose(orthogonal(matrices.mT), orthogonal(matrices).mT, atol=1e-5)
+
+
+def test_muon_looks_ahead():
+    """Nesterov's momentum, 0.9; a matrix of 8 x 2 moves by (8 / 2)^0.5 times the rate."""
+    matrix = torch.nn.Parameter(torch.zeros(8, 2))
+    optimizer, average, expected = Muon([matrix], 0.1), torch.zeros(8, 2), torch.zeros(8, 2)
+    for gradient in torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0)):
+        matrix.grad = gradient.clone()
+        optimizer.step()
+        average = 0.9 * average + gradient
+        expected -= 0.2 * orthogonal((gradient + 0.9 * average)[None])[0]
+    assert torch.allclose(matrix, expected, atol=1e-6)
 
 
 def test_rate_and_average():

@@ -1,6 +1,7 @@
-"""The training step: few shapes, no recompilation, no waiting for the GPU, nothing left on the host, gradient
-checkpointing that is exact."""
+"""The training step: what goes into it, few shapes, no recompilation, no waiting for the GPU, nothing left on the host,
+gradient checkpointing that is exact."""
 
+import json
 import random
 from collections import defaultdict
 from functools import partial
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generation import Sampling, paint, say
-from minigpt5 import Rows, bucket_length, collate, load_minigpt5
+from minigpt5 import Rows, bucket_length, collate, load_minigpt5, number_types
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from training import Meter, step_generator
 
@@ -63,6 +64,29 @@ def gradients(model, losses) -> dict:
     model.zero_grad(set_to_none=True)
     losses["loss"].backward()
     return {name: p.grad for name, p in model.trained_parameters().items() if p.grad is not None}
+
+
+# ---- what goes into it
+
+
+def test_long_sources_are_cut_and_targets_are_not(weights):
+    tokenizer, source = load_minigpt5(weights, read_pictures=False).tokenizer, "a word " * 50
+    target_ids = tokenizer.encode(VOKENS)
+    source_ids = [tokenizer.bos_id, *tokenizer.encode(source)][: 20 - len(target_ids)]
+    rows = collate(tokenizer, [(source, VOKENS)], 1, limit=20)
+    assert rows.ids.tolist() == [source_ids + target_ids]
+
+
+def test_each_place_has_random_numbers_of_its_own():
+    places = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+    assert len({step_generator(*place).initial_seed() for place in places}) == 4
+
+
+@pytest.mark.parametrize(("width", "reading"), [(2048, torch.bfloat16), (1024, torch.float32)])
+def test_number_types_on_a_cpu(tmp_path, width, reading):
+    (tmp_path / "vicuna").mkdir()
+    (tmp_path / "vicuna/config.json").write_text(json.dumps({"hidden_size": width}))
+    assert number_types(tmp_path, None, "cpu") == (reading, torch.float32)
 
 
 # ---- few shapes
