@@ -61,7 +61,7 @@ from tars import (
     read_member,
 )
 
-BAD_FROM = 1000  # samples seen before max_bad is looked at: two broken pairs of four need not stop a trial
+BAD_OF = 1000  # samples that max_bad is a share of, at least: two broken pairs of four need not stop a trial
 TENSORS = ("pixels", "moments", "encoding")  # of a sample, that are stacked
 TRIES = 1000  # broken samples in a row before the data counts as unusable
 
@@ -327,7 +327,7 @@ class Batches:
     """Endless full batches of one rank, made by `workers` processes (0: in this one). The file's head has the order.
 
     dataset: a TarData. `bad` and `seen` count this rank's share of the first pass over it: a broken item counts once,
-    on one rank. ValueError where over `max_bad` of them are broken, from BAD_FROM seen on, and where none can be used.
+    on one rank. ValueError where more than `max_bad` of them, or of BAD_OF, are broken, and where none can be used.
     group: among how many batches rows are sorted by length; 1: not at all.
     """
 
@@ -352,7 +352,7 @@ class Batches:
         self.bad.update(batch["bad"])
         self.seen += batch.pop("seen")
         error, broken = batch.get("error"), sum(self.bad.values())
-        if error is None and self.seen * self.world_size >= BAD_FROM and broken > self.max_bad * self.seen:
+        if error is None and broken > self.max_bad * max(self.seen, BAD_OF):
             what = f"{broken:,} of {self.seen:,} samples are broken, over --max-bad {self.max_bad:g}"
             error = f"{what}: {describe(self.bad)}"
         if error:

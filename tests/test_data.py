@@ -317,14 +317,15 @@ def test_a_replacement_is_any_other_pair(tmp_path, monkeypatch):
     """With the request that was drawn for the broken one."""
     monkeypatch.setattr(data, "draw_instruction", lambda bits: bits.random_raw() % 7)
     broken = [(f"{i:05}.txt", b"no picture") for i in range(20, 40)]
-    batch = next(Batches(PairData([str(write_tar(tmp_path / "x.tar", good(range(20)) + broken))], small), 40, seed=1))
+    pairs = PairData([str(write_tar(tmp_path / "x.tar", good(range(20)) + broken))], small)
+    batch = next(Batches(pairs, 40, seed=1, max_bad=1))
     filled = [n for n, item in zip(numbers_of(batch), epoch_order(40, 1, 0), strict=True) if item >= 20]
     assert len(filled) == 20 and len(set(filled)) > 8 and filled.count(0) < 8
     assert batch["instructions"] == [data.draw_instruction(data.random_bits(1, 1, p)) for p in range(40)]
 
 
 def test_too_many_broken_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BAD_FROM", 20)
+    monkeypatch.setattr(data, "BAD_OF", 20)
     path = write_tar(tmp_path / "x.tar", [*good(range(38)), *BROKEN["no caption"], *BROKEN["not an image"]])
     pairs = PairData([str(path)], small)
     with pytest.raises(ValueError, match=r"of .* samples are broken, over --max-bad 0.01: 1 n") as error:
