@@ -61,7 +61,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--seed", type=int, default=0)
     add("--group", type=int, default=8, help="batches among which rows are sorted by length, for less padding; 1: none")
     add("--workers", type=int, default=4, help="processes that read pictures; 0: none")
-    add("--max-bad", type=float, default=0.01, help="stop when more samples are broken than this share, or that of 1,000")
+    add("--max-bad", type=float, default=0.01, help="stop when more than this share, of 1,000 at least, is broken")
     add(
         "--max-nonfinite",
         type=int,
