@@ -453,8 +453,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def draw_losses(records: list[dict], path: Path) -> None:
-    """One small chart a loss over the steps, side by side, each from 0 to its own largest value; in black that of
-    held-out data."""
+    """One small chart a loss over the steps, side by side, from 0 to its largest value; black: of held-out data."""
     names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss") if any(name in r for r in records)]
     if not names:  # nothing was finite
         return
@@ -464,10 +463,9 @@ def draw_losses(records: list[dict], path: Path) -> None:
     for panel, name in enumerate(names):
         points, held_out = ([(r["step"], r[key]) for r in records if key in r] for key in (name, f"val_{name}"))
         last, top = (max(numbers) for numbers in zip(*points, *held_out, strict=True))
-        top = top or 1.0
         left, right, bottom = panel * width + margin, (panel + 1) * width - 10, height - margin
         pen.line([(left, margin), (left, bottom), (right, bottom)], fill="#888")
-        across, up = (right - left) / max(last, 1), (bottom - margin) / top
+        across, up = (right - left) / max(last, 1), (bottom - margin) / (top or 1.0)
         for curve, colour in ((points, COLOURS[panel]), (held_out, "black")):
             line = [(left + across * step, bottom - up * value) for step, value in curve]
             pen.line(line if len(line) > 1 else line * 2, fill=colour, width=2)

@@ -150,6 +150,10 @@ def test_held_out_losses(monkeypatch, weights, tar, tmp_path, capsys):
     losses = [[(r["step"], r["loss"]) for r in log if "loss" in r] for log in runs]
     assert losses[0] == losses[1] and sum("val_loss" in r for r in runs[1]) == 2
     assert runs[1][-1]["val_cap_loss"] < runs[1][2]["val_cap_loss"] and "step 4: val_loss" in capsys.readouterr().out
+    with monkeypatch.context() as noted:
+        draws = noting(noted, train_uas, "draw_pictures")
+        train(noted, weights, tar, tmp_path / "drops", "--steps", 1, "--val", held_out)
+    assert [drop_rate for (_, _, drop_rate, *_), _ in draws] == [0.1, 0.0, 0.0]  # a step, and two batches held out
     with pytest.raises(ValueError, match="no such tar"):
         train(monkeypatch, weights, tar, tmp_path / "none", "--val", tmp_path / "none.tar")
     broken = write_tar(tmp_path / "broken.tar", {"a.png": b"<html>", "a.txt": b"a"})
