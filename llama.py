@@ -16,7 +16,6 @@ B batch, T tokens, S cache slots, D width, H heads, Dh head width, V vocabulary,
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpu import attention, linear
 from loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 
@@ -131,41 +131,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # computed in float32
 
 
-WITHOUT_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # such CPUs have no bfloat16 instructions
-ROWS = 256  # of a matrix that are in float32 at a time: few enough for the cache
-
-
-def in_float32(matrix: Tensor) -> Iterator[Tensor]:
-    """A few rows after the other, all in the same memory: the system would have to clear new memory each time."""
-    memory = torch.empty(ROWS, matrix.shape[1])
-    for rows in matrix.split(ROWS):
-        yield memory[: len(rows)].copy_(rows)
-
-
-class InFloat32(torch.autograd.Function):
-    """x W^T for a frozen bfloat16 W, in float32: on a CPU without bfloat16 instructions several times as fast as its
-    own products, and the gradient some 40 times."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        x32 = x.float()
-        return torch.cat([F.linear(x32, rows) for rows in in_float32(weight)], dim=-1).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        parts = gradient.float().split(ROWS, dim=-1)
-        products = (part @ rows for part, rows in zip(parts, in_float32(*ctx.saved_tensors), strict=True))
-        return sum(products).to(gradient.dtype), None
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    slow = WITHOUT_BF16 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not weight.requires_grad
-    if slow and (x.requires_grad or x[..., 0].numel() > 2):  # of one token or two the own products are quick
-        return InFloat32.apply(x, weight)
-    return F.linear(x, weight)
-
-
 class Linear(nn.Linear):
     def __init__(self, width_in: int, width_out: int):
         super().__init__(width_in, width_out, bias=False)
@@ -191,7 +156,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, S, H, Dh)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = attention(q, k, v, mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 

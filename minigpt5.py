@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import TABLES, base_checkpoint, checkpoint_adapters, checkpoint_contents, number_of, rows_of
+from cpu import MULTIPLIES_BF16
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import (
     FLOATS,
@@ -431,15 +432,16 @@ class MiniGPT5(nn.Module):
 def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:
     """Of the frozen parts that read (language model, encoders of pictures and captions), and of UNet and autoencoder.
 
-    dtype None: bfloat16 on a GPU. On a CPU, whose bfloat16 convolutions are far slower than float32 ones, float32,
-    except that the parts that read stay in bfloat16 where they are too big for that.
+    dtype None: bfloat16 on a GPU. On a CPU float32, except at the published size: the parts that read would be too big,
+    and UNet and autoencoder are quicker in bfloat16 where the CPU has units for it, and far slower where it has none.
     """
     if not weights.is_dir():
         raise WeightsError(f"{weights}: no such folder")
     width = read_config(LlamaConfig, weights / "vicuna" / "config.json").hidden_size
-    on_gpu = torch.device(device).type != "cpu"
-    painting = torch.bfloat16 if on_gpu else torch.float32
-    return dtype or (torch.bfloat16 if width >= 2048 else painting), dtype or painting
+    on_gpu, is_big = torch.device(device).type != "cpu", width >= 2048
+    reading = torch.bfloat16 if on_gpu or is_big else torch.float32
+    painting = torch.bfloat16 if on_gpu or (is_big and MULTIPLIES_BF16) else torch.float32
+    return dtype or reading, dtype or painting
 
 
 def load_minigpt5(

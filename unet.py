@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cpu import attention
 from loading import WeightsError, check_settings, fill, read_config, shapes_only, tensor_files
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, H, S, Dh) each
@@ -108,7 +109,7 @@ class Attention(nn.Module):
         return self.split(self.to_k(context)), self.split(self.to_v(context))  # (B, H, S, Dh)
 
     def forward(self, x: torch.Tensor, keys_values: KeysValues) -> torch.Tensor:
-        y = F.scaled_dot_product_attention(self.split(self.to_q(x)), *keys_values)  # (B, H, T, Dh)
+        y = attention(self.split(self.to_q(x)), *keys_values)  # (B, H, T, Dh)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 

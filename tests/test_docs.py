@@ -19,7 +19,7 @@ from unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE = ROOT / "docs" / "how-it-works.svg"
-HELPERS = {"cli", "files", "images", "loading"}  # README says so above its table
+HELPERS = {"cli", "cpu", "files", "images", "loading"}  # README says so above its table
 
 
 def halves(svg):

@@ -8,7 +8,7 @@ import torch
 import transformers
 from common import assert_close, randomise, shapes
 
-from llama import ROWS, History, InFloat32, KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from llama import History, KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
 from loading import WeightsError
 
 SIZES = {
@@ -113,21 +113,6 @@ def test_gradients(pair):
         gradients.append(x.grad)
     assert_close(*gradients, 1e-4, "gradient of the embeddings")
     assert not any(p.requires_grad for p in ours.parameters())
-
-
-def test_gradients_in_bfloat16(pair):
-    """The product that a CPU needs in bfloat16 is the plain one, and has its gradient; also of more rows than ROWS."""
-    ours, _ = pair
-    layer, x = ours.model.layers[0].mlp.gate_proj, torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(8))
-    weight, results = torch.cat([layer.weight] * 5).bfloat16(), []
-    assert len(weight) > ROWS
-    for product in (torch.nn.functional.linear, InFloat32.apply):
-        y = x.bfloat16().requires_grad_(True)
-        output = product(y, weight)
-        output.square().sum().backward()
-        results.append((output.detach().float(), y.grad.float()))
-    for name, pair_of in zip(("product", "gradient"), zip(*results, strict=True), strict=True):
-        assert_close(*pair_of, 1e-2, f"{name} in bfloat16")
 
 
 def test_full_size_names():

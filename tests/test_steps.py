@@ -82,11 +82,20 @@ def test_each_place_has_random_numbers_of_its_own():
     assert len({step_generator(*place).initial_seed() for place in places}) == 4
 
 
-@pytest.mark.parametrize(("width", "reading"), [(2048, torch.bfloat16), (1024, torch.float32)])
-def test_number_types_on_a_cpu(tmp_path, width, reading):
+@pytest.mark.parametrize(
+    ("width", "units", "expected"),
+    [
+        (2048, False, (torch.bfloat16, torch.float32)),
+        (2048, True, (torch.bfloat16, torch.bfloat16)),
+        (1024, True, (torch.float32, torch.float32)),  # the same pictures on every CPU
+    ],
+)
+def test_number_types_on_a_cpu(tmp_path, monkeypatch, width, units, expected):
+    monkeypatch.setattr("minigpt5.MULTIPLIES_BF16", units)
     (tmp_path / "vicuna").mkdir()
     (tmp_path / "vicuna/config.json").write_text(json.dumps({"hidden_size": width}))
-    assert number_types(tmp_path, None, "cpu") == (reading, torch.float32)
+    assert number_types(tmp_path, None, "cpu") == expected
+    assert number_types(tmp_path, torch.float32, "cpu") == (torch.float32, torch.float32)
 
 
 # ---- few shapes
