@@ -13,7 +13,7 @@ from torch import Tensor
 MULTIPLIES_BF16 = torch.cpu._is_amx_tile_supported()  # has AMX; AVX-512's own instructions gain nothing over float32
 WITHOUT_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no instructions for it at all
 ROWS = 256  # of a matrix that are in float32 at a time: few enough for the cache
-FEW_KEYS = 256
+FEW_KEYS = 256  # of attention
 
 
 def is_bf16_on_cpu(x: Tensor) -> bool:
@@ -53,10 +53,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """torch's fused attention, (B, H, T, Dh) of S keys -> (B, H, T, Dh); mask: added to the scores.
+    """torch's fused attention for frozen networks that gradients pass through: q (B, H, T, Dh), k and v (B, H, S, Dh)
+    -> (B, H, T, Dh). mask: added to the scores.
 
-    The fused kernel's gradient in bfloat16 takes a CPU two to ten times as long as in float32 while keys are few: its
-    many small products are slow. Of more keys it is faster than in float32.
+    Of the fused kernel the gradient in bfloat16 takes a CPU two to ten times as long as in float32 while keys are few,
+    and about as long or less from FEW_KEYS on.
     """
     if is_bf16_on_cpu(q) and (q.requires_grad or k.requires_grad) and k.shape[-2] < FEW_KEYS:
         mask = mask if mask is None else mask.float()

@@ -178,11 +178,9 @@ def agree(
     """Their difference; the last `gradients` tensors are gradients. ValueError where ours and peer do not compute the
     same: then their times tell nothing."""
     ours, peer = ([x] if isinstance(x, Tensor) else list(x) for x in (ours, peer))
-    is_gradient = [i >= len(ours) - gradients for i in range(len(ours))]
-    # Single values stray far in 16 bit; and of a gradient a whole row, where rounding takes one ReLU across zero.
-    orders = [math.inf if dtype == torch.float32 and not kind else 2 for kind in is_gradient]
-    figures = [difference(*pair) for pair in zip(ours, peer, orders, strict=True)]
-    limits = [TOLERANCE[dtype][kind] for kind in is_gradient]
+    order = math.inf if dtype == torch.float32 else 2  # in 16 bit single values stray far
+    figures = [difference(a, b, order) for a, b in zip(ours, peer, strict=True)]
+    limits = [TOLERANCE[dtype][i >= len(ours) - gradients] for i in range(len(ours))]
     if not all(figure < limit for figure, limit in zip(figures, limits, strict=True)):  # NaN, too
         raise ValueError(f"{what}: ours and peer differ by {max(figures):.1e}")
     return max(figures)

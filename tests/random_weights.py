@@ -5,7 +5,7 @@
 
 Matrices have deviation 0.02, norms are one, biases zero, so that activations keep their size. There is no minigpt5/
 folder: what MiniGPT-5 trains starts from its own random values. The full-size tokenizers only have the right sizes: any
-32,000-piece sentencepiece model, and CLIP's vocabulary or, where that is not here, byte pairs in no particular order.
+32,000-piece sentencepiece model, and, for CLIP's vocabulary, byte pairs in no particular order.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 GOLDEN_TOKENIZERS = Path(__file__).parent / "golden" / "tokenizer"
-CLIP = Path(__file__).resolve().parents[2] / "shared" / "clip"
 SHARD = 2_400_000_000  # bytes; writing a file may need them twice
 
 SMALL = {
@@ -175,10 +174,9 @@ def sentencepiece_model(small: bool) -> Path:
 
 def write_clip_tokenizer(folder: Path, small: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if small or CLIP.is_dir():
-        source, prefix = (GOLDEN_TOKENIZERS, "clip_") if small else (CLIP, "")
-        shutil.copyfile(source / f"{prefix}vocab.json", folder / "vocab.json")
-        shutil.copyfile(source / f"{prefix}merges.txt", folder / "merges.txt")
+    if small:
+        shutil.copyfile(GOLDEN_TOKENIZERS / "clip_vocab.json", folder / "vocab.json")
+        shutil.copyfile(GOLDEN_TOKENIZERS / "clip_merges.txt", folder / "merges.txt")
         return
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # from "!", the padding token, on
     letters = [

@@ -97,10 +97,6 @@ def test_harness():
     assert (row["ours"], row["peer"], row["ratio"]) == (4.0, 2.0, 0.5) and row["quartiles"] == [0.5, 1.25]
     with pytest.raises(ValueError, match="differ"):
         agree("what", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]), torch.float32)
-    many, stray = torch.ones(1000), torch.ones(1000).index_fill(0, torch.tensor([7]), 1.01)
-    assert agree("what", [many, stray], [many, many], torch.float32, gradients=1) < 1e-3
-    with pytest.raises(ValueError, match="differ"):
-        agree("what", [stray, many], [many, many], torch.float32, gradients=1)
     one = torch.ones(3)
     assert agree("what", [one, 1.15 * one], [one, one], torch.bfloat16, gradients=1) == pytest.approx(0.15)
     with pytest.raises(ValueError, match="differ"):
