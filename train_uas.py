@@ -26,31 +26,23 @@ from miniature.world import write_pairs
 from minigpt5 import DROP_RATE, Rows, bucket_length, collate, load_minigpt5
 from muon import Muon
 from parallel import Gradients, World, one_line_peer_errors, weights_held
+from run_log import Meter, added, append_log, compiled_graphs, cut_log, draw_losses, paint_samples, read_log, validate
 from tars import expand
 from training import (
-    Meter,
     add_run_options,
-    added,
-    append_log,
     check_run_options,
-    compiled_graphs,
-    cut_log,
-    draw_losses,
     draw_pictures,
     drawn_data,
     go_on,
     learning_rate_factor,
     load_checkpoint,
     open_run,
-    paint_samples,
-    read_log,
     resume_command,
     run_state,
     save_checkpoint,
     stop_if_nonfinite,
     stop_signals,
     total_steps,
-    validate,
 )
 from vae import preprocess_output
 

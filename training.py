@@ -1,9 +1,8 @@
-"""What both training scripts need: common options, learning rate, stopping, checkpoints, log, pictures of a run.
+"""What both training scripts need: common options, learning rate, random numbers, stopping, checkpoints.
 
 A run's folder:
 
-    log.jsonl               a line every few steps
-    losses.png samples.png  drawn as the run goes on
+    log.jsonl losses.png samples.png   see run_log.py
     step-00000500/          a checkpoint, written and removed under another name: there is no half one
         trained.safetensors    all that trains (voken rows, mapper, adapter), what sample.py --checkpoint reads
         optimizer.safetensors  the optimisers' moments under the same names
@@ -13,34 +12,28 @@ A run's folder:
 import argparse
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from checkpoints import checkpoint_folders
 from cli import DTYPES, add_weights_option, make_folder, parse
-from generation import Sampling, paint
-from images import draw_grid, save_image, to_image
 from loading import WeightsError, open_safetensors, read_json, save_safetensors
-from minigpt5 import Draws, MiniGPT5, Rows, send, type_of
+from minigpt5 import Draws, MiniGPT5
 from muon import Muon
 from parallel import Gradients, World
-from vae import to_pixels
+from run_log import Meter, added
 
 MOST_VOKENS = 128  # of a picture: those of stage 1's rows are beside a caption in 256 tokens
 KEEP = 2  # newest checkpoints kept of a run
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
 def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, batch_size: int) -> None:
@@ -153,20 +146,6 @@ def draw_pictures(model: MiniGPT5, picture_rows: list[int], drop_rate: float, se
     pictures = Counter(picture_rows)  # of each row, in their order
     draws = [model.draw(n, step_generator(seed, step, at + row), drop_rate) for row, n in pictures.items()]
     return Draws(*map(torch.cat, zip(*draws, strict=True))).to(model.device)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of the process (of mapped files what was read)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def compiled_graphs() -> int:
-    """How many graphs torch.compile has made in this process: once all lengths were met, it should stay the same."""
-    from torch._dynamo.utils import counters  # takes a second to import
-
-    return counters["stats"]["unique_graphs"]
 
 
 # ---- stopping
@@ -305,7 +284,12 @@ def group_of(args: argparse.Namespace, batches) -> int:
     return 1 if batches.dataset_size() is None else args.group
 
 
-def run_state(args: argparse.Namespace, batches, meter: "Meter", gradients: Gradients) -> dict:
+def told(args: argparse.Namespace) -> dict:
+    """The command's arguments as state.json holds them."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
+def run_state(args: argparse.Namespace, batches, meter: Meter, gradients: Gradients) -> dict:
     """What a checkpoint says besides tensors. Over all ranks, so all of them have to call this."""
     ranks = gradients.world.gather({**batches.state_dict(), **meter.state()})
     data = dict(min(ranks, key=lambda rank: (rank["epoch"], rank["position"])))
@@ -313,12 +297,11 @@ def run_state(args: argparse.Namespace, batches, meter: "Meter", gradients: Grad
     data |= {"seen": sum(rank["seen"] for rank in ranks)}
     if "cursors" in data:  # of streamed tars, each rank's own
         data["cursors"] = [cursor for rank in ranks for cursor in rank["cursors"]]
-    arguments = json.loads(json.dumps(vars(args), default=str))
     groups = [group_of(args, batches), args.batch_size * len(ranks)]
-    return {"data": data, "groups": groups, "nonfinite": int(gradients.skipped), "arguments": arguments}
+    return {"data": data, "groups": groups, "nonfinite": int(gradients.skipped), "arguments": told(args)}
 
 
-def go_on(state: dict | None, args: argparse.Namespace, batches, meter: "Meter", gradients: Gradients) -> int:
+def go_on(state: dict | None, args: argparse.Namespace, batches, meter: Meter, gradients: Gradients) -> int:
     """Take up what `run_state` said, on any number of ranks; the step to go on with. ValueError where samples would be
     repeated or left out: those of a group (see data.py) are in batches of one size."""
     step, world = state["step"] if state else 0, gradients.world
@@ -335,165 +318,8 @@ def go_on(state: dict | None, args: argparse.Namespace, batches, meter: "Meter",
         if world.rank == 0:
             meter.load_state(state["data"])
         print(f"resumed from step {step}")
+        before = state.get("arguments", {})
+        for name, value in told(args).items():
+            if name not in ("out", "resume") and before.get(name, value) != value:
+                print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
     return step
-
-
-# ---- the log
-
-
-class Meter:
-    """Means of the losses since the last line of the log, over all ranks and without what is not finite. Reads no value
-    from the GPU until a line is due."""
-
-    def __init__(self, per_step: int):
-        self.per_step, self.sums, self.passes, self.steps, self.clock = per_step, {}, {}, 0, time.perf_counter()
-
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        """The losses of one forward pass; a batch without pictures has fewer of them."""
-        for name, value in losses.items():
-            finite = value.detach().isfinite()
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().where(finite, 0.0)
-            self.passes[name] = self.passes.get(name, 0) + finite
-
-    def state(self) -> dict:
-        """What the next line of the log will say about this rank so far."""
-        return {"sums": values_of(self.sums), "passes": values_of(self.passes)}
-
-    def load_state(self, state: dict) -> None:
-        kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
-        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
-
-    def means(self, world: World) -> dict[str, float]:
-        ranks = world.gather(self.state())
-        sums, passes = (added(rank[kind] for rank in ranks) for kind in ("sums", "passes"))
-        return {name: total / passes[name] for name, total in sums.items() if passes[name]}
-
-    def line(self, step: int, optimizer: torch.optim.Optimizer, bad: dict, gradients: Gradients) -> dict:
-        """The line of the log after `step`, and a new start."""
-        seconds, device = time.perf_counter() - self.clock, gradients.flat.device
-        record = {"step": step, **self.means(gradients.world), "lr": optimizer.param_groups[-1]["lr"]}
-        bad = added(gradients.world.gather(dict(bad)))
-        record |= {"samples_per_s": round(self.steps * self.per_step / seconds, 3)}
-        record |= {"bad": bad, "nonfinite": int(gradients.skipped), "memory_gb": round(peak_memory(device), 2)}
-        self.__init__(self.per_step)
-        return record
-
-
-def validate(model: MiniGPT5, batches, forward: Callable, count: int, world: World, asked: list) -> dict[str, float]:
-    """{"val_loss", "val_text_loss", ...}: means over the first `count` batches of each rank, of one pass at most; {} if
-    `asked` to stop. forward(batch, n) -> (losses of batch n, ...), with the same random numbers each time.
-
-    Compiled losses keep what their gradients need, as graphs that do not would have to be made first.
-    """
-    start, size = batches.state_dict(), batches.dataset_size()
-    if size is not None:
-        count = min(count, -(-size // (batches.batch_size * world.size)))
-    training, meter, stopping = model.training, Meter(0), False
-    model.eval()
-    with closing(batches), torch.set_grad_enabled(bool(model.compiled_for)):
-        for n in range(count):
-            meter.add(forward(next(batches), n)[0])
-            if stopping := world.any(bool(asked)):
-                break
-    model.train(training)
-    batches.load_state_dict(start)
-    return {} if stopping else {f"val_{name}": value for name, value in meter.means(world).items()}
-
-
-def values_of(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {name: tensor.item() for name, tensor in tensors.items()}
-
-
-def added(counts: Iterable[dict]) -> dict:
-    """The sum of dictionaries of numbers, name by name."""
-    total = {}
-    for count in counts:
-        total |= {name: total.get(name, 0) + value for name, value in count.items()}
-    return total
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """An error of what writes `path` says so: that of a full disk does not."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: not written: {error.strerror}") from None
-
-
-def append_log(path: Path, record: dict) -> None:
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The whole lines of a log; a last line that was cut off is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop what was logged after `step`: a resumed run goes through those steps again."""
-    lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with writing(path):
-            temporary.write_text("".join(lines), encoding="utf-8")
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# ---- pictures of a run
-
-
-def draw_losses(records: list[dict], path: Path) -> None:
-    """One small chart a loss over the steps, side by side, from 0 to its largest value; black: of held-out data."""
-    names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss") if any(name in r for r in records)]
-    if not names:  # nothing was finite
-        return
-    width, height, margin = 320, 220, 34
-    chart = Image.new("RGB", (width * len(names), height), "white")
-    pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)
-    for panel, name in enumerate(names):
-        points, held_out = ([(r["step"], r[key]) for r in records if key in r] for key in (name, f"val_{name}"))
-        last, top = (max(numbers) for numbers in zip(*points, *held_out, strict=True))
-        left, right, bottom = panel * width + margin, (panel + 1) * width - 10, height - margin
-        pen.line([(left, margin), (left, bottom), (right, bottom)], fill="#888")
-        across, up = (right - left) / max(last, 1), (bottom - margin) / (top or 1.0)
-        for curve, colour in ((points, COLOURS[panel]), (held_out, "black")):
-            line = [(left + across * step, bottom - up * value) for step, value in curve]
-            pen.line(line if len(line) > 1 else line * 2, fill=colour, width=2)
-        ends = [f"{curve[-1][1]:.4f}" for curve in (points, held_out) if curve]
-        pen.text((left, 8), f"{name}  {', held out '.join(ends)}", fill="black", font=font)
-        pen.text((left - 30, margin - 6), f"{top:.2g}", fill="#555", font=font)
-        pen.text((right - 60, bottom + 6), f"step {last}", fill="#555", font=font)
-    save_image(chart, path)
-
-
-@torch.no_grad()
-def paint_samples(
-    model: MiniGPT5, rows: Rows, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path | None
-) -> None:
-    """The first four pictures of a batch, bytes or moments, above what their vokens paint, each with its words, always
-    from one noise. Where layers are sharded all ranks have to paint, those without a path for the others."""
-    training = model.training
-    hidden = model.eval().read(rows, inputs)
-    features = model.voken_features(hidden, rows.picture_rows[:4], rows.picture_starts[:4])
-    latents = model.draw_latents(len(features), torch.Generator().manual_seed(0))
-    painted = paint(model, features, Sampling(sampler="dpm", steps=20), latents)
-    if real.dim() == 5:
-        means = send(real[:4, 0], model.device).to(type_of(model.vae))
-        real = model.vae.decode(means * model.vae.config.scaling_factor)
-    else:
-        real = to_pixels(real[:4])
-    model.train(training)
-    if path is None:
-        return
-    columns = zip(rows.picture_rows.tolist(), real, painted, strict=False)
-    draw_grid([(words[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)

@@ -30,22 +30,18 @@ from features import Features, find_features, picture_size
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE
 from parallel import Gradients, World
+from run_log import Meter, append_log, cut_log, draw_losses, read_log
 from stories import Row, StoryData, Turn
 from tars import Unusable, expand
 from training import (
-    Meter,
     add_run_options,
-    append_log,
     check_run_options,
-    cut_log,
-    draw_losses,
     draw_pictures,
     drawn_data,
     go_on,
     learning_rate_factor,
     load_checkpoint,
     open_run,
-    read_log,
     resume_command,
     run_state,
     save_checkpoint,

@@ -36,8 +36,9 @@ from bench.common import Report, agree, alternate, exact_products, parser, peak_
 from cli import read_arguments, run
 from data import uas_texts
 from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, bucket_length, collate, load_minigpt5
+from run_log import compiled_graphs
 from train_uas import LONGEST
-from training import compiled_graphs, step_generator
+from training import step_generator
 from vae import to_pixels
 
 BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 16}

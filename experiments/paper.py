@@ -36,7 +36,8 @@ from experiments.systems import PARTS, SIZES, Job, Options, plan
 from features import fingerprint
 from files import write_json
 from loading import read_json
-from training import append_log, stop_signals
+from run_log import append_log
+from training import stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)

@@ -21,7 +21,7 @@ from experiments.systems import METRICS, PICTURES, SIZES, TABLES, Options, Table
 from files import write_text
 from images import draw_grid, save_image
 from loading import read_json
-from training import COLOURS, read_log
+from run_log import COLOURS, read_log
 
 PUBLISHED = Path(__file__).parent / "published.json"
 NOTES = Path(__file__).resolve().parent / "notes.md"  # by hand, on the run whose report this repository has

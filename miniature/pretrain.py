@@ -54,7 +54,8 @@ from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from muon import Muon
-from training import append_log, cut_log, draw_losses, read_log, step_generator, stop_signals
+from run_log import append_log, cut_log, draw_losses, read_log
+from training import step_generator, stop_signals
 
 PARTS = {
     "judge": JudgeRecipe,

@@ -25,7 +25,8 @@ from checkpoints import checkpoint_folders, find_checkpoint
 from cli import run
 from data import REQUESTS
 from minigpt5 import MiniGPT5
-from training import learning_rate_factor, read_log, total_steps
+from run_log import read_log
+from training import learning_rate_factor, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,7 +21,7 @@ from checkpoints import checkpoint_folders
 from loading import WeightsError
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import MiniGPT5, load_minigpt5
-from training import read_log
+from run_log import read_log
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from llama import Llama, LlamaConfig
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from parallel import weights_held
-from training import read_log
+from run_log import read_log
 from unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,7 +26,7 @@ from runs import SCRIPTS, Run, prepare
 
 import training
 from checkpoints import checkpoint_folders
-from training import read_log
+from run_log import read_log
 
 LIMIT = 600.0  # seconds after which a run that should end by itself is given up
 KILLS = range(2, 8)  # of one run

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from runs import Run, prepare, ranks
 
 from checkpoints import checkpoint_folders
-from training import read_log
+from run_log import read_log
 
 SECONDS = 10.0  # from the signal to the end, at most
 STARTING, GIVEN_UP = 300.0, 60.0
