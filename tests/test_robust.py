@@ -31,7 +31,8 @@ from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from muon import Muon
 from parallel import Gradients, World
-from training import group_of, load_checkpoint, read_log, save_checkpoint
+from run_log import read_log
+from training import group_of, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,6 +114,36 @@ def test_stopped_twice(monkeypatch, weights, tar, stories, tmp_path, capsys, sta
     parts = start(monkeypatch, weights, data, tmp_path / "parts", *options, "--resume")
     assert losses(parts) == losses(whole) and [record["step"] for record in whole] == [4, 6]
     assert same(*(checkpoint_folders(tmp_path / run)[0] for run in ("parts", "whole")))
+
+
+def test_what_resumes_differently_is_told(monkeypatch, weights, tar, tmp_path, capsys):
+    options = ("--save-every", 1, "--log-every", 1, "--batch-size", 2)
+    train(monkeypatch, weights, tar, tmp_path, *options, "--steps", 1, "--lr", 0.5)
+    train(monkeypatch, weights, tar, tmp_path, *options, "--steps", 2, "--lr", 0.25, "--resume")
+    told = [line for line in capsys.readouterr().out.splitlines() if "from here on" in line]
+    assert told == ["--lr is 0.25 from here on, before it was 0.5", "--steps is 2 from here on, before it was 1"]
+
+
+def test_a_request_to_end_leaves_no_half_file(tmp_path):
+    """SIGTERM to a command that handles it nowhere itself."""
+    program = f"""
+import time
+from pathlib import Path
+from cli import run
+from files import written_whole
+def main():
+    with written_whole(Path({str(tmp_path)!r}) / "x.tar") as temporary:
+        temporary.write_bytes(b"half")
+        print("writing", flush=True)
+        time.sleep(60)
+run(main)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n" and list(tmp_path.iterdir())
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def test_groups_go_on_in_batches_of_their_size(monkeypatch, weights, tar, tmp_path):
