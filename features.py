@@ -35,6 +35,8 @@ class Features(NamedTuple):
 
     made_with: dict[str, str]  # the identity of the weights
     shapes: dict[str, tuple[int, ...]]
+    stored: str = ""  # as what numbers: precompute.STORE
+    made_of: str = ""  # which tar, as it was then, computed in which number types
     empty_caption: Tensor | None = None  # (1, S, Dc)
 
     def __contains__(self, name: str) -> bool:
@@ -87,7 +89,7 @@ def identity(weights: Path, feature: str) -> str:
 
 def marker_bytes(features: Features) -> bytes:
     tensors = {} if features.empty_caption is None else {"empty_caption": features.empty_caption.contiguous()}
-    described = {"made_with": json.dumps(features.made_with), "shapes": json.dumps(features.shapes)}
+    described = {name: json.dumps(value) for name, value in features._asdict().items() if name != "empty_caption"}
     return safetensors.torch.save(tensors, described)
 
 
@@ -104,12 +106,12 @@ def read_marker(path: str) -> Features:
     try:
         tensors = safetensors.torch.load(content)
         described = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        made_with, shapes = dict(json.loads(described["made_with"])), dict(json.loads(described["shapes"]))
+        made_with, shapes, stored, made_of = (json.loads(described[name]) for name in Features._fields[:4])
         if "moments" not in made_with or made_with.keys() != shapes.keys():
             raise ValueError
         shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        return Features(made_with, shapes, tensors.get("empty_caption"))
-    except (SafetensorError, ValueError, LookupError, TypeError):
+        return Features(made_with, shapes, stored, made_of, tensors.get("empty_caption"))
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: {MARKER} cannot be read, precompute this tar again") from None
 
 
@@ -118,7 +120,7 @@ def find_features(tars: list[str], weights: Path) -> Features:
     they were made with other weights."""
     found = [NONE if is_url(tar) else read_marker(tar) for tar in tars]
     for tar, features in zip(tars, found, strict=True):
-        if (features.made_with, features.shapes) != (found[0].made_with, found[0].shapes):
+        if features[:3] != found[0][:3]:
             raise ValueError(f"{tars[0]} and {tar}: precomputed with different weights or options, or only one of them")
     for name, made_with in found[0].made_with.items():
         if made_with != identity(weights, name):

@@ -15,8 +15,10 @@ for the rounding. features.py has the format.
 """
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -28,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cli import DTYPES, add_weights_option, make_folder, pick_device
 from data import Broken, PairData, collate, decode
-from features import MARKER, Features, identity, marker_bytes, picture_size
+from features import MARKER, Features, fingerprint, identity, marker_bytes, picture_size, read_marker
 from minigpt5 import encode_captions, number_types, type_of
 from published import Report, Sample, write_samples
 from qformer import load_image_encoder, preprocess_input
@@ -77,7 +79,7 @@ class Encoders:
     """The frozen parts that a kind of tar needs, and what they make of lists of pictures and captions."""
 
     def __init__(self, weights: Path, stories: bool, captions: bool, dtype: torch.dtype | None, device, store: str):
-        language, painting = number_types(weights, dtype, device)
+        self.types = language, painting = number_types(weights, dtype, device)
         sd = weights / "stable-diffusion"
         self.device, self.store, self.size = device, STORE[store], picture_size(weights)
         self.vae = load_vae(sd / "vae", painting, device)
@@ -92,7 +94,8 @@ class Encoders:
             self.tokenizer = ClipTokenizer(sd / "tokenizer")
             self.empty_caption = self.encodings([""])
             shapes["encoding"] = tuple(self.empty_caption.shape[1:])
-        self.features = Features({name: identity(weights, name) for name in shapes}, shapes, self.empty_caption)
+        made_with = {name: identity(weights, name) for name in shapes}
+        self.features = Features(made_with, shapes, store, empty_caption=self.empty_caption)
 
     def stored(self, x: Tensor) -> Tensor:
         """As it is written. ValueError where 16 bit cannot hold it."""
@@ -169,14 +172,20 @@ def precompute(
     batch_size: int = 16,
     workers: int = 0,
     device: str | torch.device = "cpu",
-) -> Report:
-    """The features of one local tar into another. ValueError and WeightsError as everywhere."""
+) -> Report | None:
+    """The features of one local tar into another; None if that is there already, of the same source, weights and
+    options. ValueError and WeightsError as everywhere."""
     index = read_index(tar)
     if out.exists() and out.samefile(tar):
         raise ValueError(f"--out {out} is the source")
     stories = bool(index.turns.any())
     encoders = load_encoders(weights, stories, captions, dtype, device, store)
-    first = Sample([(MARKER, marker_bytes(encoders.features))], {})
+    made_of = fingerprint([Path(tar)], os.stat(tar).st_mtime_ns, encoders.types)
+    features = encoders.features._replace(made_of=made_of)
+    with suppress(ValueError):  # where the marker cannot be read
+        if out.is_file() and read_marker(str(out))[:4] == features[:4]:
+            return None
+    first = Sample([(MARKER, marker_bytes(features))], {})
     samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
     return write_samples(chain([first], samples), out, 1 + len(index.table))
 
@@ -208,4 +217,5 @@ def main(args: argparse.Namespace) -> None:
         out = into / Path(tar).name if into else args.out
         options = {"captions": not args.no_captions, "batch_size": args.batch_size, "workers": args.workers}
         options |= {"dtype": DTYPES[args.dtype], "store": args.store, "device": pick_device(args.device)}
-        print(f"{precompute(tar, out, args.weights, **options)}\n{out}: {out.stat().st_size:,} bytes", flush=True)
+        report = precompute(tar, out, args.weights, **options) or "there already, of the same source and weights"
+        print(f"{report}\n{out}: {out.stat().st_size:,} bytes", flush=True)

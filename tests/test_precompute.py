@@ -181,6 +181,32 @@ def test_broken_features_are_counted(monkeypatch, weights, sources, tmp_path):
     assert log[-1]["bad"] == {"broken features": 4, "no features": 1}
 
 
+def test_what_is_there_is_kept(monkeypatch, weights, sources, tmp_path, capsys):
+    """So a stopped command goes on with the tars that are missing; what was made otherwise is made anew."""
+    source, out = shutil.copy(sources / "pairs.tar", tmp_path / "source.tar"), tmp_path / "x.tar"
+
+    def is_kept(*options) -> bool:
+        """A second run with these options: does it leave the tar as it is?"""
+        made(monkeypatch, weights, source, out, "--no-captions")
+        capsys.readouterr()
+        before = out.stat().st_ino
+        made(monkeypatch, weights, source, out, *options)
+        assert ("there already" in capsys.readouterr().out) == (out.stat().st_ino == before)
+        return out.stat().st_ino == before
+
+    assert is_kept("--no-captions")
+    for options in ((), ("--no-captions", "--store", "fp32"), ("--no-captions", "--dtype", "bf16")):
+        assert not is_kept(*options)
+    made(monkeypatch, weights, source, out, "--no-captions")
+    write_tar(source, pairs(5))  # another source of that name
+    capsys.readouterr()
+    made(monkeypatch, weights, source, out, "--no-captions")
+    assert "kept: 5 pairs" in capsys.readouterr().out
+    write_tar(out, {**members(out), MARKER: b"damaged"})
+    made(monkeypatch, weights, source, out, "--no-captions")
+    assert "kept: 5 pairs" in capsys.readouterr().out
+
+
 # ---- refused, in one line
 
 
@@ -205,6 +231,8 @@ def test_other_weights_are_refused(monkeypatch, weights, sources, tmp_path, caps
     training_fails(r"x\.tar: its encoding were precomputed with other weights")
     padding.unlink()
     training_fails("only one of them", "--data", tar, sources / "pairs.tar")
+    exact = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "exact.tar", "--store", "fp32")
+    training_fails("different weights or options", "--data", tar, exact)
     inside = members(tar)
     for marker in (b"{}", inside[MARKER][:20], safetensors.torch.save({}, {"made_with": "[]", "shapes": "{}"})):
         damaged = write_tar(tmp_path / "damaged.tar", {**inside, MARKER: marker})
