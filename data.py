@@ -317,10 +317,11 @@ class WholeBatches(Dataset):
 
 
 def outlive_signals(worker: int) -> None:
-    """A signal to stop may go to all processes of a run; when a worker ends is up to its main process. So that has to
-    close its batches, after an error too: at its end Python would send the signal, and wait."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    """A signal to stop may go to all processes of a run, but when a worker ends is up to its main process, which closes
+    its batches: the first SIGTERM is passed over. The second one counts: a worker that waits for a server in vain gets
+    one from torch then, and one more when the main process ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class Batches:

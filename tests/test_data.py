@@ -3,9 +3,13 @@
 import http.server
 import io
 import json
+import os
 import pickle
 import shutil
+import socket
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import zlib
@@ -600,6 +604,37 @@ def test_epochs_of_a_stream(tmp_path, server, monkeypatch):
     pairs = StreamPairs([str(i) for i in range(6)], small)
     orders = [[pairs.url(0, tar) for tar in range(first, first + 6)] for first in (0, 6)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == pairs.urls
+
+
+def test_a_silent_server_does_not_hold_up_the_end(tmp_path, server):
+    """A worker waits for the second tar while its process ends; the first signal, to stop, it passes over."""
+    write_tar(tmp_path / "0.tar", good(range(2)))
+    silence = socket.create_server(("127.0.0.1", 0))  # takes connections, never answers
+    urls = [server.url + "0.tar", f"http://127.0.0.1:{silence.getsockname()[1]}/1.tar"]
+    seed = next(seed for seed in range(99) if list(epoch_order(2, seed, 0)) == [0, 1])
+    program = f"""
+import multiprocessing, os, signal, sys
+import torch.utils.data._utils as utils
+from streams import StreamBatches, StreamPairs
+from test_data import small
+utils.MP_STATUS_CHECK_INTERVAL = 0.2  # else torch waits 5 s for a worker
+batches = StreamBatches(StreamPairs({urls}, small, buffer=1), 1, seed={seed}, workers=1)
+next(batches)
+[worker] = multiprocessing.active_children()
+worker.join(1)  # until it waits for the server
+if len(sys.argv) > 1:
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(0.5)
+assert worker.is_alive()
+batches.close()
+print("closed")
+"""
+    for asked in ([], ["asked"]):
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", program, *asked]
+        ended = subprocess.run(command, env=paths, capture_output=True, timeout=tars.TIMEOUT / 2)
+        assert ended.returncode == 0 and ended.stdout == b"closed\n", ended.stderr.decode()
+        silence.accept()  # the worker had come to the second tar
 
 
 def test_where_the_slots_of_a_stream_go_on():
