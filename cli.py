@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,7 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. What the user can mend (files, values, memory of the disk) ends in one line and exit status 2. A
-    request to end (SIGTERM) is an exit like any other: half-written files are removed on the way out."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Run a command. What the user can mend (files, values, memory of the disk) ends in one line and exit status 2."""
     try:
         main()
     except (ValueError, OSError) as error:  # WeightsError and ImageError are ValueErrors

@@ -317,11 +317,10 @@ class WholeBatches(Dataset):
 
 
 def outlive_signals(worker: int) -> None:
-    """A signal to stop may go to all processes of a run, but when a worker ends is up to its main process, which closes
-    its batches: the first SIGTERM is passed over. The second one counts: a worker that waits for a server in vain gets
-    one from torch then, and one more when the main process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """A signal to stop may reach all processes of a run, and more than once: from a terminal, from a scheduler, and
+    from torchrun, which passes it on. When a worker ends is up to its main process, see `Batches.close`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Batches:
@@ -364,7 +363,9 @@ class Batches:
 
     def close(self) -> None:
         """End the workers. The next batch, if one is asked for, starts new ones where this one stopped."""
-        self.loaded = None
+        workers, self.loaded = getattr(self.loaded, "_workers", []), None  # torch asks them to end, and waits 5 s
+        for worker in workers:
+            worker.kill()  # one that waits for a server, maybe in vain
 
     def state_dict(self) -> dict:
         """Where to go on after the last batch handed out, whatever the workers have prefetched: plain values.

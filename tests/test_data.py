@@ -607,7 +607,7 @@ def test_epochs_of_a_stream(tmp_path, server, monkeypatch):
 
 
 def test_a_silent_server_does_not_hold_up_the_end(tmp_path, server):
-    """A worker waits for the second tar while its process ends; the first signal, to stop, it passes over."""
+    """A worker waits for the second tar while its process ends; signals to stop it passes over."""
     write_tar(tmp_path / "0.tar", good(range(2)))
     silence = socket.create_server(("127.0.0.1", 0))  # takes connections, never answers
     urls = [server.url + "0.tar", f"http://127.0.0.1:{silence.getsockname()[1]}/1.tar"]
@@ -622,14 +622,14 @@ batches = StreamBatches(StreamPairs({urls}, small, buffer=1), 1, seed={seed}, wo
 next(batches)
 [worker] = multiprocessing.active_children()
 worker.join(1)  # until it waits for the server
-if len(sys.argv) > 1:
+for _ in sys.argv[1:]:
     os.kill(worker.pid, signal.SIGTERM)
     worker.join(0.5)
 assert worker.is_alive()
 batches.close()
 print("closed")
 """
-    for asked in ([], ["asked"]):
+    for asked in ([], ["once", "twice"]):
         paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         command = [sys.executable, "-c", program, *asked]
         ended = subprocess.run(command, env=paths, capture_output=True, timeout=tars.TIMEOUT / 2)
