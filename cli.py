@@ -17,7 +17,7 @@ DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. What the user can mend (files, values, memory of the disk) ends in one line and exit status 2."""
+    """Run a command. What the user can mend (files, values, disk space) ends in one line and exit status 2."""
     try:
         main()
     except (ValueError, OSError) as error:  # WeightsError and ImageError are ValueErrors

@@ -2,9 +2,32 @@
 
 import json
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """A request to end (SIGTERM) leaves the block as an error does, unless it is handled otherwise already. A second
+    one does not break off what is done on the way out."""
+
+    def end(*_) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
+    if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -12,15 +35,16 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block is through, removed when it fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with ended_in_order():
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Its folder, too, where there is none."""
+    """`content` into `path`, whole or not at all, and its folder, where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         temporary.write_bytes(content)
