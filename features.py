@@ -6,8 +6,9 @@
                                encoding (S, Dc)             of the caption, all positions: L_CAP compares all
     of a story or dialogue     k.moments, k.queries (Q, D)  of its picture k as an output and as an input
 
-and the tar's first member, which no reader takes for a sample, says with which weights that was made: training with
-others is refused. C channels, h w latent height and width, S conditioning tokens, Dc D widths, Q query embeddings.
+and the tar's first member, which no reader takes for a sample, says with which weights, in which number types and of
+which tar that was made: training with other weights is refused, and a mixture is. C channels, h w latent height and
+width, S conditioning tokens, Dc D widths, Q query embeddings.
 """
 
 import hashlib
@@ -35,8 +36,8 @@ class Features(NamedTuple):
 
     made_with: dict[str, str]  # the identity of the weights
     shapes: dict[str, tuple[int, ...]]
-    stored: str = ""  # as what numbers: precompute.STORE
-    made_of: str = ""  # which tar, as it was then, computed in which number types
+    types: str = ""  # of the numbers that are stored, and of those that they were computed in
+    made_of: str = ""  # the source, as it was then
     empty_caption: Tensor | None = None  # (1, S, Dc)
 
     def __contains__(self, name: str) -> bool:
@@ -106,11 +107,11 @@ def read_marker(path: str) -> Features:
     try:
         tensors = safetensors.torch.load(content)
         described = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        made_with, shapes, stored, made_of = (json.loads(described[name]) for name in Features._fields[:4])
+        made_with, shapes, types, made_of = (json.loads(described[name]) for name in Features._fields[:4])
         if "moments" not in made_with or made_with.keys() != shapes.keys():
             raise ValueError
         shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        return Features(made_with, shapes, stored, made_of, tensors.get("empty_caption"))
+        return Features(made_with, shapes, types, made_of, tensors.get("empty_caption"))
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: {MARKER} cannot be read, precompute this tar again") from None
 
@@ -120,7 +121,7 @@ def find_features(tars: list[str], weights: Path) -> Features:
     they were made with other weights."""
     found = [NONE if is_url(tar) else read_marker(tar) for tar in tars]
     for tar, features in zip(tars, found, strict=True):
-        if features[:3] != found[0][:3]:
+        if features[:3] != found[0][:3]:  # each tar has a source of its own
             raise ValueError(f"{tars[0]} and {tar}: precomputed with different weights or options, or only one of them")
     for name, made_with in found[0].made_with.items():
         if made_with != identity(weights, name):

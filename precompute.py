@@ -8,17 +8,17 @@
     caption                          encoding (S, Dc), by the text encoder
     picture of a story or dialogue   moments; queries (Q, D), by the image encoder      its JSON
 
-Everything is stored in 16 bit, or as --store says. A sample is a function of the source and the weights alone, written
-in the source's order; samples that cannot be used are left out and counted. What trains, and what is random (dropped
-pictures, the noise of the latents and of the diffusion), is not touched by this: the losses are those of the source but
-for the rounding. features.py has the format.
+Everything is stored in 16 bit, or as --store says. A sample is a function of the source, the weights and the number
+types alone, written in the source's order; samples that cannot be used are left out and counted. A tar that is there
+already, whole and made of the same with the same options, is kept: a stopped command goes on. What trains, and what is
+random (dropped pictures, the noise of the latents and of the diffusion), is not touched by this: the losses are those
+of the source but for the rounding. features.py has the format.
 """
 
 import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -79,7 +79,7 @@ class Encoders:
     """The frozen parts that a kind of tar needs, and what they make of lists of pictures and captions."""
 
     def __init__(self, weights: Path, stories: bool, captions: bool, dtype: torch.dtype | None, device, store: str):
-        self.types = language, painting = number_types(weights, dtype, device)
+        language, painting = number_types(weights, dtype, device)
         sd = weights / "stable-diffusion"
         self.device, self.store, self.size = device, STORE[store], picture_size(weights)
         self.vae = load_vae(sd / "vae", painting, device)
@@ -95,7 +95,8 @@ class Encoders:
             self.empty_caption = self.encodings([""])
             shapes["encoding"] = tuple(self.empty_caption.shape[1:])
         made_with = {name: identity(weights, name) for name in shapes}
-        self.features = Features(made_with, shapes, store, empty_caption=self.empty_caption)
+        types = f"{store} of {language}, {painting}"
+        self.features = Features(made_with, shapes, types, empty_caption=self.empty_caption)
 
     def stored(self, x: Tensor) -> Tensor:
         """As it is written. ValueError where 16 bit cannot hold it."""
@@ -162,6 +163,15 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
         yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)}, story["cut"])
 
 
+def is_whole(tar: Path, features: Features) -> bool:
+    """Whether a tar holds such features, of the same source, and is not cut short."""
+    try:
+        made_alike = read_marker(str(tar))[:4] == features[:4]  # the fifth, a tensor, follows from these
+        return made_alike and not read_index(str(tar)).note.size
+    except ValueError:  # no marker, or no tar, that could be read
+        return False
+
+
 def precompute(
     tar: str,
     out: Path,
@@ -180,11 +190,9 @@ def precompute(
         raise ValueError(f"--out {out} is the source")
     stories = bool(index.turns.any())
     encoders = load_encoders(weights, stories, captions, dtype, device, store)
-    made_of = fingerprint([Path(tar)], os.stat(tar).st_mtime_ns, encoders.types)
-    features = encoders.features._replace(made_of=made_of)
-    with suppress(ValueError):  # where the marker cannot be read
-        if out.is_file() and read_marker(str(out))[:4] == features[:4]:
-            return None
+    features = encoders.features._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
+    if out.is_file() and is_whole(out, features):
+        return None
     first = Sample([(MARKER, marker_bytes(features))], {})
     samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
     return write_samples(chain([first], samples), out, 1 + len(index.table))

@@ -202,9 +202,12 @@ def test_what_is_there_is_kept(monkeypatch, weights, sources, tmp_path, capsys):
     capsys.readouterr()
     made(monkeypatch, weights, source, out, "--no-captions")
     assert "kept: 5 pairs" in capsys.readouterr().out
-    write_tar(out, {**members(out), MARKER: b"damaged"})
-    made(monkeypatch, weights, source, out, "--no-captions")
-    assert "kept: 5 pairs" in capsys.readouterr().out
+    whole, inside = out.read_bytes(), members(out)
+    write_tar(tmp_path / "marker.tar", {**inside, MARKER: b"damaged"})
+    for damaged in ((tmp_path / "marker.tar").read_bytes(), whole[: len(whole) // 2], b""):
+        out.write_bytes(damaged)
+        made(monkeypatch, weights, source, out, "--no-captions")
+        assert "kept: 5 pairs" in capsys.readouterr().out and members(out).keys() == inside.keys()
 
 
 # ---- refused, in one line
@@ -231,8 +234,9 @@ def test_other_weights_are_refused(monkeypatch, weights, sources, tmp_path, caps
     training_fails(r"x\.tar: its encoding were precomputed with other weights")
     padding.unlink()
     training_fails("only one of them", "--data", tar, sources / "pairs.tar")
-    exact = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "exact.tar", "--store", "fp32")
-    training_fails("different weights or options", "--data", tar, exact)
+    for options in (("--store", "fp32"), ("--dtype", "bf16")):
+        otherwise = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "otherwise.tar", *options)
+        training_fails("different weights or options", "--data", tar, otherwise)
     inside = members(tar)
     for marker in (b"{}", inside[MARKER][:20], safetensors.torch.save({}, {"made_with": "[]", "shapes": "{}"})):
         damaged = write_tar(tmp_path / "damaged.tar", {**inside, MARKER: marker})

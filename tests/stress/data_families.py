@@ -141,7 +141,7 @@ def fits_together(batch: dict) -> None:
 @cache
 def features() -> Features:
     names = {"moments": (2, 4, 2, 2), "encoding": (3, 5)}
-    return Features(dict.fromkeys(names, "id"), names, torch.zeros(1, 3, 5))
+    return Features(dict.fromkeys(names, "id"), names, empty_caption=torch.zeros(1, 3, 5))
 
 
 def feature_members() -> list[bytes]:
