@@ -146,8 +146,7 @@ def main() -> None:
         print(f"sharded: each process holds {own:,} of the {whole:,} bytes of Vicuna and UNet")
 
     side = model.image_encoder.vision_model.config.image_size if sees else None
-    virtual = model.prefix.embedding.num_embeddings if model.prefix else 0
-    limit = min(args.max_tokens, model.llama.config.max_position_embeddings - virtual)
+    limit = min(args.max_tokens, model.llama.config.max_position_embeddings - model.virtual_tokens)
     with world.first():  # it leaves the indices of the tars to the other ranks
         open_data = partial(
             open_stories,
@@ -217,7 +216,7 @@ def main() -> None:
 
     look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
     bar = tqdm(range(start, total), "mls", total, initial=start, **look)
-    with closing(batches), one_line_peer_errors(), stop_signals() as asked, bar:
+    with stop_signals() as asked, closing(batches), one_line_peer_errors(), bar:
         for step in bar:
             # ---- one step
             for group in optimizer.param_groups:
@@ -251,7 +250,8 @@ def main() -> None:
                 if world.rank == 0:
                     save_checkpoint(out, done, model, [optimizer], state, "mls")
             if held_out is not None and (done % args.val_every == 0 or done == total):
-                record = validate(model, held_out, forward, args.val_batches, world, asked)
+                stops = asked if done < total else []  # a run that goes on has other held-out losses to come
+                record = validate(model, held_out, forward, args.val_batches, world, stops)
                 if record and world.rank == 0:
                     append_log(log, {"step": done, **record})
                     bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))

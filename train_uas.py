@@ -160,7 +160,7 @@ def main() -> None:
 
     look = {"unit": "step", "dynamic_ncols": True, "disable": world.rank > 0}
     bar = tqdm(range(start, total), "uas", total, initial=start, **look)
-    with closing(batches), one_line_peer_errors(), stop_signals() as asked, bar:
+    with stop_signals() as asked, closing(batches), one_line_peer_errors(), bar:
         for step in bar:
             # ---- one step
             factor = learning_rate_factor(step, args.warmup, total)
@@ -194,7 +194,8 @@ def main() -> None:
                 if world.rank == 0:
                     save_checkpoint(out, done, model, optimizers, state, "uas")
             if held_out is not None and (done % args.val_every == 0 or done == total):
-                record = validate(model, held_out, forward, args.val_batches, world, asked)
+                stops = asked if done < total else []  # a run that goes on has other held-out losses to come
+                record = validate(model, held_out, forward, args.val_batches, world, stops)
                 if record and world.rank == 0:
                     append_log(log, {"step": done, **record})
                     bar.write(f"step {done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))

@@ -284,7 +284,7 @@ def group_of(args: argparse.Namespace, batches) -> int:
     return 1 if batches.dataset_size() is None else args.group
 
 
-def told(args: argparse.Namespace) -> dict:
+def stored_arguments(args: argparse.Namespace) -> dict:
     """The command's arguments as state.json holds them."""
     return json.loads(json.dumps(vars(args), default=str))
 
@@ -298,12 +298,13 @@ def run_state(args: argparse.Namespace, batches, meter: Meter, gradients: Gradie
     if "cursors" in data:  # of streamed tars, each rank's own
         data["cursors"] = [cursor for rank in ranks for cursor in rank["cursors"]]
     groups = [group_of(args, batches), args.batch_size * len(ranks)]
-    return {"data": data, "groups": groups, "nonfinite": int(gradients.skipped), "arguments": told(args)}
+    return {"data": data, "groups": groups, "nonfinite": int(gradients.skipped), "arguments": stored_arguments(args)}
 
 
 def go_on(state: dict | None, args: argparse.Namespace, batches, meter: Meter, gradients: Gradients) -> int:
-    """Take up what `run_state` said, on any number of ranks; the step to go on with. ValueError where samples would be
-    repeated or left out: those of a group (see data.py) are in batches of one size."""
+    """Take up what `run_state` said, on any number of ranks; the step to go on with. Prints which options are others
+    than before. ValueError where samples would be repeated or left out: those of a group (see data.py) are in batches
+    of one size."""
     step, world = state["step"] if state else 0, gradients.world
     if len(set(world.gather(step))) > 1:
         raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
@@ -319,7 +320,7 @@ def go_on(state: dict | None, args: argparse.Namespace, batches, meter: Meter, g
             meter.load_state(state["data"])
         print(f"resumed from step {step}")
         before = state.get("arguments", {})
-        for name, value in told(args).items():
+        for name, value in stored_arguments(args).items():
             if name not in ("out", "resume") and before.get(name, value) != value:
                 print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
     return step

@@ -115,7 +115,7 @@ def main() -> None:
     drop_rate, done = 0.0 if args.no_cfg else DROP_RATE, start
 
     bar = tqdm(range(start, total), "sd", total, initial=start, unit="step")
-    with closing(batches), stop_signals() as asked, bar:
+    with stop_signals() as asked, closing(batches), bar:
         for step in bar:
             # ---- one step
             optimizer.param_groups[0]["lr"] = args.lr * learning_rate_factor(step, args.warmup, total)
