@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import chain
 
 import torch
 from PIL import Image
@@ -47,13 +48,15 @@ class Sampling:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--steps", type=int, default=50, help="denoising steps of a picture")
-    add("--guidance", type=float, default=7.5, help="guidance against the zero-voken condition; 1: off")
-    add("--sampler", choices=sorted(SAMPLERS), default="pndm", help="what takes the noise out of a picture")
-    add("--temperature", type=float, default=1.0, help="of the words; 0: always the likeliest")
-    add("--top-p", type=float, default=0.9, help="sample among the likeliest words of this mass; 1: off")
-    add("--repetition-penalty", type=float, default=2.0, help="on words already said; 1: off")
-    add("--max-new-tokens", type=int, default=256, help="longest answer")
+    add("--steps", type=int, default=Sampling.steps, help="denoising steps of a picture")
+    add("--guidance", type=float, default=Sampling.guidance, help="guidance against the zero-voken condition; 1: off")
+    sampler = "what takes the noise out of a picture"
+    add("--sampler", choices=sorted(SAMPLERS), default=Sampling.sampler, help=sampler)
+    add("--temperature", type=float, default=Sampling.temperature, help="of the words; 0: always the likeliest")
+    add("--top-p", type=float, default=Sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
+    penalty = "on words already said; 1: off"
+    add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help=penalty)
+    add("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer")
     add("--force-image", action="store_true", help="begin every answer with a picture")
 
 
@@ -143,11 +146,22 @@ class Answer:
     active: bool = True
 
 
+def prompt_ids(model: MiniGPT5, prompt: str) -> list[int]:
+    """<s> and the prompt, each placeholder as often as a picture has query embeddings."""
+    tokenizer = model.tokenizer
+    return [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(prompt), model.queries)]
+
+
 def room_after(model: MiniGPT5, prompt: str) -> int:
     """Tokens that an answer can have, the vokens of its pictures among them."""
-    tokenizer, virtual = model.tokenizer, model.prefix.embedding.num_embeddings if model.prefix else 0
-    used = virtual + 1 + len(expand_placeholders(tokenizer, tokenizer.encode(prompt), model.queries))
-    return model.llama.config.max_position_embeddings - used
+    return model.llama.config.max_position_embeddings - model.virtual_tokens - len(prompt_ids(model, prompt))
+
+
+def room_wanted(model: MiniGPT5, sampling: Sampling) -> int:
+    """Tokens that a prompt should leave: for the longest answer, whose last word may be a picture. But half of all are
+    for what it answers."""
+    longest = sampling.max_new_tokens + len(model.tokenizer.voken_ids)
+    return min(longest, model.llama.config.max_position_embeddings // 2)
 
 
 @torch.inference_mode()
@@ -162,13 +176,12 @@ def say(
 
     pixels: the prompts' pictures in order, as `MiniGPT5.embed` takes them. When [IMG0] is drawn all N vokens are fed at
     once and only [IMG0] is recorded; text goes on after the last one. An answer ends with </s>, with "###", after
-    max_new_tokens, where it has used max_new_tokens + 8 N positions, and where there are no more; the stop ids stay in
-    it. The repetition penalty counts <s> and what was said, not the prompt. ValueError for a prompt that leaves no
-    room.
+    max_new_tokens, when it has used max_new_tokens + 8 N positions (eight pictures), or when there are no more; the
+    stop ids stay in it. The repetition penalty counts <s> and what was said, not the prompt. ValueError for a prompt
+    that leaves no room.
     """
-    tokenizer, N = model.tokenizer, len(model.tokenizer.voken_ids)
-    rows = [[tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(p), model.queries)] for p in prompts]
-    virtual = model.prefix.embedding.num_embeddings if model.prefix else 0
+    N, virtual = len(model.tokenizer.voken_ids), model.virtual_tokens
+    rows = [prompt_ids(model, prompt) for prompt in prompts]
     most, more = model.llama.config.max_position_embeddings, sampling.max_new_tokens + 8 * N  # room for eight pictures
     answers = [Answer(used, min(used + more, most)) for used in (virtual + len(row) for row in rows)]
     longest = max(answer.used for answer in answers)
@@ -305,7 +318,10 @@ def answer(
     painted = iter([])
     if sum(counts):
         latents = [model.draw_latents(n, generator) for n, generator in zip(counts, generators, strict=True)]
-        painted = iter(paint(model, torch.cat([features for _, features in said]), sampling, torch.cat(latents)))
+        features, latents = torch.cat([features for _, features in said]), torch.cat(latents)
+        at_once = 1 if sampling.compile else len(features)  # another number would be compiled anew
+        parts = zip(features.split(at_once), latents.split(at_once), strict=True)
+        painted = chain.from_iterable(paint(model, part, sampling, noise) for part, noise in parts)
     return [
         segments_of(model, ids, [to_image(next(painted)) for _ in range(n)])
         for (ids, _), n in zip(said, counts, strict=True)

@@ -29,16 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from checkpoints import TABLES, base_checkpoint, checkpoint_adapters, checkpoint_contents, number_of, rows_of
 from cpu import MULTIPLIES_BF16
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
-from loading import (
-    FLOATS,
-    MOST,
-    Uninitialised,
-    WeightsError,
-    matched,
-    pinned,
-    read_config,
-    save_safetensors,
-)
+from loading import FLOATS, MOST, Uninitialised, WeightsError, matched, pinned, read_config, save_safetensors
 from lora import Prefix, add_lora
 from mapper import VokenMapper
 from parallel import shard
@@ -174,11 +165,15 @@ class MiniGPT5(nn.Module):
         self.llama, self.unet, self.vae = llama, unet, vae
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         width = llama.config.hidden_size
+        if image_encoder and (wide := image_encoder.llama_proj.out_features) != width:  # `embed` would not notice
+            raise WeightsError(f"llama_proj makes vectors {wide} wide, but the language model reads {width}")
+        if (pieces := tokenizer.base_vocabulary) > (rows := llama.config.vocab_size):
+            raise WeightsError(f"the tokenizer has {pieces} pieces, but the language model {rows} embeddings")
         self.vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, width)
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2, see add_adapters
-        self.tables = {}  # Vicuna's two that a converted checkpoint changed: by a factor, or None: it holds them whole
+        self.tables = {}  # of Vicuna's two that a converted checkpoint changed the factor, None for one that it brought
         self.system = None  # the sentences that open a converted checkpoint's prompts, where they are not stories.py's
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # embeddings of an input picture
         self.compiled_for = 0  # see compile_losses
@@ -191,6 +186,11 @@ class MiniGPT5(nn.Module):
     def picture_size(self) -> int:
         """Side of an output picture in pixels."""
         return self.unet.config.sample_size * self.vae.config.downsampling
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that a prefix takes before every row."""
+        return self.prefix.embedding.num_embeddings if self.prefix else 0
 
     def embed(self, ids: Tensor, inputs: Tensor | None = None) -> Tensor:
         """ids (B, T) -> (B, T, D). The input pictures' query embeddings fill the placeholders in order of rows, then
@@ -328,7 +328,9 @@ class MiniGPT5(nn.Module):
         features = self.voken_features(hidden, rows.picture_rows, rows.picture_starts)  # (M, N, D)
         M = len(features)
         share = torch.full((M,), 1 / max(1, M), device=self.device)
-        if self.compiled_for or not M:  # pictures without a share fill up
+        # Up to a multiple of an eighth of the batch, so that there are few graphs, and to one picture at least, so that
+        # mapper and UNet are gone through. What fills up has no share.
+        if self.compiled_for or not M:
             step = -(-self.compiled_for // 8) or 1
             fill = partial(padded, length=max(1, -(-M // step)) * step)
             features, share, draws = fill(features), fill(share), Draws(*map(fill, draws))
@@ -430,9 +432,10 @@ class MiniGPT5(nn.Module):
 
 
 def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:
-    """Of the frozen parts that read (language model, encoders of pictures and captions), and of UNet and autoencoder.
+    """The number types of the frozen parts that read (language model, encoders of pictures and captions), and of those
+    that paint (UNet, autoencoder): `dtype`, where it is given.
 
-    dtype None: bfloat16 on a GPU. On a CPU float32, except at the published size: the parts that read would be too big,
+    Else bfloat16 on a GPU. On a CPU float32, except at the published size: the parts that read would be too big,
     and UNet and autoencoder are quicker in bfloat16 where the CPU has units for it, and far slower where it has none.
     """
     if not weights.is_dir():

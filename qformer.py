@@ -275,6 +275,6 @@ def load_image_encoder(
     qformer = dataclasses.replace(qformer, num_query_tokens=top.num_query_tokens)
     shapes = {key: tensor.get_shape() for _, key, _, tensor in stored([projection])}
     with shapes_only(blip2 / "config.json"):
-        model = ImageEncoder(vision, qformer, shapes.get("llama_proj.weight", [4096])[0])
+        model = ImageEncoder(vision, qformer, (shapes.get("llama_proj.weight") or [4096])[0])
     files = [*tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens")), projection]
     return fill(model, files, lambda key: None if LEFT_OUT.match(key) else key, dtype, device)

@@ -18,6 +18,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_check
 from cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
 from data import clean_caption
 from files import write_json, write_text
-from generation import Sampling, add_sampling_options, answer, room_after, sampling_of
+from generation import Sampling, add_sampling_options, answer, room_after, room_wanted, sampling_of
 from images import draw_grid, read_image, save_image
 from loading import WeightsError, read_json
 from minigpt5 import MiniGPT5, load_minigpt5
@@ -88,9 +89,9 @@ class Conversation:
     def add(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
         self.turns.append(Turn(self.model.tokenizer.plain(clean(text)), pictures))
 
-    def ask(self, prompt: str, turns: list[Turn]) -> list[str | Image.Image]:
+    def ask(self, prompt: str, turns: list[Turn], **otherwise) -> list[str | Image.Image]:
         pictures = [picture for turn in turns for picture in turn.pictures]
-        return answer(self.model, [prompt], [pictures], self.sampling, [self.generator])[0]
+        return answer(self.model, [prompt], [pictures], replace(self.sampling, **otherwise), [self.generator])[0]
 
     def caption(self) -> list[str | Image.Image]:
         """Stage 1's form: the bare words, cleaned as its captions were, which it answers with a picture."""
@@ -106,7 +107,8 @@ class Conversation:
         """A story goes on: first a picture for its first sentence if it has none, then step after step."""
         *before, last = self.turns
         if not before and not last.pictures:
-            segments = self.ask(story_source([], REQUESTS["image"][0].format(last.text), self.model.system), [])
+            request = story_source([], REQUESTS["image"][0].format(last.text), self.model.system)
+            segments = self.ask(request, [], force_image=True)  # without one it would not begin
             self.turns = [Turn(last.text, spoken(segments)[1])]
             return segments
         request = REQUESTS["text+image"][0]
@@ -114,8 +116,8 @@ class Conversation:
 
     def go_on(self, turns: list[Turn], source: Callable[[list[Turn]], str]) -> list[str | Image.Image]:
         """The answer to the `source` of the turns, which becomes the next turn. The oldest turns are left out where
-        they leave no room for a whole answer."""
-        needed = self.sampling.max_new_tokens + len(self.model.tokenizer.voken_ids)  # whose last word may be a picture
+        they leave too little room for it."""
+        needed = room_wanted(self.model, self.sampling)
         while len(turns) > 1 and room_after(self.model, source(turns)) < needed:
             turns = turns[1:]
         segments = self.ask(source(turns), turns)
@@ -217,7 +219,7 @@ def main() -> None:
     names = STORY_FILES if args.turns is not None else TALK_FILES if args.chat or pictures else ()
     shipped = shipped_checkpoint(args.weights / "minigpt5", names)
     checkpoint = given_checkpoint(args.checkpoint) if args.checkpoint else shipped
-    torch.manual_seed(args.seed)  # of what has no checkpoint
+    torch.manual_seed(args.seed)  # of the voken rows and the mapper, where there is no checkpoint
     reads = bool(pictures) or args.chat or args.turns is not None
     device = pick_device(args.device)
     if args.compile is None:  # it takes minutes: for one answer that is too long
@@ -237,7 +239,7 @@ def main() -> None:
         print("no trained checkpoint found: the voken rows and the mapper are random, pictures will be noise")
 
     if args.compile:
-        print("the first answer and its first picture compile the model, which may take minutes; --no-compile does not")
+        print("compiling takes minutes: at the first words and picture, and when a talk outgrows 256, 512 ... tokens")
     conversation = Conversation(model, sampling, args.seed)
     if args.chat:
         return chat(conversation, args.prompt, pictures, out, args.seed)

@@ -39,7 +39,7 @@ from scheduler import NoiseSchedule, ScheduleConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-VOCABULARY, VOKENS = 32000, 8
+VOKENS = 8
 STORY = 1024  # tokens of a row of stage 2
 
 
@@ -88,10 +88,11 @@ def fused_attention(
 
 
 def published_stack() -> MiniGPT5:
-    """All that a step with precomputed features and a picture need, on the meta device, as on a GPU: frozen parts in
-    bfloat16, what trains in float32."""
-    tokenizer = SimpleNamespace(base_vocabulary=VOCABULARY, image_id=VOCABULARY + VOKENS)
-    tokenizer.voken_ids = list(range(VOCABULARY, VOCABULARY + VOKENS))
+    """All that a training step from precomputed features needs, or a picture, on the meta device, as on a GPU: frozen
+    parts in bfloat16, what trains in float32."""
+    words = LlamaConfig().vocab_size
+    tokenizer = SimpleNamespace(base_vocabulary=words, image_id=words + VOKENS)
+    tokenizer.voken_ids = list(range(words, words + VOKENS))
     with torch.device("meta"):
         frozen = [Llama(LlamaConfig()), UNet(UNetConfig()), VAE(VAEConfig())]
         frozen = [part.bfloat16().requires_grad_(False) for part in frozen]

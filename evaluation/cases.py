@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data import clean_caption, decode, describe, read_caption, uas_texts
 from files import write_json
-from generation import Sampling, answer, room_after
+from generation import Sampling, answer, room_after, room_wanted
 from images import ImageError, read_image, save_image
 from loading import read_json
 from miniature.facts import Picture
@@ -240,7 +240,7 @@ def generate(
 ) -> int:
     """Answer the cases that have no answer yet; returns how many. An answer depends on seed and key alone."""
     waiting = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
-    room = sampling.max_new_tokens + len(model.tokenizer.voken_ids)
+    room = room_wanted(model, sampling)
     bar = tqdm(total=len(waiting), desc="answers", unit="case", delay=2)
     for start in range(0, len(waiting), batch_size):
         asked = []

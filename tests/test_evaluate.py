@@ -353,10 +353,10 @@ def reader(positions: int) -> SimpleNamespace:
     """What a prompt asks of a model; its tokens are characters."""
     return SimpleNamespace(
         queries=1,
-        prefix=None,
+        virtual_tokens=0,
         system=None,
         llama=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions)),
-        tokenizer=SimpleNamespace(plain=str, encode=list, image_id=-1),
+        tokenizer=SimpleNamespace(plain=str, encode=list, image_id=-1, bos_id="<s>"),
     )
 
 

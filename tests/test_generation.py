@@ -13,7 +13,7 @@ from random_weights import write_random_weights
 from torch._dynamo.testing import CompileCounter
 
 import generation
-from generation import Sampling, answer, pick_tokens, room_after, say, segments_of
+from generation import Sampling, answer, pick_tokens, room_after, room_wanted, say, segments_of
 from images import to_tensor
 from loading import on, pinned
 from minigpt5 import load_minigpt5
@@ -82,6 +82,11 @@ def test_room_for_pictures_is_each_prompt_s_own(model, monkeypatch):
     for i in range(2):
         [alone] = say(model, prompts[i : i + 1], None, Sampling(max_new_tokens=24), generators(1))
         assert len(alone[0]) == len(together[i][0]) == min(24, (24 + 8 * N) // N)
+
+
+def test_long_answers_leave_half_of_all_positions(model):
+    half, N = model.llama.config.max_position_embeddings // 2, len(model.tokenizer.voken_ids)
+    assert [room_wanted(model, Sampling(max_new_tokens=n)) for n in (20, 10**6)] == [20 + N, half]
 
 
 def test_a_prefix_takes_room(model):
@@ -175,6 +180,24 @@ def test_compiled_answers(model, monkeypatch):
     counts = sorted(counter.frame_count for counter in counters.values())
     print(f"compiled graphs: {counts}")
     assert counts == [1, 1, 2]  # the token, the decoder, the UNet with and without guidance
+
+
+def test_compiled_pictures_are_painted_one_by_one(model, monkeypatch):
+    """Each number of pictures at once would be compiled; they are the same pictures."""
+    painted, paint = [], generation.paint
+    plain = Sampling(max_new_tokens=4, steps=2, temperature=0, force_image=True)
+
+    def note(model, features, sampling, latents):
+        painted.append(len(features))
+        return paint(model, features, plain, latents)
+
+    monkeypatch.setattr(generation, "paint", note)
+    monkeypatch.setattr(generation, "compiled_next_token", generation.next_token)
+    both = [answer(model, ["a", "b"], [[], []], replace(plain, compile=c), generators(2)) for c in (False, True)]
+    assert painted[0] >= 2 and painted[1:] == [1] * painted[0]
+    pictures = [[to_tensor(s) for words in said for s in words if not isinstance(s, str)] for said in both]
+    for ours, expected in zip(*pictures, strict=True):
+        assert (ours - expected).abs().max() <= 1.01 / 255
 
 
 def test_parts_are_on_the_device_only_when_used(model, monkeypatch):

@@ -226,12 +226,19 @@ def test_story(monkeypatch, weights, data, uas, tmp_path):
 
 
 def test_requests_of_a_story(monkeypatch, weights, tmp_path):
-    """A picture for its first sentence, then what happens next."""
-    heard, picture = [], Image.new("RGB", (32, 32))
-    monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "so", picture]])
+    """A picture for its first sentence, whatever the model would say, then what happens next."""
+    heard, forced, picture = [], [], Image.new("RGB", (32, 32))
+
+    def answer(model, prompts, pictures, sampling, generators):
+        heard.append(prompts[0])
+        forced.append(sampling.force_image)
+        return [["so", picture]]
+
+    monkeypatch.setattr(sample, "answer", answer)
     ask(monkeypatch, weights, tmp_path, "--prompt", "a kite", "--turns", 2)
     first, second = heard
     assert "scene description: a kite" in first and "What should happen then?" in second
+    assert forced == [True, False]
 
 
 def test_long_story(monkeypatch, weights, tmp_path):

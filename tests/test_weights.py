@@ -24,10 +24,13 @@ from published_files import (
     vicuna_shards,
 )
 from random_weights import write_random_weights
+from safetensors.torch import load_file, save_file
 
 import cli
 import weights
 from convert import blip2_name, common_factor
+from loading import WeightsError
+from minigpt5 import MiniGPT5, load_minigpt5
 from qformer import load_image_encoder
 
 UNET = "stable-diffusion/unet/diffusion_pytorch_model.safetensors"
@@ -123,6 +126,21 @@ def test_check_finds_parts_that_do_not_go_together(folder, command):
     assert status == 1
     assert "image encoder and vicuna do not go together: width 32 and 64" in out
     assert "prediction_type 'sample' is not supported" in out
+
+
+@pytest.mark.parametrize("change", [5, -5, None])
+def test_parts_of_other_sizes_are_not_put_together(folder, change):
+    """A projection for a wider, a narrower language model, or one that is no matrix; a tokenizer with more pieces."""
+    path = folder / "minigpt4" / "llama_proj.safetensors"
+    tensors = load_file(path)
+    rows = tensors["llama_proj.weight"].shape[0] + (change or 0)
+    shapes = {"llama_proj.weight": (rows, tensors["llama_proj.weight"].shape[1]), "llama_proj.bias": (rows,)}
+    save_file({name: torch.zeros(shape if change else ()) for name, shape in shapes.items()}, path)
+    with pytest.raises(WeightsError, match="llama_proj"):
+        load_minigpt5(folder)
+    llama = SimpleNamespace(config=SimpleNamespace(hidden_size=8, vocab_size=100))
+    with pytest.raises(WeightsError, match="has 101 pieces, but the language model 100"):
+        MiniGPT5(SimpleNamespace(base_vocabulary=101, voken_ids=[101]), llama, None, None, None, 77)
 
 
 def test_check_finds_sizes_that_do_not_go_together():
