@@ -127,7 +127,10 @@ def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[tuple]:
             places = {path.stem: path for folder in folders or [file.parent] for path in walk_pictures(folder)}
         elif content and all(isinstance(steps, list) for steps in content.values()):
             stories, names = content, CLEANED
-            mapping = read_json(file.with_name(file.name.replace("cleaned", "image_mapping")))
+            beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
+            if beside == file:
+                raise ValueError(f"{file}: should be called X_cleaned.json, with X_image_mapping.json beside it")
+            mapping = read_json(beside)
             roots = folders or [file.parent]
             places = {i: find_picture(roots, name) for i, name in mapping.items() if isinstance(name, str)}
         else:

@@ -178,8 +178,8 @@ def main(argv: list[str] | None = None) -> None:
                 for what, name, ours, peer in PARTS[part](weights, batch, dtype, device):
                     with exact_products():
                         results, kind = (ours(), peer()), torch.float32 if part == "mapper" else dtype
-                        backward = 0 if isinstance(results[0], torch.Tensor) else len(results[0]) - 1
-                        figure = agree(what, *results, kind, gradients=backward)
+                        gradients = len(results[0]) - 1 if "backward" in what else 0
+                        figure = agree(what, *results, kind, gradients=gradients)
                     times = alternate({"ours": ours, name: peer}, args.rounds, device, args.clock)
                     report.add(rows_of(what, size, times, difference=figure, batch=batch))
 

@@ -99,8 +99,8 @@ def write_weights(folder: Path, size: str) -> Path:
 
 @contextmanager
 def weights_of(size: str, args: argparse.Namespace) -> Iterator[Path]:
-    """The folder of a size's weights: --weights are the miniature's; random ones are removed at the end, but with
-    --keep."""
+    """The folder of a size's weights: --weights are the miniature's; random ones are removed at the end, unless --keep
+    names a folder for them."""
     trained = args.weights or MINIATURE
     if size == "miniature" and trained.is_dir():
         yield trained

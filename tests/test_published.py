@@ -133,7 +133,10 @@ def test_vist_errors_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="is a folder: name"):
         convert("vist", [tmp_path], tmp_path / "x.tar")
-    assert [path.name for path in tmp_path.iterdir()] == ["val_cleaned.json"]
+    (tmp_path / "val_cleaned.json").replace(tmp_path / "val.json")  # which would be taken for its own image mapping
+    with pytest.raises(ValueError, match=r"val\.json: should be called X_cleaned\.json"):
+        convert("vist", [tmp_path / "val.json"], tmp_path / "x.tar")
+    assert [path.name for path in tmp_path.iterdir()] == ["val.json"]
 
 
 # ---- MMDialog
