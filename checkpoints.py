@@ -25,8 +25,8 @@ def checkpoint_folders(out: Path) -> list[Path]:
 
 
 def find_checkpoint(place: Path) -> Path | None:
-    """A safetensors file; or a checkpoint's folder's; or of a run's folder the newest checkpoint's; or of
-    weights/minigpt5 uas.safetensors."""
+    """The file that `place` stands for: itself; trained.safetensors in a checkpoint's folder, or in the newest
+    checkpoint of a run's folder; uas.safetensors in weights/minigpt5. None if there is none."""
     if place.is_file():
         return place
     folders = place, *checkpoint_folders(place)
@@ -71,7 +71,7 @@ def base_checkpoint(path: Path) -> Path | None:
 
 
 def rows_of(tensors: dict, name: str, sane: range, path: Path) -> int:
-    """Rows of a checkpoint's matrix: a size of the model to be built, so not any number."""
+    """How many rows a checkpoint's matrix has, a size of the model to be built. WeightsError if that is not `sane`."""
     shape = tensors[name].get_shape() if name in tensors else []
     if len(shape) != 2 or shape[0] not in sane:
         raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {sane.start} to {sane.stop - 1:,} rows")

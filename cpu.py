@@ -21,7 +21,8 @@ def is_bf16_on_cpu(x: Tensor) -> bool:
 
 
 def in_float32(matrix: Tensor) -> Iterator[Tensor]:
-    """A few rows after the other, all in the same memory: the system would have to clear new memory each time."""
+    """The matrix in float32, ROWS rows at a time, all in the same memory, as the system would have to clear new memory
+    each time: use a piece before you ask for the next."""
     memory = torch.empty(ROWS, matrix.shape[1])
     for rows in matrix.split(ROWS):
         yield memory[: len(rows)].copy_(rows)

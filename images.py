@@ -99,13 +99,13 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(temporary, "PNG")
 
 
-def draw_grid(rows: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
-    """(caption, pictures) -> one column a caption, its pictures under one another, the words beneath."""
+def draw_grid(columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
+    """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath."""
     font = ImageFont.load_default(12)
-    tall = max(len(pictures) for _, pictures in rows)
-    sheet = Image.new("RGB", (len(rows) * (side + 8), tall * (side + 8) + 52), "white")
+    tall = max(len(pictures) for _, pictures in columns)
+    sheet = Image.new("RGB", (len(columns) * (side + 8), tall * (side + 8) + 52), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (caption, pictures) in enumerate(rows):
+    for column, (caption, pictures) in enumerate(columns):
         left = column * (side + 8) + 4
         for row, picture in enumerate(pictures):
             square = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, "white")

@@ -43,7 +43,8 @@ class LlamaConfig:
 
 
 def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """positions (B, T) -> cos and sin (B, T, 1, Dh) in float32: of the Dh/2 angles twice, the first sines negative."""
+    """positions (B, T) -> cos and sin (B, T, 1, Dh) in float32, each of the Dh/2 angles twice. The first half of the
+    sines is negative, so that `rotate` needs no more than a roll."""
     frequencies = theta ** (-torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
     angles = positions[..., None, None].float() * frequencies  # (B, T, 1, Dh/2)
     cos, sin = angles.cos(), angles.sin()
@@ -51,7 +52,8 @@ def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (..., Dh). Channel i turns with i + Dh/2, as in Hugging Face's files, not with i + 1."""
+    """Rotary embedding of (..., Dh), halves x1 and x2: (x1 cos - x2 sin, x2 cos + x1 sin). Channel i turns with i +
+    Dh/2, as in Hugging Face's files, not with i + 1."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -216,6 +218,7 @@ class Llama(nn.Module):
             if attention_mask is None:
                 attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
             positions = cache.positions(attention_mask)  # (B, T)
+            # A slot's number is its token's position: causal. Those of padding and empty ones have higher numbers.
             mask = cache.slots <= positions[:, None, :, None]  # (B, 1, T, S)
         elif attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,9 +1,9 @@
 """Published weights into modules: sizes from config.json, tensors from safetensors, nothing guessed.
 
-Every part of the stack loads in the same three lines:
+Every part of the stack loads in the same way:
 
     config = read_config(UNetConfig, folder / "config.json")
-    with shapes_only():
+    with shapes_only(folder / "config.json"):
         unet = UNet(config)                                # no memory
     fill(unet, tensor_files(folder), dtype=torch.bfloat16)  # memory-mapped tensors become the parameters
 
@@ -73,8 +73,8 @@ def read_json(path: Path) -> dict:
     return content
 
 
-# The largest values that a config.json may ask for: of layers, so that building them ends, and of what no shape of a
-# tensor would contradict. Of other whole numbers MOST, of other numbers a million, of lists 16 entries.
+# The largest values that a config.json may ask for. LIMITS: for numbers of layers, so that building them ends, and for
+# what no tensor's shape would contradict. Else MOST for whole numbers, a million for others, 16 entries for lists.
 MOST = 1 << 24
 LIMITS = {"num_hidden_layers": 256, "layers_per_block": 16, "sample_size": 1024, "freq_shift": 1, "steps_offset": 1}
 LIMITS |= {"rms_norm_eps": 0.01, "layer_norm_eps": 0.01, "norm_eps": 0.01, "beta_start": 0.5, "beta_end": 0.5}

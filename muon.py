@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        kept = getattr(self, "found_inf", 0.0)
+        skipped = getattr(self, "found_inf", 0.0)  # 1: a gradient was not finite
         for group in self.param_groups:
             shapes = {}
             for parameter in group["params"]:
@@ -29,13 +29,14 @@ class Muon(torch.optim.Optimizer):
                         self.state[parameter]["average"] = torch.zeros_like(parameter)
                 averages = [self.state[p]["average"] for p in parameters]
                 gradients = [p.grad for p in parameters]
-                torch._foreach_mul_(averages, group["momentum"] ** (1 - kept))
+                torch._foreach_mul_(averages, group["momentum"] ** (1 - skipped))
                 torch._foreach_add_(averages, gradients)
                 ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
                 steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
+                # The entries of a tall matrix's orthogonal step are smaller: as large as those of a square one.
                 size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, steps, strict=True):
-                    parameter.add_((1 - kept) * update.view_as(parameter), alpha=-size)
+                    parameter.add_((1 - skipped) * update.view_as(parameter), alpha=-size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

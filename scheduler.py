@@ -86,7 +86,8 @@ class NoiseSchedule:
 
 
 def leading_timesteps(config: ScheduleConfig, steps: int, below: int = 0) -> tuple[list[int], int]:
-    """`steps` evenly spaced timesteps, from high to low, and their spacing; `below` more would reach steps_offset."""
+    """`steps` evenly spaced timesteps, from high to low, and their spacing: of steps + `below` from steps_offset on,
+    all but the lowest `below`."""
     most = config.num_train_timesteps - config.steps_offset - below
     if not 1 <= steps <= most:
         raise ValueError(f"cannot sample in {steps} steps: 1 to {most} are possible")

@@ -281,10 +281,11 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def layers(self) -> list[nn.Module]:
-        """Nearly all of the weights in pieces that are each called as a whole; one inside another comes before it."""
+        """Nearly all of the weights in pieces that are each called as a whole, for `parallel.shard`. `keys_values`
+        calls two inside a SpatialTransformer before it is called: they are pieces of their own, and come first."""
         modules = list(self.modules())
-        early = [m for b in modules if isinstance(b, TransformerBlock) for m in (b.attn2.to_k, b.attn2.to_v)]
-        return early + [m for m in modules if isinstance(m, ResBlock | SpatialTransformer | Downsample | Upsample)]
+        inner = [m for b in modules if isinstance(b, TransformerBlock) for m in (b.attn2.to_k, b.attn2.to_v)]
+        return inner + [m for m in modules if isinstance(m, ResBlock | SpatialTransformer | Downsample | Upsample)]
 
     def keys_values(self, encoder_hidden_states: torch.Tensor) -> list[KeysValues]:
         """Conditioning (B, S, D) -> what every cross-attention makes of it, in the order of use. It is the same in all
