@@ -116,6 +116,13 @@ def test_stopped_twice(monkeypatch, weights, tar, stories, tmp_path, capsys, sta
     assert same(*(checkpoint_folders(tmp_path / run)[0] for run in ("parts", "whole")))
 
 
+def test_the_last_step_has_its_held_out_losses(monkeypatch, weights, tar, tmp_path):
+    """Even if the run was asked to stop: nothing would make up for them."""
+    stop_at(monkeypatch, 1, signal.SIGINT)
+    log = train(monkeypatch, weights, tar, tmp_path, "--steps", 2, "--val", tar, "--val-batches", 1)
+    assert log[-1]["step"] == 2 and "val_loss" in log[-1]
+
+
 def test_what_resumes_differently_is_told(monkeypatch, weights, tar, tmp_path, capsys):
     options = ("--save-every", 1, "--log-every", 1, "--batch-size", 2)
     train(monkeypatch, weights, tar, tmp_path, *options, "--steps", 1, "--lr", 0.5)
