@@ -173,7 +173,7 @@ class MiniGPT5(nn.Module):
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2, see add_adapters
-        self.tables = {}  # of Vicuna's two that a converted checkpoint changed the factor, None for one that it brought
+        self.tables = {}  # {key: factor} of Vicuna's tables that a converted checkpoint scaled; None for one replaced
         self.system = None  # the sentences that open a converted checkpoint's prompts, where they are not stories.py's
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # embeddings of an input picture
         self.compiled_for = 0  # see compile_losses

@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(averages, gradients)
                 ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
                 steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
-                # The entries of a tall matrix's orthogonal step are smaller: as large as those of a square one.
+                # Entries of a tall matrix's orthogonal step are smaller: this makes them as large as a square one's.
                 size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, steps, strict=True):
                     parameter.add_((1 - skipped) * update.view_as(parameter), alpha=-size)

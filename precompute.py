@@ -163,8 +163,8 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
         yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)}, story["cut"])
 
 
-def is_whole(tar: Path, features: Features) -> bool:
-    """Whether a tar holds such features, of the same source, and is not cut short."""
+def is_made(tar: Path, features: Features) -> bool:
+    """Whether a tar is there already: such features, of the same source, and not cut short."""
     try:
         made_alike = read_marker(str(tar))[:4] == features[:4]  # the fifth, a tensor, follows from these
         return made_alike and not read_index(str(tar)).note.size
@@ -191,7 +191,7 @@ def precompute(
     stories = bool(index.turns.any())
     encoders = load_encoders(weights, stories, captions, dtype, device, store)
     features = encoders.features._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
-    if out.is_file() and is_whole(out, features):
+    if out.is_file() and is_made(out, features):
         return None
     first = Sample([(MARKER, marker_bytes(features))], {})
     samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
