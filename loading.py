@@ -235,7 +235,13 @@ def fill(
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
         return tensor.to(device, dtype, memory_format=layout)
 
-    state = {name: placed(tensor) for name, tensor in matched(model.state_dict(), files, rename).items()}
+    files, wanted = list(files), model.state_dict()
+    found = matched(wanted, files, rename)
+    state = {name: placed(tensor) for name, tensor in found.items()}
+    views = [name for name, tensor in found.items() if state[name] is tensor]
+    if 0 < len(views) < len(found):  # a mapping of their own, as this one keeps in memory what was read for the copies
+        found = matched(wanted, files, rename)
+        state |= {name: found[name] for name in views}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

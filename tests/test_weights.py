@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import weights
 from convert import blip2_name, common_factor
-from loading import WeightsError
+from loading import WeightsError, fill
 from minigpt5 import MiniGPT5, load_minigpt5
 from qformer import load_image_encoder
 
@@ -541,6 +541,27 @@ def test_fetch_without_the_hub_package(tmp_path, command, monkeypatch):
 
 def test_known_files_have_sizes_and_whole_hashes():
     assert all(size and re.fullmatch("[0-9a-f]{64}", digest) for size, digest in weights.KNOWN.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system tells no memory of mapped files")
+def test_what_is_copied_does_not_stay_in_memory_twice(tmp_path):
+    """A convolution is rearranged, a matrix stays a view of the file. Of it nothing is in memory before it is read."""
+    path, size = tmp_path / "x.safetensors", 1024
+    save_file({"0.weight": torch.randn(size, size, 3, 3), "1.weight": torch.randn(size, size)}, path)
+
+    def resident() -> int:
+        """Bytes of the file that this process has in memory."""
+        maps = Path("/proc/self/smaps").read_text().split("\n")
+        starts = [i for i, line in enumerate(maps) if line.endswith(str(path))]
+        return sum(
+            1024 * int(maps[k].split()[1]) for i in starts for k in range(i, i + 5) if maps[k].startswith("Rss:")
+        )
+
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Conv2d(size, size, 3, bias=False), torch.nn.Linear(size, size, bias=False))
+    fill(model, [path], channels_last=True)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last) and resident() < 1 << 20
+    assert torch.equal(model[1].weight, load_file(path)["1.weight"]) and resident() >= model[1].weight.nbytes
 
 
 def test_names_of_transformers_pass_through(random_folder):
