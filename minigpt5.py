@@ -328,8 +328,7 @@ class MiniGPT5(nn.Module):
         features = self.voken_features(hidden, rows.picture_rows, rows.picture_starts)  # (M, N, D)
         M = len(features)
         share = torch.full((M,), 1 / max(1, M), device=self.device)
-        # Up to a multiple of an eighth of the batch, so that there are few graphs, and to one picture at least, so that
-        # mapper and UNet are gone through. What fills up has no share.
+        # Pictures without a share fill up to a multiple of an eighth of the batch (few graphs), and to one at least.
         if self.compiled_for or not M:
             step = -(-self.compiled_for // 8) or 1
             fill = partial(padded, length=max(1, -(-M // step)) * step)
@@ -433,11 +432,9 @@ class MiniGPT5(nn.Module):
 
 def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:
     """The number types of the frozen parts that read (language model, encoders of pictures and captions), and of those
-    that paint (UNet, autoencoder): `dtype`, where it is given.
-
-    Else bfloat16 on a GPU. On a CPU float32, except at the published size: the parts that read would be too big,
-    and UNet and autoencoder are quicker in bfloat16 where the CPU has units for it, and far slower where it has none.
-    """
+    that paint (UNet, autoencoder): `dtype`, where it is given. Else bfloat16 on a GPU, and on a CPU float32 but for the
+    published size: there the parts that read would be too big, and those that paint are quicker in bfloat16 where the
+    CPU has units for it, far slower where it has none."""
     if not weights.is_dir():
         raise WeightsError(f"{weights}: no such folder")
     width = read_config(LlamaConfig, weights / "vicuna" / "config.json").hidden_size
@@ -491,7 +488,11 @@ def load_minigpt5(
     if sharded:
         model.shard()
     if checkpoint:
-        model.add_adapters(**checkpoint_adapters(checkpoint))
+        adapters = checkpoint_adapters(checkpoint)
+        try:
+            model.add_adapters(**adapters)
+        except ValueError as error:  # a layer that Vicuna does not have
+            raise WeightsError(f"{checkpoint}: {error}") from None
         model.load_trained(checkpoint)
     if offload and torch.device(device).type == "cuda":
         for part in filter(None, (model.llama, model.unet, model.vae, model.image_encoder)):

@@ -261,6 +261,14 @@ def test_long_story(monkeypatch, weights, tmp_path):
     assert sum("image" in segment for segment in kept) == 6
 
 
+def test_adapters_of_unknown_layers_are_refused(weights, uas, tmp_path):
+    tensors = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
+    tensors["model.layers.0.self_attn.z_proj.lora_A.weight"] = torch.zeros(2, 16)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"x\.safetensors: no linear layer is named z_proj"):
+        load_minigpt5(weights, tmp_path / "x.safetensors", read_pictures=False)
+
+
 def test_checkpoints_of_stage_2_are_found(monkeypatch, weights, uas, tmp_path):
     shutil.copytree(weights, tmp_path / "w")
     (tmp_path / "w/minigpt5").mkdir(exist_ok=True)
