@@ -194,7 +194,7 @@ def main() -> None:
                 if world.rank == 0:
                     save_checkpoint(out, done, model, optimizers, state, "uas")
             if held_out is not None and (done % args.val_every == 0 or done == total):
-                stops = asked if done < total else []  # a run that goes on has other held-out losses to come
+                stops = asked if done < total else []  # the last ones are computed all the same
                 record = validate(model, held_out, forward, args.val_batches, world, stops)
                 if record and world.rank == 0:
                     append_log(log, {"step": done, **record})

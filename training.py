@@ -302,9 +302,9 @@ def run_state(args: argparse.Namespace, batches, meter: Meter, gradients: Gradie
 
 
 def go_on(state: dict | None, args: argparse.Namespace, batches, meter: Meter, gradients: Gradients) -> int:
-    """Take up what `run_state` said, on any number of ranks; the step to go on with. Prints which options
-    have changed. ValueError where samples would be repeated or left out: those of a group (see data.py) are in batches
-    of one size."""
+    """Take up what `run_state` said, on any number of ranks; the step to go on with. Prints which options have changed.
+    ValueError where samples would be repeated or left out: those of a group (see data.py) are in batches of one size.
+    """
     step, world = state["step"] if state else 0, gradients.world
     if len(set(world.gather(step))) > 1:
         raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
