@@ -22,10 +22,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from images import to_image
+from common.images import to_image
 from llama import KVCache, Llama
-from loading import on
 from minigpt5 import MiniGPT5, expand_placeholders, send, type_of
+from published.loading import on
 from qformer import preprocess_input
 from scheduler import SAMPLERS
 

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpu import attention, linear
-from loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
+from published.cpu import attention, linear
+from published.loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 
 @dataclass

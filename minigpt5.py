@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints import TABLES, base_checkpoint, checkpoint_adapters, checkpoint_contents, number_of, rows_of
-from cpu import MULTIPLIES_BF16
 from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
-from loading import FLOATS, MOST, Uninitialised, WeightsError, matched, pinned, read_config, save_safetensors
 from lora import Prefix, add_lora
 from mapper import VokenMapper
-from parallel import shard
+from published.checkpoints import TABLES, base_checkpoint, checkpoint_adapters, checkpoint_contents, number_of, rows_of
+from published.cpu import MULTIPLIES_BF16
+from published.int8 import load_int8_llama
+from published.loading import FLOATS, MOST, Uninitialised, WeightsError, matched, pinned, read_config, save_safetensors
 from qformer import ImageEncoder, load_image_encoder
-from quantize import load_int8_llama
 from scheduler import NoiseSchedule, load_schedule
 from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
+from trainer.processes import shard
 from unet import UNet, load_unet
 from vae import VAE, load_vae, to_pixels
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from images import resize_and_crop, to_tensor
-from loading import fill, read_config, shapes_only, stored, tensor_files
+from common.images import resize_and_crop, to_tensor
+from published.loading import fill, read_config, shapes_only, stored, tensor_files
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

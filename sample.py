@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
-from cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
-from data import clean_caption
-from files import write_json, write_text
+from common.cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
+from common.files import write_json, write_text
+from common.images import draw_grid, read_image, save_image
 from generation import Sampling, add_sampling_options, answer, room_after, room_wanted, sampling_of
-from images import draw_grid, read_image, save_image
-from loading import WeightsError, read_json
 from minigpt5 import MiniGPT5, load_minigpt5
-from stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
+from published.checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
+from published.loading import WeightsError, read_json
+from tars.pairs import clean_caption
+from tars.stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 
 
 def arguments() -> argparse.Namespace:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from loading import check_settings, read_config
+from published.loading import check_settings, read_config
 
 
 @dataclass(frozen=True)

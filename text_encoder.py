@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loading import MOST, WeightsError, fill, read_config, read_json, shapes_only, tensor_files
+from published.loading import MOST, WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 # Tokenizer
 

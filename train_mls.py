@@ -21,19 +21,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import find_checkpoint, given_checkpoint
-from cli import DTYPES, can_compile, pick_device, run
-from data import describe
-from features import find_features, picture_size
+from common.cli import DTYPES, can_compile, pick_device, run
 from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE, TEXT_WEIGHT, Rows, bucket_length, collate, load_minigpt5
-from parallel import Gradients, World, one_line_peer_errors, weights_held
+from published.checkpoints import find_checkpoint, given_checkpoint
 from qformer import preprocess_input
-from run_log import Meter, added, append_log, compiled_graphs, cut_log, draw_losses, paint_samples, read_log, validate
-from stories import SPEAKERS, TASKS, checked_weights, open_stories
-from tars import expand
-from training import (
+from tars.features import find_features, picture_size
+from tars.index import expand
+from tars.pairs import describe
+from tars.stories import SPEAKERS, TASKS, checked_weights, open_stories
+from trainer.log import (
+    Meter,
+    added,
+    append_log,
+    compiled_graphs,
+    cut_log,
+    draw_losses,
+    paint_samples,
+    read_log,
+    validate,
+)
+from trainer.processes import Gradients, World, one_line_peer_errors, weights_held
+from trainer.run import (
     add_run_options,
     check_run_options,
     draw_pictures,
@@ -76,7 +86,7 @@ def words_of(source: str, target: str) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", help="interleaved tars, as `python data.py vist|mmdialog` writes them; default: drawn")
+    add("--data", nargs="+", help="interleaved tars, as `python -m tars vist|mmdialog` writes them; default: drawn")
     add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
     add("--no-uas", action="store_true", help="start from untrained vokens and mapper (the paper's ablation)")
     add("--prefix", action="store_true", help="prefix tuning in the place of LoRA")

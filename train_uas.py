@@ -3,7 +3,7 @@
     python train_uas.py                                                # the miniature, on pictures of its drawn world
     python train_uas.py --weights weights --data cc3m-train-{0000..0575}.tar --out runs/cc3m
     python train_uas.py --weights weights --data cc3m-train-{0000..0575}.tar --out runs/cc3m --resume   # after a stop
-    python data.py precompute cc3m-train-{0000..0575}.tar --weights weights --out features       # then --data features
+    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out features       # then --data features
     python sample.py --weights weights --checkpoint runs/cc3m --prompt "a lighthouse in a storm"
 
 Trained are the voken rows of Vicuna's two embeddings and the feature mapper; all else is frozen. The loss is
@@ -19,16 +19,26 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from cli import DTYPES, can_compile, pick_device, run
-from data import describe, open_batches, uas_texts
-from features import find_features, picture_size
+from common.cli import DTYPES, can_compile, pick_device, run
 from miniature.world import write_pairs
 from minigpt5 import DROP_RATE, Rows, bucket_length, collate, load_minigpt5
-from muon import Muon
-from parallel import Gradients, World, one_line_peer_errors, weights_held
-from run_log import Meter, added, append_log, compiled_graphs, cut_log, draw_losses, paint_samples, read_log, validate
-from tars import expand
-from training import (
+from tars.features import find_features, picture_size
+from tars.index import expand
+from tars.pairs import describe, open_batches, uas_texts
+from trainer.log import (
+    Meter,
+    added,
+    append_log,
+    compiled_graphs,
+    cut_log,
+    draw_losses,
+    paint_samples,
+    read_log,
+    validate,
+)
+from trainer.muon import Muon
+from trainer.processes import Gradients, World, one_line_peer_errors, weights_held
+from trainer.run import (
     add_run_options,
     check_run_options,
     draw_pictures,

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cpu import attention
-from loading import WeightsError, check_settings, fill, read_config, shapes_only, tensor_files
+from published.cpu import attention
+from published.loading import WeightsError, check_settings, fill, read_config, shapes_only, tensor_files
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, H, S, Dh) each
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from images import resize_and_crop, to_bytes
-from loading import check_settings, fill, read_config, shapes_only, stored, tensor_files
+from common.images import resize_and_crop, to_bytes
+from published.loading import check_settings, fill, read_config, shapes_only, stored, tensor_files
 
 EPS = 1e-6  # of every group norm; no published config names it
 

@@ -2,9 +2,9 @@
 
     python baselines/divter.py dialogues.tar --out described.tar              # pictures as words: "picture: a red boat"
     python train_mls.py --data described.tar --no-uas --no-ldm --out runs/divter
-    python evaluate.py --data described-test.tar --checkpoint runs/divter --out divter.json       # what it says
+    python -m evaluation --data described-test.tar --checkpoint runs/divter --out divter.json       # what it says
     python baselines/stable_diffusion.py --data dialogues-test.tar --words divter-answers --answers drawn
-    python evaluate.py --data dialogues-test.tar --answers drawn --out drawn.json                 # with the pictures
+    python -m evaluation --data dialogues-test.tar --answers drawn --out drawn.json                 # with the pictures
 
 In Divter (Sun et al. 2022) a captioner describes the pictures of the training dialogues. In the drawn world the facts
 of each are known, and a caption of them takes its place; a picture without known facts is an error.
@@ -23,11 +23,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import run
+from common.cli import run
 from miniature.facts import Picture, random_stream
 from miniature.words import caption
 from miniature.world import as_json, write_tar
-from tars import JSON, read_index, read_member
+from tars.index import JSON, read_index, read_member
 
 MARK = "picture:"
 DESCRIBED = 501  # purpose of the random streams

@@ -6,7 +6,7 @@
         --answers sd-stories                                                                          # fine-tuned
     python baselines/stable_diffusion.py --data stories-test.tar --task text+image --words narrated \\
         --answers two-stages                               # draws what another system's answers say: two stages
-    python evaluate.py --data held-out.tar --answers sd-pairs --out sd-pairs.json
+    python -m evaluation --data held-out.tar --answers sd-pairs --out sd-pairs.json
 
 What is drawn of a case (evaluation/cases.py):
 
@@ -31,8 +31,9 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines.divter import split_description
-from checkpoints import given_checkpoint
-from cli import DTYPES, add_weights_option, make_folder, pick_device, read_arguments, run
+from common.cli import DTYPES, add_weights_option, make_folder, pick_device, read_arguments, run
+from common.files import write_json
+from common.images import to_image
 from evaluation.cases import (
     SETTINGS,
     Case,
@@ -44,13 +45,12 @@ from evaluation.cases import (
     read_cases,
     write_answer,
 )
-from features import fingerprint
-from files import write_json
-from images import to_image
-from loading import matched, read_json, save_safetensors
 from minigpt5 import MiniGPT5, number_types, send, type_of
+from published.checkpoints import given_checkpoint
+from published.loading import matched, read_json, save_safetensors
 from scheduler import SAMPLERS, load_schedule
-from stories import TASKS
+from tars.features import fingerprint
+from tars.stories import TASKS
 from text_encoder import ClipTokenizer, load_text_encoder
 from unet import load_unet
 from vae import load_vae

@@ -24,16 +24,16 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines.stable_diffusion import StableDiffusion, told
-from cli import DTYPES, pick_device, run
-from data import Batches, describe
-from features import Features, find_features, picture_size
+from common.cli import DTYPES, pick_device, run
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE
-from parallel import Gradients, World
-from run_log import Meter, append_log, cut_log, draw_losses, read_log
-from stories import Row, StoryData, Turn
-from tars import Unusable, expand
-from training import (
+from tars.features import Features, find_features, picture_size
+from tars.index import Unusable, expand
+from tars.pairs import Batches, describe
+from tars.stories import Row, StoryData, Turn
+from trainer.log import Meter, append_log, cut_log, draw_losses, read_log
+from trainer.processes import Gradients, World
+from trainer.run import (
     add_run_options,
     check_run_options,
     draw_pictures,

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import DTYPES, make_folder, pick_device
-from files import write_json, write_text
+from common.cli import DTYPES, make_folder, pick_device
+from common.files import write_json, write_text
 
 SHORTEST = 0.05  # seconds of one timing: faster calls are repeated until they fill it
 # Relative, of outputs and of gradients, of ours and peer. In bfloat16 gradients show gross errors alone.

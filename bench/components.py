@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
-from cli import read_arguments, run
+from common.cli import read_arguments, run
 from llama import History, load_llama
 from qformer import load_image_encoder
 from text_encoder import ClipTokenizer, load_text_encoder

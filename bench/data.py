@@ -33,8 +33,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from bench.common import CLOCKS, Report, in_turn, parser, rows_of, start
-from cli import read_arguments, run
-from data import open_batches
+from common.cli import read_arguments, run
+from tars.pairs import open_batches
 from vae import preprocess_output
 
 BATCH = 8

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from cli import run
+from common.cli import run
 from generation import Sampling, paint
 from llama import Llama, LlamaConfig
 from minigpt5 import IGNORE, Draws, MiniGPT5, Rows

@@ -38,9 +38,9 @@ from torch import Tensor
 
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
-from cli import read_arguments, run
+from common.cli import read_arguments, run
+from common.images import save_image, to_image
 from generation import Sampling, answer, paint, say
-from images import save_image, to_image
 from llama import Tokenizer, Vokens
 from mapper import VokenMapper
 from minigpt5 import MiniGPT5, load_minigpt5, send, type_of

@@ -33,12 +33,12 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
-from cli import read_arguments, run
-from data import uas_texts
+from common.cli import read_arguments, run
 from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, bucket_length, collate, load_minigpt5
-from run_log import compiled_graphs
+from tars.pairs import uas_texts
 from train_uas import LONGEST
-from training import step_generator
+from trainer.log import compiled_graphs
+from trainer.run import step_generator
 from vae import to_pixels
 
 BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 16}

@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from images import to_image, to_tensor
+from common.images import to_image, to_tensor
 from miniature.world import Picture, Thing, draw
 from scheduler import NoiseSchedule, ScheduleConfig
 

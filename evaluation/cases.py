@@ -30,16 +30,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import clean_caption, decode, describe, read_caption, uas_texts
-from files import write_json
+from common.files import write_json
+from common.images import ImageError, read_image, save_image
 from generation import Sampling, answer, room_after, room_wanted
-from images import ImageError, read_image, save_image
-from loading import read_json
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
-from stories import Turn, dialog_row, first_heard, read_turns, story_row
-from tars import JSON, PICTURE, Unusable, expand, is_url, read_index, read_member
+from published.loading import read_json
+from tars.index import JSON, PICTURE, Unusable, expand, is_url, read_index, read_member
+from tars.pairs import clean_caption, decode, describe, read_caption, uas_texts
+from tars.stories import Turn, dialog_row, first_heard, read_turns, story_row
 
 CONTEXTS = {  # what of the steps before a story's step is told
     "none": lambda before: [],

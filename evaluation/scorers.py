@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from images import resize_and_crop, to_tensor
+from common.images import resize_and_crop, to_tensor
 from miniature.judge import WHOLE_SIZES, load_judge, read
 from miniature.pairing import load_pairing
 

@@ -23,14 +23,14 @@ import torch
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_weights_option, read_arguments, run
+from common.cli import add_weights_option, read_arguments, run
+from common.files import write_json
 from evaluation.cases import Case, facts_of, read_answer, read_cases
 from evaluation.scorers import WorldJudge
-from files import write_json
 from miniature.exam import NOTHING
 from miniature.facts import Picture
 from miniature.score_stories import hero_colour, kept, true_of
-from tars import JSON
+from tars.index import JSON
 
 WAYS = ("language continuity", "image quality", "multimodal coherence")
 

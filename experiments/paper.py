@@ -30,14 +30,14 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import add_weights_option, make_folder, read_arguments, run
+from common.cli import add_weights_option, make_folder, read_arguments, run
+from common.files import write_json
 from experiments.report import write_report
 from experiments.systems import PARTS, SIZES, Job, Options, plan
-from features import fingerprint
-from files import write_json
-from loading import read_json
-from run_log import append_log
-from training import stop_signals
+from published.loading import read_json
+from tars.features import fingerprint
+from trainer.log import append_log
+from trainer.run import stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)

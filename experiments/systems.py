@@ -206,7 +206,7 @@ def data_jobs(options: Options) -> dict[str, Job]:
         drawn, made, test = folder / f"{name}-drawn.tar", folder / f"{name}.tar", options.test_tar(name)
         count = ["--n", str(max(8, round(samples * options.samples)))]
         draw = ["miniature/world.py", name, *count, "--seed", "11", "--out", str(drawn)]
-        see = ["data.py", "precompute", str(drawn), *weights, *device, "--workers", "0", "--out", str(made)]
+        see = ["-m", "tars", "precompute", str(drawn), *weights, *device, "--workers", "0", "--out", str(made)]
         jobs[f"data/{name}"] = Job([draw, see], made)
         held_out = ["miniature/world.py", name, "--n", str(options.n), "--seed", "12", "--split", "held-out"]
         jobs[f"test/{name}"] = Job([[*held_out, "--out", str(test)]], test)
@@ -235,7 +235,7 @@ def score_job(options: Options, name: str, seed: int) -> Job:
     common += ["--weights", str(options.weights), "--device", options.device]
     sampling = ["--seed", str(seed), "--sampler", "dpm", "--steps", str(options.denoise), "--batch-size", "50"]
     sampling += [] if "--guidance" in scoring.options else ["--guidance", str(GUIDANCE)]
-    measure = ["evaluate.py", *common, "--out", str(out), *options.networks, *scoring.options]
+    measure = ["-m", "evaluation", *common, "--out", str(out), *options.networks, *scoring.options]
     needs = [f"test/{scoring.data}"]
     if scoring.draw == "":
         likeliest = ["--temperature", "0", "--repetition-penalty", "1", "--max-new-tokens", "96"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from images import draw_grid, to_image
+from common.images import draw_grid, to_image
 from miniature.backdrop import VARIANTS
 from miniature.facts import SCENES, TIMES, Picture
 from miniature.judge import Judge, load_judge, shares

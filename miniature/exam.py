@@ -20,15 +20,15 @@ import torch
 from PIL import Image
 
 from baselines.stable_diffusion import StableDiffusion
+from common.images import draw_grid, to_image, to_tensor
 from generation import Sampling, answer
-from images import draw_grid, to_image, to_tensor
 from miniature.facts import Picture
 from miniature.judge import ATTRIBUTES, Judge, load_judge, read, right
 from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import draw, random_stream, sample_pair
 from minigpt5 import MiniGPT5, load_minigpt5
-from stories import Turn
+from tars.stories import Turn
 
 BATCH = 50  # prompts at a time
 SHOWN = 10  # examples of a sheet

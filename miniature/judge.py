@@ -29,13 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from images import draw_grid, to_image
-from loading import fill
+from common.images import draw_grid, to_image
 from miniature.facts import COLOURS, KINDS, KINDS_IN, PLACES, SCENES, SIZES, TIMES, Picture, Thing, fits, home, pick
 from miniature.recipe import Recipe, Shop, normal, write_tensors
 from miniature.sets import cached, pictures, rows_of, to_pixels
 from miniature.world import draw, random_stream, sample_pair
 from minigpt5 import send
+from published.loading import fill
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import write_json
-from images import draw_grid, to_image
+from common.files import write_json
+from common.images import draw_grid, to_image
 from miniature.autoencoder import judge_in, latent_set
 from miniature.judge import shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from images import draw_grid, to_image
-from loading import fill
+from common.images import draw_grid, to_image
 from miniature.facts import Picture
 from miniature.recipe import Recipe, Shop, reset, write_tensors
 from miniature.sets import cached, rows_of, to_pixels
 from miniature.world import draw, random_stream, sample_dialogue, sample_pair, sample_story
 from minigpt5 import send
+from published.loading import fill
 from text_encoder import TextConfig, TextEncoder
 
 WIDTH, VIEWS, LENGTH = 128, 12, 40  # of features; learned views of a picture; words of a text, its end counted

@@ -44,8 +44,8 @@ from torch import nn
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli import can_compile, make_folder, pick_device, read_arguments, run
-from files import write_file, written_whole
+from common.cli import can_compile, make_folder, pick_device, read_arguments, run
+from common.files import write_file, written_whole
 from miniature.autoencoder import AutoencoderRecipe, DecoderRecipe
 from miniature.judge import JudgeRecipe
 from miniature.painter import DiffusionRecipe
@@ -53,9 +53,9 @@ from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Shop
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
-from muon import Muon
-from run_log import append_log, cut_log, draw_losses, read_log
-from training import step_generator, stop_signals
+from trainer.log import append_log, cut_log, draw_losses, read_log
+from trainer.muon import Muon
+from trainer.run import step_generator, stop_signals
 
 PARTS = {
     "judge": JudgeRecipe,

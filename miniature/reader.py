@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from files import write_json, write_text
+from common.files import write_json, write_text
 from miniature.facts import Picture
 from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
 from miniature.recipe import Recipe, Shop, reset, write_part

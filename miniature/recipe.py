@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from files import write_json
-from loading import save_safetensors
+from common.files import write_json
+from published.loading import save_safetensors
 
 
 @dataclass

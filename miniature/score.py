@@ -34,12 +34,10 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
-from cli import add_weights_option, make_folder, pick_device, read_arguments, run
-from data import REQUESTS, uas_texts
-from files import write_json
+from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
+from common.files import write_json
+from common.images import to_image, to_tensor
 from generation import Sampling
-from images import to_image, to_tensor
 from miniature.autoencoder import decibels
 from miniature.documents import look_document
 from miniature.exam import (
@@ -68,8 +66,10 @@ from miniature.tales import SMALL_TALK
 from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in
 from miniature.world import random_stream, sample_dialogue
+from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
 from scheduler import SAMPLERS
-from stories import dialog_source, first_heard
+from tars.pairs import REQUESTS, uas_texts
+from tars.stories import dialog_source, first_heard
 from vae import load_vae
 
 QUESTIONS = 401  # purpose of the random streams

@@ -21,7 +21,7 @@ from miniature.facts import Picture
 from miniature.tales import PARTS as PARTINGS
 from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
 from miniature.world import random_stream, sample_story
-from stories import REQUESTS, Turn, story_row, story_source
+from tars.stories import REQUESTS, Turn, story_row, story_source
 
 CHOICE = 402  # purpose of the random streams
 CONTEXTS = ("no history", "its texts", "texts and pictures")

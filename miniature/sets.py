@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import written_whole
+from common.files import written_whole
 from miniature.world import draw, sample_pair
 
 CHUNK = 1024  # rows that a process makes at a time

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from files import write_file, write_json, write_text
-from images import draw_grid
+from common.files import write_file, write_json, write_text
+from common.images import draw_grid
 from llama import KVCache, Llama, LlamaConfig, load_llama
 from miniature.documents import (
     PIECES,
@@ -40,7 +40,7 @@ from miniature.words import facts_in
 from miniature.world import sample_pair
 from minigpt5 import expand_placeholders, send
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
-from stories import Row, Turn, dialog_source
+from tars.stories import Row, Turn, dialog_source
 
 LANGUAGE_SIZES = LlamaConfig(
     vocab_size=PIECES,

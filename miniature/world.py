@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import written_whole
+from common.files import written_whole
 from miniature.facts import (
     COLOURS,
     KINDS,

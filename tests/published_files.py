@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from loading import open_safetensors
+from published.loading import open_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 

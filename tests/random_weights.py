@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from llama import Llama, LlamaConfig
-from loading import save_safetensors
+from published.loading import save_safetensors
 from qformer import ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import ScheduleConfig
 from text_encoder import TextConfig, TextEncoder

@@ -9,15 +9,15 @@ from random_weights import write_random_weights
 
 from baselines import divter, stable_diffusion, train_sd
 from baselines.stable_diffusion import StableDiffusion, texts_of, told
-from cli import MINIATURE, run
+from common.cli import MINIATURE, run
+from common.files import write_json
+from common.images import to_image, to_tensor
 from evaluation.cases import SETTINGS, check_settings, read_answer, read_cases, write_answer
-from files import write_json
 from generation import Sampling
-from images import to_image, to_tensor
-from loading import open_safetensors
 from miniature import exam, world
 from miniature.facts import Picture
 from miniature.words import facts_in
+from published.loading import open_safetensors
 
 QUICK = ("--steps", 1, "--sampler", "dpm", "--device", "cpu")
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,20 +14,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import SAMPLES
+from helpers import SAMPLES
 from PIL import Image
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
 
-import data
 import sample
 import train_uas
-from checkpoints import checkpoint_folders, find_checkpoint
-from cli import run
-from data import REQUESTS
+from common.cli import run
 from minigpt5 import MiniGPT5
-from run_log import read_log
-from training import learning_rate_factor, total_steps
+from published.checkpoints import checkpoint_folders, find_checkpoint
+from tars import pairs as data
+from tars.pairs import REQUESTS
+from trainer.log import read_log
+from trainer.run import learning_rate_factor, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -479,17 +480,20 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     training_fails("with the same --muon", "--out", tmp_path / "run", "--resume", "--muon", 1e-3)
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train_uas.py", "train_mls.py", "weights.py"])
+@pytest.mark.parametrize("script", ["sample.py", "train_uas.py", "train_mls.py", "published"])
 def test_as_processes(script, tmp_path):
     """The same through a real process: help works, an error is one line and exit status 2."""
-    shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, *([ROOT / script] if script.endswith(".py") else ["-m", script])]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+    shown = subprocess.run([*command, "--help"], **options)
     assert shown.returncode == 0 and "usage:" in shown.stdout
     arguments = {
         "sample.py": ["--prompt", "x", "--weights", "nowhere"],
         "train_uas.py": ["--data", "x.tar", "--weights", "nowhere"],
         "train_mls.py": ["--data", "x.tar", "--weights", "nowhere"],
-        "weights.py": ["check", "nowhere"],
+        "published": ["check", "nowhere"],
     }[script]
-    failed = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    failed = subprocess.run([*command, *arguments], **options)
     assert failed.returncode == 2
     assert failed.stderr.count("\n") == 1 and failed.stderr.startswith(f"{script}: error: nowhere: no such folder")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from common import assert_close
+from helpers import assert_close
 
-import cpu
+from published import cpu
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -23,12 +23,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import streams
-import tars
-from data import Batches, Broken, PairData, clean_caption, epoch_order, open_batches
-from streams import StreamBatches, StreamPairs
-from tars import expand, read_index
+from tars import index as tars
+from tars import pairs as data
+from tars import streams
+from tars.index import expand, read_index
+from tars.pairs import Batches, Broken, PairData, clean_caption, epoch_order, open_batches
+from tars.streams import StreamBatches, StreamPairs
 from vae import preprocess_output
 
 HERE = Path(__file__).resolve().parent
@@ -615,7 +615,7 @@ def test_a_silent_server_does_not_hold_up_the_end(tmp_path, server):
     program = f"""
 import multiprocessing, os, signal, sys
 import torch.utils.data._utils as utils
-from streams import StreamBatches, StreamPairs
+from tars.streams import StreamBatches, StreamPairs
 from test_data import small
 utils.MP_STATUS_CHECK_INTERVAL = 0.2  # else torch waits 5 s for a worker
 batches = StreamBatches(StreamPairs({urls}, small, buffer=1), 1, seed={seed}, workers=1)

@@ -13,20 +13,20 @@ from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 from safetensors.torch import load_file, save_file
 
-import evaluate
 import generation
-from cli import run
+from common.cli import run
+from evaluation import __main__ as evaluate
 from evaluation import cases, metrics, scorers
 from evaluation.cases import generator_of, read_answer, write_answer
 from evaluation.comparisons import METRICS, Bench, Outcome, attributes, drawn
 from evaluation.metrics import Part
-from loading import save_safetensors
 from miniature import world
 from miniature.exam import NOTHING
 from miniature.judge import Judge
 from miniature.pairing import Pairing
 from minigpt5 import load_minigpt5
-from stories import Turn
+from published.loading import save_safetensors
+from tars.stories import Turn
 
 WORDS = ("a", "the", "boat", "red", "small", "sea", "at", "night", "on", "and", "two", "cats", "kite", "sky", "it")
 

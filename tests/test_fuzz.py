@@ -17,13 +17,13 @@ import torch
 from bad_tars import member, pair_members, pax, whole
 from PIL import Image
 
-import tars
-from cli import pick_device
-from data import PairData
-from images import ImageError, read_image
+from common.cli import pick_device
+from common.images import ImageError, read_image
 from llama import LlamaConfig
-from loading import WeightsError, read_config, tensor_files
-from tars import read_index
+from published.loading import WeightsError, read_config, tensor_files
+from tars import index as tars
+from tars.index import read_index
+from tars.pairs import PairData
 from text_encoder import ClipTokenizer
 
 FUZZ = Path(__file__).resolve().parent / "stress" / "fuzz.py"

@@ -7,16 +7,16 @@ from functools import cache
 
 import pytest
 import torch
-from common import assert_close
+from helpers import assert_close
 from PIL import Image
 from random_weights import write_random_weights
 from torch._dynamo.testing import CompileCounter
 
 import generation
+from common.images import to_tensor
 from generation import Sampling, answer, pick_tokens, room_after, room_wanted, say, segments_of
-from images import to_tensor
-from loading import on, pinned
 from minigpt5 import load_minigpt5
+from published.loading import on, pinned
 from qformer import preprocess_input
 
 PICTURE = "<Img><ImageHere></Img>"

@@ -13,20 +13,20 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from common import assert_close
+from helpers import assert_close
 from PIL import Image
 from safetensors.torch import load_file
 
 import llama
-from convert import convert, trained_name
-from data import clean_caption
+from common.images import read_image, resize_and_crop, to_image
 from generation import Sampling, paint, say
-from images import read_image, resize_and_crop, to_image
 from llama import KVCache, Tokenizer, load_llama
-from loading import save_safetensors
 from minigpt5 import Draws, MiniGPT5, collate, expand_placeholders, load_minigpt5
+from published.convert import convert, trained_name
+from published.loading import save_safetensors
 from qformer import load_image_encoder, preprocess_input
 from scheduler import PNDM
+from tars.pairs import clean_caption
 from text_encoder import ClipTokenizer, load_text_encoder
 from unet import load_unet
 from vae import load_vae, preprocess_output, to_pixels

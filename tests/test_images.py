@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import images
-from images import ImageError, read_image, resize_and_crop, to_image, to_tensor
+from common import images
+from common.images import ImageError, read_image, resize_and_crop, to_image, to_tensor
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -6,10 +6,10 @@ from importlib.resources import files
 import pytest
 import torch
 import transformers
-from common import assert_close, randomise, shapes
+from helpers import assert_close, randomise, shapes
 
 from llama import History, KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
-from loading import WeightsError
+from published.loading import WeightsError
 
 SIZES = {
     "vocab_size": 96,

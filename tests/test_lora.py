@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
-from common import assert_close, randomise
+from helpers import assert_close, randomise
 
 from llama import KVCache, load_llama
 from lora import LoRALinear, Prefix, add_lora

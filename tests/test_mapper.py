@@ -1,11 +1,11 @@
 """The voken feature mapper against torch.nn.Transformer."""
 
 import torch
-from common import assert_close, randomise, shapes
+from helpers import assert_close, randomise, shapes
 from torch import nn
 
-from loading import fill, save_safetensors
 from mapper import VokenMapper
+from published.loading import fill, save_safetensors
 
 
 class Reference(nn.Module):

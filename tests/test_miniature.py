@@ -3,13 +3,13 @@
 import json
 
 import torch
-from common import assert_close
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import assert_close
 from transformers import Blip2Config, Blip2Model, CLIPTextModel, CLIPTokenizer, LlamaForCausalLM, T5Config
 
 import sample
-from cli import MINIATURE
-from images import read_image, to_tensor
+from common.cli import MINIATURE
+from common.images import read_image, to_tensor
 from llama import load_llama
 from miniature.judge import load_judge, read, shares
 from miniature.sets import pictures, to_pixels

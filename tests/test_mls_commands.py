@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_commands import call, fails, noting, pairs, write_tar
 from test_commands import train as train_uas
 
+import published.__main__ as weights_command
 import sample
-import stories
 import train_mls
-import weights as weights_command
-from checkpoints import checkpoint_folders
-from loading import WeightsError
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import MiniGPT5, load_minigpt5
-from run_log import read_log
+from published.checkpoints import checkpoint_folders
+from published.loading import WeightsError
+from tars import stories
+from trainer.log import read_log
 
 
 @pytest.fixture(scope="module")

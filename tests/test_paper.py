@@ -17,10 +17,10 @@ from experiments import claims, paper, report
 from experiments.claims import CLAIMS, verdict
 from experiments.duel import WAYS, compare, judged
 from experiments.systems import METRICS, MLS, PARTS, SCORINGS, SYSTEMS, TABLES, Job, Options, plan
-from loading import save_safetensors
 from miniature.facts import Picture, Thing
 from miniature.judge import Judge
 from miniature.pairing import Pairing
+from published.loading import save_safetensors
 
 
 class InProcess:
@@ -29,8 +29,12 @@ class InProcess:
     def __init__(self, line, stdout, **options):
         self.returncode, before = 0, (sys.argv, sys.stdout, sys.stderr)
         try:
-            sys.argv, sys.stdout, sys.stderr = line[1:], stdout, stdout
-            runpy.run_path(str(paper.ROOT / line[1]), run_name="__main__")
+            arguments = line[2:] if line[1] == "-m" else line[1:]
+            sys.argv, sys.stdout, sys.stderr = arguments, stdout, stdout
+            if line[1] == "-m":
+                runpy.run_module(line[2], run_name="__main__", alter_sys=False)
+            else:
+                runpy.run_path(str(paper.ROOT / line[1]), run_name="__main__")
         except SystemExit as end:
             self.returncode = end.code or 0
         finally:

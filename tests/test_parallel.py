@@ -25,14 +25,14 @@ from test_commands import fails, pairs, write_tar
 
 import train_mls
 import train_uas
-from checkpoints import checkpoint_folders
-from cli import run
-from data import Batches, PairData
+from common.cli import run
 from llama import Llama, LlamaConfig
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
-from parallel import weights_held
-from run_log import read_log
+from published.checkpoints import checkpoint_folders
+from tars.pairs import Batches, PairData
+from trainer.log import read_log
+from trainer.processes import weights_held
 from unet import UNet, UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]

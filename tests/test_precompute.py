@@ -7,22 +7,22 @@ import tarfile
 import pytest
 import safetensors.torch
 import torch
-from common import assert_close
+from helpers import assert_close
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
 from test_commands import call, fails, pairs, picture_bytes, write_tar
 from test_commands import train as train_uas
 from test_mls_commands import train as train_mls
 
-import data
 import minigpt5
-import precompute
-import published
-import tars
 import vae
-from features import MARKER, find_features, fingerprint, identity, read_marker
-from images import read_image
+from common.images import read_image
 from miniature.world import write_dialogues, write_stories
+from tars import datasets as published
+from tars import index as tars
+from tars import pairs as data
+from tars import precompute
+from tars.features import MARKER, find_features, fingerprint, identity, read_marker
 from train_uas import main as train_stage1
 
 ALONE = ("--workers", 0)
@@ -58,7 +58,7 @@ def sources(tmp_path_factory):
 
 
 def made(monkeypatch, weights, source, out, *arguments):
-    """`python data.py precompute`."""
+    """`python -m tars precompute`."""
     call(published.main, monkeypatch, "precompute", source, "--weights", weights, "--out", out, *ALONE, *arguments)
     return out
 

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 import sample
 import train_mls
 import train_uas
-from cli import MINIATURE
-from images import save_image
+from common.cli import MINIATURE
+from common.images import save_image
 from miniature import pretrain
 from miniature.recipe import Shop
 from miniature.world import draw, sample_pair
@@ -95,7 +95,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch, "Generator", HostGenerator)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     # Layers that are computed again run inside of autograd, where tensors seem to be the host's: no detours for CPUs.
-    monkeypatch.setattr("cpu.is_bf16_on_cpu", lambda _: False)
+    monkeypatch.setattr("published.cpu.is_bf16_on_cpu", lambda _: False)
     with Kernels(), Calls():
         yield
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from llama import Llama, Tokenizer, Vokens, load_llama
-from loading import WeightsError
 from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
@@ -24,10 +23,11 @@ from miniature.recipe import Shop
 from miniature.sets import cached, pictures, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.world import Picture, Thing
-from muon import Muon, orthogonal
+from published.loading import WeightsError
 from qformer import ImageEncoder, load_image_encoder
 from scheduler import load_schedule
 from text_encoder import ClipTokenizer, TextEncoder, load_text_encoder
+from trainer.muon import Muon, orthogonal
 from unet import UNet, load_unet
 from vae import VAE, load_vae
 

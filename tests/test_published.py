@@ -9,12 +9,12 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from common import sample_file
+from helpers import sample_file
 from PIL import Image
 
-import published
-from cli import run
-from published import convert
+from common.cli import run
+from tars import datasets as published
+from tars.datasets import convert
 
 
 def picture(shade: int, kind: str = "JPEG") -> bytes:
@@ -289,7 +289,7 @@ def test_command_line(tmp_path, vist, monkeypatch, capsys):
             run(published.main)
         assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
-    command = [sys.executable, "data.py", "vist", str(vist), str(tmp_path / "images"), "--out", str(out)]
+    command = [sys.executable, "-m", "tars", "vist", str(vist), str(tmp_path / "images"), "--out", str(out)]
     result = subprocess.run(command, cwd=Path(published.__file__).parent, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("kept: 2 stories") and out.exists()
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import assert_close, randomise, shapes
+from helpers import assert_close, randomise, shapes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, T5Config
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import qformer as ours
-from loading import WeightsError
+from published.loading import WeightsError
 
 TINY_VISION = {
     "hidden_size": 24,

@@ -4,14 +4,14 @@ import sys
 
 import pytest
 import torch
-from common import assert_close, difference
+from helpers import assert_close, difference
 from random_weights import write_random_weights
 
-import quantize
 from llama import KVCache, load_llama
-from loading import save_safetensors
 from lora import add_lora
-from quantize import Int8Linear, int8_rows, load_int8_llama, perplexity
+from published import int8 as quantize
+from published.int8 import Int8Linear, int8_rows, load_int8_llama, perplexity
+from published.loading import save_safetensors
 
 
 @pytest.fixture(scope="module")

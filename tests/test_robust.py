@@ -25,14 +25,14 @@ from test_steps import NoReading
 
 import train_mls
 import train_uas
-from checkpoints import checkpoint_folders
-from loading import matched, save_safetensors
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
-from muon import Muon
-from parallel import Gradients, World
-from run_log import read_log
-from training import group_of, load_checkpoint, save_checkpoint
+from published.checkpoints import checkpoint_folders
+from published.loading import matched, save_safetensors
+from trainer.log import read_log
+from trainer.muon import Muon
+from trainer.processes import Gradients, World
+from trainer.run import group_of, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,8 +136,8 @@ def test_a_request_to_end_leaves_no_half_file(tmp_path):
     program = f"""
 import time
 from pathlib import Path
-from cli import run
-from files import written_whole
+from common.cli import run
+from common.files import written_whole
 def main():
     with written_whole(Path({str(tmp_path)!r}) / "x.tar") as temporary:
         temporary.write_bytes(b"half")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from loading import WeightsError
+from published.loading import WeightsError
 from scheduler import DDIM, PNDM, SAMPLERS, DPMSolver, NoiseSchedule, ScheduleConfig, load_schedule
 
 diffusers = pytest.importorskip("diffusers")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cli import run
+from common.cli import run
 from generation import Sampling
 from miniature import autoencoder, documents, painter, pretrain, reader, score, score_stories, speaker, world
 from miniature import exam as examining

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from generation import Sampling, paint, say
 from minigpt5 import Rows, bucket_length, collate, load_minigpt5, number_types
-from run_log import Meter
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
-from training import step_generator
+from trainer.log import Meter
+from trainer.run import step_generator
 
 VOKENS = "".join(f"[IMG{i}]" for i in range(8)) + " ###"
 WORDS = "a big red boat on the sea at night two small dogs in it and the moon above".split()  # noqa: SIM905

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import sample_file
+from helpers import sample_file
 from PIL import Image
 
-import stories
-import tars
-from data import Batches, Broken, PairData
 from llama import Tokenizer
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import collate
-from published import convert
 from qformer import preprocess_input
-from stories import TASKS, Row, StoryData, Turn, first_heard, open_stories
+from tars import index as tars
+from tars import stories
+from tars.datasets import convert
+from tars.pairs import Batches, Broken, PairData
+from tars.stories import TASKS, Row, StoryData, Turn, first_heard, open_stories
 from vae import preprocess_output
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

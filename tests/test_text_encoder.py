@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import assert_close, difference, randomise, sample_file, shapes
+from helpers import assert_close, difference, randomise, sample_file, shapes
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
 import text_encoder as ours
-from loading import WeightsError
+from published.loading import WeightsError
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TINY = {

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from loading import WeightsError
+from published.loading import WeightsError
 from unet import EqualHeadsConfig, UNet, UNetConfig, load_unet
 
 diffusers = pytest.importorskip("diffusers")

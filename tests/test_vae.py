@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from loading import WeightsError
+from published.loading import WeightsError
 from vae import OLD_NAMES, VAE, VAEConfig, load_vae, preprocess_output, to_pixels
 
 diffusers = pytest.importorskip("diffusers")

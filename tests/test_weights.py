@@ -26,11 +26,11 @@ from published_files import (
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
 
-import cli
-import weights
-from convert import blip2_name, common_factor
-from loading import WeightsError, fill
+from common import cli
 from minigpt5 import MiniGPT5, load_minigpt5
+from published import __main__ as weights
+from published.convert import blip2_name, common_factor
+from published.loading import WeightsError, fill
 from qformer import load_image_encoder
 
 UNET = "stable-diffusion/unet/diffusion_pytorch_model.safetensors"

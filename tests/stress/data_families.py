@@ -22,14 +22,14 @@ from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS
 
 import sample
-import tars
-from data import Broken, PairData, decode, make_sample, open_batches, uas_texts
-from features import Features, marker_bytes, read_marker
-from images import resize_and_crop
+from common.images import resize_and_crop
 from llama import Tokenizer
 from minigpt5 import collate
-from stories import REQUESTS, StoryData, dialog_source, story_source
-from tars import JSON, PICTURE, TEXT, Unusable, read_index
+from tars import index as tars
+from tars.features import Features, marker_bytes, read_marker
+from tars.index import JSON, PICTURE, TEXT, Unusable, read_index
+from tars.pairs import Broken, PairData, decode, make_sample, open_batches, uas_texts
+from tars.stories import REQUESTS, StoryData, dialog_source, story_source
 from text_encoder import ClipTokenizer
 from vae import preprocess_output
 

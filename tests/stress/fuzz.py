@@ -42,8 +42,8 @@ import torch
 from data_families import DATA_FAMILIES, Wrong
 from weight_families import WEIGHT_FAMILIES
 
-from images import ImageError
-from loading import WeightsError
+from common.images import ImageError
+from published.loading import WeightsError
 
 SECONDS, WAITING, BYTES = 10.0, 60.0, 1 << 30  # bounds for one input: of computing, with waiting, of memory
 FAMILIES = DATA_FAMILIES | WEIGHT_FAMILIES

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from runs import SCRIPTS, Run, prepare
 
-import training
-from checkpoints import checkpoint_folders
-from run_log import read_log
+from published.checkpoints import checkpoint_folders
+from trainer import run as training
+from trainer.log import read_log
 
 LIMIT = 600.0  # seconds after which a run that should end by itself is given up
 KILLS = range(2, 8)  # of one run

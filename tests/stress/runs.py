@@ -17,7 +17,7 @@ from random_weights import write_random_weights
 
 import train_mls
 import train_uas
-from cli import run
+from common.cli import run
 from miniature.world import write_pairs, write_stories
 
 SCRIPTS = {"uas": train_uas, "mls": train_mls}

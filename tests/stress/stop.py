@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from runs import Run, prepare, ranks
 
-from checkpoints import checkpoint_folders
-from run_log import read_log
+from published.checkpoints import checkpoint_folders
+from trainer.log import read_log
 
 SECONDS = 10.0  # from the signal to the end, at most
 STARTING, GIVEN_UP = 300.0, 60.0

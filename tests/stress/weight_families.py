@@ -16,15 +16,15 @@ from data_families import require, void
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
-import training
-from checkpoints import checkpoint_adapters, find_checkpoint
-from convert import read_tensors
 from llama import Tokenizer, load_llama
-from loading import fill, shapes_only, tensor_files
 from minigpt5 import load_minigpt5
+from published.checkpoints import checkpoint_adapters, find_checkpoint
+from published.convert import read_tensors
+from published.loading import fill, shapes_only, tensor_files
 from qformer import load_image_encoder
 from scheduler import SAMPLERS, load_schedule
 from text_encoder import ClipTokenizer, load_text_encoder
+from trainer import run as training
 from unet import load_unet
 from vae import load_vae
 

@@ -1,4 +1,4 @@
-"""Published checkpoints -> the layout that the loaders read (`python weights.py convert`).
+"""Published checkpoints -> the layout that the loaders read (`python -m published convert`).
 
 A file is known by its tensors' names, never by its own, and is one of
 
@@ -27,10 +27,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from files import write_json
+from common.files import write_json
 from llama import Llama, LlamaConfig, Tokenizer, published_name
-from loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
-from stories import SYSTEM
+from published.loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
+from tars.stories import SYSTEM
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HALF_ROUNDING = 2.0**-11  # relative, of float16, in which Vicuna is published

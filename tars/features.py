@@ -1,6 +1,6 @@
 """Precomputed features: what frozen parts make of pictures and captions, in tars that training reads in their place.
 
-`python data.py precompute` (precompute.py) writes such tars. KEY.safetensors beside a sample's words holds
+`python -m tars precompute` (precompute.py) writes such tars. KEY.safetensors beside a sample's words holds
 
     of a pair                  moments (2, C, h, w)         mean and log variance of the latents: the noise stays free
                                encoding (S, Dc)             of the caption, all positions: L_CAP compares all
@@ -22,8 +22,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from loading import WeightsError, tensor_files
-from tars import FEATURES, Unusable, is_url, most_bytes, open_tar
+from published.loading import WeightsError, tensor_files
+from tars.index import FEATURES, Unusable, is_url, most_bytes, open_tar
 from unet import read_unet_config
 from vae import read_vae_config
 

@@ -14,7 +14,8 @@ from functools import partial
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data import (
+from tars.index import StreamRefused, shuffled, stream_tars, streamed
+from tars.pairs import (
     TRIES,
     Batches,
     Broken,
@@ -26,7 +27,6 @@ from data import (
     random_bits,
     tally,
 )
-from tars import StreamRefused, shuffled, stream_tars, streamed
 
 
 class StreamPairs:

@@ -1,8 +1,8 @@
 """Interleaved tars into batches for stage 2 (MLS, section 3.3 of the paper, on VIST and MMDialog).
 
 A sample of an interleaved tar is `KEY.json`, {"kind": "story" | "dialog", "turns": [{"text": ..., "image": ...}, ...]},
-and its pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or null. `python data.py vist` and
-`python data.py mmdialog` write such tars (published.py).
+and its pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or null. `python -m tars vist` and
+`python -m tars mmdialog` write such tars (published.py).
 
     task          source                                                 target
     image         steps before k, "Generate an image ...: text of k"     vokens ###
@@ -38,10 +38,10 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from data import Batches, Broken, TarData, decode
-from features import NONE, Features, read_features
 from llama import Tokenizer
-from tars import FEATURES, JSON, NUMBERED, TarIndex, Unusable, expand, is_url, member_of, read_member
+from tars.features import NONE, Features, read_features
+from tars.index import FEATURES, JSON, NUMBERED, TarIndex, Unusable, expand, is_url, member_of, read_member
+from tars.pairs import Batches, Broken, TarData, decode
 
 TASKS = ("image", "text+image", "text")
 PICTURE = "<Img><ImageHere></Img>"

@@ -1,10 +1,10 @@
 """The command that gets, converts and checks the published weights. Training and sampling do not need it.
 
-    python weights.py fetch weights/                       # download, compare hashes, convert: all that MiniGPT-5 needs
-    python weights.py convert eva_vit_g.pth blip2_pretrained_flant5xxl.pth prerained_minigpt4_7b.pth --out weights/
-    python weights.py convert vicuna-7b/ stage1_cc3m.ckpt stage2_vist.ckpt --out weights/
-    python weights.py check weights/ --hash                # what is there, what is missing, what is not as published
-    python weights.py pack runs/mls/step-00001000/trained.safetensors --out weights/minigpt5/mls-story.safetensors
+    python -m published fetch weights/                       # download, compare hashes, convert: all that is needed
+    python -m published convert eva_vit_g.pth blip2_pretrained_flant5xxl.pth prerained_minigpt4_7b.pth --out weights/
+    python -m published convert vicuna-7b/ stage1_cc3m.ckpt stage2_vist.ckpt --out weights/
+    python -m published check weights/ --hash                # what is there, what is missing, what is not as published
+    python -m published pack runs/mls/step-00001000/trained.safetensors --out weights/minigpt5/mls-story.safetensors
 
 The folder that they fill, which every loader reads (convert.py says how):
 
@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import base_checkpoint, checkpoint_contents
-from cli import make_folder, run
-from convert import convert, read_tensors, readable
+from common.cli import make_folder, run
 from llama import Tokenizer, Vokens, load_llama
-from loading import WeightsError, compare, open_safetensors, read_json, save_safetensors, tensor_files
 from mapper import VokenMapper
+from published.checkpoints import base_checkpoint, checkpoint_contents
+from published.convert import convert, read_tensors, readable
+from published.loading import WeightsError, compare, open_safetensors, read_json, save_safetensors, tensor_files
 from qformer import load_image_encoder
 from scheduler import load_schedule
 from text_encoder import ClipTokenizer, load_text_encoder

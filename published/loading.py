@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from files import written_whole
+from common.files import written_whole
 
 
 class Uninitialised(TorchFunctionMode):

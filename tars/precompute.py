@@ -1,6 +1,6 @@
 """Tars of frozen features: what training would compute anew in every epoch, of every picture and caption, made once.
 
-    python data.py precompute cc3m-train-{0000..0575}.tar --weights weights --out features
+    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out features
     python train_uas.py --weights weights --data features --out runs/cc3m
 
     source                           computed                                           kept of the source
@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cli import DTYPES, add_weights_option, make_folder, pick_device
-from data import Broken, PairData, collate, decode
-from features import MARKER, Features, fingerprint, identity, marker_bytes, picture_size, read_marker
+from common.cli import DTYPES, add_weights_option, make_folder, pick_device
 from minigpt5 import encode_captions, number_types, type_of
-from published import Report, Sample, write_samples
 from qformer import load_image_encoder, preprocess_input
-from stories import read_turns
-from tars import JSON, NUMBERED, Unusable, expand, is_url, read_index, read_member
+from tars.datasets import Report, Sample, write_samples
+from tars.features import MARKER, Features, fingerprint, identity, marker_bytes, picture_size, read_marker
+from tars.index import JSON, NUMBERED, Unusable, expand, is_url, read_index, read_member
+from tars.pairs import Broken, PairData, collate, decode
+from tars.stories import read_turns
 from text_encoder import ClipTokenizer, load_text_encoder
 from vae import load_vae, preprocess_output, to_pixels
 

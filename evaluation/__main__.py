@@ -1,9 +1,9 @@
 """The paper's metrics (section 4) of a run, or of any system's answers, on tars of pairs, stories or dialogues.
 
-    python evaluate.py --data held-out.tar --out uas.json                                    # the miniature
-    python evaluate.py --data vist-val.tar --task image --last --context texts --checkpoint runs/mls --out texts.json \\
-        --weights weights --inception weights-inception-2015-12-05-6726825d.pth --clip clip-vit-large-patch14
-    python evaluate.py --data vist-val.tar --task image --last --answers their-answers --out theirs.json
+    python -m evaluation --data held-out.tar --out uas.json                                    # the miniature
+    python -m evaluation --data vist-val.tar --task image --last --context texts --checkpoint runs/mls \\
+        --out texts.json --weights weights --inception pt_inception.pth --clip clip-vit-large-patch14
+    python -m evaluation --data vist-val.tar --task image --last --answers their-answers --out theirs.json
 
 `--checkpoint` asks the model for the answers that `--answers` (default: a folder beside OUT) does not hold yet, so a
 stopped run goes on. With --answers alone they are only read. OUT gets all figures as JSON, a table is beside it (.md).
@@ -36,9 +36,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
-from cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
-from data import describe
+from common.cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
+from common.files import write_json, write_text
+from common.images import resize_and_crop
 from evaluation.cases import (
     CONTEXTS,
     SETTINGS,
@@ -52,13 +52,13 @@ from evaluation.cases import (
 )
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
-from features import fingerprint
-from files import write_json, write_text
 from generation import add_sampling_options, sampling_of
-from images import resize_and_crop
 from minigpt5 import load_minigpt5
-from stories import TASKS
-from tars import Unusable
+from published.checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
+from tars.features import fingerprint
+from tars.index import Unusable
+from tars.pairs import describe
+from tars.stories import TASKS
 
 TOGETHER = 16  # cases whose pictures the networks see at a time
 LARGEST = 512  # pixels of a true picture's side, as released

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from files import written_whole
+from common.files import written_whole
 
 MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture that claims more, or a longer side, is refused undecoded:
 MAX_RATIO = 100  # it may be padded to a square of its long side, or its short side made as long as the model's

@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints import checkpoint_folders
-from cli import DTYPES, add_weights_option, make_folder, parse
-from loading import WeightsError, open_safetensors, read_json, save_safetensors
+from common.cli import DTYPES, add_weights_option, make_folder, parse
 from minigpt5 import Draws, MiniGPT5
-from muon import Muon
-from parallel import Gradients, World
-from run_log import Meter, added
+from published.checkpoints import checkpoint_folders
+from published.loading import WeightsError, open_safetensors, read_json, save_safetensors
+from trainer.log import Meter, added
+from trainer.muon import Muon
+from trainer.processes import Gradients, World
 
 MOST_VOKENS = 128  # of a picture: those of stage 1's rows are beside a caption in 256 tokens
 KEEP = 2  # newest checkpoints kept of a run

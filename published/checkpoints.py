@@ -13,7 +13,7 @@ Every number that sizes the model to be built is checked before it is used.
 from contextlib import suppress
 from pathlib import Path
 
-from loading import WeightsError, is_shard, open_safetensors, stored
+from published.loading import WeightsError, is_shard, open_safetensors, stored
 
 STORY_FILES, TALK_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # files of stage 2
 TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}

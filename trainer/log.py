@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from common.images import draw_grid, save_image, to_image
 from generation import Sampling, paint
-from images import draw_grid, save_image, to_image
 from minigpt5 import MiniGPT5, Rows, send, type_of
-from parallel import Gradients, World
+from trainer.processes import Gradients, World
 from vae import to_pixels
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")

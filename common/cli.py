@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from loading import read_json
+from published.loading import read_json
 
-MINIATURE = Path(__file__).resolve().parent / "miniature" / "weights"
+MINIATURE = Path(__file__).resolve().parents[1] / "miniature" / "weights"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -22,7 +22,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, OSError) as error:  # WeightsError and ImageError are ValueErrors
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name  # python -m NAME
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

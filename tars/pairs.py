@@ -1,7 +1,7 @@
 """Caption-picture tars into batches for stage 1 (UAS, section 3.3 of the paper, on CC3M).
 
-    python data.py cc3m cc3m_val.tsv --out cc3m-val.tar          # the published data sets into tars: published.py
-    python data.py precompute cc3m-val.tar --out features.tar    # frozen features for pictures: precompute.py
+    python -m tars cc3m cc3m_val.tsv --out cc3m-val.tar          # the published data sets into tars: published.py
+    python -m tars precompute cc3m-val.tar --out features.tar    # frozen features for pictures: precompute.py
 
 The training order is one endless row of positions, epoch after epoch, each epoch a permutation of all pairs; at every
 step the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten pairs:
@@ -45,9 +45,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from features import NONE, Features, read_features
-from images import ImageError, read_image
-from tars import (
+from common.images import ImageError, read_image
+from tars.features import NONE, Features, read_features
+from tars.index import (
     FEATURES,
     JSON,
     PICTURE,
@@ -443,13 +443,6 @@ def open_batches(
         return Batches(PairData(tars, transform, features), batch_size, **options)
     if len(remote) < len(tars):
         raise ValueError(f"{remote[0]} is streamed, {(set(tars) - set(remote)).pop()} is not: give only one of the two")
-    from streams import StreamBatches, StreamPairs  # which imports this file
+    from tars.streams import StreamBatches, StreamPairs  # which imports this file
 
     return StreamBatches(StreamPairs(tars, transform), batch_size, **options)
-
-
-if __name__ == "__main__":  # python data.py vist|mmdialog|cc3m|precompute: tars out of others and of published data
-    from cli import run
-    from published import main
-
-    run(main)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import DTYPES, add_weights_option, pick_device, run
+from common.cli import DTYPES, add_weights_option, pick_device, run
 from llama import Llama, Tokenizer, load_llama
 
 

@@ -1,10 +1,10 @@
 """The published data sets into tars: VIST and MMDialog for stage 2, CC3M for stage 1 (paper section 4.1).
 
-    python data.py vist train.story-in-sequence.json images/train --out vist-train.tar
-    python data.py vist val_cleaned.json --out vist-val.tar           # as in the released repository
-    python data.py mmdialog train/train_conversations.txt --out mmdialog-train.tar
-    python data.py mmdialog test/test_conversations.txt --max-words 0 --out mmdialog-test.tar
-    python data.py cc3m cc3m_train.tsv --out cc3m-train.tar           # or a folder of KEY.jpg with KEY.txt
+    python -m tars vist train.story-in-sequence.json images/train --out vist-train.tar
+    python -m tars vist val_cleaned.json --out vist-val.tar           # as in the released repository
+    python -m tars mmdialog train/train_conversations.txt --out mmdialog-train.tar
+    python -m tars mmdialog test/test_conversations.txt --max-words 0 --out mmdialog-test.tar
+    python -m tars cc3m cc3m_train.tsv --out cc3m-train.tar           # or a folder of KEY.jpg with KEY.txt
 
     source                            tar                                             read by
     a story of five steps             KEY.json, KEY.0.jpg .. KEY.4.jpg                stories.py
@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data import clean_caption, decode, describe
-from files import written_whole
-from loading import read_json
-from tars import KINDS, MOST_NUMBERED, PICTURE, TEXT, Unusable, most_bytes
+from common.files import written_whole
+from published.loading import read_json
+from tars.index import KINDS, MOST_NUMBERED, PICTURE, TEXT, Unusable, most_bytes
+from tars.pairs import clean_caption, decode, describe
 
 STEPS = 5  # of a VIST story
 ENDINGS = tuple(ending for ending, kind in KINDS.items() if kind == PICTURE)
@@ -352,10 +352,10 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
 
 
 def main() -> None:
-    import precompute  # which imports this file
+    from tars import precompute  # which imports this file
 
     parser = argparse.ArgumentParser(
-        prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tars", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind, about in (

@@ -1,0 +1,1 @@
+"""Published weights: loading, converting, checking, and the checkpoints that go over them."""

@@ -1,0 +1,1 @@
+"""Training data: tars of pairs, stories and dialogues to batches."""

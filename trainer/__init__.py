@@ -1,0 +1,1 @@
+"""A training run: options, log, checkpoints, processes, optimiser."""
