@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.images import to_image
 from llama import KVCache, Llama
-from minigpt5 import MiniGPT5, expand_placeholders, send, type_of
+from minigpt5 import MiniGPT5, dtype_of, expand_placeholders, send
 from published.loading import on
 from qformer import preprocess_input
 from scheduler import SAMPLERS
@@ -117,7 +117,7 @@ def compiled_next_token(*inputs) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=1)
 def lasting_cache(llama: Llama, batch: int, slots: int, device: torch.device) -> KVCache:
     """A cache for compiled steps, kept: a CUDA graph reads and writes where the cache lay when it was recorded."""
-    cache = KVCache(llama.config, batch, slots, type_of(llama), device)
+    cache = KVCache(llama.config, batch, slots, dtype_of(llama), device)
     for tensor in (*cache.keys, *cache.values, cache.lengths):
         torch._dynamo.mark_static_address(tensor, guard=False)
     return cache
@@ -129,7 +129,7 @@ def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling) -> K
         cache = lasting_cache(model.llama, batch, max(256, 1 << (slots - 1).bit_length()), model.device)
         cache.lengths.zero_()
     else:
-        cache = KVCache(model.llama.config, batch, slots, type_of(model.llama), model.device)
+        cache = KVCache(model.llama.config, batch, slots, dtype_of(model.llama), model.device)
     if model.prefix:
         model.prefix.fill(cache)
     return cache
@@ -259,7 +259,7 @@ def decode(
 @torch.inference_mode()
 def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor) -> Tensor:
     """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1], guided against zeros."""
-    guided, dtype = sampling.guidance != 1, type_of(model.unet)
+    guided, dtype = sampling.guidance != 1, dtype_of(model.unet)
     latents = send(latents, model.device)
     unet, decode_latents = model.unet, model.vae.decode
     if sampling.compile:
@@ -312,12 +312,12 @@ def answer(
     if any(pictures):
         size = model.image_encoder.vision_model.config.image_size
         pixels = torch.stack([preprocess_input(picture, size, pad) for given in pictures for picture in given])
-        pixels = pixels.to(model.device, type_of(model.image_encoder))
+        pixels = pixels.to(model.device, dtype_of(model.image_encoder))
     said = say(model, prompts, pixels, sampling, generators)
     counts = [len(features) for _, features in said]
     painted = iter([])
     if sum(counts):
-        latents = [model.draw_latents(n, generator) for n, generator in zip(counts, generators, strict=True)]
+        latents = [model.sample_latents(n, generator) for n, generator in zip(counts, generators, strict=True)]
         features, latents = torch.cat([features for _, features in said]), torch.cat(latents)
         at_once = 1 if sampling.compile else len(features)  # another number would be compiled anew
         parts = zip(features.split(at_once), latents.split(at_once), strict=True)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.cli import DTYPES, can_compile, pick_device, run
 from lora import TARGETS
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, TEXT_WEIGHT, Rows, bucket_length, collate, load_minigpt5
+from minigpt5 import DROP_RATE, TEXT_WEIGHT, Batch, bucket_length, collate, load_minigpt5
 from published.checkpoints import find_checkpoint, given_checkpoint
 from qformer import preprocess_input
 from tars.features import find_features, picture_size
@@ -208,7 +208,9 @@ def main() -> None:
     done, shown = start, None
     model.train()  # LoRA's dropout; the frozen parts have none
 
-    def forward(batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0) -> tuple[dict[str, torch.Tensor], Rows]:
+    def forward(
+        batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0
+    ) -> tuple[dict[str, torch.Tensor], Batch]:
         """The losses of one forward pass of a step, and its rows."""
         place = micro * world.size + world.rank  # of this batch among those of the step
         torch.manual_seed(step_generator(args.seed, step, place, 1).initial_seed())  # of the dropout
@@ -219,7 +221,7 @@ def main() -> None:
             draws = draw_pictures(model, rows.picture_rows.tolist(), drop_rate, *places)
             posterior = None if args.no_ldm else model.encode_pictures(batch["outputs"])
         elif args.shard:  # the other ranks may have pictures, and need this one's part of the UNet
-            draws = model.draw(0, torch.Generator()).to(device)
+            draws = model.sample_noise(0, torch.Generator()).to(device)
             posterior = None if args.no_ldm else (draws.noise, draws.noise)
         rows, weights = rows.to(device), {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
         return model.losses(rows, draws, posterior, inputs=batch["inputs"], **weights), rows

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common.cli import DTYPES, can_compile, pick_device, run
 from miniature.world import write_pairs
-from minigpt5 import DROP_RATE, Rows, bucket_length, collate, load_minigpt5
+from minigpt5 import DROP_RATE, Batch, bucket_length, collate, load_minigpt5
 from tars.features import find_features, picture_size
 from tars.index import expand
 from tars.pairs import describe, open_batches, uas_texts
@@ -157,7 +157,9 @@ def main() -> None:
     texts = "captions" if encodes else "encoding"
     done, shown = start, None
 
-    def forward(batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0) -> tuple[dict[str, torch.Tensor], Rows]:
+    def forward(
+        batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0
+    ) -> tuple[dict[str, torch.Tensor], Batch]:
         """The losses of one forward pass of a step, and its rows."""
         plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
         pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]

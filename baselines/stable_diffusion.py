@@ -45,7 +45,7 @@ from evaluation.cases import (
     read_cases,
     write_answer,
 )
-from minigpt5 import MiniGPT5, number_types, send, type_of
+from minigpt5 import MiniGPT5, dtype_of, number_types, send
 from published.checkpoints import given_checkpoint
 from published.loading import matched, read_json, save_safetensors
 from scheduler import SAMPLERS, load_schedule
@@ -59,7 +59,7 @@ from vae import load_vae
 class StableDiffusion(nn.Module):
     """The published parts in the folder `weights`. A checkpoint of train_sd.py replaces the UNet's weights."""
 
-    draw, draw_latents, ldm_loss = MiniGPT5.draw, MiniGPT5.draw_latents, MiniGPT5.ldm_loss
+    draw, sample_latents, ldm_loss = MiniGPT5.draw, MiniGPT5.sample_latents, MiniGPT5.ldm_loss
     encode_pictures = MiniGPT5.encode_pictures
 
     def __init__(self, weights: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
@@ -83,7 +83,7 @@ class StableDiffusion(nn.Module):
     @torch.inference_mode()
     def paint(self, texts: list[str], latents: Tensor, sampler: str, steps: int, guidance: float) -> Tensor:
         """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
-        condition, dtype = self.encode([""] * len(texts) + texts), type_of(self.unet)
+        condition, dtype = self.encode([""] * len(texts) + texts), dtype_of(self.unet)
         keys_values = self.unet.keys_values(condition.to(dtype))  # the same in all steps
         solver, latents = SAMPLERS[sampler](self.schedule, steps), send(latents, self.device)
         for index, timestep in enumerate(solver.timesteps):
@@ -203,7 +203,7 @@ def main() -> None:
             else:
                 write_answer(args.answers, case.key, [said] if said else [])
         if asked:
-            latents = torch.cat([model.draw_latents(1, generator_of(args.seed, key)) for key, _, _ in asked])
+            latents = torch.cat([model.sample_latents(1, generator_of(args.seed, key)) for key, _, _ in asked])
             texts = [text for _, _, text in asked]
             pixels = model.paint(texts, latents, args.sampler, args.steps, args.guidance)
             for (key, said, _), picture in zip(asked, pixels, strict=True):

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from common.cli import run
 from generation import Sampling, paint
 from llama import Llama, LlamaConfig
-from minigpt5 import IGNORE, Draws, MiniGPT5, Rows
+from minigpt5 import IGNORE, Batch, MiniGPT5, Noise
 from scheduler import NoiseSchedule, ScheduleConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -120,10 +120,10 @@ def step_of(model: MiniGPT5, batch: int, tokens: int, captioned: bool) -> Callab
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
     ends = torch.zeros(batch, target, dtype=torch.long, device="meta")
     which = torch.zeros(batch, dtype=torch.long, device="meta")
-    rows = Rows(ids, torch.full_like(ids, IGNORE), ends, which, which)
+    rows = Batch(ids, torch.full_like(ids, IGNORE), ends, which, which, torch.ones(batch, device="meta"))
     size, width = model.unet.config.sample_size, model.unet.config.cross_attention_dim
     latents = torch.zeros(batch, model.unet.config.in_channels, size, size, device="meta")
-    draws = Draws(which.bool(), latents, latents, which)
+    draws = Noise(which.bool(), latents, latents, which)
     captions = torch.zeros(batch, 77, width, device="meta"), torch.zeros(1, 77, width, device="meta")
 
     def step() -> None:

@@ -43,7 +43,7 @@ from common.images import save_image, to_image
 from generation import Sampling, answer, paint, say
 from llama import Tokenizer, Vokens
 from mapper import VokenMapper
-from minigpt5 import MiniGPT5, load_minigpt5, send, type_of
+from minigpt5 import MiniGPT5, dtype_of, load_minigpt5, send
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = "transformers, diffusers"
@@ -152,10 +152,10 @@ def words(model: MiniGPT5, libraries: Libraries, args: argparse.Namespace) -> di
     with torch.no_grad(), exact_products():
         prompt = libraries.embed([model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)])
         states = libraries.llama.model(inputs_embeds=prompt).last_hidden_state
-        agree("words", model.llama(prompt), states, type_of(model.llama))
+        agree("words", model.llama(prompt), states, dtype_of(model.llama))
     likeliest = Sampling(temperature=0, repetition_penalty=1.0, max_new_tokens=min(args.tokens, 8))
     said, expected = ours(0, likeliest), libraries.say(likeliest)
-    if said != expected and type_of(model.llama) == torch.float32:  # in 16 bit the likeliest two may change places
+    if said != expected and dtype_of(model.llama) == torch.float32:  # in 16 bit the likeliest two may change places
         raise ValueError(f"words: ours says {said}, transformers {expected}")
     sampling = Sampling(max_new_tokens=args.tokens, compile=args.compile)
     picture = model.tokenizer.voken_ids[0]
@@ -236,7 +236,7 @@ def measure(report: Report, size: str, weights: Path, args, device: torch.device
 
     sampling = Sampling(steps=args.steps, force_image=True, max_new_tokens=1, compile=args.compile)
     features = torch.randn(1, 8, model.llama.config.hidden_size, generator=generator()).to(device)
-    latents = send(model.draw_latents(1, generator()), device)
+    latents = send(model.sample_latents(1, generator()), device)
     checked = sampling if dtype == torch.float32 else replace(sampling, guidance=1.0)  # which makes roundings larger
     with exact_products():
         picture = (paint(model, features, checked, latents) / 2 + 0.5).clamp(0, 1)

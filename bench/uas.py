@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
 from common.cli import read_arguments, run
-from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, bucket_length, collate, load_minigpt5
+from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise, bucket_length, collate, load_minigpt5
 from tars.pairs import uas_texts
 from train_uas import LONGEST
 from trainer.log import compiled_graphs
@@ -75,7 +75,7 @@ class Ours:
         self.round_length = bucket_length if model.compiled_for else int
         self.optimizer = optimizer_of(list(model.vokens.parameters()), list(model.mapper.parameters()), fused=True)
 
-    def backward(self, batch: dict, draws: Draws) -> Tensor:
+    def backward(self, batch: dict, draws: Noise) -> Tensor:
         model = self.model
         pairs = [uas_texts(model.tokenizer.plain(caption)) for caption in batch["captions"]]
         rows = collate(model.tokenizer, pairs, model.queries, self.round_length, LONGEST).to(model.device)
@@ -124,7 +124,7 @@ class Released(nn.Module):
         ids, mask = (t.to(self.tables[0].device) for t in self.clip_tokenizer([caption]))
         return self.text_encoder(ids, mask).last_hidden_state[0].float()
 
-    def loss(self, batch: dict, draws: Draws) -> Tensor:
+    def loss(self, batch: dict, draws: Noise) -> Tensor:
         embeddings, mask, labels = self.read(batch["captions"])
         whole = {"inputs_embeds": embeddings, "attention_mask": mask, "labels": labels}
         output = self.llama(**whole, output_hidden_states=True, use_cache=False)
@@ -141,7 +141,7 @@ class Released(nn.Module):
         image_loss = self.image_loss(mapped, batch["pixels"], draws)
         return TEXT_WEIGHT * output.loss + LDM_WEIGHT * image_loss + CAP_WEIGHT * caption_loss
 
-    def image_loss(self, condition: Tensor, pixels: Tensor, draws: Draws) -> Tensor:
+    def image_loss(self, condition: Tensor, pixels: Tensor, draws: Noise) -> Tensor:
         steps = draws.timesteps
         with torch.no_grad():
             posterior = self.vae.encode(pixels.to(steps.device, self.dtype)).latent_dist
@@ -156,7 +156,7 @@ class Released(nn.Module):
         weight = snr.clamp(max=GAMMA) / (snr + 1 if velocity else snr)
         return (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean()
 
-    def backward(self, batch: dict, draws: Draws) -> Tensor:
+    def backward(self, batch: dict, draws: Noise) -> Tensor:
         with torch.autocast(draws.noise.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             loss = self.loss(batch, draws)
         loss.backward()
@@ -175,14 +175,16 @@ def step_of(contender: Ours | Released, batches: list[dict], model: MiniGPT5) ->
 
     def step() -> None:
         i = next(numbers)
-        contender.backward(batches[i % len(batches)], model.draw(size, step_generator(0, i, 0)).to(model.device))
+        contender.backward(
+            batches[i % len(batches)], model.sample_noise(size, step_generator(0, i, 0)).to(model.device)
+        )
         contender.optimizer.step()
         contender.optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def losses_and_gradients(contender: Ours | Released, batch: dict, draws: Draws) -> list[Tensor]:
+def losses_and_gradients(contender: Ours | Released, batch: dict, draws: Noise) -> list[Tensor]:
     loss = contender.backward(batch, draws)
     gradients = [gradient.clone() for gradient in contender.gradients()]
     contender.optimizer.zero_grad(set_to_none=True)
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(report: Report, size: str, contenders: dict, batches: list[dict], model, args, dtype) -> None:
-    draws = model.draw(len(batches[0]["captions"]), step_generator(1, 0, 0)).to(model.device)
+    draws = model.sample_noise(len(batches[0]["captions"]), step_generator(1, 0, 0)).to(model.device)
     with exact_products():
         results = {name: losses_and_gradients(contender, batches[0], draws) for name, contender in contenders.items()}
     figures = {name: agree(f"uas step, {name}", r, results["ours"], dtype, gradients=3) for name, r in results.items()}

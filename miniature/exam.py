@@ -107,7 +107,7 @@ def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
     pictures = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
-        noise = torch.cat([model.draw_latents(1, exam.generator(start + i)) for i in range(len(part))])
+        noise = torch.cat([model.sample_latents(1, exam.generator(start + i)) for i in range(len(part))])
         pictures += map(to_image, model.paint(part, noise, s.sampler, s.steps, s.guidance))
     return pictures
 

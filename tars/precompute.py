@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.cli import DTYPES, add_weights_option, make_folder, pick_device
-from minigpt5 import encode_captions, number_types, type_of
+from minigpt5 import dtype_of, encode_captions, number_types
 from qformer import load_image_encoder, preprocess_input
 from tars.datasets import Report, Sample, write_samples
 from tars.features import MARKER, Features, fingerprint, identity, marker_bytes, picture_size, read_marker
@@ -108,7 +108,7 @@ class Encoders:
     @torch.no_grad()
     def moments(self, pictures: Tensor) -> Tensor:
         """uint8 (M, 3, H, W) -> (M, 2, C, h, w)."""
-        pixels = to_pixels(pictures.to(self.device)).to(type_of(self.vae))
+        pixels = to_pixels(pictures.to(self.device)).to(dtype_of(self.vae))
         return self.stored(torch.stack(self.vae.encode(pixels), 1))
 
     @torch.no_grad()

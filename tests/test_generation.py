@@ -169,7 +169,7 @@ def test_compiled_answers(model, monkeypatch):
                 assert_close(compiled_features, features, 1e-5, "voken features")
     features, latents = (
         torch.randn(2, *model.mapper.fc[0].weight.shape[1:])[:, None],
-        model.draw_latents(2, *generators(1)),
+        model.sample_latents(2, *generators(1)),
     )
     features = features.expand(-1, len(model.tokenizer.voken_ids), -1)
     for guidance in (7.5, 1.0):

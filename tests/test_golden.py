@@ -21,7 +21,7 @@ import llama
 from common.images import read_image, resize_and_crop, to_image
 from generation import Sampling, paint, say
 from llama import KVCache, Tokenizer, load_llama
-from minigpt5 import Draws, MiniGPT5, collate, expand_placeholders, load_minigpt5
+from minigpt5 import MiniGPT5, Noise, collate, expand_placeholders, load_minigpt5
 from published.convert import convert, trained_name
 from published.loading import save_safetensors
 from qformer import load_image_encoder, preprocess_input
@@ -292,7 +292,7 @@ class Stage:
         record, model, rows = self.record, self.model, self.rows
         drop = torch.zeros(len(rows.picture_rows), dtype=torch.bool)
         drop[self.json["cfg_drop"][run.removesuffix("_nosnr")]] = True
-        self.draws = Draws(drop, record["vae_noise"], record["noise"], record["timesteps"])
+        self.draws = Noise(drop, record["vae_noise"], record["noise"], record["timesteps"])
         posterior = model.encode_pictures(record["output_image"][rows.picture_rows])
         captions = None
         if "captions" in self.json:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generation import Sampling, paint, say
-from minigpt5 import Rows, bucket_length, collate, load_minigpt5, number_types
+from minigpt5 import Batch, bucket_length, collate, load_minigpt5, number_types
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.log import Meter
 from trainer.run import step_generator
@@ -58,7 +58,7 @@ def losses_of(model, samples, seed: int = 0, round_length=int) -> dict:
     captions = [samples[row][0] for row in rows.picture_rows.tolist()]
     encoded = model.encode_captions(captions), model.encode_captions([""])
     torch.manual_seed(seed)  # of the dropout
-    return model.losses(rows, model.draw(M, step_generator(0, seed, 0)), model.encode_pictures(pixels), encoded)
+    return model.losses(rows, model.sample_noise(M, step_generator(0, seed, 0)), model.encode_pictures(pixels), encoded)
 
 
 def gradients(model, losses) -> dict:
@@ -153,7 +153,7 @@ def test_a_stage_2_run_meets_few_shapes(weights):
         rows = collate(model.tokenizer, samples, model.queries, bucket_length)
         M = len(rows.picture_rows)
         model.losses(
-            rows, model.draw(M, step_generator(0, seed, 0)), model.encode_pictures(torch.zeros(M, 2, 4, 16, 16))
+            rows, model.sample_noise(M, step_generator(0, seed, 0)), model.encode_pictures(torch.zeros(M, 2, 4, 16, 16))
         )
         exact.add((collate(model.tokenizer, samples, 8).ids.shape[1], rows.targets.shape[1], M))
     counts = {name: len(shapes) for name, shapes in met.items()}
@@ -172,7 +172,7 @@ def test_no_recompilation(monkeypatch, weights, tmp_path):
     exact = train(monkeypatch, weights, tar, tmp_path / "eager", *options)
     assert "graphs" not in exact[0]
     lengths = []
-    monkeypatch.setattr(Rows, "to", lambda rows, device: lengths.append(rows.ids.shape[1]) or rows)
+    monkeypatch.setattr(Batch, "to", lambda rows, device: lengths.append(rows.ids.shape[1]) or rows)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.utils.counters.clear()
     log = train(monkeypatch, weights, tar, tmp_path / "compiled", *options, "--compile")
@@ -208,7 +208,7 @@ def test_no_value_is_read_in_a_step(weights, adapter):
     samples = texts(0, 4)
     rows = collate(model.tokenizer, samples, model.queries)
     captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
-    draws, pixels = model.draw(4, step_generator(0, 0, 0)), torch.zeros(4, 3, 32, 32)
+    draws, pixels = model.sample_noise(4, step_generator(0, 0, 0)), torch.zeros(4, 3, 32, 32)
     with NoReading():
         losses = model.losses(rows, draws, model.encode_pictures(pixels), captions)
         losses["loss"].backward()
@@ -229,7 +229,10 @@ def test_no_waiting_on_a_gpu(weights):
 
     def step():
         rows = collate(model.tokenizer, samples, model.queries).to(device)
-        draws, captions = model.draw(4, step_generator(0, 0, 0)), model.encode_captions([text for text, _ in samples])
+        draws, captions = (
+            model.sample_noise(4, step_generator(0, 0, 0)),
+            model.encode_captions([text for text, _ in samples]),
+        )
         losses = model.losses(
             rows, draws.to(device), model.encode_pictures(torch.zeros(4, 3, 32, 32)), (captions, empty)
         )
@@ -287,7 +290,7 @@ def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
     samples = [(f"{words} <ImageHere>", target) for words, target in texts(0, 4)]
     with OneDevice():
         rows = collate(model.tokenizer, samples, model.queries).to(meta)
-        draws = model.draw(4, step_generator(0, 0, 0)).to(model.device)
+        draws = model.sample_noise(4, step_generator(0, 0, 0)).to(model.device)
         posterior = model.encode_pictures(torch.zeros(4, 3, 32, 32))
         captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
         losses = model.losses(rows, draws, posterior, captions, torch.zeros(4, 3, 28, 28))
@@ -308,7 +311,7 @@ def test_nothing_of_an_answer_is_left_on_the_host(weights, sampler, meta):
     pixels = torch.zeros(1, 3, 28, 28, dtype=torch.bfloat16, device=meta)
     with OneDevice():
         said = say(model, ["a boat", "<ImageHere> a moon"], pixels, sampling, generators)
-        latents = torch.cat([model.draw_latents(1, generator) for generator in generators])
+        latents = torch.cat([model.sample_latents(1, generator) for generator in generators])
         painted = paint(model, torch.cat([features for _, features in said]), sampling, latents)
     assert [ids for ids, _ in said] == [[512, 5, 5, 5]] * 2 and painted.shape == (2, 3, 32, 32)
 

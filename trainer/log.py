@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.images import draw_grid, save_image, to_image
 from generation import Sampling, paint
-from minigpt5 import MiniGPT5, Rows, send, type_of
+from minigpt5 import Batch, MiniGPT5, dtype_of, send
 from trainer.processes import Gradients, World
 from vae import to_pixels
 
@@ -177,17 +177,17 @@ def draw_losses(records: list[dict], path: Path) -> None:
 
 @torch.no_grad()
 def paint_samples(
-    model: MiniGPT5, rows: Rows, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path | None
+    model: MiniGPT5, rows: Batch, inputs: torch.Tensor | None, real: torch.Tensor, words: list[str], path: Path | None
 ) -> None:
     """The first four pictures of a batch, bytes or moments, above what their vokens paint, each with its words, always
     from one noise. Where layers are sharded all ranks have to paint, those without a path for the others."""
     training = model.training
     hidden = model.eval().read(rows, inputs)
     features = model.voken_features(hidden, rows.picture_rows[:4], rows.picture_starts[:4])
-    latents = model.draw_latents(len(features), torch.Generator().manual_seed(0))
+    latents = model.sample_latents(len(features), torch.Generator().manual_seed(0))
     painted = paint(model, features, Sampling(sampler="dpm", steps=20), latents)
     if real.dim() == 5:
-        means = send(real[:4, 0], model.device).to(type_of(model.vae))
+        means = send(real[:4, 0], model.device).to(dtype_of(model.vae))
         real = model.vae.decode(means * model.vae.config.scaling_factor)
     else:
         real = to_pixels(real[:4])

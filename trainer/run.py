@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common.cli import DTYPES, add_weights_option, make_folder, parse
-from minigpt5 import Draws, MiniGPT5
+from minigpt5 import MiniGPT5, Noise
 from published.checkpoints import checkpoint_folders
 from published.loading import WeightsError, open_safetensors, read_json, save_safetensors
 from trainer.log import Meter, added
@@ -140,12 +140,12 @@ def step_generator(seed: int, step: int, *place: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(entropy) >> 1)
 
 
-def draw_pictures(model: MiniGPT5, picture_rows: list[int], drop_rate: float, seed: int, step: int, at: int) -> Draws:
+def draw_pictures(model: MiniGPT5, picture_rows: list[int], drop_rate: float, seed: int, step: int, at: int) -> Noise:
     """`model.draw` for a batch that begins with sample `at` of the step. A sample's random numbers are the same on
-    whichever rank and in whichever forward pass it comes. picture_rows: see `Rows`."""
+    whichever rank and in whichever forward pass it comes. picture_rows: see `Batch`."""
     pictures = Counter(picture_rows)  # of each row, in their order
-    draws = [model.draw(n, step_generator(seed, step, at + row), drop_rate) for row, n in pictures.items()]
-    return Draws(*map(torch.cat, zip(*draws, strict=True))).to(model.device)
+    draws = [model.sample_noise(n, step_generator(seed, step, at + row), drop_rate) for row, n in pictures.items()]
+    return Noise(*map(torch.cat, zip(*draws, strict=True))).to(model.device)
 
 
 # ---- stopping
