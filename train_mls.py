@@ -134,7 +134,7 @@ def main() -> None:
     features = find_features(expand(data) + (expand(args.val) if args.val else []), args.weights)
 
     sees = "queries" not in features
-    parts = {"read_pictures": sees, "sharded": args.shard}
+    parts = {"read_pictures": sees}
     model = load_minigpt5(args.weights, first, args.vokens, DTYPES[args.dtype], device, **parts)
     if not sees:
         model.vae.encoder, model.queries = None, features.shapes["queries"][0]
@@ -208,13 +208,11 @@ def main() -> None:
     done, shown = start, None
     model.train()  # LoRA's dropout; the frozen parts have none
 
-    def forward(
-        batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0
-    ) -> tuple[dict[str, torch.Tensor], Batch]:
+    def forward(batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0) -> tuple[dict, Batch]:
         """The losses of one forward pass of a step, and its rows."""
         place = micro * world.size + world.rank  # of this batch among those of the step
         torch.manual_seed(step_generator(args.seed, step, place, 1).initial_seed())  # of the dropout
-        rows = collate(model.tokenizer, batch["pairs"], model.queries, round_length, limit)
+        rows = collate(model.tokenizer, batch["pairs"], model.queries, round_length, limit=limit)
         draws = posterior = None
         if batch["outputs"] is not None:
             places = (args.seed, step, place * args.batch_size)

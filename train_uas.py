@@ -110,7 +110,7 @@ def main() -> None:
 
     encodes = captioned and "encoding" not in features
     dtype = DTYPES[args.dtype]
-    parts = {"read_pictures": False, "read_captions": encodes, "sharded": args.shard}
+    parts = {"read_pictures": False, "read_captions": encodes}
     model = load_minigpt5(args.weights, None, args.vokens, dtype, device, **parts)
     if "moments" in features:
         model.vae.encoder = None
@@ -157,13 +157,11 @@ def main() -> None:
     texts = "captions" if encodes else "encoding"
     done, shown = start, None
 
-    def forward(
-        batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0
-    ) -> tuple[dict[str, torch.Tensor], Batch]:
+    def forward(batch: dict, step: int, micro: int = 0, drop_rate: float = 0.0) -> tuple[dict, Batch]:
         """The losses of one forward pass of a step, and its rows."""
         plain = [model.tokenizer.plain(caption) for caption in batch["captions"]]
         pairs = [uas_texts(c, args.vokens, i) for c, i in zip(plain, batch["instructions"], strict=True)]
-        rows = collate(model.tokenizer, pairs, model.queries, round_length, LONGEST).to(device)
+        rows = collate(model.tokenizer, pairs, model.queries, round_length, limit=LONGEST).to(device)
         place = (micro * world.size + world.rank) * args.batch_size  # of our first sample among the step's
         draws = draw_pictures(model, range(len(pairs)), drop_rate, args.seed, step, place)
         posterior = None if args.no_ldm else model.encode_pictures(batch[pictures])

@@ -59,7 +59,7 @@ from vae import load_vae
 class StableDiffusion(nn.Module):
     """The published parts in the folder `weights`. A checkpoint of train_sd.py replaces the UNet's weights."""
 
-    draw, sample_latents, ldm_loss = MiniGPT5.draw, MiniGPT5.sample_latents, MiniGPT5.ldm_loss
+    sample_noise, sample_latents, ldm_loss = MiniGPT5.sample_noise, MiniGPT5.sample_latents, MiniGPT5.ldm_loss
     encode_pictures = MiniGPT5.encode_pictures
 
     def __init__(self, weights: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):

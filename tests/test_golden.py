@@ -382,7 +382,9 @@ def passed_close(stage, seen, record, prefix, mask):
             assert_close(ours, record[f"{prefix}{name}"], tolerance, f"{prefix}{name}")
     if f"{prefix}logits" in record:
         with torch.no_grad():
-            hidden = stage.positions(model.read(stage.rows, stage.pixels), mask.shape[1])
+            hidden = stage.positions(
+                model.hidden_states(model.embed(stage.rows.ids, stage.pixels), stage.rows.targets), mask.shape[1]
+            )
         assert_close(hidden[mask], record[f"{prefix}last_hidden_state"][mask], NETWORK, "last_hidden_state")
         expected = record[f"{prefix}logits"]
         stride = -(-mask.shape[1] // expected.shape[1])  # every stride-th position is stored

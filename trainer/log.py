@@ -182,7 +182,7 @@ def paint_samples(
     """The first four pictures of a batch, bytes or moments, above what their vokens paint, each with its words, always
     from one noise. Where layers are sharded all ranks have to paint, those without a path for the others."""
     training = model.training
-    hidden = model.eval().read(rows, inputs)
+    hidden = type(model).hidden_states(model.eval(), model.embed(rows.ids, inputs), rows.targets)
     features = model.voken_features(hidden, rows.picture_rows[:4], rows.picture_starts[:4])
     latents = model.sample_latents(len(features), torch.Generator().manual_seed(0))
     painted = paint(model, features, Sampling(sampler="dpm", steps=20), latents)
