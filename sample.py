@@ -2,7 +2,7 @@
 
     python sample.py --prompt "a red boat on the sea at night"
     python sample.py --prompt "a kite flies over the meadow." --turns 4      # a story, step by step
-    python sample.py --chat                                                  # a talk in the terminal
+    python sample.py --chat                                                  # a chat in the terminal
     python sample.py --weights weights --prompt "what is this?" --image a.jpg --image b.jpg --out out/answer
 
 Prints the answer and writes into OUT the pictures 0.png, 1.png ..., storyboard.png (pictures with their words),
@@ -11,26 +11,31 @@ index.html (the same as one page without other files) and answer.json:
 """
 
 import argparse
-import base64
-import html
-import io
-import re
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from common.cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
-from common.files import write_json, write_text
-from common.images import draw_grid, read_image, save_image
-from generation import Sampling, add_sampling_options, answer, room_after, room_wanted, sampling_of
+from common.images import read_image
+from common.page import write_answer
+from generation import (
+    Sampling,
+    Segments,
+    add_sampling_options,
+    answer,
+    prompt_ids,
+    room_after,
+    room_wanted,
+    sampling_of,
+)
 from minigpt5 import MiniGPT5, load_minigpt5
-from published.checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
-from published.loading import WeightsError, read_json
+from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from tars.pairs import clean_caption
 from tars.stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 
@@ -41,17 +46,16 @@ def arguments() -> argparse.Namespace:
     add("--prompt", help="what to say to the model")
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
     add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
-    add("--chat", action="store_true", help="talk: a line a turn, `/image FILE` adds a picture, an empty line ends")
+    add("--chat", action="store_true", help="chat: a line a turn, `/image FILE` adds a picture, an empty line ends")
     add_weights_option(parser)
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5 "
-        "stage 2's for stories, talks and pictures that are given, else stage 1's")  # fmt: skip
+        "stage 2's for stories, chats and pictures that are given, else stage 1's")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
-    add("--int8", action="store_true", help="the language model's matrices in 8 bits")
-    add("--offload", action="store_true", help="keep on the host what is not in use: for a GPU of 16 GB")
+    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (bench/README.md)")
+    add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
     args = parse(parser, "sample")
@@ -59,9 +63,7 @@ def arguments() -> argparse.Namespace:
     if not args.prompt and not args.chat:
         parser.error("--prompt is needed, or --chat")
     if args.chat and args.turns is not None:
-        parser.error("--chat is a talk, --turns tells a story: one of them")
-    if args.offload and args.compile:
-        parser.error("--offload cannot be combined with --compile: compiled code needs weights that stay in place")
+        parser.error("--chat and --turns exclude each other: the second tells a story")
     if args.turns is not None and args.turns < 1:
         parser.error("--turns is at least 1")
     return args
@@ -72,116 +74,93 @@ def valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def spoken(segments: list[str | Image.Image]) -> tuple[str, tuple[Image.Image, ...]]:
-    """An answer's words and its pictures."""
-    words = " ".join(segment for segment in segments if isinstance(segment, str))
-    return words, tuple(segment for segment in segments if not isinstance(segment, str))
-
-
 class Conversation:
-    """What was said so far, in the forms that the stages were trained to read. Words that look like special tokens are
-    taken as plain text."""
+    """The turns so far, in the forms that the two stages were trained to read.
+
+    Every text comes in through `turn` or `caption`, which clean it and make special tokens in it plain text.
+    """
 
     def __init__(self, model: MiniGPT5, sampling: Sampling, seed: int):
         self.model, self.sampling, self.turns = model, sampling, []
         self.generator = torch.Generator().manual_seed(seed)
 
-    def add(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
-        self.turns.append(Turn(self.model.tokenizer.plain(clean(text)), pictures))
+    def turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
+        return Turn(self.model.tokenizer.plain(clean(text)), pictures)
 
-    def ask(self, prompt: str, turns: list[Turn], **otherwise) -> list[str | Image.Image]:
-        pictures = [picture for turn in turns for picture in turn.pictures]
-        return answer(self.model, [prompt], [pictures], replace(self.sampling, **otherwise), [self.generator])[0]
+    def caption(self, text: str) -> Segments:
+        """Stage 1's answer to the bare words, cleaned as its captions were: a picture."""
+        return self.ask(prompt_ids(self.model, self.model.tokenizer.plain(clean_caption(text) or clean(text))), [])
 
-    def caption(self) -> list[str | Image.Image]:
-        """Stage 1's form: the bare words, cleaned as its captions were, which it answers with a picture."""
-        text = self.turns[-1].text
-        return self.ask(self.model.tokenizer.plain(clean_caption(text) or text), [])
+    def reply(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Segments:
+        """A turn of a chat and the answer to it. Where that fails, the chat stays as it was."""
+        turns = [*self.turns, self.turn(text, pictures)]
+        k = len(turns)
+        heard = turns[first_heard(k) :]
+        return self.go_on(turns, heard, lambda heard: dialog_source(heard, k, self.model.system))
 
-    def reply(self) -> list[str | Image.Image]:
-        """The answer to the last turn of a talk, which becomes the next turn."""
-        k = len(self.turns)
-        return self.go_on(self.turns[first_heard(k) :], lambda heard: dialog_source(heard, k, self.model.system))
+    def begin(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
+        """The first sentence of a story, and perhaps its picture."""
+        self.turns = [self.turn(text, pictures)]
 
-    def next_step(self) -> list[str | Image.Image]:
-        """A story goes on: first a picture for its first sentence if it has none, then step after step."""
+    def next_step(self) -> Segments:
+        """The next answer of a story: a picture for its first sentence if it has none, then step after step."""
         *before, last = self.turns
         if not before and not last.pictures:
             request = story_source([], REQUESTS["image"][0].format(last.text), self.model.system)
-            segments = self.ask(request, [], force_image=True)  # without one it would not begin
-            self.turns = [Turn(last.text, spoken(segments)[1])]
+            segments = self.ask(prompt_ids(self.model, request), [], force_image=True)
+            self.turns = [Turn(last.text, split(segments)[1])]
             return segments
         request = REQUESTS["text+image"][0]
-        return self.go_on(self.turns, lambda told: story_source(told, request, self.model.system))
+        return self.go_on(self.turns, self.turns, lambda told: story_source(told, request, self.model.system))
 
-    def go_on(self, turns: list[Turn], source: Callable[[list[Turn]], str]) -> list[str | Image.Image]:
-        """The answer to the `source` of the turns, which becomes the next turn. The oldest turns are left out where
-        they leave too little room for it."""
-        needed = room_wanted(self.model, self.sampling)
-        while len(turns) > 1 and room_after(self.model, source(turns)) < needed:
-            turns = turns[1:]
-        segments = self.ask(source(turns), turns)
-        self.add(*spoken(segments))
+    def go_on(self, turns: list[Turn], heard: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:
+        """The answer to the `source` of the turns `heard`; it becomes the turn after `turns`. The oldest turns are left
+        out where they would leave too little room for it."""
+        wanted, ids = room_wanted(self.model, self.sampling), prompt_ids(self.model, source(heard))
+        while len(heard) > 1 and room_after(self.model, ids) < wanted:
+            heard = heard[1:]
+            ids = prompt_ids(self.model, source(heard))
+        segments = self.ask(ids, [picture for turn in heard for picture in turn.pictures])
+        self.turns = [*turns, self.turn(*split(segments))]
         return segments
 
-
-def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:
-    """Pictures, storyboard, page and answer.json, each under a temporary name first. Pictures of an older answer in the
-    folder that are not written over are removed."""
-    old = pictures_of(out / "answer.json")
-    described, columns, words = [], [], ""
-    for segment in segments:
-        if isinstance(segment, str):
-            described.append({"text": segment})
-            words = f"{words} {segment}".strip()
-        else:
-            name = f"{len(columns)}.png"
-            save_image(segment, out / name)
-            described.append({"image": name})
-            columns.append((words, [segment]))
-            words = ""
-    if words and columns:
-        columns[-1] = (f"{columns[-1][0]} {words}".strip(), columns[-1][1])
-    if columns:
-        draw_grid(columns, out / "storyboard.png", side=min(max(192, columns[0][1][0].width), 512))
-    body = "".join(paragraph(segment) for segment in segments)
-    style = "body{font:18px serif;max-width:40em;margin:2em auto}img{width:100%;max-width:32em;image-rendering:auto}"
-    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(prompt)}</title><style>{style}</style>{body}\n'
-    write_text(out / "index.html", page)
-    write_json(out / "answer.json", {"segments": described, "seed": seed, "prompt": prompt})
-    for name in old - pictures_of(out / "answer.json"):
-        (out / name).unlink(missing_ok=True)
+    def ask(self, ids: list[int], pictures: list[Image.Image], **otherwise) -> Segments:
+        return answer(self.model, [ids], [pictures], replace(self.sampling, **otherwise), [self.generator])[0]
 
 
-def pictures_of(answer: Path) -> set[str]:
-    """The files that came with an answer.json: its pictures and, where it has any, their storyboard."""
-    try:
-        segments = read_json(answer)["segments"]
-        names = {str(segment["image"]) for segment in segments if "image" in segment}
-    except (WeightsError, KeyError, TypeError):
-        return set()
-    names = {name for name in names if re.fullmatch(r"\d+\.png", name)}
-    return names | {"storyboard.png"} if names else names
+def split(segments: Segments) -> tuple[str, tuple[Image.Image, ...]]:
+    """An answer's words and its pictures."""
+    words = " ".join(segment for segment in segments if isinstance(segment, str))
+    return words, tuple(segment for segment in segments if not isinstance(segment, str))
 
 
-def paragraph(segment: str | Image.Image) -> str:
-    """HTML of a piece of text or of a picture, which is put inside the page."""
-    if isinstance(segment, str):
-        return f"<p>{html.escape(segment)}</p>"
-    buffer = io.BytesIO()
-    segment.save(buffer, "PNG")
-    return f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></p>'
-
-
-def show(segments: list[str | Image.Image], out: Path, pictures: int) -> int:
-    """Print an answer, `pictures` of which came before; returns how many have come now."""
+def show(segments: Segments, out: Path, first: int = 0) -> int:
+    """Prints an answer whose first picture has the number `first`; returns the number after its last one."""
     for segment in segments:
         if isinstance(segment, str):
             print(segment)
         else:
-            print(f"[{out / f'{pictures}.png'}]")
-            pictures += 1
-    return pictures
+            print(f"[{out / f'{first}.png'}]")
+            first += 1
+    return first
+
+
+def chat(conversation: Conversation, first: str | None, pictures: list[Image.Image], out: Path, seed: int) -> None:
+    """Answers `first`, then line after line of the terminal until an empty one."""
+    said, count = [], 0
+    for line in chain([first] if first else [], iter(read_line, "")):
+        try:
+            if line.startswith("/image "):
+                pictures.append(read_image(line.removeprefix("/image ").strip()))
+                continue
+            given, pictures = pictures, []
+            segments = conversation.reply(line, tuple(given))
+        except ValueError as error:  # a file that is no picture, or more words than there is room for
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        said += [f"> {line}", *given, *segments]
+        write_answer(said, "chat", seed, out)
+        count = show(segments, out, count + len(given))
 
 
 def read_line() -> str:
@@ -191,73 +170,43 @@ def read_line() -> str:
         return ""
 
 
-def chat(conversation: Conversation, first: str | None, pictures: list[Image.Image], out: Path, seed: int) -> None:
-    said, count, turns = [], 0, 0
-    while line := first or read_line():
-        first = None
-        try:
-            if line.startswith("/image "):
-                pictures.append(read_image(line.removeprefix("/image ").strip()))
-                continue
-            conversation.add(line, tuple(pictures))
-            segments = conversation.reply()
-        except ValueError as error:  # no picture, or more words than there is room for: the talk goes on without
-            print(f"error: {error}", file=sys.stderr)
-            if len(conversation.turns) > 2 * turns:  # it was said with these pictures
-                conversation.turns, pictures = conversation.turns[: 2 * turns], []
-            continue
-        said += [f"> {line}", *pictures, *segments]
-        count, pictures, turns = show(segments, out, count + len(pictures)), [], turns + 1
-        write_answer(said, "talk", seed, out)
-
-
 def main() -> None:
     args = arguments()
-    pictures = [read_image(path) for path in args.image]
-    out = make_folder(args.out)
+    pictures, out = [read_image(path) for path in args.image], make_folder(args.out)
     start = time.perf_counter()
-    names = STORY_FILES if args.turns is not None else TALK_FILES if args.chat or pictures else ()
+    names = STORY_FILES if args.turns is not None else CHAT_FILES if args.chat or pictures else ()
     shipped = shipped_checkpoint(args.weights / "minigpt5", names)
     checkpoint = given_checkpoint(args.checkpoint) if args.checkpoint else shipped
-    torch.manual_seed(args.seed)  # of the voken rows and the mapper, where there is no checkpoint
+    torch.manual_seed(args.seed)  # of the embedding rows and the mapper, where there is no checkpoint
     reads = bool(pictures) or args.chat or args.turns is not None
-    device = pick_device(args.device)
-    if args.compile is None:  # it takes minutes: for one answer that is too long
-        args.compile = args.chat and can_compile(device) and not args.offload
+    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+    if args.compile is None:  # compiling takes minutes: for one answer that is too long
+        args.compile = args.chat and can_compile(device)
     sampling = sampling_of(args)
-    model = load_minigpt5(
-        args.weights,
-        checkpoint,
-        dtype=DTYPES[args.dtype],
-        device=device,
-        read_pictures=reads,
-        int8=args.int8,
-        offload=args.offload,
-    ).eval()
-    loaded = time.perf_counter()
+    model = load_minigpt5(args.weights, checkpoint, dtype=dtype, device=device, read_pictures=reads, int8=args.int8)
+    conversation, loaded = Conversation(model.eval(), sampling, args.seed), time.perf_counter()
     if checkpoint is None:
-        print("no trained checkpoint found: the voken rows and the mapper are random, pictures will be noise")
-
+        print("no trained checkpoint found: the embedding rows and the mapper are random, pictures will be noise")
     if args.compile:
-        print("compiling takes minutes: at the first words and picture, and when a talk outgrows 256, 512 ... tokens")
-    conversation = Conversation(model, sampling, args.seed)
+        print("compiling takes minutes: at the first words and picture, and when a chat outgrows 256, 512 ... tokens")
+
     if args.chat:
         return chat(conversation, args.prompt, pictures, out, args.seed)
-    conversation.add(args.prompt, tuple(pictures))
     if args.turns is not None:
-        segments = [args.prompt, *pictures]
-        count = show(segments, out, 0)
+        conversation.begin(args.prompt, tuple(pictures))
+        segments, count = [args.prompt, *pictures], show([args.prompt, *pictures], out)
         for _ in range(args.turns):
             step = conversation.next_step()
-            count, segments = show(step, out, count), segments + step
+            segments += step
             write_answer(segments, args.prompt, args.seed, out)
+            count = show(step, out, count)
     else:
-        segments = conversation.reply() if pictures or model.lora or model.prefix else conversation.caption()
-        show(segments, out, 0)
+        replies = bool(pictures) or model.lora or model.prefix
+        segments = conversation.reply(args.prompt, tuple(pictures)) if replies else conversation.caption(args.prompt)
         write_answer(segments, args.prompt, args.seed, out)
-    print(
-        f"loaded in {loaded - start:.1f} s, answered in {time.perf_counter() - loaded:.1f} s, see {out / 'answer.json'}"
-    )
+        show(segments, out)
+    answered = time.perf_counter()
+    print(f"loaded in {loaded - start:.1f} s, answered in {answered - loaded:.1f} s, see {out / 'answer.json'}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
 from common.cli import read_arguments, run
 from common.images import save_image, to_image
-from generation import Sampling, answer, paint, say
+from generation import Sampling, answer, paint, prompt_ids, say
 from llama import Tokenizer, Vokens
 from mapper import VokenMapper
 from minigpt5 import MiniGPT5, dtype_of, load_minigpt5, send
@@ -147,7 +147,7 @@ def words(model: MiniGPT5, libraries: Libraries, args: argparse.Namespace) -> di
     model.tokenizer.stops = []
 
     def ours(seed: int, sampling: Sampling) -> list[int]:
-        return say(model, [PROMPT], None, sampling, [generator(seed)])[0][0]
+        return say(model, [prompt_ids(model, PROMPT)], None, sampling, [generator(seed)])[0][0]
 
     with torch.no_grad(), exact_products():
         prompt = libraries.embed([model.tokenizer.bos_id, *model.tokenizer.encode(PROMPT)])
@@ -250,7 +250,7 @@ def measure(report: Report, size: str, weights: Path, args, device: torch.device
     times = alternate(contenders, args.rounds, device, args.clock)
     report.add(rows_of("picture", size, times, steps=args.steps, difference=figure))
 
-    contenders = {"ours": lambda: answer(model, [PROMPT], [[]], sampling, [generator()])}
+    contenders = {"ours": lambda: answer(model, [prompt_ids(model, PROMPT)], [[]], sampling, [generator()])}
     contenders[LIBRARIES] = partial(libraries.answer, sampling)
     times = alternate(contenders, args.rounds, device, args.clock)
     report.add(rows_of("prompt to picture", size, times, steps=args.steps))

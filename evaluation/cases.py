@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common.files import write_json
 from common.images import ImageError, read_image, save_image
-from generation import Sampling, answer, room_after, room_wanted
+from generation import Sampling, answer, prompt_ids, room_after, room_wanted
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
@@ -142,24 +142,25 @@ def pictures_of(case: Case, members: tuple[int, ...]) -> list[Image.Image]:
         raise Unusable("tar not readable") from None
 
 
-def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[str, list[Image.Image]]:
-    """The prompt and its pictures; the oldest turns, but never the last one, are left out where not `room` tokens would
-    remain for the answer. Raises Unusable where that is not enough."""
+def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[list[int], list[Image.Image]]:
+    """The prompt's token ids and its pictures. Where they would leave fewer than `room` positions for the answer, the
+    oldest turns, but never the last one, are left out. Raises Unusable where that is not enough."""
     tokenizer, k = model.tokenizer, len(case.before)
     turn = Turn(tokenizer.plain(case.turn.text), case.turn.pictures)
     if case.task == "caption":
-        source = uas_texts(turn.text)[0]
-        if room_after(model, source) < room:
+        ids = prompt_ids(model, uas_texts(turn.text)[0])
+        if room_after(model, ids) < room:
             raise Unusable("prompt too long")
-        return source, []
+        return ids, []
     before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
     for first in range(first_heard(k) if case.task == "reply" else 0, max(len(before), 1)):
         if case.task == "reply":
             row = dialog_row(before[first:], turn, k, "", model.system)
         else:
             row = story_row(before[first:], turn, case.task, 0, "", model.system)
-        if room_after(model, row.source) >= room:
-            return row.source, pictures_of(case, row.inputs)
+        ids = prompt_ids(model, row.source)
+        if room_after(model, ids) >= room:
+            return ids, pictures_of(case, row.inputs)
     raise Unusable("prompt too long")
 
 

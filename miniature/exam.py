@@ -21,7 +21,7 @@ from PIL import Image
 
 from baselines.stable_diffusion import StableDiffusion
 from common.images import draw_grid, to_image, to_tensor
-from generation import Sampling, answer
+from generation import Sampling, answer, prompt_ids
 from miniature.facts import Picture
 from miniature.judge import ATTRIBUTES, Judge, load_judge, read, right
 from miniature.tales import Turn as Told
@@ -121,7 +121,8 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
     for start in range(0, len(sources), BATCH):
         part = slice(start, start + BATCH)
         generators = [exam.generator(start + i) for i in range(len(sources[part]))]
-        for segments in answer(exam.model, sources[part], pictures[part], sampling, generators):
+        prompts = [prompt_ids(exam.model, source) for source in sources[part]]
+        for segments in answer(exam.model, prompts, pictures[part], sampling, generators):
             words = " ".join(s for s in segments if isinstance(s, str))
             # Where the frozen language model has no vokens to say, it goes on with words for a picture: not its text.
             words = words.partition("<Img>")[0].strip()

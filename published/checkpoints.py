@@ -15,7 +15,7 @@ from pathlib import Path
 
 from published.loading import WeightsError, is_shard, open_safetensors, stored
 
-STORY_FILES, TALK_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # files of stage 2
+STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # files of stage 2
 TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
 
 

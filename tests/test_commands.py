@@ -221,8 +221,8 @@ def test_captions_are_plain_text_in_requests(monkeypatch, weights, tmp_path):
     batches = noting(monkeypatch, train_uas, "collate")
     train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 2)
     assert len(batches) == 2
-    for (tokenizer, texts, _, _, limit), _ in batches:
-        assert limit == 256
+    for (tokenizer, texts, *_), options in batches:
+        assert options["limit"] == 256
         for source, _ in texts:
             assert REQUESTS[3] in source and tokenizer.eos_id not in tokenizer.encode(source)
 
@@ -353,6 +353,7 @@ def test_captions_are_cleaned_as_in_training(monkeypatch, weights, tmp_path):
         asked.extend(prompts)
         return [["words"]]
 
+    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", answer)
     for prompt in ("A Red Boat (on the SEA), at night!", "!!!", "</#s>"):
         assert ask(monkeypatch, weights, tmp_path, "--prompt", prompt)["prompt"] == prompt

@@ -234,6 +234,7 @@ def test_requests_of_a_story(monkeypatch, weights, tmp_path):
         forced.append(sampling.force_image)
         return [["so", picture]]
 
+    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", answer)
     ask(monkeypatch, weights, tmp_path, "--prompt", "a kite", "--turns", 2)
     first, second = heard
@@ -253,6 +254,7 @@ def test_long_story(monkeypatch, weights, tmp_path):
         told.append(Image.new("RGB", (32, 32)))
         return [["it drifts.", told[-1]]]
 
+    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", answer)
     with pytest.raises(KeyboardInterrupt):
         ask(monkeypatch, weights, tmp_path, "--prompt", "a kite", "--turns", 9, "--max-new-tokens", 30)
@@ -339,6 +341,7 @@ def test_chat_forgets_what_has_no_answer(monkeypatch, weights, tmp_path):
             raise ValueError("no room")
         return [["so it is"]]
 
+    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nbad\nbye\n"))
     ask(monkeypatch, weights, tmp_path, "--chat")
@@ -350,6 +353,7 @@ def test_chat_forgets_what_leaves_no_room(monkeypatch, weights, tmp_path):
     """A line that fills the positions is answered as far as they go; the next one is heard without it."""
     monkeypatch.setattr(sample, "room_after", lambda model, prompt: 100 - 50 * prompt.count("long"))
     heard = []
+    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "so it is"]])
     monkeypatch.setattr(sys, "stdin", io.StringIO("long long\nhello\nand now?\n"))
     ask(monkeypatch, weights, tmp_path, "--chat", "--max-new-tokens", 30)
@@ -363,6 +367,7 @@ def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, wei
     metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
     save_file(tensors, tmp_path / "ours.safetensors", metadata)
     save_file(tensors, tmp_path / "released.safetensors", metadata | {"system": "Please go on."})
+    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "on it goes"]])
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     for name, sentences in (("ours", (stories.STORY, stories.DIALOG)), ("released", 2 * ("Please go on.",))):

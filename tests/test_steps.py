@@ -13,7 +13,7 @@ from test_commands import pairs, picture_bytes, train, write_tar
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from generation import Sampling, paint, say
+from generation import Sampling, paint, prompt_ids, say
 from minigpt5 import Batch, bucket_length, collate, load_minigpt5, number_types
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.log import Meter
@@ -310,7 +310,9 @@ def test_nothing_of_an_answer_is_left_on_the_host(weights, sampler, meta):
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     pixels = torch.zeros(1, 3, 28, 28, dtype=torch.bfloat16, device=meta)
     with OneDevice():
-        said = say(model, ["a boat", "<ImageHere> a moon"], pixels, sampling, generators)
+        said = say(
+            model, [prompt_ids(model, text) for text in ("a boat", "<ImageHere> a moon")], pixels, sampling, generators
+        )
         latents = torch.cat([model.sample_latents(1, generator) for generator in generators])
         painted = paint(model, torch.cat([features for _, features in said]), sampling, latents)
     assert [ids for ids, _ in said] == [[512, 5, 5, 5]] * 2 and painted.shape == (2, 3, 32, 32)

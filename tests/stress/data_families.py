@@ -23,6 +23,7 @@ from random_weights import GOLDEN_TOKENIZERS
 
 import sample
 from common.images import resize_and_crop
+from common.page import write_answer
 from llama import Tokenizer
 from minigpt5 import collate
 from tars import index as tars
@@ -280,7 +281,7 @@ def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str
     conversation = sample.Conversation(SimpleNamespace(tokenizer=tokenizer()), None, 0)
     image = Image.new("RGB", (4, 4))
     for k in range(3):
-        conversation.add(text, (image,) * k)
+        conversation.turns.append(conversation.turn(text, (image,) * k))
     turns, heard = conversation.turns, 3
     sources = [
         (turns[0].text, 0),
@@ -290,7 +291,7 @@ def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str
     sources.append((story_source([], REQUESTS["image"][0].format(turns[0].text)), 0))
     for source, pictures in sources:
         no_injection([(source, "")], pictures, 0, limit=10**9)
-    sample.write_answer([text, image], text, 0, folder)
+    write_answer([text, image], text, 0, folder)
     page = (folder / "index.html").read_text(encoding="utf-8")
     require("<script" not in page.lower() and page.count("<p>") == 2, "a text brought HTML")
     return "used"

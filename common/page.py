@@ -1,0 +1,62 @@
+"""An answer in a folder: its pictures, a storyboard of them with their words, one page that holds all, and a record."""
+
+import base64
+import html
+import io
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+
+from common.files import write_json, write_text
+from common.images import draw_grid, save_image
+
+STYLE = "body{font:18px serif;max-width:40em;margin:2em auto}img{width:100%;max-width:32em;image-rendering:auto}"
+
+
+def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:
+    """Writes the pictures 0.png, 1.png ..., storyboard.png, index.html and answer.json into `out`, each under a
+    temporary name first. Pictures of an older answer in the folder that are not written over are removed."""
+    old = pictures_of(out / "answer.json")
+    described, columns, words = [], [], ""
+    for segment in segments:
+        if isinstance(segment, str):
+            described.append({"text": segment})
+            words = f"{words} {segment}".strip()
+        else:
+            name = f"{len(columns)}.png"
+            save_image(segment, out / name)
+            described.append({"image": name})
+            columns.append((words, [segment]))
+            words = ""
+    if words and columns:  # words after the last picture stand below it, too
+        columns[-1] = (f"{columns[-1][0]} {words}".strip(), columns[-1][1])
+    if columns:
+        draw_grid(columns, out / "storyboard.png", side=min(max(192, columns[0][1][0].width), 512))
+    body = "".join(paragraph(segment) for segment in segments)
+    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(prompt)}</title><style>{STYLE}</style>{body}\n'
+    write_text(out / "index.html", page)
+    write_json(out / "answer.json", {"segments": described, "seed": seed, "prompt": prompt})
+    for name in old - pictures_of(out / "answer.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def pictures_of(record: Path) -> set[str]:
+    """The picture files that an answer.json names, and their storyboard; none where it cannot be read."""
+    try:
+        segments = json.loads(record.read_text(encoding="utf-8"))["segments"]
+        names = {str(segment["image"]) for segment in segments if "image" in segment}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    names = {name for name in names if re.fullmatch(r"\d+\.png", name)}
+    return names | {"storyboard.png"} if names else names
+
+
+def paragraph(segment: str | Image.Image) -> str:
+    """HTML of a text, or of a picture, whose data stand in the page itself."""
+    if isinstance(segment, str):
+        return f"<p>{html.escape(segment)}</p>"
+    buffer = io.BytesIO()
+    segment.save(buffer, "PNG")
+    return f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></p>'
