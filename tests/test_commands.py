@@ -317,10 +317,10 @@ def test_samplers_and_guidance(monkeypatch, weights, tmp_path, sampler):
     assert {"image": "0.png"} in answer["segments"]
 
 
-def test_memory_switches(monkeypatch, weights, tmp_path):
-    """--offload changes nothing; with --int8 the picture is another, and still one."""
+def test_int8(monkeypatch, weights, tmp_path):
+    """The picture is another one, and the same each time."""
     pictures = []
-    for switches in ((), ("--offload", "--no-compile"), ("--int8", "--offload")):
+    for switches in (("--int8",), ("--int8", "--no-compile"), ()):
         answer = ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--force-image", *switches)
         assert {"image": "0.png"} in answer["segments"]
         pictures.append((tmp_path / "0.png").read_bytes())
@@ -461,8 +461,7 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     sample_fails("--temperature must be a finite number", "--temperature", "inf")
     sample_fails("--seed must be at least 0", "--seed", 10**23)
     sample_fails("--prompt is needed", "--prompt", "  ")
-    sample_fails("one of them", "--chat", "--turns", 2)
-    sample_fails("weights that stay", "--offload", "--compile")
+    sample_fails("--chat and --turns exclude each other", "--chat", "--turns", 2)
     sample_fails("the prompt has", "--prompt", "word " * 3000)
     training_fails("no such folder", "--weights", nothing)
     training_fails("no such tar", "--data", nothing)

@@ -368,7 +368,8 @@ def test_contexts_and_last_steps(monkeypatch, tars):
     assert steps[0].key == f"000000000.{len(told) - 1}" and steps[0].facts == told[-1].picture
 
     for context in cases.CONTEXTS:
-        prompt, pictures = cases.prompt_of(steps[0], reader(10_000), context, 10)
+        ids, pictures = cases.prompt_of(steps[0], reader(10_000), context, 10)
+        prompt = "".join(ids)
         asked[context] = (told[0].text in prompt, len(pictures), prompt.count("<ImageHere>"))
         assert told[-1].text in prompt
     earlier = len(told) - 1
@@ -378,7 +379,8 @@ def test_contexts_and_last_steps(monkeypatch, tars):
         "pictures": (False, earlier, earlier),
         "both": (True, earlier, earlier),
     }
-    prompt, pictures = cases.prompt_of(steps[0], reader(500), "both", 10)  # the oldest steps are left out
+    ids, pictures = cases.prompt_of(steps[0], reader(500), "both", 10)  # the oldest steps are left out
+    prompt = "".join(ids)
     assert len(pictures) < earlier and told[0].text not in prompt and told[-1].text in prompt
     with pytest.raises(cases.Unusable, match="too long"):
         cases.prompt_of(steps[0], reader(500), "both", 490)
@@ -394,8 +396,8 @@ def test_every_reply_of_a_dialogue_is_a_case(tars):
 def test_replies_hear_three_turns():
     before = [Turn(f"turn {i}") for i in range(5)]
     case = cases.Case("a.5", "a", "reply", before, Turn("turn 5"), None, None)
-    prompt, _ = cases.prompt_of(case, reader(10_000), "both", 10)
-    assert re.findall(r"turn \d", prompt) == ["turn 2", "turn 3", "turn 4"]
+    ids, _ = cases.prompt_of(case, reader(10_000), "both", 10)
+    assert re.findall(r"turn \d", "".join(ids)) == ["turn 2", "turn 3", "turn 4"]
 
 
 def test_each_case_has_random_numbers_of_its_own():

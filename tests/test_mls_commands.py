@@ -315,7 +315,7 @@ def test_long_rows_are_cut_where_the_model_ends(monkeypatch, weights, data, tmp_
     for most in (300, 100_000):
         train(monkeypatch, weights, data / "stories.tar", tmp_path / str(most), "--steps", 1, "--max-tokens", most)
     positions = load_minigpt5(weights, read_pictures=False).llama.config.max_position_embeddings
-    assert [limit for (*_, limit), _ in batches] == [300, positions]
+    assert [options["limit"] for _, options in batches] == [300, positions]
 
 
 def test_chat(monkeypatch, weights, data, tmp_path, capsys):
