@@ -25,7 +25,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.images import to_image
 from llama import KVCache, Llama
 from minigpt5 import MiniGPT5, expand_placeholders, send, type_of
-from published.loading import on
 from qformer import preprocess_input
 from scheduler import SAMPLERS
 
@@ -189,10 +188,8 @@ def say(
         raise ValueError(f"the prompt has {longest - virtual} tokens, room is for {most - N - virtual}")
     inputs = None
     if pixels is not None:
-        with on(model.device, model.image_encoder):
-            inputs = model.image_encoder(pixels)  # (P, Q, D)
-    with on(model.device, model.llama):
-        decode(model, rows, inputs, answers, sampling, generators)
+        inputs = model.image_encoder(pixels)  # (P, Q, D)
+    decode(model, rows, inputs, answers, sampling, generators)
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=model.device)
     return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
 
@@ -239,7 +236,7 @@ def decode(
         if last and not drawn:
             break
         if not sampling.compile:
-            cache.look_at(max(answer.used for answer in answers))
+            cache.limit_attention(max(answer.used for answer in answers))
         if all(len(row) == 1 for row in fed):
             ids, mask = picked[:, None], all_real
         else:
@@ -267,16 +264,15 @@ def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor
     if guided:
         features = torch.cat([torch.zeros_like(features), features])
     sampler = SAMPLERS[sampling.sampler](model.schedule, sampling.steps)
-    with on(model.device, model.unet, model.vae):
-        keys_values = model.unet.keys_values(model.mapper(features).to(dtype))  # the same in all steps
-        for index, timestep in enumerate(sampler.timesteps):
-            x = torch.cat([latents, latents] if guided else [latents])
-            prediction = unet(x.to(dtype), timestep, keys_values).to(torch.float32, copy=True)
-            if guided:
-                without, given = prediction.chunk(2)
-                prediction = without + sampling.guidance * (given - without)
-            latents = sampler.step(prediction, index, latents)
-        return decode_latents(latents).float()
+    conditioning = model.mapper(features).to(dtype)
+    for index, timestep in enumerate(sampler.timesteps):
+        x = torch.cat([latents, latents] if guided else [latents])
+        prediction = unet(x.to(dtype), timestep, conditioning).to(torch.float32, copy=True)
+        if guided:
+            without, given = prediction.chunk(2)
+            prediction = without + sampling.guidance * (given - without)
+        latents = sampler.step(prediction, index, latents)
+    return decode_latents(latents).float()
 
 
 def segments_of(model: MiniGPT5, ids: list[int], pictures: list[Image.Image]) -> list[str | Image.Image]:

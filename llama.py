@@ -15,17 +15,11 @@ rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
 B batch, T tokens, S cache slots, D width, H heads, Dh head width, V vocabulary, n vokens of a picture.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from published.cpu import attention, linear
-from published.loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 
 @dataclass
@@ -75,11 +69,11 @@ class KVCache:
         self.all_slots = self.slots = torch.arange(slots + 1, device=device)
         self.padding = slots
 
-    def look_at(self, used: int) -> None:
+    def limit_attention(self, used: int) -> None:
         """Let attention read only as many slots as `used` tokens need, in steps of 64: shapes shall change seldom."""
         self.slots = self.all_slots[: -(-used // 64) * 64]
 
-    def positions(self, attention_mask: Tensor) -> Tensor:
+    def reserve(self, attention_mask: Tensor) -> Tensor:
         """Reserve slots for the real tokens of (B, T); returns the positions of all, the last slot's for padding."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1  # (B, T)
         self.lengths += attention_mask.sum(-1)
@@ -105,7 +99,7 @@ class History:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.slots = torch.empty(batch, 1, 1, 0, dtype=torch.long, device=device)  # positions of what is kept
 
-    def positions(self, attention_mask: Tensor) -> Tensor:
+    def reserve(self, attention_mask: Tensor) -> Tensor:
         """Positions (B, T) of the tokens of a pass, which go on from the real ones before."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1
         never = torch.iinfo(torch.long).max
@@ -133,23 +127,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # computed in float32
 
 
-class Linear(nn.Linear):
-    def __init__(self, width_in: int, width_out: int):
-        super().__init__(width_in, width_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-
 class Attention(nn.Module):
+    attend = staticmethod(F.scaled_dot_product_attention)  # another device may have a faster one
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D = config.hidden_size
         self.layer, self.heads = layer, config.num_attention_heads
-        self.q_proj = Linear(D, D)
-        self.k_proj = Linear(D, D)
-        self.v_proj = Linear(D, D)
-        self.o_proj = Linear(D, D)
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, D, bias=False)
+        self.v_proj = nn.Linear(D, D, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache) -> Tensor:
         B, T, D = x.shape
@@ -158,16 +146,16 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, S, H, Dh)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
-        y = attention(q, k, v, mask, is_causal=mask is None)
+        y = self.attend(q, k, v, mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -201,7 +189,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | History | None = None
@@ -217,7 +205,7 @@ class Llama(nn.Module):
         if cache is not None:
             if attention_mask is None:
                 attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
-            positions = cache.positions(attention_mask)  # (B, T)
+            positions = cache.reserve(attention_mask)  # (B, T)
             # A slot's number is its token's position: causal. Those of padding and empty ones have higher numbers.
             mask = cache.slots <= positions[:, None, :, None]  # (B, 1, T, S)
         elif attention_mask is not None:
@@ -273,104 +261,6 @@ class Vokens(nn.Module):
 
     def logits(self, llama: Llama, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> scores of all V + n + 1 tokens in float32: every new row takes part in the softmax."""
-        old = linear(hidden, llama.lm_head.weight[: self.base])
+        old = llama.lm_head(hidden)[..., : self.base]
         new = F.linear(hidden, self.output.to(hidden.dtype))
         return torch.cat([old, new], dim=-1).float()
-
-
-class Tokenizer:
-    """Vicuna's sentencepiece model with the vokens and the image placeholder added, as the released code adds them.
-
-    Legacy splitting: text is cut at special tokens and every piece between them is encoded on its own, so each gets
-    sentencepiece's leading space. The added tokens swallow the white space around them; <s>, </s> and <unk> do not. No
-    token is added at either end.
-    """
-
-    unk_id, bos_id, eos_id = 0, 1, 2
-
-    def __init__(self, path: Path, vokens: int = 8):
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError, ValueError) as error:  # ValueError: an error message that is not UTF-8
-            raise WeightsError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())})") from None
-        self.base_vocabulary = self.pieces.get_piece_size()
-        self.voken_ids = list(range(self.base_vocabulary, self.base_vocabulary + vokens))
-        self.image_id = self.base_vocabulary + vokens
-        added = [f"[IMG{i}]" for i in range(vokens)] + ["<ImageHere>"]
-        self.added = dict(zip(added, [*self.voken_ids, self.image_id], strict=True))
-        self.special = {"<unk>": self.unk_id, "<s>": self.bos_id, "</s>": self.eos_id, **self.added}
-        self.names = {i: name for name, i in self.special.items()}
-        self.special_pattern = re.compile("|".join(map(re.escape, self.special)))
-        added_pattern = r"\s*(?:" + "|".join(map(re.escape, self.added)) + r")\s*"
-        self.pattern = re.compile(f"({added_pattern}|<unk>|<s>|</s>)")
-        # An answer ends with </s> or "###", which is other pieces at the start of a run than after a word.
-        after_word = self.pieces.encode("a###")[len(self.pieces.encode("a")) :]
-        self.stops = [[self.eos_id], self.pieces.encode("###"), after_word]
-
-    def __len__(self) -> int:
-        return self.image_id + 1
-
-    def voken_text(self) -> str:
-        """What the model says where a picture belongs: [IMG0][IMG1]... without spaces."""
-        return "".join(self.names[i] for i in self.voken_ids)
-
-    def ends(self, ids: list[int]) -> bool:
-        """Whether `ids` end with a stop sequence."""
-        return any(ids[-len(stop) :] == stop for stop in self.stops)
-
-    def plain(self, text: str) -> str:
-        """`text` with a space set into whatever would be read as a special token: for text of the outside world."""
-        return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-
-    def encode(self, text: str) -> list[int]:
-        ids = []
-        for i, part in enumerate(self.pattern.split(text)):
-            if i % 2:  # the odd parts are the separators
-                ids.append(self.special[part.strip()])
-            elif part:
-                ids += self.pieces.encode(part)
-        return ids
-
-    def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of `ids`. Added tokens stand between single spaces; the spaces around <s>, </s>, <unk> follow the
-        reference tokenizer's irregular rule."""
-        parts, run = [], []
-        for i in ids:
-            if skip_special and i in self.names:
-                continue
-            if i >= self.base_vocabulary:
-                parts += [self._decode_run(run)] if run else []
-                parts.append(self.names[i])
-                run = []
-            else:
-                run.append(i)
-        parts += [self._decode_run(run)] if run else []
-        return " ".join(parts)
-
-    def _decode_run(self, ids: list[int]) -> str:
-        text, run, after_special = "", [], False
-        for n, i in enumerate(ids):
-            if i in self.names:
-                text += (" " if n and not after_special else "") + self.pieces.decode(run) + self.names[i]
-                run = []
-            else:
-                run.append(i)
-            after_special = i in self.names
-        return text + self.pieces.decode(run)
-
-
-def load_llama(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
-    """The frozen decoder of `folder` (config.json, *.safetensors), memory-mapped where `dtype` is the stored one."""
-    config = read_config(LlamaConfig, folder / "config.json")
-    if read_json(folder / "config.json").get("rope_scaling"):
-        raise WeightsError(f"{folder / 'config.json'}: rope_scaling is not supported")
-    if config.hidden_size // config.num_attention_heads % 2:
-        raise WeightsError(f"{folder / 'config.json'}: rotary positions need heads of even width")
-    with shapes_only(folder / "config.json"):
-        llama = Llama(config)
-    return fill(llama, tensor_files(folder), published_name, dtype, device)
-
-
-def published_name(key: str) -> str | None:
-    """Old files carry the rotary frequencies as buffers; they follow from the configuration."""
-    return None if key.endswith("rotary_emb.inv_freq") else key

@@ -24,7 +24,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, frozen: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        self.frozen, self.scale, self.merged = frozen, alpha / rank, False
+        self.frozen, self.scale = frozen, alpha / rank
         device = frozen.weight.device
         self.lora_A = nn.Linear(frozen.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, frozen.out_features, bias=False, device=device)
@@ -33,19 +33,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.frozen(x)
-        if self.merged:
-            return y
         update = self.scale * self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
         return y + update.to(y.dtype)
-
-    @torch.no_grad()
-    def merge(self, sign: int = 1) -> None:
-        """Add the update to the frozen matrix (sign 1) or take it out again (-1), rounding to the matrix's type."""
-        weight = self.frozen.weight
-        assert self.merged == (sign < 0) and weight.is_floating_point()
-        update = self.scale * self.lora_B.weight @ self.lora_A.weight
-        self.frozen.weight = nn.Parameter((weight.float() + sign * update).to(weight.dtype), requires_grad=False)
-        self.merged = sign > 0
 
 
 def add_lora(
@@ -96,6 +85,6 @@ class Prefix(nn.Module):
         keys, values = (y.to(dtype)[:, None].expand(-1, batch, -1, -1, -1) for y in self())  # (L, B, P, H, Dh)
         P = keys.shape[2]
         history = History(batch, keys.device)
-        history.positions(torch.ones(batch, P, dtype=torch.long, device=keys.device))
+        history.reserve(torch.ones(batch, P, dtype=torch.long, device=keys.device))
         history.layers = dict(enumerate(zip(keys, values, strict=True)))
         return history

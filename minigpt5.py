@@ -15,10 +15,8 @@ language and of the diffusion model, C latent channels, h w latent height and wi
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,19 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from llama import History, Llama, Vokens
 from lora import Prefix, add_lora
 from mapper import VokenMapper
-from published.checkpoints import TABLES, base_checkpoint, checkpoint_adapters, checkpoint_contents, number_of, rows_of
-from published.cpu import MULTIPLIES_BF16
-from published.int8 import load_int8_llama
-from published.loading import FLOATS, MOST, Uninitialised, WeightsError, matched, pinned, read_config, save_safetensors
-from qformer import ImageEncoder, load_image_encoder
-from scheduler import NoiseSchedule, load_schedule
-from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
+from qformer import ImageEncoder
+from scheduler import NoiseSchedule
+from text_encoder import TextEncoder
+from tokenizer import Tokenizer
 from trainer.processes import shard
-from unet import UNet, load_unet
-from vae import VAE, load_vae, to_pixels
+from unet import Downsample, ResBlock, SpatialTransformer, UNet, Upsample
+from vae import VAE, to_pixels
 
 TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # L = 0.01 L_text + 1.0 L_LDM + 0.1 L_CAP, section 3.3
 DROP_RATE = 0.1  # pictures trained with zeros for voken features, so that sampling has an unconditional branch
@@ -133,7 +128,7 @@ def type_of(module: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def encode_captions(encoder: TextEncoder, tokenizer: ClipTokenizer, captions: list[str]) -> Tensor:
+def encode_captions(encoder: TextEncoder, tokenizer: Callable, captions: list[str]) -> Tensor:
     """Captions -> (B, S, Dc), Stable Diffusion's own encoding. As in the released code the encoder gets the padding
     mask, which Stable Diffusion does not give it."""
     device = next(encoder.parameters()).device
@@ -158,7 +153,7 @@ class MiniGPT5(nn.Module):
         condition_tokens: int,
         image_encoder: ImageEncoder | None = None,
         text_encoder: TextEncoder | None = None,
-        clip_tokenizer: ClipTokenizer | None = None,
+        clip_tokenizer: Callable | None = None,
     ):
         super().__init__()
         self.tokenizer, self.clip_tokenizer, self.schedule = tokenizer, clip_tokenizer, schedule
@@ -166,14 +161,14 @@ class MiniGPT5(nn.Module):
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         width = llama.config.hidden_size
         if image_encoder and (wide := image_encoder.llama_proj.out_features) != width:  # `embed` would not notice
-            raise WeightsError(f"llama_proj makes vectors {wide} wide, but the language model reads {width}")
+            raise ValueError(f"llama_proj makes vectors {wide} wide, but the language model reads {width}")
         if (pieces := tokenizer.base_vocabulary) > (rows := llama.config.vocab_size):
-            raise WeightsError(f"the tokenizer has {pieces} pieces, but the language model {rows} embeddings")
+            raise ValueError(f"the tokenizer has {pieces} pieces, but the language model {rows} embeddings")
         self.vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, width)
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2, see add_adapters
-        self.tables = {}  # {key: factor} of Vicuna's tables that a converted checkpoint scaled; None for one replaced
+        self.tables = {}  # name -> tensor, where a released checkpoint has other tables than Vicuna
         self.system = None  # the sentences that open a converted checkpoint's prompts, where they are not stories.py's
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # embeddings of an input picture
         self.compiled_for = 0  # see compile_losses
@@ -352,7 +347,8 @@ class MiniGPT5(nn.Module):
     def shard(self) -> None:
         """Leave this process its part of Vicuna's and the UNet's layers (see parallel.py): for training."""
         shard(self.llama, self.llama.model.layers, self.device)
-        shard(self.unet, self.unet.layers(), self.device)
+        kinds = ResBlock | SpatialTransformer | Downsample | Upsample
+        shard(self.unet, [m for m in self.unet.modules() if isinstance(m, kinds)], self.device)
 
     def compile_losses(self, batch_size: int) -> None:
         """Compile what the losses are made of, for batches of that size.
@@ -378,123 +374,3 @@ class MiniGPT5(nn.Module):
         lora = {name: parameter for name, parameter in self.llama.named_parameters() if "lora_" in name}
         prefix = {f"prefix_encoder.{n}": p for n, p in self.prefix.named_parameters()} if self.prefix else {}
         return {**rows, **dict(self.mapper.named_parameters()), **lora, **prefix}
-
-    def save_trained(self, path: Path, stage: str) -> None:
-        metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(self.tokenizer.voken_ids))}
-        if self.lora:
-            metadata["lora_alpha"] = str(self.lora[0].scale * self.lora[0].lora_A.out_features)
-        metadata |= {TABLES[key]: str(factor) for key, factor in self.tables.items() if factor is not None}
-        tables = {key: self.table(key).weight for key, factor in self.tables.items() if factor is None}
-        save_safetensors(self.trained_parameters() | tables, path, metadata)
-
-    def table(self, key: str) -> nn.Module:
-        return self.llama.get_submodule(key.removesuffix(".weight"))
-
-    @torch.no_grad()
-    def load_trained(self, path: Path) -> None:
-        """Take a checkpoint's tensors; the model must have the adapters that it has. Where it names a checkpoint that
-        it goes over (see `weights.py pack`), what it does not hold is taken from there.
-
-        A converted released checkpoint may also bring the old rows of the two tables as its training left them (AdamW's
-        weight decay shrank them, and the released model runs with the shrunk ones): whole, or as one factor.
-        """
-        trained = self.trained_parameters()
-        metadata, tensors = checkpoint_contents(path)
-        self.system = metadata.get("system")
-        if (base := base_checkpoint(path)) is not None:
-            missing = {name: parameter for name, parameter in trained.items() if name not in tensors}
-            for name, tensor in matched(missing, [base], lambda key: key if key in missing else None).items():
-                trained.pop(name).copy_(tensor)
-        for name, tensor in matched(trained, [path], lambda key: None if key in TABLES else key).items():
-            trained[name].copy_(tensor)  # in place: an optimiser may hold these
-        for key, factor in TABLES.items():
-            for file in filter(None, (path, base)):
-                if self.load_table(file, key, factor):
-                    break
-
-    def load_table(self, path: Path, key: str, factor: str) -> bool:
-        """What a checkpoint says about Vicuna's own rows of a table, if anything. A table is never scaled twice."""
-        (metadata, tensors), table = checkpoint_contents(path), self.table(key)
-        if key in tensors:
-            dtype, rows = tensors[key].get_dtype(), range(self.tokenizer.base_vocabulary, MOST)
-            rows_of(tensors, key, rows, path)
-            if tensors[key].get_shape()[1] != table.weight.shape[1] or dtype not in FLOATS:
-                raise WeightsError(f"{path}: {key} is no table of weights {table.weight.shape[1]} wide ({dtype})")
-            weight, self.tables[key] = tensors[key][:].to(table.weight.device, table.weight.dtype), None
-        elif factor in metadata:
-            scale = number_of(metadata, factor, 1, path)
-            weight, self.tables[key] = table.weight * (scale / (self.tables.get(key) or 1)), scale
-        else:
-            return False
-        table.weight = nn.Parameter(weight, requires_grad=False)
-        return True
-
-
-def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:
-    """The number types of the frozen parts that read (language model, encoders of pictures and captions), and of those
-    that paint (UNet, autoencoder): `dtype`, where it is given. Else bfloat16 on a GPU, and on a CPU float32 but for the
-    published size: there the parts that read would be too big, and those that paint are quicker in bfloat16 where the
-    CPU has units for it, far slower where it has none."""
-    if not weights.is_dir():
-        raise WeightsError(f"{weights}: no such folder")
-    width = read_config(LlamaConfig, weights / "vicuna" / "config.json").hidden_size
-    on_gpu, is_big = torch.device(device).type != "cpu", width >= 2048
-    reading = torch.bfloat16 if on_gpu or is_big else torch.float32
-    painting = torch.bfloat16 if on_gpu or (is_big and MULTIPLIES_BF16) else torch.float32
-    return dtype or reading, dtype or painting
-
-
-def load_minigpt5(
-    weights: Path,
-    checkpoint: Path | None = None,
-    vokens: int = 8,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    read_pictures: bool = True,
-    read_captions: bool = False,
-    int8: bool = False,
-    offload: bool = False,
-    sharded: bool = False,
-) -> MiniGPT5:
-    """The stack in the folder `weights` (README, "Weights"), with the trained parts of `checkpoint` or untrained ones.
-
-    dtype: see `number_types`. Without read_pictures the image encoder, without read_captions the text encoder is left
-    out. int8: the language model's matrices in 8 bits. offload: the frozen parts stay on the host until `loading.on`
-    brings them, as answers do. sharded: see `MiniGPT5.shard`.
-    """
-    weights = Path(weights)
-    diffusion = weights / "stable-diffusion"
-    language, painting = number_types(weights, dtype, device)
-    home, load_language = "cpu" if offload else device, load_int8_llama if int8 else load_llama
-    cut = "cpu" if sharded else home  # layers go to the device one by one
-    if checkpoint:
-        vokens = checkpoint_contents(checkpoint)[1]["vokens.input"].get_shape()[0] - 1
-    tokenizer = Tokenizer(weights / "vicuna" / "tokenizer.model", vokens)
-    parts = (
-        tokenizer,
-        load_language(weights / "vicuna", language, cut),
-        load_unet(diffusion / "unet", painting, cut),
-        load_vae(diffusion / "vae", painting, home),
-        load_schedule(diffusion / "scheduler").to(device),
-        read_config(TextConfig, diffusion / "text_encoder" / "config.json").max_position_embeddings,
-        load_image_encoder(weights, language, home) if read_pictures else None,
-        load_text_encoder(diffusion / "text_encoder", language, device) if read_captions else None,
-        ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
-    )
-    with Uninitialised() if checkpoint else nullcontext():  # random values for the mapper would take seconds
-        model = MiniGPT5(*parts)
-    model.vokens.to(device)
-    model.mapper.to(device)
-    if sharded:
-        model.shard()
-    if checkpoint:
-        adapters = checkpoint_adapters(checkpoint)
-        try:
-            model.add_adapters(**adapters)
-        except ValueError as error:  # a layer that Vicuna does not have
-            raise WeightsError(f"{checkpoint}: {error}") from None
-        model.load_trained(checkpoint)
-    if offload and torch.device(device).type == "cuda":
-        for part in filter(None, (model.llama, model.unet, model.vae, model.image_encoder)):
-            pinned(part)
-    return model

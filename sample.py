@@ -28,9 +28,10 @@ from common.cli import DTYPES, add_weights_option, can_compile, make_folder, par
 from common.files import write_json, write_text
 from common.images import draw_grid, read_image, save_image
 from generation import Sampling, add_sampling_options, answer, room_after, room_wanted, sampling_of
-from minigpt5 import MiniGPT5, load_minigpt5
-from published.checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
+from minigpt5 import MiniGPT5
+from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.loading import WeightsError, read_json
+from published.parts import load_minigpt5
 from tars.pairs import clean_caption
 from tars.stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 
@@ -51,7 +52,6 @@ def arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     add("--int8", action="store_true", help="the language model's matrices in 8 bits")
-    add("--offload", action="store_true", help="keep on the host what is not in use: for a GPU of 16 GB")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
     args = parse(parser, "sample")
@@ -60,8 +60,6 @@ def arguments() -> argparse.Namespace:
         parser.error("--prompt is needed, or --chat")
     if args.chat and args.turns is not None:
         parser.error("--chat is a talk, --turns tells a story: one of them")
-    if args.offload and args.compile:
-        parser.error("--offload cannot be combined with --compile: compiled code needs weights that stay in place")
     if args.turns is not None and args.turns < 1:
         parser.error("--turns is at least 1")
     return args
@@ -216,14 +214,14 @@ def main() -> None:
     pictures = [read_image(path) for path in args.image]
     out = make_folder(args.out)
     start = time.perf_counter()
-    names = STORY_FILES if args.turns is not None else TALK_FILES if args.chat or pictures else ()
+    names = STORY_FILES if args.turns is not None else CHAT_FILES if args.chat or pictures else ()
     shipped = shipped_checkpoint(args.weights / "minigpt5", names)
     checkpoint = given_checkpoint(args.checkpoint) if args.checkpoint else shipped
     torch.manual_seed(args.seed)  # of the voken rows and the mapper, where there is no checkpoint
     reads = bool(pictures) or args.chat or args.turns is not None
     device = pick_device(args.device)
     if args.compile is None:  # it takes minutes: for one answer that is too long
-        args.compile = args.chat and can_compile(device) and not args.offload
+        args.compile = args.chat and can_compile(device)
     sampling = sampling_of(args)
     model = load_minigpt5(
         args.weights,
@@ -232,7 +230,6 @@ def main() -> None:
         device=device,
         read_pictures=reads,
         int8=args.int8,
-        offload=args.offload,
     ).eval()
     loaded = time.perf_counter()
     if checkpoint is None:

@@ -21,11 +21,9 @@ Latents are scaled ones. B batch, C channels, h w latent height and width.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-from published.loading import check_settings, read_config
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,24 +53,24 @@ class NoiseSchedule:
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         return self
 
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' type."""
         signal, spread = self._amplitudes(t, latents.dtype)
         return signal * latents + spread * noise
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the UNet should predict from add_noise(latents, noise, t): the noise, or v."""
         if self.config.prediction_type == "epsilon":
             return noise
         signal, spread = self._amplitudes(t, latents.dtype)
         return signal * noise - spread * latents
 
-    def snr(self, t: torch.Tensor) -> torch.Tensor:
+    def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio a / (1 - a) at timesteps t (B,) -> (B,)."""
         a = self.alphas_cumprod[t]
         return a / (1 - a)
 
-    def snr_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+    def snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """Min-SNR weight of a sample's loss, (B,) -> (B,) (Hang et al. 2023, gamma 5 there); gamma <= 0: all ones."""
         snr = self.snr(t)
         if gamma <= 0:
@@ -80,7 +78,7 @@ class NoiseSchedule:
         # A loss on epsilon is the loss on x_0 times SNR, a loss on v times SNR + 1; min(SNR, gamma) is wanted of both.
         return snr.clamp(max=gamma) / (snr if self.config.prediction_type == "epsilon" else snr + 1)
 
-    def _amplitudes(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _amplitudes(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a = self.alphas_cumprod[t][:, None, None, None]  # (B, 1, 1, 1)
         return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
 
@@ -124,7 +122,7 @@ class DDIM:
         timesteps, self.transfers = leading_transfers(schedule, steps)
         self.timesteps = torch.tensor(timesteps, device=schedule.alphas_cumprod.device)
 
-    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+    def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
         """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents."""
         p, q = self.transfers[index]
         return (p * latents.float() + q * model_output.float()).to(latents.dtype)
@@ -146,7 +144,7 @@ class PNDM:
         self.timesteps = torch.tensor(timesteps[:2] + timesteps[1:], device=schedule.alphas_cumprod.device)
         self.transfers = transfers[:1] + transfers
 
-    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+    def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
         """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents.
 
         Indices must come in order: the step uses up to three outputs before this one; index 0 forgets them.
@@ -186,7 +184,7 @@ class DPMSolver:
             slope = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1]) / 2 if between else 0.0
             self.coefficients.append((*to_clean, keep, alphas[i + 1] - keep * alpha, slope))
 
-    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+    def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
         """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents.
 
         Indices must come in order: the step uses the clean latents predicted by the one before.
@@ -200,22 +198,3 @@ class DPMSolver:
 
 
 SAMPLERS = {"pndm": PNDM, "ddim": DDIM, "dpm": DPMSolver}
-
-# Published settings and the values that this file computes; None: left out. Any other value stops the load.
-SUPPORTED = {
-    "beta_schedule": ("scaled_linear", "linear", None),
-    "prediction_type": ("epsilon", "v_prediction", None),
-    "timestep_spacing": ("leading", None),
-    "skip_prk_steps": (True, None),
-    "trained_betas": (None,),
-    "clip_sample": (False, None),
-    "thresholding": (False, None),
-    "rescale_betas_zero_snr": (False, None),
-}
-
-
-def load_schedule(folder: Path) -> NoiseSchedule:
-    """stable-diffusion/scheduler -> NoiseSchedule. Raises WeightsError."""
-    path = Path(folder) / "scheduler_config.json"
-    check_settings(path, SUPPORTED)
-    return NoiseSchedule(read_config(ScheduleConfig, path))

@@ -53,8 +53,8 @@ from evaluation.cases import (
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from generation import add_sampling_options, sampling_of
-from minigpt5 import load_minigpt5
-from published.checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
+from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
+from published.parts import load_minigpt5
 from tars.features import fingerprint
 from tars.index import Unusable
 from tars.pairs import describe
@@ -222,7 +222,7 @@ def main() -> None:
 
 def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, settings: dict) -> dict:
     """Make the answers that are not there yet; returns what they were made with."""
-    place, names = args.weights / "minigpt5", {"caption": (), "reply": TALK_FILES}.get(cases[0].task, STORY_FILES)
+    place, names = args.weights / "minigpt5", {"caption": (), "reply": CHAT_FILES}.get(cases[0].task, STORY_FILES)
     checkpoint = given_checkpoint(args.checkpoint or shipped_checkpoint(place, names) or place)
     made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "trained": fingerprint([checkpoint])}
     made |= {"seed": args.seed, **asdict(args.sampling)}

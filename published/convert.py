@@ -12,9 +12,8 @@ file appears under its name when it is whole, and what says that a part is there
 
 Our checkpoint format holds the n + 1 new rows (n vokens, then the image placeholder) of the two embedding tables as
 `vokens.input` and `vokens.output` (n + 1, D), and the mapper under its published names. The released checkpoints hold
-whole tables whose old rows have shrunk, since weight decay acted on them. The released model runs with those rows, so
-they are kept: as one factor in the metadata (embed_scale, head_scale) where that describes them, else whole under
-Vicuna's names.
+whole tables. Their other rows are smaller than Vicuna's, since weight decay acted on them, and the released model runs
+with those: such a table is kept whole, under Vicuna's name.
 """
 
 import re
@@ -27,13 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.cli import make_folder
 from common.files import write_json
-from llama import Llama, LlamaConfig, Tokenizer, published_name
+from llama import Llama, LlamaConfig
+from published.checkpoints import STAGE_1, TABLES
 from published.loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
+from published.parts import llama_name
 from tars.stories import SYSTEM
-
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HALF_ROUNDING = 2.0**-11  # relative, of float16, in which Vicuna is published
+from tokenizer import Tokenizer
 
 
 def read_tensors(path: Path) -> dict:
@@ -143,7 +143,7 @@ def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: tor
     pieces = Tokenizer(source / "tokenizer.model").base_vocabulary
     with torch.device("meta"):
         expected = Llama(read_config(LlamaConfig, config)).state_dict()
-    where = {name: path for path in paths for name in map(published_name, read_tensors(path)) if name}
+    where = {name: path for path in paths for name in map(llama_name, read_tensors(path)) if name}
     for name in sorted(expected.keys() ^ where.keys()):
         problem = "unexpected" if name in where else "missing: all shards are converted together"
         raise WeightsError(f"{where.get(name, source)}: tensor {name} is {problem}")
@@ -151,8 +151,8 @@ def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: tor
     weight_map, size = {}, 0
     for i, path in enumerate(paths, 1):
         file = f"model-{i:05}-of-{len(paths):05}.safetensors"
-        tensors = {name: value[:] for name, value in read_tensors(path).items() if published_name(name)}
-        for name in tensors.keys() & {EMBED, HEAD}:
+        tensors = {name: value[:] for name, value in read_tensors(path).items() if llama_name(name)}
+        for name in tensors.keys() & set(TABLES):
             if len(tensors[name]) < pieces:
                 raise WeightsError(f"{path}: {name} has {len(tensors[name])} rows for the tokenizer's {pieces} pieces")
             tensors[name] = tensors[name][:pieces]  # v0 has one row more, an old padding token
@@ -253,7 +253,7 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
     for path in paths:
         tensors = {trained_name(key): value[:] for key, value in read_tensors(path).items()}
         stage = "uas" if "t2i_decoder_prompt" in tensors else "mls"
-        first = out / "minigpt5" / "uas.safetensors"
+        first = out / "minigpt5" / STAGE_1
         if stage == "mls":
             if not first.is_file():
                 raise WeightsError(f"{path}: stage 2 continues stage 1, whose checkpoint must be converted first")
@@ -264,25 +264,38 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
             metadata["lora_alpha"] = "16"
             if path.stem in OPENINGS:
                 metadata["system"] = SYSTEM + OPENINGS[path.stem]
-        for name, scale, vokens in ((EMBED, "embed_scale", "vokens.input"), (HEAD, "head_scale", "vokens.output")):
+        for name, vokens in zip(TABLES, ("vokens.input", "vokens.output"), strict=True):
             table, published = tensors.pop(name), vicuna_table(out, name)
             rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder
             if len(table) <= rows or (published is not None and table.shape[1] != published.shape[1]):
                 raise WeightsError(f"{path}: {name} has shape {tuple(table.shape)}, which does not extend Vicuna's")
             tensors[vokens], table = table[rows:].clone(), table[:rows]  # a file may not hold two views of a table
             metadata["vokens"] = str(len(tensors[vokens]) - 1)
-            factor, worst = (None, None) if published is None else common_factor(table, published)
-            if worst is None or worst > HALF_ROUNDING:
+            if published is None or not torch.equal(table, published.to(table.dtype)):
                 tensors[name] = table
-            elif factor != 1:
-                metadata[scale] = repr(factor)
-                metadata[f"{scale}_check"] = f"largest relative difference {worst:.1e}, allowed {HALF_ROUNDING:.1e}"
         known = r"vokens\.|fc\.[02]\.|llm_to_t2i_mapping\.|t2i_decoder_prompt$|model\.layers\..*lora_[AB]\.weight$"
         for name in tensors:
-            if not re.match(known, name) and name not in (EMBED, HEAD):
+            if not re.match(known, name) and name not in TABLES:
                 raise WeightsError(f"{path}: tensor {name} is unexpected")
         name = "uas" if stage == "uas" else "mls-" + re.sub("^stage2_", "", path.stem)
         save(tensors, out / "minigpt5" / f"{name}.safetensors", dtype, metadata)
+
+
+def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
+    """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
+    already are left out: the file is then laid over it (checkpoints.py)."""
+    tensors = {name: tensor[:].to(dtype) for name, tensor in read_tensors(checkpoint).items()}
+    with open_safetensors(checkpoint) as file:
+        metadata = file.metadata() or {}
+    below = out.with_name(STAGE_1)
+    if out.name != STAGE_1 and below.is_file():
+        first = read_tensors(below)
+        same = {name for name in tensors if name in first and torch.equal(tensors[name], first[name][:].to(dtype))}
+        same -= {"vokens.input", "vokens.output"}
+        if same - set(TABLES):  # without tables alone, the file would still hold all that trains, and stand alone
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
+    make_folder(out.parent)
+    save(tensors, out, None, metadata)
 
 
 def trained_name(key: str) -> str:
@@ -291,22 +304,8 @@ def trained_name(key: str) -> str:
     return key.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
 
 
-def common_factor(table: Tensor, published: Tensor) -> tuple[float, float]:
-    """The factor by which `table` (V, D) is `published`, by least squares, and the largest relative difference left."""
-    if torch.equal(table, published.to(table.dtype)):
-        return 1.0, 0.0
-
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:  # in double precision, never the whole tables at once
-        for i in range(0, len(table), 1024):
-            yield table[i : i + 1024].double(), published[i : i + 1024].double()
-
-    factor = sum((a * b).sum().item() for a, b in blocks()) / sum(b.square().sum().item() for _, b in blocks())
-    smallest = 2.0**-14  # float16's least normal number: below it, differences are absolute
-    return factor, max(((a - factor * b).abs() / b.abs().clamp(min=smallest)).max().item() for a, b in blocks())
-
-
 def vicuna_table(out: Path, name: str) -> Tensor | None:
-    """The rows of the tokenizer's pieces: a v0 table may have one more."""
+    """Vicuna's rows for the tokenizer's pieces: a table of v0 may have one row more."""
     folder = out / "vicuna"
     files = tensor_files(folder, (name,)) if (folder / "config.json").is_file() else []
     table = next((found[name][:] for found in map(read_tensors, files) if name in found), None)

@@ -1,6 +1,5 @@
 """Answers in batches, the token sampler, segments; what the recordings of test_golden.py do not show."""
 
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -15,8 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import generation
 from common.images import to_tensor
 from generation import Sampling, answer, pick_tokens, room_after, room_wanted, say, segments_of
-from minigpt5 import load_minigpt5
-from published.loading import on, pinned
+from published.parts import load_minigpt5
 from qformer import preprocess_input
 
 PICTURE = "<Img><ImageHere></Img>"
@@ -198,73 +196,6 @@ def test_compiled_pictures_are_painted_one_by_one(model, monkeypatch):
     pictures = [[to_tensor(s) for words in said for s in words if not isinstance(s, str)] for said in both]
     for ours, expected in zip(*pictures, strict=True):
         assert (ours - expected).abs().max() <= 1.01 / 255
-
-
-def test_parts_are_on_the_device_only_when_used(model, monkeypatch):
-    """Answers with pictures in and out where the parts have no values but inside `on`: as those of the whole model."""
-    parts = [model.llama, model.image_encoder, model.unet, model.vae]
-    values = {part: part.state_dict() for part in parts}
-    nothing = {part: {name: value.to("meta") for name, value in values[part].items()} for part in parts}
-    prompt, picture, sampling = (
-        f"{PICTURE} go on",
-        noise_picture(0),
-        Sampling(max_new_tokens=4, steps=2, force_image=True),
-    )
-    expected = answer(model, [prompt], [[picture]], sampling, generators(1))[0]
-    brought = []
-
-    def place(modules, values):
-        for module in modules:
-            module.load_state_dict(values[module], assign=True)
-
-    @contextmanager
-    def brings(device, *modules):
-        assert device == model.device
-        brought.append([parts.index(module) for module in modules])
-        place(modules, values)
-        yield
-        place(modules, nothing)
-
-    monkeypatch.setattr(generation, "on", brings)
-    try:
-        place(parts, nothing)
-        segments = answer(model, [prompt], [[picture]], sampling, generators(1))[0]
-    finally:
-        place(parts, values)
-    assert brought == [[1], [0], [2, 3]]
-    for ours, without in zip(segments, expected, strict=True):
-        assert ours == without if isinstance(ours, str) else torch.equal(to_tensor(ours), to_tensor(without))
-
-
-def test_on_brings_and_takes_back():
-    module, there = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3, device="meta")
-    before, unmoved = list(module.parameters()), there.weight
-    with pytest.raises(RuntimeError, match="in between"), on(torch.device("meta"), module, there):
-        assert all(p.device.type == "meta" for p in module.parameters()) and there.weight is unmoved
-        raise RuntimeError("in between")
-    assert all(p is own for p, own in zip(module.parameters(), before, strict=True))
-
-
-def test_pinned_weights_share_blocks(monkeypatch):
-    """The same weights in the same layout, in as few blocks as hold them."""
-    taken, empty = [], torch.empty
-
-    def pinned_empty(size, dtype, pin_memory):
-        assert pin_memory
-        taken.append(size)
-        return empty(size, dtype=dtype)
-
-    conv = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
-    module = torch.nn.Sequential(conv, torch.nn.Linear(7, 9).bfloat16(), torch.nn.Linear(300, 2)).requires_grad_(False)
-    before = {name: (p.clone(), p.stride()) for name, p in module.named_parameters()}
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "empty", pinned_empty)
-        pinned(module, most=1000)
-    assert taken == [576 + 64 + 128 + 18, 2400, 8]
-    assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 3
-    for name, parameter in module.named_parameters():
-        value, stride = before[name]
-        assert torch.equal(parameter, value) and parameter.stride() == stride and not parameter.requires_grad
 
 
 def test_pictures_are_padded_or_cropped(model, monkeypatch):

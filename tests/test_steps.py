@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generation import Sampling, paint, say
-from minigpt5 import Rows, bucket_length, collate, load_minigpt5, number_types
+from minigpt5 import Rows, bucket_length, collate
+from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.log import Meter
 from trainer.run import step_generator
@@ -95,8 +96,8 @@ def test_number_types_on_a_cpu(tmp_path, monkeypatch, width, units, expected):
     monkeypatch.setattr("minigpt5.MULTIPLIES_BF16", units)
     (tmp_path / "vicuna").mkdir()
     (tmp_path / "vicuna/config.json").write_text(json.dumps({"hidden_size": width}))
-    assert number_types(tmp_path, None, "cpu") == expected
-    assert number_types(tmp_path, torch.float32, "cpu") == (torch.float32, torch.float32)
+    assert frozen_dtypes(tmp_path, None, "cpu") == expected
+    assert frozen_dtypes(tmp_path, torch.float32, "cpu") == (torch.float32, torch.float32)
 
 
 # ---- few shapes
