@@ -1,10 +1,9 @@
-"""Vicuna, the frozen language model, and the new rows that MiniGPT-5 adds to its vocabulary.
+"""Vicuna, the frozen language model, and the embedding rows that MiniGPT-5 adds to its vocabulary.
 
-The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. `load_llama` reads any
-Vicuna-7B in the Hugging Face layout. What trains in this file is `Vokens` alone: the input and output embedding rows of
-the generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section 3.2.1). They are parameters of their
-own, so the frozen tables are neither copied nor touched by an optimiser. Left out: grouped-query attention and scaled
-rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
+The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. Only `Vokens` trains here: the
+input and output embedding rows of the generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section
+3.2.1). They are parameters of their own, so the frozen tables are neither copied nor touched by an optimiser. Left out:
+grouped-query attention and scaled rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
 
     ids            (B, T)      token ids, vokens and placeholder above the base vocabulary
     embeddings     (B, T, D)   Vokens.embed, then pictures may be written over placeholders
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 class LlamaConfig:
     """Fields of the published config.json; the defaults are Vicuna-7B v0's."""
 
-    vocab_size: int = 32000  # rows of the published tables; v0 has one more, an old padding token
+    vocab_size: int = 32000  # v0 has one more, an old padding token
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
@@ -54,14 +53,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every layer in slots allocated once, so that decoding has static shapes.
 
-    A token's slot is its position. Rows may have different lengths: each writes at its own next positions. Padding is
-    written to the last slot, which no real token may reach, hence the one slot more.
+    A token's slot is its position. Sequences of a batch may have different lengths: each goes on at its own position.
+    Padding is written to one slot more, the last, which no token of the text reaches.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
         head_width = config.hidden_size // config.num_attention_heads
         shape = (batch, slots + 1, config.num_attention_heads, head_width)
-        layers = range(config.num_hidden_layers)  # tensors of their own: torch.compile would copy a larger one whole
+        layers = range(config.num_hidden_layers)  # a tensor each: of one for all, torch.compile would copy the whole
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
@@ -70,11 +69,11 @@ class KVCache:
         self.padding = slots
 
     def limit_attention(self, used: int) -> None:
-        """Let attention read only as many slots as `used` tokens need, in steps of 64: shapes shall change seldom."""
+        """Let attention read only as many slots as `used` tokens need, rounded up to 64, so shapes change seldom."""
         self.slots = self.all_slots[: -(-used // 64) * 64]
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
-        """Reserve slots for the real tokens of (B, T); returns the positions of all, the last slot's for padding."""
+        """Reserve the next slots for the tokens where attention_mask (B, T) is 1; returns the slots of all (B, T)."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1  # (B, T)
         self.lengths += attention_mask.sum(-1)
         return torch.where(attention_mask.bool(), positions, self.padding)
@@ -88,10 +87,10 @@ class KVCache:
 
 
 class History:
-    """Keys and values that a training pass continues. Nothing is overwritten: gradients may pass.
+    """Keys and values that a training pass continues. Nothing is overwritten, so that gradients can flow through it.
 
-    A pass without gradient is kept for the next one; padding in it is seen by no later token. A differentiated pass is
-    kept by nobody, so its layers may be computed once more when gradients are (gradient checkpointing).
+    The keys and values of a pass without gradient are kept for the next pass; no later token attends to its padding.
+    Those of a pass with gradients are not kept, so that gradient checkpointing may compute its layers a second time.
     """
 
     def __init__(self, batch: int, device):
@@ -100,7 +99,7 @@ class History:
         self.slots = torch.empty(batch, 1, 1, 0, dtype=torch.long, device=device)  # positions of what is kept
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
-        """Positions (B, T) of the tokens of a pass, which go on from the real ones before."""
+        """Positions (B, T) of the next pass's tokens, which are noted for the masks of this and later passes."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1
         never = torch.iinfo(torch.long).max
         slots = torch.where(attention_mask.bool(), positions, never)[:, None, None]  # (B, 1, 1, T)
@@ -196,9 +195,9 @@ class Llama(nn.Module):
     ) -> Tensor:
         """embeddings (B, T, D) -> hidden states after the final norm (B, T, D).
 
-        attention_mask (B, T): 1 on tokens, 0 on padding at either side; hidden states of padding mean nothing. A batch
-        padded on the right needs none: under the causal mask no token sees what follows. With a cache the T tokens
-        continue what the cache holds, and are stored in it.
+        attention_mask (B, T): 1 on tokens, 0 on padding at either side, whose hidden states mean nothing. A batch
+        padded on the right needs no mask, since no token attends to those after it. With a cache the T tokens continue
+        what the cache holds, and are stored in it.
         """
         B, T, _ = embeddings.shape
         device = embeddings.device
@@ -206,19 +205,19 @@ class Llama(nn.Module):
             if attention_mask is None:
                 attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
             positions = cache.reserve(attention_mask)  # (B, T)
-            # A slot's number is its token's position: causal. Those of padding and empty ones have higher numbers.
+            # A slot's number is its token's position, so this is causal. Padding and empty slots have higher numbers.
             mask = cache.slots <= positions[:, None, :, None]  # (B, 1, T, S)
         elif attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-            itself = torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself: an empty row would give NaN
+            itself = torch.eye(T, dtype=torch.bool, device=device)  # so that no row of the softmax is empty
             mask = causal & attention_mask.bool()[:, None, None] | itself  # (B, 1, T, T)
         else:
             positions, mask = torch.arange(T, device=device).expand(B, T), None
 
         head_width = self.config.hidden_size // self.config.num_attention_heads
         if mask is not None:
-            mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # once, or each layer would convert it
+            mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # here once, not in each layer
         table = rotary_table(positions, head_width, self.config.rope_theta)
         rotary = tuple(t.to(embeddings.dtype) for t in table)
         x = embeddings
@@ -228,10 +227,10 @@ class Llama(nn.Module):
 
 
 class Vokens(nn.Module):
-    """The trained rows: n vokens, then the image placeholder, in the input and in the output embedding.
+    """The trained embedding rows of n vokens and the image placeholder, for the input and for the output.
 
-    Token ids count on from the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
-    have more rows than the tokenizer has pieces (Vicuna v0's padding token); what lies beyond V is never used.
+    Token ids go on after the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
+    have more rows than the tokenizer has pieces (Vicuna v0's padding token). Rows from V on are never used.
     """
 
     def __init__(self, vokens: int, base_vocabulary: int, width: int):
@@ -242,25 +241,25 @@ class Vokens(nn.Module):
 
     @torch.no_grad()
     def start_from_mean(self, llama: Llama) -> None:
-        """New rows start as the mean of the old ones."""
+        """Start as the mean of Vicuna's rows."""
         for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
             rows.copy_(table[: self.base].mean(0, dtype=torch.float32).expand_as(rows))
 
     @torch.no_grad()
     def start_as(self, llama: Llama, ids: list[int]) -> None:
-        """The vokens start as the pieces `ids`, those after the last one as that one."""
+        """Start the vokens as copies of the pieces `ids`, the last of which is repeated for the remaining vokens."""
         ids = (ids + ids[-1:] * len(self.input))[: len(self.input) - 1]
         for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
             rows[:-1] = table[ids].to(rows.dtype)
 
     def embed(self, llama: Llama, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, D) in the frozen table's type."""
+        """ids (B, T) -> (B, T, D) in the frozen table's dtype."""
         old = F.embedding(ids.clamp(max=self.base - 1), llama.model.embed_tokens.weight)
         new = F.embedding((ids - self.base).clamp(min=0), self.input).to(old.dtype)
         return torch.where((ids >= self.base)[..., None], new, old)
 
     def logits(self, llama: Llama, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> scores of all V + n + 1 tokens in float32: every new row takes part in the softmax."""
+        """hidden (..., D) -> logits of all V + n + 1 tokens in float32: every new token takes part in the softmax."""
         old = llama.lm_head(hidden)[..., : self.base]
         new = F.linear(hidden, self.output.to(hidden.dtype))
         return torch.cat([old, new], dim=-1).float()

@@ -6,11 +6,11 @@ model reads in place of a word (MiniGPT-5, section 3.1; BLIP-2, arXiv 2301.12597
     query tokens (32, 768)  -> Q-Former, reading the patches       (B, 32, 768)     qformer
                             -> linear to the language model        (B, 32, 4096)    llama_proj
 
-Loads weights/blip2 (the names and config.json of Salesforce/blip2-flan-t5-xxl) and weights/minigpt4/llama_proj.
-Left out: BLIP-2's own language model and its projection, the Q-Former's text half, which the query tokens never pass,
-and other picture sizes (positions are learned for one size).
+The names are those of Salesforce/blip2-flan-t5-xxl, and llama_proj is MiniGPT-4's. Left out: BLIP-2's own language
+model and its projection, the Q-Former's text half, which the query tokens never pass, and other picture sizes
+(positions are learned for one size).
 
-Letters: B batch, T picture tokens (patches and one class token), Q query tokens, D width, H heads, Dh head width.
+B batch, T picture tokens (patches and one class token), Q query tokens, D width, H heads, Dh head width.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from common.images import resize_and_crop, to_tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# BLIP-2's own code sets this norm to 1e-5 beside a vision tower of 1e-6, and MiniGPT-4 and 5 run that code. The
-# config.json of the Hugging Face copy has one number for both, so this one cannot be read from there.
+# BLIP-2's own code, which MiniGPT-4 and 5 run, has 1e-5 for this norm and 1e-6 for the others of the vision tower. The
+# config.json of the Hugging Face copy has one number for both, so this one is not read from there.
 LN_VISION_EPS = 1e-5
 
 
@@ -60,7 +60,7 @@ class QFormerConfig:
 def preprocess_input(image: Image.Image, size: int = 224, pad: bool = False) -> Tensor:
     """RGB picture -> float32 (3, size, size), normalised as CLIP's pictures are.
 
-    Training crops to the centre square; the released demo pads to a white square instead (`pad`).
+    Training crops to the centre square; the released demo pads to a square with white instead (`pad`).
     """
     pixels = to_tensor(resize_and_crop(image, size, pad))
     return (pixels - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)

@@ -1,8 +1,8 @@
 """Diffusion time: how much noise a timestep means, the noise added in training, and three samplers that remove it.
 
-Paper: MiniGPT-5, Eq. 3 (training noise); sampling is Stable Diffusion's. Reads stable-diffusion/scheduler of the
-published SD 2.1-base (epsilon prediction) and 2.1 (v prediction). Left out: samplers that add noise, timestep spacings
-other than "leading" (also what a file without that setting gets), PNDM's Runge-Kutta start.
+Paper: MiniGPT-5, Eq. 3 (training noise); sampling is Stable Diffusion's. Covers the published SD 2.1-base (epsilon
+prediction) and 2.1 (v prediction). Left out: samplers that add noise, timestep spacings other than "leading", which is
+also assumed where a file does not name one, and PNDM's Runge-Kutta start.
 
     latents, noise (B, C, h, w), t (B,) -> add_noise, target    (B, C, h, w)
     snr, snr_weight                                             (B,)
@@ -33,7 +33,7 @@ class ScheduleConfig:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
     prediction_type: str = "epsilon"  # SD 2.1-base; or "v_prediction", SD 2.1
-    set_alpha_to_one: bool = False  # what lies before timestep 0: no noise at all, or (false) as much as at timestep 0
+    set_alpha_to_one: bool = False  # the last step ends without noise; false: with as much as at timestep 0
     steps_offset: int = 1
     timestep_spacing: str = "leading"  # the only one here
     skip_prk_steps: bool = True  # the only one here
@@ -54,7 +54,7 @@ class NoiseSchedule:
         return self
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' type."""
+        """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' dtype."""
         signal, spread = self._amplitudes(t, latents.dtype)
         return signal * latents + spread * noise
 
@@ -84,11 +84,11 @@ class NoiseSchedule:
 
 
 def leading_timesteps(config: ScheduleConfig, steps: int, below: int = 0) -> tuple[list[int], int]:
-    """`steps` evenly spaced timesteps, from high to low, and their spacing: of steps + `below` from steps_offset on,
-    all but the lowest `below`."""
-    most = config.num_train_timesteps - config.steps_offset - below
-    if not 1 <= steps <= most:
-        raise ValueError(f"cannot sample in {steps} steps: 1 to {most} are possible")
+    """`steps` evenly spaced timesteps, from high to low, and their spacing. They are the highest of steps + `below`
+    timesteps that begin at steps_offset."""
+    max_steps = config.num_train_timesteps - config.steps_offset - below
+    if not 1 <= steps <= max_steps:
+        raise ValueError(f"cannot sample in {steps} steps: 1 to {max_steps} are possible")
     spacing = config.num_train_timesteps // (steps + below)
     return [spacing * (k + below) + config.steps_offset for k in reversed(range(steps))], spacing
 
@@ -100,7 +100,7 @@ def transfer(a: float, a_next: float, prediction_type: str) -> tuple[float, floa
     """
     if prediction_type == "epsilon":
         return math.sqrt(a_next / a), math.sqrt(1 - a_next) - math.sqrt(a_next * (1 - a) / a)
-    return (  # the rotation that v prediction makes of it
+    return (  # with v prediction the step is a rotation
         math.sqrt(a_next * a) + math.sqrt((1 - a_next) * (1 - a)),
         math.sqrt((1 - a_next) * a) - math.sqrt(a_next * (1 - a)),
     )
@@ -170,7 +170,7 @@ class DPMSolver:
 
     def __init__(self, schedule: NoiseSchedule, steps: int):
         v_prediction, a = schedule.config.prediction_type == "v_prediction", schedule.alphas_cumprod.tolist()
-        timesteps, _ = leading_timesteps(schedule.config, steps, below=1)  # the lowest gives its place to "no noise"
+        timesteps, _ = leading_timesteps(schedule.config, steps, below=1)  # the lowest is replaced by "no noise"
         self.timesteps = torch.tensor(timesteps, device=schedule.alphas_cumprod.device)
         alphas = [math.sqrt(a[t]) for t in timesteps] + [1.0]
         sigmas = [math.sqrt(1 - a[t]) for t in timesteps] + [0.0]

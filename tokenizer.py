@@ -12,9 +12,9 @@ import sentencepiece
 class Tokenizer:
     """Vicuna's sentencepiece model with the vokens and the image placeholder added, as the released code adds them.
 
-    Legacy splitting: text is cut at special tokens and every piece between them is encoded on its own, so each gets
-    sentencepiece's leading space. The added tokens swallow the white space around them; <s>, </s> and <unk> do not. No
-    token is added at either end.
+    Text is cut at special tokens and every piece between them is encoded on its own, so that each gets sentencepiece's
+    leading space (transformers calls this legacy). The white space around added tokens is dropped, but not that around
+    <s>, </s> and <unk>. No token is added at either end. ValueError for a file that is no sentencepiece model.
     """
 
     unk_id, bos_id, eos_id = 0, 1, 2
@@ -34,7 +34,7 @@ class Tokenizer:
         self.special_pattern = re.compile("|".join(map(re.escape, self.special)))
         added_pattern = r"\s*(?:" + "|".join(map(re.escape, self.added)) + r")\s*"
         self.pattern = re.compile(f"({added_pattern}|<unk>|<s>|</s>)")
-        # An answer ends with </s> or "###", which is other pieces at the start of a run than after a word.
+        # An answer ends with </s> or "###", whose pieces differ at the start of a text and after a word.
         after_word = self.pieces.encode("a###")[len(self.pieces.encode("a")) :]
         self.stops = [[self.eos_id], self.pieces.encode("###"), after_word]
 
@@ -42,7 +42,7 @@ class Tokenizer:
         return self.image_id + 1
 
     def voken_text(self) -> str:
-        """What the model says where a picture belongs: [IMG0][IMG1]... without spaces."""
+        """[IMG0][IMG1]... without spaces, which the model says where a picture belongs."""
         return "".join(self.names[i] for i in self.voken_ids)
 
     def ends(self, ids: list[int]) -> bool:
@@ -50,7 +50,7 @@ class Tokenizer:
         return any(ids[-len(stop) :] == stop for stop in self.stops)
 
     def plain(self, text: str) -> str:
-        """`text` with a space set into whatever would be read as a special token: for text of the outside world."""
+        """`text` from outside with a space put into whatever would be read as a special token."""
         return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def encode(self, text: str) -> list[int]:

@@ -1,8 +1,8 @@
 """Stable Diffusion 2.1's UNet: noisy latents, a timestep and conditioning tokens -> the noise (or velocity) in them.
 
 Paper: MiniGPT-5, section 3.2: epsilon_theta of Eq. 3. It stays frozen; the mapper's features take the place of the text
-encoder's and gradients flow through `encoder_hidden_states`. Loads stable-diffusion/unet of the published
-SD 2.1-base and 2.1. Left out: SD 1's convolutional projections, class and size embeddings, control inputs.
+encoder's and gradients flow through `encoder_hidden_states`. The published SD 2.1-base and 2.1 load into it. Left out:
+SD 1's convolutional projections, class and size embeddings, control inputs.
 
     sample (B, 4, 64, 64), timesteps (B,), encoder_hidden_states (B, 77, 1024)
     conv_in                         (B, 320, 64, 64)
@@ -32,7 +32,7 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     cross_attention_dim: int = 1024
-    attention_head_dim: tuple[int, ...] = (5, 10, 20, 20)  # the NUMBER of heads a level; misnamed at its source
+    attention_head_dim: tuple[int, ...] = (5, 10, 20, 20)  # the NUMBER of heads of each level: a misnomer of the source
     use_linear_projection: bool = True  # false (SD 1) is refused
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -133,11 +133,11 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the h*w places of a feature map; the only way in for the conditioning."""
+    """A transformer block over the h*w places of a feature map. The conditioning enters here and nowhere else."""
 
     def __init__(self, config: UNetConfig, channels: int, heads: int):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not norm_eps: fixed where it was trained
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # whatever norm_eps is
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config.cross_attention_dim, heads)])
         self.proj_out = nn.Linear(channels, channels)
@@ -171,7 +171,7 @@ class Upsample(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level on the way down; `heads` 0 is a level without attention. Returns x and what the way up will need."""
+    """One level on the way down, without attention if `heads` is 0. Returns x and the maps that the way up takes in."""
 
     def __init__(self, config: UNetConfig, channels_in: int, channels: int, heads: int, downsample: bool):
         super().__init__()
@@ -206,7 +206,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: every ResBlock first takes in one map that the way down has kept."""
+    """One level on the way up: every ResBlock also takes in one map of the way down."""
 
     def __init__(
         self, config: UNetConfig, channels_in: int, skipped: list[int], channels: int, heads: int, upsample: bool

@@ -1,8 +1,8 @@
-"""Stable Diffusion 2.1's autoencoder: pictures <-> latents an eighth of their size, and a picture's way to its input.
+"""Stable Diffusion 2.1's autoencoder: pictures <-> latents an eighth of their size, and how pictures become its input.
 
-Paper: MiniGPT-5, section 3.2: the encoder makes the latents z of Eq. 3, the decoder draws what the UNet has denoised.
-It stays frozen. Loads stable-diffusion/vae of the published SD 2.1 (AutoencoderKL), with the attention's old or new
-names. Left out: tiling, slicing, autoencoders without quant_conv or with a latent shift.
+Paper: MiniGPT-5, section 3.2: the encoder makes the latents z of Eq. 3, the decoder makes a picture of what the UNet
+has denoised. It stays frozen. The published AutoencoderKL of SD 2.1 loads into it. Left out: tiling, slicing,
+autoencoders without quant_conv or with a latent shift.
 
     pixels (B, 3, 512, 512) in [-1, 1]
     encoder.down_blocks             (B, 128, 256, 256) (B, 256, 128, 128) (B, 512, 64, 64) (B, 512, 64, 64)
@@ -45,14 +45,14 @@ class VAEConfig:
 
 
 def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> Tensor:
-    """A picture to be drawn -> uint8 (3, size, size), squared with white (`pad`) or by cropping. Bytes until it is
-    encoded: workers and GPU copy a quarter of what numbers would be."""
+    """An output picture -> uint8 (3, size, size), made square by white padding (`pad`) or by cropping. Bytes, since
+    workers and the GPU then copy a quarter of what float32 would be."""
     return to_bytes(resize_and_crop(image, size, pad))
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 (..., 3, H, W) -> float32 in [-1, 1], which the autoencoder was trained on; the released code's precomputed
-    latents came from [0, 1]."""
+    """uint8 (..., 3, H, W) -> float32 in [-1, 1], the range that the autoencoder was trained on. (The released code
+    precomputed its latents from pixels in [0, 1].)"""
     return pictures.float().div_(255).mul_(2).sub_(1)
 
 
@@ -207,8 +207,8 @@ class VAE(nn.Module):
         return (mean + torch.exp(0.5 * logvar) * noise) * self.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) of any type -> pixels (B, 3, 8h, 8w) in the weights' type, about [-1, 1] but not
-        clamped."""
+        """Scaled latents (B, C, h, w) of any dtype -> pixels (B, 3, 8h, 8w) in the weights' dtype, about [-1, 1] and
+        not clamped."""
         assert latents.shape[1] == self.config.latent_channels, tuple(latents.shape)
         latents = latents.float() / self.config.scaling_factor
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
