@@ -3,7 +3,7 @@
     python -m published fetch weights/                       # download, compare hashes, convert: all that is needed
     python -m published convert eva_vit_g.pth blip2_pretrained_flant5xxl.pth prerained_minigpt4_7b.pth --out weights/
     python -m published convert vicuna-7b/ stage1_cc3m.ckpt stage2_vist.ckpt --out weights/
-    python -m published check weights/ --hash                # what is there, what is missing, what is not as published
+    python -m published check weights/ --hash                # what is there, missing or not as published
     python -m published pack runs/mls/step-00001000/trained.safetensors --out weights/minigpt5/mls-story.safetensors
 
 The folder that they fill, which every loader reads (convert.py says how):
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Get, convert and check the published weights.")
     commands = parser.add_subparsers(dest="command", required=True)
-    dtype = {"choices": DTYPES, "help": "cast while converting; default: the stored type"}
+    dtype = {"choices": DTYPES, "help": "cast while converting; default: the stored dtype"}
     command = commands.add_parser("fetch", help="download, compare hashes, convert (about 40 GB are downloaded)")
     command.add_argument("folder", type=Path)
     command.add_argument("--parts", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")

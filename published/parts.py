@@ -91,10 +91,12 @@ def load_int8_llama(folder: Path, dtype: torch.dtype, device: Device = "cpu") ->
 
 # ---- EVA-ViT, Q-Former and their projection
 
-# What a BLIP-2 folder holds besides: its language model, and the Q-Former's text half where a copy kept it.
+# Parts of published files that MiniGPT-4 does not use.
 BLIP2_UNUSED = re.compile(
-    r"language_model\.|language_projection\."
-    r"|qformer\.embeddings\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\."
+    r"qformer\.(embeddings|cls|pooler)\."  # words: MiniGPT-4 gives the Q-Former queries only
+    r"|qformer\.encoder\.layer\.\d+\.(intermediate|output)\."  # the words' feed-forward
+    r"|(t5|opt|llm|vision|text)_proj\.|itm_head\.|temp$|language_(model|projection)\."  # other models' heads
+    r"|(norm|fc_norm|head|lm_head)\.|mask_token$"  # EVA's own end; BLIP-2 takes the last block's output
 )
 
 
