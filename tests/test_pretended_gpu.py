@@ -119,7 +119,7 @@ ASK = ["--image", "a.png", "--steps", "2", "--max-new-tokens", "4", "--force-ima
         (train_mls, TRAIN),
         (train_mls, [*TRAIN, "--prefix", "--gradient-checkpointing"]),
         (sample, [*ASK, "--turns", "2"]),
-        (sample, [*ASK, "--offload", "--int8"]),
+        (sample, [*ASK, "--int8"]),
     ],
 )
 def test_commands(gpu, monkeypatch, tmp_path, module, options):

@@ -92,8 +92,8 @@ def test_each_place_has_random_numbers_of_its_own():
         (1024, True, (torch.float32, torch.float32)),  # the same pictures on every CPU
     ],
 )
-def test_number_types_on_a_cpu(tmp_path, monkeypatch, width, units, expected):
-    monkeypatch.setattr("minigpt5.MULTIPLIES_BF16", units)
+def test_dtypes_on_a_cpu(tmp_path, monkeypatch, width, units, expected):
+    monkeypatch.setattr("published.parts.HAS_AMX", units)
     (tmp_path / "vicuna").mkdir()
     (tmp_path / "vicuna/config.json").write_text(json.dumps({"hidden_size": width}))
     assert frozen_dtypes(tmp_path, None, "cpu") == expected
