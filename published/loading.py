@@ -13,7 +13,6 @@ All errors are `WeightsError` with a one-line message that names the file, the k
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from common.files import read_json as read_object
 from common.files import written_whole
 
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1000  # of any number in a config.json, of a number of layers: building has to end
@@ -64,14 +64,9 @@ def shapes_only(config: Path | str = "config") -> Iterator[None]:
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON and bad UTF-8 alike
-        raise WeightsError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+        return read_object(path)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
 
 
 def checked(value: object, default: object, name: str):
