@@ -192,7 +192,7 @@ def say(
         if last and not with_picture:
             break
         if not sampling.compile:
-            cache.look_at(max(answer.used for answer in answers))
+            cache.limit_attention(max(answer.used for answer in answers))
         if all(len(ids) == 1 for ids in fed):
             ids, mask = picked[:, None], one_each
         else:

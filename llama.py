@@ -1,10 +1,9 @@
-"""Vicuna, the frozen language model, and the new rows that MiniGPT-5 adds to its vocabulary.
+"""Vicuna, the frozen language model, and the embedding rows that MiniGPT-5 adds to its vocabulary.
 
-The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. `load_llama` reads any
-Vicuna-7B in the Hugging Face layout. What trains in this file is `Vokens` alone: the input and output embedding rows of
-the generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section 3.2.1). They are parameters of their
-own, so the frozen tables are neither copied nor touched by an optimiser. Left out: grouped-query attention and scaled
-rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
+The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. Only `Vokens` trains here: the
+input and output embedding rows of the generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section
+3.2.1). They are parameters of their own, so the frozen tables are neither copied nor touched by an optimiser. Left out:
+grouped-query attention and scaled rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
 
     ids            (B, T)      token ids, vokens and placeholder above the base vocabulary
     embeddings     (B, T, D)   Vokens.embed, then pictures may be written over placeholders
@@ -15,24 +14,18 @@ rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
 B batch, T tokens, S cache slots, D width, H heads, Dh head width, V vocabulary, n vokens of a picture.
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from published.cpu import attention, linear
-from published.loading import WeightsError, fill, read_config, read_json, shapes_only, tensor_files
 
 
 @dataclass
 class LlamaConfig:
     """Fields of the published config.json; the defaults are Vicuna-7B v0's."""
 
-    vocab_size: int = 32000  # rows of the published tables; v0 has one more, an old padding token
+    vocab_size: int = 32000  # v0 has one more, an old padding token
     hidden_size: int = 4096
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
@@ -60,14 +53,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of every layer in slots allocated once, so that decoding has static shapes.
 
-    A token's slot is its position. Rows may have different lengths: each writes at its own next positions. Padding is
-    written to the last slot, which no real token may reach, hence the one slot more.
+    A token's slot is its position. Sequences of a batch may have different lengths: each goes on at its own position.
+    Padding is written to one slot more, the last, which no token of the text reaches.
     """
 
     def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
         head_width = config.hidden_size // config.num_attention_heads
         shape = (batch, slots + 1, config.num_attention_heads, head_width)
-        layers = range(config.num_hidden_layers)  # tensors of their own: torch.compile would copy a larger one whole
+        layers = range(config.num_hidden_layers)  # a tensor each: of one for all, torch.compile would copy the whole
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
@@ -75,12 +68,12 @@ class KVCache:
         self.all_slots = self.slots = torch.arange(slots + 1, device=device)
         self.padding = slots
 
-    def look_at(self, used: int) -> None:
-        """Let attention read only as many slots as `used` tokens need, in steps of 64: shapes shall change seldom."""
+    def limit_attention(self, used: int) -> None:
+        """Let attention read only as many slots as `used` tokens need, rounded up to 64, so shapes change seldom."""
         self.slots = self.all_slots[: -(-used // 64) * 64]
 
-    def positions(self, attention_mask: Tensor) -> Tensor:
-        """Reserve slots for the real tokens of (B, T); returns the positions of all, the last slot's for padding."""
+    def reserve(self, attention_mask: Tensor) -> Tensor:
+        """Reserve the next slots for the tokens where attention_mask (B, T) is 1; returns the slots of all (B, T)."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1  # (B, T)
         self.lengths += attention_mask.sum(-1)
         return torch.where(attention_mask.bool(), positions, self.padding)
@@ -94,10 +87,10 @@ class KVCache:
 
 
 class History:
-    """Keys and values that a training pass continues. Nothing is overwritten: gradients may pass.
+    """Keys and values that a training pass continues. Nothing is overwritten, so that gradients can flow through it.
 
-    A pass without gradient is kept for the next one; padding in it is seen by no later token. A differentiated pass is
-    kept by nobody, so its layers may be computed once more when gradients are (gradient checkpointing).
+    The keys and values of a pass without gradient are kept for the next pass; no later token attends to its padding.
+    Those of a pass with gradients are not kept, so that gradient checkpointing may compute its layers a second time.
     """
 
     def __init__(self, batch: int, device):
@@ -105,8 +98,8 @@ class History:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.slots = torch.empty(batch, 1, 1, 0, dtype=torch.long, device=device)  # positions of what is kept
 
-    def positions(self, attention_mask: Tensor) -> Tensor:
-        """Positions (B, T) of the tokens of a pass, which go on from the real ones before."""
+    def reserve(self, attention_mask: Tensor) -> Tensor:
+        """Positions (B, T) of the next pass's tokens, which are noted for the masks of this and later passes."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1
         never = torch.iinfo(torch.long).max
         slots = torch.where(attention_mask.bool(), positions, never)[:, None, None]  # (B, 1, 1, T)
@@ -133,23 +126,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # computed in float32
 
 
-class Linear(nn.Linear):
-    def __init__(self, width_in: int, width_out: int):
-        super().__init__(width_in, width_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
-
-
 class Attention(nn.Module):
+    attend = staticmethod(F.scaled_dot_product_attention)  # another device may have a faster one
+
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D = config.hidden_size
         self.layer, self.heads = layer, config.num_attention_heads
-        self.q_proj = Linear(D, D)
-        self.k_proj = Linear(D, D)
-        self.v_proj = Linear(D, D)
-        self.o_proj = Linear(D, D)
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, D, bias=False)
+        self.v_proj = nn.Linear(D, D, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache) -> Tensor:
         B, T, D = x.shape
@@ -158,16 +145,16 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, S, H, Dh)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
-        y = attention(q, k, v, mask, is_causal=mask is None)
+        y = self.attend(q, k, v, mask, is_causal=mask is None)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -201,36 +188,36 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | History | None = None
     ) -> Tensor:
         """embeddings (B, T, D) -> hidden states after the final norm (B, T, D).
 
-        attention_mask (B, T): 1 on tokens, 0 on padding at either side; hidden states of padding mean nothing. A batch
-        padded on the right needs none: under the causal mask no token sees what follows. With a cache the T tokens
-        continue what the cache holds, and are stored in it.
+        attention_mask (B, T): 1 on tokens, 0 on padding at either side, whose hidden states mean nothing. A batch
+        padded on the right needs no mask, since no token attends to those after it. With a cache the T tokens continue
+        what the cache holds, and are stored in it.
         """
         B, T, _ = embeddings.shape
         device = embeddings.device
         if cache is not None:
             if attention_mask is None:
                 attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
-            positions = cache.positions(attention_mask)  # (B, T)
-            # A slot's number is its token's position: causal. Those of padding and empty ones have higher numbers.
+            positions = cache.reserve(attention_mask)  # (B, T)
+            # A slot's number is its token's position, so this is causal. Padding and empty slots have higher numbers.
             mask = cache.slots <= positions[:, None, :, None]  # (B, 1, T, S)
         elif attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-            itself = torch.eye(T, dtype=torch.bool, device=device)  # padding sees itself: an empty row would give NaN
+            itself = torch.eye(T, dtype=torch.bool, device=device)  # so that no row of the softmax is empty
             mask = causal & attention_mask.bool()[:, None, None] | itself  # (B, 1, T, T)
         else:
             positions, mask = torch.arange(T, device=device).expand(B, T), None
 
         head_width = self.config.hidden_size // self.config.num_attention_heads
         if mask is not None:
-            mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # once, or each layer would convert it
+            mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # here once, not in each layer
         table = rotary_table(positions, head_width, self.config.rope_theta)
         rotary = tuple(t.to(embeddings.dtype) for t in table)
         x = embeddings
@@ -240,10 +227,10 @@ class Llama(nn.Module):
 
 
 class Vokens(nn.Module):
-    """The trained rows: n vokens, then the image placeholder, in the input and in the output embedding.
+    """The trained embedding rows of n vokens and the image placeholder, for the input and for the output.
 
-    Token ids count on from the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
-    have more rows than the tokenizer has pieces (Vicuna v0's padding token); what lies beyond V is never used.
+    Token ids go on after the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
+    have more rows than the tokenizer has pieces (Vicuna v0's padding token). Rows from V on are never used.
     """
 
     def __init__(self, vokens: int, base_vocabulary: int, width: int):
@@ -254,123 +241,25 @@ class Vokens(nn.Module):
 
     @torch.no_grad()
     def start_from_mean(self, llama: Llama) -> None:
-        """New rows start as the mean of the old ones."""
+        """Start as the mean of Vicuna's rows."""
         for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
             rows.copy_(table[: self.base].mean(0, dtype=torch.float32).expand_as(rows))
 
     @torch.no_grad()
     def start_as(self, llama: Llama, ids: list[int]) -> None:
-        """The vokens start as the pieces `ids`, those after the last one as that one."""
+        """Start the vokens as copies of the pieces `ids`, the last of which is repeated for the remaining vokens."""
         ids = (ids + ids[-1:] * len(self.input))[: len(self.input) - 1]
         for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
             rows[:-1] = table[ids].to(rows.dtype)
 
     def embed(self, llama: Llama, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, D) in the frozen table's type."""
+        """ids (B, T) -> (B, T, D) in the frozen table's dtype."""
         old = F.embedding(ids.clamp(max=self.base - 1), llama.model.embed_tokens.weight)
         new = F.embedding((ids - self.base).clamp(min=0), self.input).to(old.dtype)
         return torch.where((ids >= self.base)[..., None], new, old)
 
     def logits(self, llama: Llama, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> scores of all V + n + 1 tokens in float32: every new row takes part in the softmax."""
-        old = linear(hidden, llama.lm_head.weight[: self.base])
+        """hidden (..., D) -> logits of all V + n + 1 tokens in float32: every new token takes part in the softmax."""
+        old = llama.lm_head(hidden)[..., : self.base]
         new = F.linear(hidden, self.output.to(hidden.dtype))
         return torch.cat([old, new], dim=-1).float()
-
-
-class Tokenizer:
-    """Vicuna's sentencepiece model with the vokens and the image placeholder added, as the released code adds them.
-
-    Legacy splitting: text is cut at special tokens and every piece between them is encoded on its own, so each gets
-    sentencepiece's leading space. The added tokens swallow the white space around them; <s>, </s> and <unk> do not. No
-    token is added at either end.
-    """
-
-    unk_id, bos_id, eos_id = 0, 1, 2
-
-    def __init__(self, path: Path, vokens: int = 8):
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError, ValueError) as error:  # ValueError: an error message that is not UTF-8
-            raise WeightsError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())})") from None
-        self.base_vocabulary = self.pieces.get_piece_size()
-        self.voken_ids = list(range(self.base_vocabulary, self.base_vocabulary + vokens))
-        self.image_id = self.base_vocabulary + vokens
-        added = [f"[IMG{i}]" for i in range(vokens)] + ["<ImageHere>"]
-        self.added = dict(zip(added, [*self.voken_ids, self.image_id], strict=True))
-        self.special = {"<unk>": self.unk_id, "<s>": self.bos_id, "</s>": self.eos_id, **self.added}
-        self.names = {i: name for name, i in self.special.items()}
-        self.special_pattern = re.compile("|".join(map(re.escape, self.special)))
-        added_pattern = r"\s*(?:" + "|".join(map(re.escape, self.added)) + r")\s*"
-        self.pattern = re.compile(f"({added_pattern}|<unk>|<s>|</s>)")
-        # An answer ends with </s> or "###", which is other pieces at the start of a run than after a word.
-        after_word = self.pieces.encode("a###")[len(self.pieces.encode("a")) :]
-        self.stops = [[self.eos_id], self.pieces.encode("###"), after_word]
-
-    def __len__(self) -> int:
-        return self.image_id + 1
-
-    def voken_text(self) -> str:
-        """What the model says where a picture belongs: [IMG0][IMG1]... without spaces."""
-        return "".join(self.names[i] for i in self.voken_ids)
-
-    def ends(self, ids: list[int]) -> bool:
-        """Whether `ids` end with a stop sequence."""
-        return any(ids[-len(stop) :] == stop for stop in self.stops)
-
-    def plain(self, text: str) -> str:
-        """`text` with a space set into whatever would be read as a special token: for text of the outside world."""
-        return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-
-    def encode(self, text: str) -> list[int]:
-        ids = []
-        for i, part in enumerate(self.pattern.split(text)):
-            if i % 2:  # the odd parts are the separators
-                ids.append(self.special[part.strip()])
-            elif part:
-                ids += self.pieces.encode(part)
-        return ids
-
-    def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of `ids`. Added tokens stand between single spaces; the spaces around <s>, </s>, <unk> follow the
-        reference tokenizer's irregular rule."""
-        parts, run = [], []
-        for i in ids:
-            if skip_special and i in self.names:
-                continue
-            if i >= self.base_vocabulary:
-                parts += [self._decode_run(run)] if run else []
-                parts.append(self.names[i])
-                run = []
-            else:
-                run.append(i)
-        parts += [self._decode_run(run)] if run else []
-        return " ".join(parts)
-
-    def _decode_run(self, ids: list[int]) -> str:
-        text, run, after_special = "", [], False
-        for n, i in enumerate(ids):
-            if i in self.names:
-                text += (" " if n and not after_special else "") + self.pieces.decode(run) + self.names[i]
-                run = []
-            else:
-                run.append(i)
-            after_special = i in self.names
-        return text + self.pieces.decode(run)
-
-
-def load_llama(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Llama:
-    """The frozen decoder of `folder` (config.json, *.safetensors), memory-mapped where `dtype` is the stored one."""
-    config = read_config(LlamaConfig, folder / "config.json")
-    if read_json(folder / "config.json").get("rope_scaling"):
-        raise WeightsError(f"{folder / 'config.json'}: rope_scaling is not supported")
-    if config.hidden_size // config.num_attention_heads % 2:
-        raise WeightsError(f"{folder / 'config.json'}: rotary positions need heads of even width")
-    with shapes_only(folder / "config.json"):
-        llama = Llama(config)
-    return fill(llama, tensor_files(folder), published_name, dtype, device)
-
-
-def published_name(key: str) -> str | None:
-    """Old files carry the rotary frequencies as buffers; they follow from the configuration."""
-    return None if key.endswith("rotary_emb.inv_freq") else key

@@ -1,8 +1,8 @@
 """The two ways in which stage 2 changes the frozen language model (paper section 3.3): LoRA and prefix tuning.
 
 LoRA (arXiv 2106.09685) adds a low-rank product to chosen linear layers, y = W x + (alpha / r) B A x, with A and B
-alone trained. Prefix tuning (arXiv 2101.00190) puts P virtual tokens before every layer's keys and values, made from P
-learned embeddings by an MLP. Both leave llama.py as it is: LoRA wraps layers by name, a prefix enters as a cache.
+alone trained. Prefix tuning (arXiv 2101.00190) puts P virtual tokens before every layer's keys and values, which an MLP
+makes of P learned embeddings. Both leave llama.py as it is: LoRA wraps layers by name, a prefix enters as a cache.
 
     x -> lora_A -> lora_B, added to the layer's output      (B, T, D) -> (B, T, r) -> (B, T, D')
     Prefix() -> keys, values of all layers                  (L, P, H, Dh) each
@@ -19,12 +19,12 @@ TARGETS = ("q_proj", "v_proj")
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its low-rank update, computed in float32. As in peft A starts like any nn.Linear, B at
-    zero."""
+    """A frozen linear layer and its low-rank update, computed in float32. As in peft, A starts like any nn.Linear and
+    B at zero."""
 
     def __init__(self, frozen: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        self.frozen, self.scale, self.merged = frozen, alpha / rank, False
+        self.frozen, self.scale = frozen, alpha / rank
         device = frozen.weight.device
         self.lora_A = nn.Linear(frozen.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, frozen.out_features, bias=False, device=device)
@@ -33,19 +33,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.frozen(x)
-        if self.merged:
-            return y
         update = self.scale * self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
         return y + update.to(y.dtype)
-
-    @torch.no_grad()
-    def merge(self, sign: int = 1) -> None:
-        """Add the update to the frozen matrix (sign 1) or take it out again (-1), rounding to the matrix's type."""
-        weight = self.frozen.weight
-        assert self.merged == (sign < 0) and weight.is_floating_point()
-        update = self.scale * self.lora_B.weight @ self.lora_A.weight
-        self.frozen.weight = nn.Parameter((weight.float() + sign * update).to(weight.dtype), requires_grad=False)
-        self.merged = sign > 0
 
 
 def add_lora(
@@ -84,7 +73,7 @@ class Prefix(nn.Module):
         return keys, values
 
     def fill(self, cache: KVCache) -> None:
-        """Decoding: the first P slots of every row."""
+        """Decoding: put the prefix into the first P slots of every sequence."""
         keys, values = self()
         P = keys.shape[1]
         for layer in range(self.layers):
@@ -92,10 +81,10 @@ class Prefix(nn.Module):
         cache.lengths += P
 
     def history(self, batch: int, dtype: torch.dtype) -> History:
-        """Training: what the first pass continues. Gradients reach the prefix."""
+        """Training: the prefix as the history that a pass continues. Gradients reach the prefix."""
         keys, values = (y.to(dtype)[:, None].expand(-1, batch, -1, -1, -1) for y in self())  # (L, B, P, H, Dh)
         P = keys.shape[2]
         history = History(batch, keys.device)
-        history.positions(torch.ones(batch, P, dtype=torch.long, device=keys.device))
+        history.reserve(torch.ones(batch, P, dtype=torch.long, device=keys.device))
         history.layers = dict(enumerate(zip(keys, values, strict=True)))
         return history

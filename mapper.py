@@ -1,9 +1,9 @@
 """The voken feature mapper: from the language model's voken features to the diffusion model's conditioning.
 
 Paper section 3.2.2: a two-layer MLP, then an encoder-decoder transformer whose decoder reads learned queries in the
-place of words. Its 77 x 1024 output stands where Stable Diffusion's text encoding would. The transformer is the one
-that torch.nn.Transformer builds (pre-norm, ReLU, final norms) and has its parameter names, which are those of the
-released checkpoints; no dropout, as released, and no masks.
+place of words. Its 77 x 1024 output replaces Stable Diffusion's text encoding. The transformer is the one that
+torch.nn.Transformer builds (pre-norm, ReLU, final norms) and has its parameter names, which are those of the released
+checkpoints. As released it has no dropout and no masks.
 
     voken features   (B, N, D_llm)   hidden states that predict [IMG0]..[IMGN-1]
     fc               (B, N, D)       Linear, GELU, Linear
@@ -32,7 +32,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Queries from x (B, S, D), or (1, S, D) for all rows; keys and values from memory (B, N, D), or from x too."""
+        """Queries from x (B, S, D), or (1, S, D) for a whole batch; keys and values from memory (B, N, D) or x."""
         D, weight, bias = x.shape[-1], self.in_proj_weight, self.in_proj_bias
         if memory is None:
             q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
@@ -112,5 +112,5 @@ class VokenMapper(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         memory = self.llm_to_t2i_mapping.encoder(self.fc(features))  # (B, N, D)
-        # The queries are the same for all rows until they read `memory`, in the middle of the first layer.
+        # The queries are the same for the whole batch until they attend to `memory`, in the middle of the first layer.
         return self.llm_to_t2i_mapping.decoder(self.t2i_decoder_prompt, memory)  # (B, S, D)

@@ -17,29 +17,21 @@ C latent channels, h w latent height and width. Answers are made in generation.p
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
-from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from llama import History, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from llama import History, Llama, Vokens
 from lora import Prefix, add_lora
 from mapper import VokenMapper
-from published.checkpoints import TABLES, base_checkpoint, checkpoint_adapters, checkpoint_contents, number_of, rows_of
-from published.cpu import MULTIPLIES_BF16
-from published.int8 import load_int8_llama
-from published.loading import FLOATS, MOST, Uninitialised, WeightsError, matched, pinned, read_config, save_safetensors
-from qformer import ImageEncoder, load_image_encoder
-from scheduler import NoiseSchedule, load_schedule
-from text_encoder import ClipTokenizer, TextConfig, TextEncoder, load_text_encoder
-from unet import UNet, load_unet
-from vae import VAE, load_vae, to_pixels
+from qformer import ImageEncoder
+from scheduler import NoiseSchedule
+from text_encoder import TextEncoder
+from tokenizer import Tokenizer
+from unet import UNet
+from vae import VAE, to_pixels
 
 TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # section 3.3
 DROP_RATE = 0.1  # share of pictures whose voken features are replaced by zeros, for classifier-free guidance
@@ -131,22 +123,6 @@ def encode_captions(encoder: TextEncoder, tokenizer: Callable, captions: list[st
     return encoder(*(send(tensor, device) for tensor in tokenizer(captions)))
 
 
-def bucket_length(length: int) -> int:
-    """The next of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ...: every shape costs a compilation."""
-    step = 1 << max(4, length.bit_length() - 3)
-    return -(-length // step) * step
-
-
-def padded(x: Tensor, length: int, dim: int = 0, value: int = 0) -> Tensor:
-    """x with `value` after its end along `dim`, up to `length`."""
-    return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, length - x.shape[dim]], value=value)
-
-
-def recomputed(layer: Callable, *inputs) -> Tensor:
-    """What `layer` makes of its inputs; computed again when gradients are, so that only the inputs are kept."""
-    return checkpoint(layer, *inputs, use_reentrant=False) if torch.is_grad_enabled() else layer(*inputs)
-
-
 class MiniGPT5(nn.Module):
     """All parts. The encoders of input pictures and of captions may be None where a command does not need them."""
 
@@ -167,15 +143,10 @@ class MiniGPT5(nn.Module):
         self.llama, self.unet, self.vae = llama, unet, vae
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         width = llama.config.hidden_size
-        if image_encoder and (wide := image_encoder.llama_proj.out_features) != width:  # `embed` would not notice
-            raise WeightsError(f"llama_proj makes vectors {wide} wide, but the language model reads {width}")
-        if (pieces := tokenizer.base_vocabulary) > (rows := llama.config.vocab_size):
-            raise WeightsError(f"the tokenizer has {pieces} pieces, but the language model {rows} embeddings")
         self.vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, width)
         self.vokens.start_from_mean(llama)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
-        self.compiled_for = 0
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, and its system line.
         self.tables: dict[str, Tensor] = {}
@@ -350,138 +321,3 @@ class MiniGPT5(nn.Module):
         lora = {name: parameter for name, parameter in self.llama.named_parameters() if "lora_" in name}
         prefix = {f"prefix_encoder.{n}": p for n, p in self.prefix.named_parameters()} if self.prefix else {}
         return {**vokens, **dict(self.mapper.named_parameters()), **lora, **prefix}
-
-    def checkpoint_gradients(self) -> None:
-        """Of the frozen networks that gradients pass through keep no more than each layer's input, and compute the
-        layer again in the backward pass (arXiv 1604.06174): the same gradients, less memory, more work."""
-        unet = self.unet
-        halves = [(b.resnets, b.attentions) for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
-        for layer in chain(self.llama.model.layers, *(layers for block in halves for layers in block)):
-            layer.forward = partial(recomputed, layer.forward)
-
-    def compile_losses(self, batch_size: int) -> None:
-        """Compile what the losses are made of, for batches of that size.
-
-        In three parts, as each depends on one length alone: of the rows, of the targets, of the list of pictures. So
-        there are as many graphs as lengths, not as many as combinations of them; and of each there are few.
-        """
-        torch._dynamo.config.cache_size_limit = 64  # graphs of a part
-        self.compiled_for = batch_size
-        for name in ("hidden_states", "text_loss", "picture_losses"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=False, fullgraph=True))
-
-    def save_trained(self, path: Path, stage: str) -> None:
-        metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(self.tokenizer.voken_ids))}
-        if self.lora:
-            metadata["lora_alpha"] = str(self.lora[0].scale * self.lora[0].lora_A.out_features)
-        metadata |= {TABLES[key]: str(factor) for key, factor in self.tables.items() if factor is not None}
-        tables = {key: self.table(key).weight for key, factor in self.tables.items() if factor is None}
-        save_safetensors(self.trained_parameters() | tables, path, metadata)
-
-    def table(self, key: str) -> nn.Module:
-        return self.llama.get_submodule(key.removesuffix(".weight"))
-
-    @torch.no_grad()
-    def load_trained(self, path: Path) -> None:
-        """Take a checkpoint's tensors; the model must have the adapters that it has. Where it names a checkpoint that
-        it goes over (see `weights.py pack`), what it does not hold is taken from there.
-
-        A converted released checkpoint may also bring the old rows of the two tables as its training left them (AdamW's
-        weight decay shrank them, and the released model runs with the shrunk ones): whole, or as one factor.
-        """
-        trained = self.trained_parameters()
-        metadata, tensors = checkpoint_contents(path)
-        self.system = metadata.get("system")
-        if (base := base_checkpoint(path)) is not None:
-            missing = {name: parameter for name, parameter in trained.items() if name not in tensors}
-            for name, tensor in matched(missing, [base], lambda key: key if key in missing else None).items():
-                trained.pop(name).copy_(tensor)
-        for name, tensor in matched(trained, [path], lambda key: None if key in TABLES else key).items():
-            trained[name].copy_(tensor)  # in place: an optimiser may hold these
-        for key, factor in TABLES.items():
-            for file in filter(None, (path, base)):
-                if self.load_table(file, key, factor):
-                    break
-
-    def load_table(self, path: Path, key: str, factor: str) -> bool:
-        """What a checkpoint says about Vicuna's own rows of a table, if anything. A table is never scaled twice."""
-        (metadata, tensors), table = checkpoint_contents(path), self.table(key)
-        if key in tensors:
-            dtype, rows = tensors[key].get_dtype(), range(self.tokenizer.base_vocabulary, MOST)
-            rows_of(tensors, key, rows, path)
-            if tensors[key].get_shape()[1] != table.weight.shape[1] or dtype not in FLOATS:
-                raise WeightsError(f"{path}: {key} is no table of weights {table.weight.shape[1]} wide ({dtype})")
-            weight, self.tables[key] = tensors[key][:].to(table.weight.device, table.weight.dtype), None
-        elif factor in metadata:
-            scale = number_of(metadata, factor, 1, path)
-            weight, self.tables[key] = table.weight * (scale / (self.tables.get(key) or 1)), scale
-        else:
-            return False
-        table.weight = nn.Parameter(weight, requires_grad=False)
-        return True
-
-
-def number_types(weights: Path, dtype: torch.dtype | None, device: str | torch.device) -> tuple:
-    """The number types of the frozen parts that read (language model, encoders of pictures and captions), and of those
-    that paint (UNet, autoencoder): `dtype`, where it is given. Else bfloat16 on a GPU, and on a CPU float32 but for the
-    published size: there the parts that read would be too big, and those that paint are quicker in bfloat16 where the
-    CPU has units for it, far slower where it has none."""
-    if not weights.is_dir():
-        raise WeightsError(f"{weights}: no such folder")
-    width = read_config(LlamaConfig, weights / "vicuna" / "config.json").hidden_size
-    on_gpu, is_big = torch.device(device).type != "cpu", width >= 2048
-    reading = torch.bfloat16 if on_gpu or is_big else torch.float32
-    painting = torch.bfloat16 if on_gpu or (is_big and MULTIPLIES_BF16) else torch.float32
-    return dtype or reading, dtype or painting
-
-
-def load_minigpt5(
-    weights: Path,
-    checkpoint: Path | None = None,
-    vokens: int = 8,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    read_pictures: bool = True,
-    read_captions: bool = False,
-    int8: bool = False,
-    offload: bool = False,
-) -> MiniGPT5:
-    """The stack in the folder `weights` (README, "Weights"), with the trained parts of `checkpoint` or untrained ones.
-
-    dtype: see `number_types`. Without read_pictures the image encoder, without read_captions the text encoder is left
-    out. int8: the language model's matrices in 8 bits. offload: the frozen parts stay on the host until `loading.on`
-    brings them, as answers do.
-    """
-    weights = Path(weights)
-    diffusion = weights / "stable-diffusion"
-    language, painting = number_types(weights, dtype, device)
-    home, load_language = "cpu" if offload else device, load_int8_llama if int8 else load_llama
-    if checkpoint:
-        vokens = checkpoint_contents(checkpoint)[1]["vokens.input"].get_shape()[0] - 1
-    tokenizer = Tokenizer(weights / "vicuna" / "tokenizer.model", vokens)
-    parts = (
-        tokenizer,
-        load_language(weights / "vicuna", language, home),
-        load_unet(diffusion / "unet", painting, home),
-        load_vae(diffusion / "vae", painting, home),
-        load_schedule(diffusion / "scheduler").to(device),
-        read_config(TextConfig, diffusion / "text_encoder" / "config.json").max_position_embeddings,
-        load_image_encoder(weights, language, home) if read_pictures else None,
-        load_text_encoder(diffusion / "text_encoder", language, device) if read_captions else None,
-        ClipTokenizer(diffusion / "tokenizer") if read_captions else None,
-    )
-    with Uninitialised() if checkpoint else nullcontext():  # random values for the mapper would take seconds
-        model = MiniGPT5(*parts)
-    model.vokens.to(device)
-    model.mapper.to(device)
-    if checkpoint:
-        adapters = checkpoint_adapters(checkpoint)
-        try:
-            model.add_adapters(**adapters)
-        except ValueError as error:  # a layer that Vicuna does not have
-            raise WeightsError(f"{checkpoint}: {error}") from None
-        model.load_trained(checkpoint)
-    if offload and torch.device(device).type == "cuda":
-        for part in filter(None, (model.llama, model.unet, model.vae, model.image_encoder)):
-            pinned(part)
-    return model

@@ -6,31 +6,27 @@ model reads in place of a word (MiniGPT-5, section 3.1; BLIP-2, arXiv 2301.12597
     query tokens (32, 768)  -> Q-Former, reading the patches       (B, 32, 768)     qformer
                             -> linear to the language model        (B, 32, 4096)    llama_proj
 
-Loads weights/blip2 (the names and config.json of Salesforce/blip2-flan-t5-xxl) and weights/minigpt4/llama_proj.
-Left out: BLIP-2's own language model and its projection, the Q-Former's text half, which the query tokens never pass,
-and other picture sizes (positions are learned for one size).
+The names are those of Salesforce/blip2-flan-t5-xxl, and llama_proj is MiniGPT-4's. Left out: BLIP-2's own language
+model and its projection, the Q-Former's text half, which the query tokens never pass, and other picture sizes
+(positions are learned for one size).
 
-Letters: B batch, T picture tokens (patches and one class token), Q query tokens, D width, H heads, Dh head width.
+B batch, T picture tokens (patches and one class token), Q query tokens, D width, H heads, Dh head width.
 """
 
-import dataclasses
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from common.images import resize_and_crop, to_tensor
-from published.loading import fill, read_config, shapes_only, stored, tensor_files
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# BLIP-2's own code sets this norm to 1e-5 beside a vision tower of 1e-6, and MiniGPT-4 and 5 run that code. The
-# config.json of the Hugging Face copy has one number for both, so this one cannot be read from there.
+# BLIP-2's own code, which MiniGPT-4 and 5 run, has 1e-5 for this norm and 1e-6 for the others of the vision tower. The
+# config.json of the Hugging Face copy has one number for both, so this one is not read from there.
 LN_VISION_EPS = 1e-5
 
 
@@ -61,16 +57,16 @@ class QFormerConfig:
     num_query_tokens: int = 32  # the one field that the published file keeps at its top level
 
 
-def preprocess_input(image: Image.Image, size: int = 224, pad: bool = False) -> torch.Tensor:
+def preprocess_input(image: Image.Image, size: int = 224, pad: bool = False) -> Tensor:
     """RGB picture -> float32 (3, size, size), normalised as CLIP's pictures are.
 
-    Training crops to the centre square; the released demo pads to a white square instead (`pad`).
+    Training crops to the centre square; the released demo pads to a square with white instead (`pad`).
     """
     pixels = to_tensor(resize_and_crop(image, size, pad))
     return (pixels - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
     """Attention of every query to every key. (B, Q, D), (B, T, D), (B, T, D) -> (B, Q, D)."""
     query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))  # (B, H, ., Dh)
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # (B, Q, D)
@@ -88,7 +84,7 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(0.02 * torch.randn(1, tokens, D))
         self.patch_embedding = nn.Conv2d(3, D, kernel_size=patch, stride=patch)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         x = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))  # (B, D, h, w)
         x = x.flatten(2).transpose(1, 2)  # (B, T - 1, D)
         x = torch.cat([self.class_embedding.expand(len(x), -1, -1), x], dim=1)  # (B, T, D)
@@ -103,7 +99,7 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.projection(attend(*self.qkv(x).chunk(3, dim=-1), self.heads))
 
 
@@ -113,7 +109,7 @@ class VisionMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -125,7 +121,7 @@ class VisionLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -135,7 +131,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
         return x
@@ -151,7 +147,7 @@ class VisionTransformer(nn.Module):
         self.encoder = VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=LN_VISION_EPS)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         size = self.config.image_size
         assert pixels.shape[1:] == (3, size, size), f"pixels {tuple(pixels.shape)}, expected (B, 3, {size}, {size})"
         return self.post_layernorm(self.encoder(self.embeddings(pixels)))
@@ -167,7 +163,7 @@ class QFormerProjections(nn.Module):
         self.heads = config.num_attention_heads
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(source_width, D), nn.Linear(source_width, D)
 
-    def forward(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
         return attend(self.query(x), self.key(source), self.value(source), self.heads)
 
 
@@ -179,7 +175,7 @@ class ResidualNorm(nn.Module):
         self.dense = nn.Linear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(x) + residual)
 
 
@@ -189,7 +185,7 @@ class QFormerAttention(nn.Module):
         self.attention = QFormerProjections(config, source_width)
         self.output = ResidualNorm(config, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
         return self.output(self.attention(x, source), x)
 
 
@@ -198,7 +194,7 @@ class QFormerIntermediate(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.dense(x))
 
 
@@ -211,7 +207,7 @@ class QFormerLayer(nn.Module):
         self.intermediate_query = QFormerIntermediate(config)
         self.output_query = ResidualNorm(config, config.intermediate_size)
 
-    def forward(self, x: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, picture: Tensor) -> Tensor:
         x = self.attention(x, x)
         if self.crossattention is not None:
             x = self.crossattention(x, picture)
@@ -223,7 +219,7 @@ class QFormerEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(QFormerLayer(config, index) for index in range(config.num_hidden_layers))
 
-    def forward(self, x: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, picture: Tensor) -> Tensor:
         for layer in self.layer:
             x = layer(x, picture)
         return x
@@ -237,7 +233,7 @@ class QFormer(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = QFormerEncoder(config)
 
-    def forward(self, queries: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+    def forward(self, queries: Tensor, picture: Tensor) -> Tensor:
         return self.encoder(self.layernorm(queries), picture)
 
 
@@ -251,30 +247,7 @@ class ImageEncoder(nn.Module):
         self.query_tokens = nn.Parameter(0.02 * torch.randn(1, qformer.num_query_tokens, qformer.hidden_size))
         self.llama_proj = nn.Linear(qformer.hidden_size, llm_width)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: Tensor) -> Tensor:
         picture = self.vision_model(pixels)  # (B, T, Dv)
         queries = self.query_tokens.expand(len(pixels), -1, -1)  # (B, Q, D)
         return self.llama_proj(self.qformer(queries, picture))  # (B, Q, llm_width)
-
-
-# What a BLIP-2 folder holds besides: its language model, and the Q-Former's text half where a copy kept it.
-LEFT_OUT = re.compile(
-    r"language_model\.|language_projection\."
-    r"|qformer\.embeddings\.|qformer\.encoder\.layer\.\d+\.(intermediate|output)\."
-)
-
-
-def load_image_encoder(
-    weights: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> ImageEncoder:
-    """The frozen encoder from weights/blip2 and weights/minigpt4; None keeps the stored type. Raises WeightsError."""
-    blip2, projection = Path(weights) / "blip2", Path(weights) / "minigpt4" / "llama_proj.safetensors"
-    vision = read_config(VisionConfig, blip2 / "config.json", "vision_config")
-    qformer = read_config(QFormerConfig, blip2 / "config.json", "qformer_config")
-    top = read_config(QFormerConfig, blip2 / "config.json")
-    qformer = dataclasses.replace(qformer, num_query_tokens=top.num_query_tokens)
-    shapes = {key: tensor.get_shape() for _, key, _, tensor in stored([projection])}
-    with shapes_only(blip2 / "config.json"):
-        model = ImageEncoder(vision, qformer, (shapes.get("llama_proj.weight") or [4096])[0])
-    files = [*tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens")), projection]
-    return fill(model, files, lambda key: None if LEFT_OUT.match(key) else key, dtype, device)

@@ -34,8 +34,9 @@ from generation import (
     room_wanted,
     sampling_of,
 )
-from minigpt5 import MiniGPT5, load_minigpt5
+from minigpt5 import MiniGPT5
 from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
+from published.parts import load_minigpt5
 from tars.pairs import clean_caption
 from tars.stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 

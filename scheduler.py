@@ -1,8 +1,8 @@
 """Diffusion time: how much noise a timestep means, the noise added in training, and three samplers that remove it.
 
-Paper: MiniGPT-5, Eq. 3 (training noise); sampling is Stable Diffusion's. Reads stable-diffusion/scheduler of the
-published SD 2.1-base (epsilon prediction) and 2.1 (v prediction). Left out: samplers that add noise, timestep spacings
-other than "leading" (also what a file without that setting gets), PNDM's Runge-Kutta start.
+Paper: MiniGPT-5, Eq. 3 (training noise); sampling is Stable Diffusion's. Covers the published SD 2.1-base (epsilon
+prediction) and 2.1 (v prediction). Left out: samplers that add noise, timestep spacings other than "leading", which is
+also assumed where a file does not name one, and PNDM's Runge-Kutta start.
 
     latents, noise (B, C, h, w), t (B,) -> add_noise, target    (B, C, h, w)
     snr, snr_weight                                             (B,)
@@ -21,11 +21,9 @@ Latents are scaled ones. B batch, C channels, h w latent height and width.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-from published.loading import check_settings, read_config
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class ScheduleConfig:
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"  # linear in sqrt(beta); or "linear"
     prediction_type: str = "epsilon"  # SD 2.1-base; or "v_prediction", SD 2.1
-    set_alpha_to_one: bool = False  # what lies before timestep 0: no noise at all, or (false) as much as at timestep 0
+    set_alpha_to_one: bool = False  # the last step ends without noise; false: with as much as at timestep 0
     steps_offset: int = 1
     timestep_spacing: str = "leading"  # the only one here
     skip_prk_steps: bool = True  # the only one here
@@ -55,24 +53,24 @@ class NoiseSchedule:
         self.alphas_cumprod = self.alphas_cumprod.to(device)
         return self
 
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' type."""
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' dtype."""
         signal, spread = self._amplitudes(t, latents.dtype)
         return signal * latents + spread * noise
 
-    def target(self, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the UNet should predict from add_noise(latents, noise, t): the noise, or v."""
         if self.config.prediction_type == "epsilon":
             return noise
         signal, spread = self._amplitudes(t, latents.dtype)
         return signal * noise - spread * latents
 
-    def snr(self, t: torch.Tensor) -> torch.Tensor:
+    def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio a / (1 - a) at timesteps t (B,) -> (B,)."""
         a = self.alphas_cumprod[t]
         return a / (1 - a)
 
-    def snr_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+    def snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """Min-SNR weight of a sample's loss, (B,) -> (B,) (Hang et al. 2023, gamma 5 there); gamma <= 0: all ones."""
         snr = self.snr(t)
         if gamma <= 0:
@@ -80,17 +78,17 @@ class NoiseSchedule:
         # A loss on epsilon is the loss on x_0 times SNR, a loss on v times SNR + 1; min(SNR, gamma) is wanted of both.
         return snr.clamp(max=gamma) / (snr if self.config.prediction_type == "epsilon" else snr + 1)
 
-    def _amplitudes(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _amplitudes(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a = self.alphas_cumprod[t][:, None, None, None]  # (B, 1, 1, 1)
         return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
 
 
 def leading_timesteps(config: ScheduleConfig, steps: int, below: int = 0) -> tuple[list[int], int]:
-    """`steps` evenly spaced timesteps, from high to low, and their spacing: of steps + `below` from steps_offset on,
-    all but the lowest `below`."""
-    most = config.num_train_timesteps - config.steps_offset - below
-    if not 1 <= steps <= most:
-        raise ValueError(f"cannot sample in {steps} steps: 1 to {most} are possible")
+    """`steps` evenly spaced timesteps, from high to low, and their spacing. They are the highest of steps + `below`
+    timesteps that begin at steps_offset."""
+    max_steps = config.num_train_timesteps - config.steps_offset - below
+    if not 1 <= steps <= max_steps:
+        raise ValueError(f"cannot sample in {steps} steps: 1 to {max_steps} are possible")
     spacing = config.num_train_timesteps // (steps + below)
     return [spacing * (k + below) + config.steps_offset for k in reversed(range(steps))], spacing
 
@@ -102,7 +100,7 @@ def transfer(a: float, a_next: float, prediction_type: str) -> tuple[float, floa
     """
     if prediction_type == "epsilon":
         return math.sqrt(a_next / a), math.sqrt(1 - a_next) - math.sqrt(a_next * (1 - a) / a)
-    return (  # the rotation that v prediction makes of it
+    return (  # with v prediction the step is a rotation
         math.sqrt(a_next * a) + math.sqrt((1 - a_next) * (1 - a)),
         math.sqrt((1 - a_next) * a) - math.sqrt(a_next * (1 - a)),
     )
@@ -124,7 +122,7 @@ class DDIM:
         timesteps, self.transfers = leading_transfers(schedule, steps)
         self.timesteps = torch.tensor(timesteps, device=schedule.alphas_cumprod.device)
 
-    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+    def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
         """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents."""
         p, q = self.transfers[index]
         return (p * latents.float() + q * model_output.float()).to(latents.dtype)
@@ -146,7 +144,7 @@ class PNDM:
         self.timesteps = torch.tensor(timesteps[:2] + timesteps[1:], device=schedule.alphas_cumprod.device)
         self.transfers = transfers[:1] + transfers
 
-    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+    def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
         """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents.
 
         Indices must come in order: the step uses up to three outputs before this one; index 0 forgets them.
@@ -172,7 +170,7 @@ class DPMSolver:
 
     def __init__(self, schedule: NoiseSchedule, steps: int):
         v_prediction, a = schedule.config.prediction_type == "v_prediction", schedule.alphas_cumprod.tolist()
-        timesteps, _ = leading_timesteps(schedule.config, steps, below=1)  # the lowest gives its place to "no noise"
+        timesteps, _ = leading_timesteps(schedule.config, steps, below=1)  # the lowest is replaced by "no noise"
         self.timesteps = torch.tensor(timesteps, device=schedule.alphas_cumprod.device)
         alphas = [math.sqrt(a[t]) for t in timesteps] + [1.0]
         sigmas = [math.sqrt(1 - a[t]) for t in timesteps] + [0.0]
@@ -186,7 +184,7 @@ class DPMSolver:
             slope = (lambdas[i + 1] - lambdas[i]) / (lambdas[i] - lambdas[i - 1]) / 2 if between else 0.0
             self.coefficients.append((*to_clean, keep, alphas[i + 1] - keep * alpha, slope))
 
-    def step(self, model_output: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+    def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
         """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents.
 
         Indices must come in order: the step uses the clean latents predicted by the one before.
@@ -200,22 +198,3 @@ class DPMSolver:
 
 
 SAMPLERS = {"pndm": PNDM, "ddim": DDIM, "dpm": DPMSolver}
-
-# Published settings and the values that this file computes; None: left out. Any other value stops the load.
-SUPPORTED = {
-    "beta_schedule": ("scaled_linear", "linear", None),
-    "prediction_type": ("epsilon", "v_prediction", None),
-    "timestep_spacing": ("leading", None),
-    "skip_prk_steps": (True, None),
-    "trained_betas": (None,),
-    "clip_sample": (False, None),
-    "thresholding": (False, None),
-    "rescale_betas_zero_snr": (False, None),
-}
-
-
-def load_schedule(folder: Path) -> NoiseSchedule:
-    """stable-diffusion/scheduler -> NoiseSchedule. Raises WeightsError."""
-    path = Path(folder) / "scheduler_config.json"
-    check_settings(path, SUPPORTED)
-    return NoiseSchedule(read_config(ScheduleConfig, path))

@@ -24,10 +24,11 @@ from tqdm import tqdm
 from common.cli import DTYPES, can_compile, pick_device, run
 from lora import TARGETS
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, TEXT_WEIGHT, Batch, bucket_length, collate, load_minigpt5
+from minigpt5 import DROP_RATE, TEXT_WEIGHT, Batch, bucket_length, collate
 from published.checkpoints import find_checkpoint, given_checkpoint
+from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
-from tars.features import find_features, picture_size
+from tars.features import find_features
 from tars.index import expand
 from tars.pairs import describe
 from tars.stories import SPEAKERS, TASKS, checked_weights, open_stories
@@ -136,6 +137,8 @@ def main() -> None:
     sees = "queries" not in features
     parts = {"read_pictures": sees}
     model = load_minigpt5(args.weights, first, args.vokens, DTYPES[args.dtype], device, **parts)
+    if args.shard:
+        model.shard()
     if not sees:
         model.vae.encoder, model.queries = None, features.shapes["queries"][0]
     if model.lora or model.prefix:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from common.cli import DTYPES, can_compile, pick_device, run
 from miniature.world import write_pairs
-from minigpt5 import DROP_RATE, Batch, bucket_length, collate, load_minigpt5
-from tars.features import find_features, picture_size
+from minigpt5 import DROP_RATE, Batch, bucket_length, collate
+from published.parts import load_minigpt5, picture_size
+from tars.features import find_features
 from tars.index import expand
 from tars.pairs import describe, open_batches, uas_texts
 from trainer.log import (
@@ -112,6 +113,8 @@ def main() -> None:
     dtype = DTYPES[args.dtype]
     parts = {"read_pictures": False, "read_captions": encodes}
     model = load_minigpt5(args.weights, None, args.vokens, dtype, device, **parts)
+    if args.shard:
+        model.shard()
     if "moments" in features:
         model.vae.encoder = None
     if args.start_as:

@@ -1,8 +1,8 @@
 """Stable Diffusion 2.1's UNet: noisy latents, a timestep and conditioning tokens -> the noise (or velocity) in them.
 
 Paper: MiniGPT-5, section 3.2: epsilon_theta of Eq. 3. It stays frozen; the mapper's features take the place of the text
-encoder's and gradients flow through `encoder_hidden_states`. Loads stable-diffusion/unet of the published
-SD 2.1-base and 2.1. Left out: SD 1's convolutional projections, class and size embeddings, control inputs.
+encoder's and gradients flow through `encoder_hidden_states`. The published SD 2.1-base and 2.1 load into it. Left out:
+SD 1's convolutional projections, class and size embeddings, control inputs.
 
     sample (B, 4, 64, 64), timesteps (B,), encoder_hidden_states (B, 77, 1024)
     conv_in                         (B, 320, 64, 64)
@@ -15,18 +15,11 @@ B batch, C channels, h w latent size, T = h*w tokens, S conditioning tokens, D w
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from published.cpu import attention
-from published.loading import WeightsError, check_settings, fill, read_config, shapes_only, tensor_files
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]  # (B, H, S, Dh) each
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     cross_attention_dim: int = 1024
-    attention_head_dim: tuple[int, ...] | int = (5, 10, 20, 20)  # the NUMBER of heads a level; misnamed at its source
+    attention_head_dim: tuple[int, ...] = (5, 10, 20, 20)  # the NUMBER of heads of each level: a misnomer of the source
     use_linear_projection: bool = True  # false (SD 1) is refused
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -47,14 +40,7 @@ class UNetConfig:
     freq_shift: int = 0
 
 
-@dataclass(frozen=True)
-class EqualHeadsConfig(UNetConfig):
-    """The other published form: one number of heads for all levels."""
-
-    attention_head_dim: int = 8
-
-
-def timestep_embedding(timesteps: torch.Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> torch.Tensor:
+def timestep_embedding(timesteps: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:
     """(B,) -> float32 (B, width): waves of geometrically falling frequency, cosines first if `flip_sin_to_cos`."""
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - freq_shift)
@@ -69,7 +55,7 @@ class TimeMLP(nn.Module):
         self.linear_1 = nn.Linear(width, time_width)
         self.linear_2 = nn.Linear(time_width, time_width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -83,7 +69,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = y + self.time_emb_proj(time)[:, :, None, None]
         y = self.conv2(F.silu(self.norm2(y)))
@@ -91,25 +77,22 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention (its keys and values are made of x) or cross-attention. Only the output projection has a bias."""
+    """Queries from x, keys and values from x itself or from the conditioning. Only the output projection has a bias."""
 
-    def __init__(self, width: int, context_width: int, heads: int):
+    attend = staticmethod(F.scaled_dot_product_attention)  # another device may have a faster one
+
+    def __init__(self, width: int, source_width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width, width, bias=False)
-        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_k = nn.Linear(source_width, width, bias=False)
+        self.to_v = nn.Linear(source_width, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, H, T, Dh)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys_values(self, context: torch.Tensor) -> KeysValues:
-        return self.split(self.to_k(context)), self.split(self.to_v(context))  # (B, H, S, Dh)
-
-    def forward(self, x: torch.Tensor, keys_values: KeysValues) -> torch.Tensor:
-        y = attention(self.split(self.to_q(x)), *keys_values)  # (B, H, T, Dh)
+    def forward(self, x: Tensor, source: Tensor) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, T or S, Dh)
+        y = self.attend(q, k, v)
         return self.to_out(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -118,7 +101,7 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, 2 * hidden)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -128,43 +111,43 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # 1 was a dropout
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, width: int, context_width: int, heads: int):
+    def __init__(self, width: int, conditioning_width: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, context_width, heads)
+        self.attn2 = Attention(width, conditioning_width, heads)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: torch.Tensor, context: KeysValues) -> torch.Tensor:
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, self.attn1.keys_values(y))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), conditioning)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the h*w places of a feature map; the only way in for the conditioning."""
+    """A transformer block over the h*w places of a feature map. The conditioning enters here and nowhere else."""
 
     def __init__(self, config: UNetConfig, channels: int, heads: int):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # not norm_eps: fixed where it was trained
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # whatever norm_eps is
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, config.cross_attention_dim, heads)])
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: torch.Tensor, context: KeysValues) -> torch.Tensor:
+    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         B, C, h, w = x.shape
         y = self.norm(x).permute(0, 2, 3, 1).reshape(B, h * w, C)  # (B, T, C)
         y = self.proj_in(y)
         for block in self.transformer_blocks:
-            y = block(y, context)
+            y = block(y, conditioning)
         y = self.proj_out(y)
         return x + y.reshape(B, h, w, C).permute(0, 3, 1, 2)  # (B, C, h, w)
 
@@ -174,7 +157,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
 
 
@@ -183,12 +166,12 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class DownBlock(nn.Module):
-    """One level on the way down; `heads` 0 is a level without attention. Returns x and what the way up will need."""
+    """One level on the way down, without attention if `heads` is 0. Returns x and the maps that the way up takes in."""
 
     def __init__(self, config: UNetConfig, channels_in: int, channels: int, heads: int, downsample: bool):
         super().__init__()
@@ -197,14 +180,12 @@ class DownBlock(nn.Module):
         self.attentions = nn.ModuleList(SpatialTransformer(config, channels, heads) for _ in widths if heads)
         self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
 
-    def forward(
-        self, x: torch.Tensor, time: torch.Tensor, contexts: Iterator[KeysValues]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, x: Tensor, time: Tensor, conditioning: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if self.attentions:
-                x = self.attentions[i](x, next(contexts))
+                x = self.attentions[i](x, conditioning)
             skips.append(x)
         for downsample in self.downsamplers:
             x = downsample(x)
@@ -218,14 +199,14 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(config, channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialTransformer(config, channels, heads)])
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, contexts: Iterator[KeysValues]) -> torch.Tensor:
+    def forward(self, x: Tensor, time: Tensor, conditioning: Tensor) -> Tensor:
         x = self.resnets[0](x, time)
-        x = self.attentions[0](x, next(contexts))
+        x = self.attentions[0](x, conditioning)
         return self.resnets[1](x, time)
 
 
 class UpBlock(nn.Module):
-    """One level on the way up: every ResBlock first takes in one map that the way down has kept."""
+    """One level on the way up: every ResBlock also takes in one map of the way down."""
 
     def __init__(
         self, config: UNetConfig, channels_in: int, skipped: list[int], channels: int, heads: int, upsample: bool
@@ -238,13 +219,11 @@ class UpBlock(nn.Module):
         self.attentions = nn.ModuleList(SpatialTransformer(config, channels, heads) for _ in widths if heads)
         self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
 
-    def forward(
-        self, x: torch.Tensor, skips: list[torch.Tensor], time: torch.Tensor, contexts: Iterator[KeysValues]
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, conditioning: Tensor) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips[i]], dim=1), time)
             if self.attentions:
-                x = self.attentions[i](x, next(contexts))
+                x = self.attentions[i](x, conditioning)
         for upsample in self.upsamplers:
             x = upsample(x)
         return x
@@ -256,7 +235,6 @@ class UNet(nn.Module):
         self.config = config
         channels, levels, layers = config.block_out_channels, len(config.block_out_channels), config.layers_per_block
         heads = config.attention_head_dim
-        heads = (heads,) * levels if isinstance(heads, int) else heads
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeMLP(channels[0], 4 * channels[0])
 
@@ -280,37 +258,15 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def layers(self) -> list[nn.Module]:
-        """Nearly all of the weights in pieces that are each called as a whole, for `parallel.shard`. `keys_values`
-        calls two inside a SpatialTransformer before it is called: they are pieces of their own, and come first."""
-        modules = list(self.modules())
-        inner = [m for b in modules if isinstance(b, TransformerBlock) for m in (b.attn2.to_k, b.attn2.to_v)]
-        return inner + [m for m in modules if isinstance(m, ResBlock | SpatialTransformer | Downsample | Upsample)]
-
-    def keys_values(self, encoder_hidden_states: torch.Tensor) -> list[KeysValues]:
-        """Conditioning (B, S, D) -> what every cross-attention makes of it, in the order of use. It is the same in all
-        steps of a picture; `forward` takes it in the conditioning's place."""
-        levels = (*self.down_blocks, self.mid_block, *self.up_blocks)
-        blocks = [block for level in levels for spatial in level.attentions for block in spatial.transformer_blocks]
-        return [block.attn2.keys_values(encoder_hidden_states) for block in blocks]
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        timesteps: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | list[KeysValues],
-    ) -> torch.Tensor:
-        """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, encoder_hidden_states (B, S, D) or their
-        `keys_values` -> (B, C, h, w): epsilon or v, as the schedule's prediction_type says. h and w are multiples of
+    def forward(self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, encoder_hidden_states (B, S, D), the
+        conditioning -> (B, C, h, w): epsilon or v, as the schedule's prediction_type says. h and w are multiples of
         2^(levels - 1).
         """
         config = self.config
         _, C, h, w = sample.shape
         factor = 2 ** (len(self.down_blocks) - 1)
         assert (C, h % factor, w % factor) == (config.in_channels, 0, 0), tuple(sample.shape)
-        if isinstance(encoder_hidden_states, torch.Tensor):
-            encoder_hidden_states = self.keys_values(encoder_hidden_states)
-        contexts = iter(encoder_hidden_states)
 
         time = timestep_embedding(  # in float32 always: half precision cannot tell large timesteps apart
             timesteps.reshape(-1), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
@@ -320,55 +276,10 @@ class UNet(nn.Module):
         x = self.conv_in(sample)
         kept = [x]
         for block in self.down_blocks:
-            x, skips = block(x, time, contexts)
+            x, skips = block(x, time, encoder_hidden_states)
             kept += skips
-        x = self.mid_block(x, time, contexts)
+        x = self.mid_block(x, time, encoder_hidden_states)
         for block in self.up_blocks:
             skips = [kept.pop() for _ in block.resnets]
-            x = block(x, skips, time, contexts)
+            x = block(x, skips, time, encoder_hidden_states)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-# Published settings that change the result without changing a tensor's name or shape, so that `fill` would not notice,
-# and the values that this file computes. None: left out. use_linear_projection must be there: left out, it means false.
-SUPPORTED = {
-    "use_linear_projection": (True,),
-    "act_fn": ("silu", None),
-    "center_input_sample": (False, None),
-    "downsample_padding": (1, None),
-    "mid_block_scale_factor": (1, None),
-    "only_cross_attention": (False, None),
-    "dual_cross_attention": (False, None),
-    "resnet_skip_time_act": (False, None),
-    "resnet_out_scale_factor": (1, None),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-}
-
-
-def read_unet_config(path: Path) -> UNetConfig:
-    """A published unet/config.json. WeightsError for a setting that would be computed wrongly."""
-    one_number = isinstance(check_settings(path, SUPPORTED).get("attention_head_dim"), int)
-    config = read_config(EqualHeadsConfig if one_number else UNetConfig, path)
-    levels = len(config.block_out_channels)
-    for name in ("down_block_types", "up_block_types", *(() if one_number else ("attention_head_dim",))):
-        if len(getattr(config, name)) != levels:
-            raise WeightsError(f"{path}: {name} should have {levels} entries, as block_out_channels has")
-    if config.sample_size % 2 ** (levels - 1):
-        raise WeightsError(f"{path}: sample_size {config.sample_size} cannot be halved {levels - 1} times")
-    heads = (config.attention_head_dim,) * levels if one_number else config.attention_head_dim
-    if any(number < 1 or channels % number for channels, number in zip(config.block_out_channels, heads, strict=True)):
-        raise WeightsError(f"{path}: attention_head_dim should divide block_out_channels, found {heads}")
-    known = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-    if unknown := {*config.down_block_types, *config.up_block_types} - known:
-        raise WeightsError(f"{path}: block type {min(unknown)} is not supported")
-    return config
-
-
-def load_unet(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> UNet:
-    """stable-diffusion/unet -> frozen UNet in eval mode. Raises WeightsError."""
-    folder = Path(folder)
-    config = read_unet_config(folder / "config.json")
-    with shapes_only(folder / "config.json"):
-        unet = UNet(config)
-    return fill(unet, tensor_files(folder), dtype=dtype, device=device, channels_last=True)

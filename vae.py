@@ -1,8 +1,8 @@
-"""Stable Diffusion 2.1's autoencoder: pictures <-> latents an eighth of their size, and a picture's way to its input.
+"""Stable Diffusion 2.1's autoencoder: pictures <-> latents an eighth of their size, and how pictures become its input.
 
-Paper: MiniGPT-5, section 3.2: the encoder makes the latents z of Eq. 3, the decoder draws what the UNet has denoised.
-It stays frozen. Loads stable-diffusion/vae of the published SD 2.1 (AutoencoderKL), with the attention's old or new
-names. Left out: tiling, slicing, autoencoders without quant_conv or with a latent shift.
+Paper: MiniGPT-5, section 3.2: the encoder makes the latents z of Eq. 3, the decoder makes a picture of what the UNet
+has denoised. It stays frozen. The published AutoencoderKL of SD 2.1 loads into it. Left out: tiling, slicing,
+autoencoders without quant_conv or with a latent shift.
 
     pixels (B, 3, 512, 512) in [-1, 1]
     encoder.down_blocks             (B, 128, 256, 256) (B, 256, 128, 128) (B, 512, 64, 64) (B, 512, 64, 64)
@@ -17,15 +17,13 @@ B batch, C channels, h w latent height and width, T = h*w tokens.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from common.images import resize_and_crop, to_bytes
-from published.loading import check_settings, fill, read_config, shapes_only, stored, tensor_files
 
 EPS = 1e-6  # of every group norm; no published config names it
 
@@ -46,15 +44,15 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> torch.Tensor:
-    """A picture to be drawn -> uint8 (3, size, size), squared with white (`pad`) or by cropping. Bytes until it is
-    encoded: workers and GPU copy a quarter of what numbers would be."""
+def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> Tensor:
+    """An output picture -> uint8 (3, size, size), made square by white padding (`pad`) or by cropping. Bytes, since
+    workers and the GPU then copy a quarter of what float32 would be."""
     return to_bytes(resize_and_crop(image, size, pad))
 
 
-def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 (..., 3, H, W) -> float32 in [-1, 1], which the autoencoder was trained on; the released code's precomputed
-    latents came from [0, 1]."""
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) -> float32 in [-1, 1], the range that the autoencoder was trained on. (The released code
+    precomputed its latents from pixels in [0, 1].)"""
     return pictures.float().div_(255).mul_(2).sub_(1)
 
 
@@ -67,7 +65,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return self.conv_shortcut(x) + y
@@ -84,7 +82,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         B, C, h, w = x.shape
         y = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, 1, h * w, C)  # (B, 1, T, C)
         y = F.scaled_dot_product_attention(self.to_q(y), self.to_k(y), self.to_v(y))
@@ -97,7 +95,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, unlike the UNet
 
 
@@ -106,7 +104,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -117,7 +115,7 @@ class DownBlock(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(width, channels, groups) for width in widths)
         self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.downsamplers):
             x = layer(x)
         return x
@@ -130,7 +128,7 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(width, channels, groups) for width in widths)
         self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x)
         return x
@@ -142,7 +140,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -159,7 +157,7 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -180,7 +178,7 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         x = self.mid_block(x)
         for block in self.up_blocks:
@@ -197,60 +195,20 @@ class VAE(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, 8h, 8w) in [-1, 1] -> mean and log variance of the unscaled latents, each (B, C, h, w)."""
         factor = self.config.downsampling
         assert pixels.shape[-2] % factor == 0 and pixels.shape[-1] % factor == 0, tuple(pixels.shape)
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
-    def sample(self, mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """Unscaled posterior and standard normal noise, each (B, C, h, w) -> scaled latents (B, C, h, w)."""
         return (mean + torch.exp(0.5 * logvar) * noise) * self.config.scaling_factor
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents (B, C, h, w) of any type -> pixels (B, 3, 8h, 8w) in the weights' type, about [-1, 1] but not
-        clamped."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) of any dtype -> pixels (B, 3, 8h, 8w) in the weights' dtype, about [-1, 1] and
+        not clamped."""
         assert latents.shape[1] == self.config.latent_channels, tuple(latents.shape)
         latents = latents.float() / self.config.scaling_factor
         return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
-
-
-# The published file was written when the attention had other names.
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-def rename(key: str) -> str:
-    """A published key -> ours."""
-    for old, new in OLD_NAMES.items():
-        key = key.replace(old, new)
-    return key
-
-
-def read_vae_config(path: Path) -> VAEConfig:
-    """A published vae/config.json. WeightsError for a setting that would be computed wrongly without being noticed."""
-    check_settings(path, {"act_fn": ("silu", None), "shift_factor": (None,), "latents_mean": (None,)})
-    return read_config(VAEConfig, path)
-
-
-def load_vae(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> VAE:
-    """stable-diffusion/vae -> frozen VAE in eval mode, never in float16: feature maps may pass its 65504,
-    and the picture would be black. Such weights become float32; bfloat16 has the range. Raises WeightsError.
-    """
-    folder = Path(folder)
-    config = read_vae_config(folder / "config.json")
-    with shapes_only(folder / "config.json"):
-        vae = VAE(config)
-    files = tensor_files(folder)
-    tensors = {name: tensor for name, _, _, tensor in stored(files, rename)}
-    if dtype == torch.float16 or (dtype is None and any(tensor.get_dtype() == "F16" for tensor in tensors.values())):
-        dtype = torch.float32
-    # Some files hold the attention's linear layers as 1x1 convolutions: take them in at that shape, then drop the 1x1.
-    linear = {f"{name}.weight": module for name, module in vae.named_modules() if isinstance(module, nn.Linear)}
-    as_convolution = [linear[name] for name in linear if name in tensors and len(tensors[name].get_shape()) == 4]
-    for module in as_convolution:
-        module.weight = nn.Parameter(module.weight[:, :, None, None])
-    fill(vae, files, rename, dtype, device, channels_last=True)
-    for module in as_convolution:
-        module.weight = nn.Parameter(module.weight[:, :, 0, 0], requires_grad=False)
-    return vae

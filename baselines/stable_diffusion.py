@@ -45,15 +45,14 @@ from evaluation.cases import (
     read_cases,
     write_answer,
 )
-from minigpt5 import MiniGPT5, dtype_of, number_types, send
+from minigpt5 import MiniGPT5, dtype_of, send
 from published.checkpoints import given_checkpoint
+from published.clip_tokenizer import ClipTokenizer
 from published.loading import matched, read_json, save_safetensors
-from scheduler import SAMPLERS, load_schedule
+from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
+from scheduler import SAMPLERS
 from tars.features import fingerprint
 from tars.stories import TASKS
-from text_encoder import ClipTokenizer, load_text_encoder
-from unet import load_unet
-from vae import load_vae
 
 
 class StableDiffusion(nn.Module):
@@ -64,7 +63,7 @@ class StableDiffusion(nn.Module):
 
     def __init__(self, weights: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
         super().__init__()
-        folder, (reading, painting) = weights / "stable-diffusion", number_types(weights, dtype, device)
+        folder, (reading, painting) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
         self.tokenizer = ClipTokenizer(folder / "tokenizer")
         self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
         self.unet = load_unet(folder / "unet", painting, device)
@@ -84,10 +83,10 @@ class StableDiffusion(nn.Module):
     def paint(self, texts: list[str], latents: Tensor, sampler: str, steps: int, guidance: float) -> Tensor:
         """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
         condition, dtype = self.encode([""] * len(texts) + texts), dtype_of(self.unet)
-        keys_values = self.unet.keys_values(condition.to(dtype))  # the same in all steps
+        condition = condition.to(dtype)
         solver, latents = SAMPLERS[sampler](self.schedule, steps), send(latents, self.device)
         for index, timestep in enumerate(solver.timesteps):
-            both = self.unet(torch.cat([latents, latents]).to(dtype), timestep, keys_values)
+            both = self.unet(torch.cat([latents, latents]).to(dtype), timestep, condition)
             without, given = both.to(torch.float32, copy=True).chunk(2)
             latents = solver.step(without + guidance * (given - without), index, latents)
         return self.vae.decode(latents).float()

@@ -27,7 +27,8 @@ from baselines.stable_diffusion import StableDiffusion, told
 from common.cli import DTYPES, pick_device, run
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE
-from tars.features import Features, find_features, picture_size
+from published.parts import picture_size
+from tars.features import Features, find_features
 from tars.index import Unusable, expand
 from tars.pairs import Batches, describe
 from tars.stories import Row, StoryData, Turn

@@ -29,11 +29,9 @@ from torch import Tensor
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
 from common.cli import read_arguments, run
-from llama import History, load_llama
-from qformer import load_image_encoder
-from text_encoder import ClipTokenizer, load_text_encoder
-from unet import load_unet, read_unet_config
-from vae import load_vae
+from llama import History
+from published.clip_tokenizer import ClipTokenizer
+from published.parts import load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae, read_unet_config
 
 BATCH = {"tiny": (2, 2), "miniature": (8, 8), "half": (4, 1), "full": (16, 8)}  # of words, of pictures
 PROMPT, VOKENS = 24, 8  # tokens of a caption and its picture

@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import random_weights as files
 
 from common.cli import MINIATURE
-from llama import Llama, LlamaConfig, Tokenizer, Vokens
+from llama import Llama, LlamaConfig, Vokens
 from mapper import VokenMapper
 from miniature.autoencoder import VAE_SIZES
 from miniature.painter import SCHEDULE, UNET_SIZES
@@ -41,6 +41,7 @@ from published.loading import read_config, read_json, tensor_files
 from qformer import LN_VISION_EPS, ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import ScheduleConfig
 from text_encoder import TextConfig, TextEncoder
+from tokenizer import Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 

@@ -41,9 +41,11 @@ from bench.common import Report, agree, alternate, exact_products, parser, rows_
 from common.cli import read_arguments, run
 from common.images import save_image, to_image
 from generation import Sampling, answer, paint, prompt_ids, say
-from llama import Tokenizer, Vokens
+from llama import Vokens
 from mapper import VokenMapper
-from minigpt5 import MiniGPT5, dtype_of, load_minigpt5, send
+from minigpt5 import MiniGPT5, dtype_of, send
+from published.parts import load_minigpt5
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = "transformers, diffusers"

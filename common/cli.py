@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from published.loading import read_json
+from common.files import read_json
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature" / "weights"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}

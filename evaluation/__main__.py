@@ -53,8 +53,8 @@ from evaluation.cases import (
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from generation import add_sampling_options, sampling_of
-from minigpt5 import load_minigpt5
 from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
+from published.parts import load_minigpt5
 from tars.features import fingerprint
 from tars.index import Unusable
 from tars.pairs import describe

@@ -25,7 +25,8 @@ from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import cached, pictures, rows_of, to_pixels
 from miniature.world import draw, sample_pair
 from minigpt5 import send
-from vae import VAE, VAEConfig, load_vae
+from published.parts import load_vae
+from vae import VAE, VAEConfig
 
 VAE_SIZES = VAEConfig(
     block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=8, scaling_factor=1.0

@@ -20,7 +20,6 @@ import numpy as np
 import sentencepiece
 
 from common.files import written_whole
-from llama import Tokenizer
 from miniature.facts import PLACES, Picture, pick
 from miniature.tales import SEES, SHOWS
 from miniature.words import agrees, description, facts_in, some
@@ -28,6 +27,7 @@ from miniature.world import random_stream, sample_dialogue, sample_pair, sample_
 from minigpt5 import expand_placeholders
 from tars.pairs import REQUESTS, uas_texts
 from tars.stories import END, PICTURE, SPEAKERS, TASKS, Row, Turn, dialog_row, first_heard, story_row
+from tokenizer import Tokenizer
 
 PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
 TEXTS = 20_000  # documents that it is made from

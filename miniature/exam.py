@@ -27,7 +27,8 @@ from miniature.judge import ATTRIBUTES, Judge, load_judge, read, right
 from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import draw, random_stream, sample_pair
-from minigpt5 import MiniGPT5, load_minigpt5
+from minigpt5 import MiniGPT5
+from published.parts import load_minigpt5
 from tars.stories import Turn
 
 BATCH = 50  # prompts at a time

@@ -20,10 +20,9 @@ from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import pictures
 from miniature.world import random_stream, sample_pair
 from minigpt5 import send
+from published.parts import load_text_encoder, load_vae
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
-from text_encoder import load_text_encoder
 from unet import UNet, UNetConfig
-from vae import load_vae
 
 UNET_SIZES = UNetConfig(
     sample_size=8,

@@ -26,7 +26,8 @@ from miniature.sets import cached, rows_of
 from miniature.words import caption, facts_in
 from miniature.world import random_stream, sample_pair
 from minigpt5 import send
-from text_encoder import ClipTokenizer, TextConfig, TextEncoder
+from published.clip_tokenizer import ClipTokenizer
+from text_encoder import TextConfig, TextEncoder
 
 TEXT_SIZES = TextConfig(
     vocab_size=0,  # known once the tokenizer is trained

@@ -67,10 +67,10 @@ from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in
 from miniature.world import random_stream, sample_dialogue
 from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
+from published.parts import load_vae
 from scheduler import SAMPLERS
 from tars.pairs import REQUESTS, uas_texts
 from tars.stories import dialog_source, first_heard
-from vae import load_vae
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"

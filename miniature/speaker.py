@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from common.files import write_file, write_json, write_text
 from common.images import draw_grid
-from llama import KVCache, Llama, LlamaConfig, load_llama
+from llama import KVCache, Llama, LlamaConfig
 from miniature.documents import (
     PIECES,
     WORDS,
@@ -39,6 +39,7 @@ from miniature.sets import cached, pictures, rows_of
 from miniature.words import facts_in
 from miniature.world import sample_pair
 from minigpt5 import expand_placeholders, send
+from published.parts import load_llama
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
 from tars.stories import Row, Turn, dialog_source
 

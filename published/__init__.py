@@ -1,1 +1,1 @@
-"""Published weights: loading, converting, checking, and the checkpoints that go over them."""
+"""Published weights: fetching, converting, checking and loading them, and our checkpoints."""

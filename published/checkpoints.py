@@ -1,22 +1,32 @@
-"""Checkpoints of what MiniGPT-5 trains: a safetensors file of `MiniGPT5.trained_parameters`, and what it must say.
+"""Checkpoints of what MiniGPT-5 trains: a safetensors file of `MiniGPT5.trained_parameters` and its metadata.
 
-    vokens.input, vokens.output     (N + 1, D)   rows of the two tables: the vokens', then the image placeholder's
+    vokens.input, vokens.output     (N + 1, D)   embedding rows: the vokens', then the image placeholder's
     fc.*, t2i_decoder_prompt, ...                the mapper, under its published names
     model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
     prefix_encoder.*                             its prefix
-    metadata                                     stage, vokens; lora_alpha; "over": the file that this one goes over;
-                                                 "system": how its prompts begin
+    model.embed_tokens.weight, lm_head.weight    Vicuna's tables, where a released checkpoint has others than Vicuna
+    metadata                                     stage, vokens; lora_alpha; "system": how its prompts begin
 
-Every number that sizes the model to be built is checked before it is used.
+A file that does not hold all of what the model trains is laid over uas.safetensors in the same folder: what it does not
+hold is taken from there. Every number that sizes the model to be built is checked before it is used.
 """
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from published.loading import WeightsError, is_shard, open_safetensors, stored
+import torch
+from torch import nn
 
-STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # files of stage 2
-TABLES = {"model.embed_tokens.weight": "embed_scale", "lm_head.weight": "head_scale"}
+from minigpt5 import MiniGPT5
+from published.loading import FLOATS, WeightsError, matched, open_safetensors, save_safetensors, stored
+
+STAGE_1 = "uas.safetensors"
+STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # names of stage 2's files
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # Vicuna's input and output embedding
+
+
+# ---- finding them
 
 
 def checkpoint_folders(out: Path) -> list[Path]:
@@ -30,14 +40,14 @@ def find_checkpoint(place: Path) -> Path | None:
     if place.is_file():
         return place
     folders = place, *checkpoint_folders(place)
-    for file in [*(folder / "trained.safetensors" for folder in folders), place / "uas.safetensors"]:
+    for file in [*(folder / "trained.safetensors" for folder in folders), place / STAGE_1]:
         if file.is_file():
             return file
     return None
 
 
 def given_checkpoint(place: Path) -> Path:
-    """What the user named. ValueError where there is none."""
+    """The checkpoint that the user named. ValueError where there is none."""
     found = find_checkpoint(place)
     if found is None:
         raise ValueError(f"{place}: neither a checkpoint nor the folder of a run that has one")
@@ -45,9 +55,12 @@ def given_checkpoint(place: Path) -> Path:
 
 
 def shipped_checkpoint(folder: Path, stage_2: tuple[str, ...]) -> Path | None:
-    """Of weights/minigpt5: the first of stage 2's files `stage_2` that is there, else stage 1's."""
+    """The first of stage 2's files `stage_2` in `folder` (weights/minigpt5), else stage 1's; None if there is none."""
     places = [*(folder / f"{name}.safetensors" for name in stage_2), folder]
     return next(filter(None, map(find_checkpoint, places)), None)
+
+
+# ---- what they hold
 
 
 def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
@@ -61,29 +74,24 @@ def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
     return metadata, tensors
 
 
-def base_checkpoint(path: Path) -> Path | None:
-    """The checkpoint in the same folder that `path` changes: stage 2's file may hold no more than stage 2 changed."""
-    with open_safetensors(path) as file:
-        name = (file.metadata() or {}).get("over")
-    if name is not None and not is_shard(name):
-        raise WeightsError(f"{path}: should go over a .safetensors file of its folder, not over {name!r:.80}")
-    return None if name is None else path.with_name(name)
+def file_below(path: Path, missing: Iterable[str]) -> Path | None:
+    """Stage 1's file, over which `path` is laid where the tensors `missing` are not in it. WeightsError if it is not
+    there. None if nothing is missing, and for stage 1's file itself."""
+    below, missing = path.with_name(STAGE_1), sorted(missing)
+    if not missing or path.name == STAGE_1:
+        return None
+    if not below.is_file():
+        raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
+    return below
 
 
-def rows_of(tensors: dict, name: str, sane: range, path: Path) -> int:
-    """How many rows a checkpoint's matrix has, a size of the model to be built. WeightsError if that is not `sane`."""
+def rows_of(tensors: dict, name: str, allowed: range, path: Path) -> int:
+    """How many rows a checkpoint's matrix has, a size of the model to be built. WeightsError if it is not `allowed`."""
     shape = tensors[name].get_shape() if name in tensors else []
-    if len(shape) != 2 or shape[0] not in sane:
-        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {sane.start} to {sane.stop - 1:,} rows")
+    if len(shape) != 2 or shape[0] not in allowed:
+        expected = f"{allowed.start} to {allowed.stop - 1:,} rows"
+        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {expected}")
     return shape[0]
-
-
-def number_of(metadata: dict[str, str], name: str, default: float, path: Path) -> float:
-    """A positive number in a checkpoint's metadata."""
-    with suppress(ValueError):
-        if 0 < (number := float(metadata.get(name, default))) < 1e6:
-            return number
-    raise WeightsError(f"{path}: {name} cannot be {metadata[name]!r:.80}")
 
 
 def checkpoint_adapters(path: Path) -> dict:
@@ -93,10 +101,58 @@ def checkpoint_adapters(path: Path) -> dict:
     if matrices:
         rank = rows_of(tensors, matrices[0], range(1, 1025), path)
         targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
-        alpha = number_of(metadata, "lora_alpha", 2 * rank, path)
+        alpha = 0.0
+        with suppress(ValueError):
+            alpha = float(metadata.get("lora_alpha", 2 * rank))
+        if not 0 < alpha < 1e6:
+            raise WeightsError(f"{path}: lora_alpha cannot be {metadata['lora_alpha']!r:.80}")
         adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
     if "prefix_encoder.embedding.weight" in tensors:
         names = [f"prefix_encoder.{name}.weight" for name in ("embedding", "transform.0")]
         sizes = [rows_of(tensors, name, range(1, 1 << 14), path) for name in names]
         adapters["prefix"] = dict(zip(("tokens", "hidden"), sizes, strict=True))
     return adapters
+
+
+# ---- saving and loading
+
+
+def save_trained(model: MiniGPT5, path: Path, stage: str) -> None:
+    metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(model.tokenizer.voken_ids))}
+    if model.lora:
+        metadata["lora_alpha"] = str(model.lora[0].scale * model.lora[0].lora_A.out_features)
+    save_safetensors(model.trained_parameters() | model.tables, path, metadata)
+
+
+def load_trained(model: MiniGPT5, path: Path) -> None:
+    """Take a checkpoint's tensors; the model must have the adapters that it has.
+
+    A released checkpoint may bring tables of its own: weight decay shrank the rows that are Vicuna's, and the released
+    model runs with the shrunk ones. They replace Vicuna's, and `model.tables` keeps them for the next checkpoint.
+    """
+    metadata, tensors = checkpoint_contents(path)
+    names = model.trained_parameters().keys()
+    missing = names - tensors.keys()
+    if below := file_below(path, missing):
+        load_tensors(model, below, missing)
+        names = names - missing
+    load_tensors(model, path, names)
+    model.system = metadata.get("system")
+
+
+@torch.no_grad()
+def load_tensors(model: MiniGPT5, path: Path, names: Iterable[str]) -> None:
+    """Take the trained parameters `names` from a checkpoint, and the tables that it holds."""
+    trained = model.trained_parameters()
+    ignored = (trained.keys() - set(names)) | set(TABLES)
+    wanted = {name: trained[name] for name in names}
+    for name, tensor in matched(wanted, [path], lambda key: None if key in ignored else key).items():
+        trained[name].copy_(tensor)  # in place: an optimiser may hold these
+    _, tensors = checkpoint_contents(path)
+    for key in tensors.keys() & set(TABLES):
+        module, pieces = model.llama.get_submodule(key.removesuffix(".weight")), model.tokenizer.base_vocabulary
+        shape, dtype, width = tensors[key].get_shape(), tensors[key].get_dtype(), module.weight.shape[1]
+        if len(shape) != 2 or shape[0] < pieces or shape[1] != width or dtype not in FLOATS:
+            raise WeightsError(f"{path}: {key} {tuple(shape)} {dtype} is no table of {pieces} rows of width {width}")
+        table = tensors[key][:].to(module.weight.device, module.weight.dtype)
+        module.weight = model.tables[key] = nn.Parameter(table, requires_grad=False)

@@ -1,20 +1,18 @@
 """Published checkpoints -> the layout that the loaders read (`python -m published convert`).
 
-A file is known by its tensors' names, never by its own, and is one of
+A file is recognised by the names of its tensors, not by its own name, and is one of
 
     Vicuna-7B                     .bin shards, transformers' names        -> vicuna/
     EVA-ViT-g, BLIP-2's Q-Former  LAVIS .pth, or transformers' BLIP-2     -> blip2/vision_model, qformer
     MiniGPT-4                     .pth, the projection llama_proj         -> minigpt4/llama_proj
     MiniGPT-5 stage 1, stage 2    Lightning .ckpt                         -> minigpt5/uas, mls-*
 
-Pickles are read through torch.load(weights_only=True) alone. Tensors keep their type. Nothing is left half-written: a
-file appears under its name when it is whole, and what says that a part is there (index, config.json) is written last.
+Pickles are read through torch.load(weights_only=True) alone. Nothing is left half-written: a file gets its name when it
+is whole, and the file that makes a part complete (index, config.json) is written last.
 
-Our checkpoint format holds the n + 1 new rows (n vokens, then the image placeholder) of the two embedding tables as
-`vokens.input` and `vokens.output` (n + 1, D), and the mapper under its published names. The released checkpoints hold
-whole tables whose old rows have shrunk, since weight decay acted on them. The released model runs with those rows, so
-they are kept: as one factor in the metadata (embed_scale, head_scale) where that describes them, else whole under
-Vicuna's names.
+Our checkpoints (checkpoints.py) hold the new rows of the two embedding tables alone. The released ones hold whole
+tables. Their other rows are smaller than Vicuna's, since weight decay acted on them, and the released model runs with
+those, so such a table is kept whole, under Vicuna's name.
 """
 
 import re
@@ -27,13 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.cli import make_folder
 from common.files import write_json
-from llama import Llama, LlamaConfig, Tokenizer, published_name
+from llama import Llama, LlamaConfig
+from published.checkpoints import STAGE_1, TABLES
 from published.loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
+from published.parts import BLIP2_UNUSED, llama_name
 from tars.stories import SYSTEM
-
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HALF_ROUNDING = 2.0**-11  # relative, of float16, in which Vicuna is published
+from tokenizer import Tokenizer
 
 
 def read_tensors(path: Path) -> dict:
@@ -58,7 +57,7 @@ def read_tensors(path: Path) -> dict:
 
 
 def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> int:
-    """Write, say so, return the number of bytes of the tensors."""
+    """Write the file, print its size, return the number of bytes of its tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     save_safetensors(tensors, path, metadata)
@@ -70,7 +69,7 @@ def readable(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
-KINDS = (  # what a file is: a name that only such a file holds, in the order in which the kinds are converted
+KINDS = (  # of files: a tensor that only such a file holds, in the order in which they are converted
     ("vicuna", r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight"),
     ("minigpt4", r"llama_proj\.weight"),
     ("blip2", r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*"),
@@ -92,13 +91,7 @@ BLIP2_NAMES = (  # LAVIS -> transformers, applied one after the other; transform
     (r"^Qformer\.(bert\.)?", "qformer."),
     (r"attention\.self\.", "attention.attention."),
 )
-BLIP2_UNUSED = re.compile(
-    r"qformer\.(embeddings|cls|pooler)\."  # words: MiniGPT-4 gives the Q-Former queries only
-    r"|qformer\.encoder\.layer\.\d+\.(intermediate|output)\."  # the words' feed-forward
-    r"|(t5|opt|llm|vision|text)_proj\.|itm_head\.|temp$|language_(model|projection)\."  # other models' heads
-    r"|(norm|fc_norm|head|lm_head)\.|mask_token$"  # EVA's own end; BLIP-2 takes the last block's output
-)
-OPENINGS = {  # how every prompt began that the released LoRA matrices were trained on
+OPENINGS = {  # the beginning of every prompt that the released LoRA matrices were trained on
     "stage2_vist": "Please understanding images and generate story.",
     "stage2_mmdialog": "Please generate conversation with appropriate image.",
 }
@@ -106,12 +99,12 @@ EVA_BLOCKS = 39  # of the published file's 40: BLIP-2 uses the last but one's ou
 
 
 def convert(files: list[Path], out: Path, config: Path | None = None, dtype: torch.dtype | None = None) -> None:
-    """Convert `files` (folders stand for the weight files in them) into `out`. `config` is the config.json of a model
-    whose tensors do not tell everything, for files that have none beside them."""
+    """Convert `files` (folders stand for the weight files in them) into `out`. `config` is the config.json to use where
+    none lies beside the files: the tensors do not tell the number of heads."""
     groups: dict[str, list[Path]] = {}
     for path in weight_files(files):
         names = read_tensors(path)
-        kind = next((kind for kind, mark in KINDS if any(re.fullmatch(mark, name) for name in names)), None)
+        kind = next((kind for kind, pattern in KINDS if any(re.fullmatch(pattern, name) for name in names)), None)
         if kind is None:
             some = ", ".join(sorted(names)[:3]) or "no tensor"
             raise WeightsError(f"{path}: not a file that MiniGPT-5 is made of (it holds {some})")
@@ -137,13 +130,13 @@ def weight_files(files: list[Path]) -> Iterator[Path]:
 
 
 def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
-    """Shards -> as many safetensors files and an index, one shard in memory at a time."""
+    """Shards -> as many safetensors files and an index. One shard is in memory at a time."""
     source, folder = paths[0].parent, out / "vicuna"
     config = config or source / "config.json"
     pieces = Tokenizer(source / "tokenizer.model").base_vocabulary
     with torch.device("meta"):
         expected = Llama(read_config(LlamaConfig, config)).state_dict()
-    where = {name: path for path in paths for name in map(published_name, read_tensors(path)) if name}
+    where = {name: path for path in paths for name in map(llama_name, read_tensors(path)) if name}
     for name in sorted(expected.keys() ^ where.keys()):
         problem = "unexpected" if name in where else "missing: all shards are converted together"
         raise WeightsError(f"{where.get(name, source)}: tensor {name} is {problem}")
@@ -151,23 +144,23 @@ def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: tor
     weight_map, size = {}, 0
     for i, path in enumerate(paths, 1):
         file = f"model-{i:05}-of-{len(paths):05}.safetensors"
-        tensors = {name: value[:] for name, value in read_tensors(path).items() if published_name(name)}
-        for name in tensors.keys() & {EMBED, HEAD}:
+        tensors = {name: value[:] for name, value in read_tensors(path).items() if llama_name(name)}
+        for name in tensors.keys() & set(TABLES):
             if len(tensors[name]) < pieces:
                 raise WeightsError(f"{path}: {name} has {len(tensors[name])} rows for the tokenizer's {pieces} pieces")
             tensors[name] = tensors[name][:pieces]  # v0 has one row more, an old padding token
         size += save(tensors, folder / file, dtype)
         weight_map |= dict.fromkeys(tensors, file)
     shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
-    right = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": pieces}
-    right |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # v0's file has others, all wrong
-    write_json(folder / "config.json", read_json(config) | right)
+    corrected = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": pieces}
+    corrected |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # v0's file has others, all wrong
+    write_json(folder / "config.json", read_json(config) | corrected)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
 
 
 def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
-    """EVA-ViT, Q-Former or both, under either library's names -> transformers' names, sizes into config.json."""
+    """EVA-ViT, Q-Former or both, under LAVIS's or transformers' names -> transformers' names and a config.json."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         for key, value in read_tensors(path).items():
@@ -205,7 +198,7 @@ def blip2_name(key: str) -> str:
 
 
 def blip2_config(tensors: dict[str, Tensor], values: dict) -> dict:
-    """The published config.json's fields that follow from the tensors' shapes, over what `values` says already."""
+    """`values` of a config.json, updated with the fields that follow from the tensors' shapes."""
     vision, qformer = dict(values.get("vision_config") or {}), dict(values.get("qformer_config") or {})
     values = {"model_type": "blip-2"} | values
 
@@ -237,7 +230,7 @@ def published_heads(width: int, published_width: int, heads: int) -> int:
 
 
 def convert_projection(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
-    """MiniGPT-4's file holds what it trained and, as released, the buffers of its frozen parts."""
+    """As released, MiniGPT-4's file also holds the buffers of its frozen parts, which are left out."""
     buffers = re.compile(r"(Qformer|llama_model)\..*(position_ids|rotary_emb\.inv_freq)")
     tensors = {name: value[:] for name, value in read_tensors(paths[-1]).items() if not buffers.fullmatch(name)}
     if len(paths) > 1 or tensors.keys() != {"llama_proj.weight", "llama_proj.bias"}:
@@ -248,12 +241,12 @@ def convert_projection(paths: list[Path], out: Path, config: Path | None, dtype:
 def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
     """Released Lightning checkpoints of MiniGPT-5 -> minigpt5/uas.safetensors (stage 1) or mls-*.safetensors (stage 2).
 
-    Stage 2 kept `fc` and `t2i_decoder_prompt` frozen and did not store them: they are taken from stage 1's file.
+    Stage 2 kept `fc` and `t2i_decoder_prompt` frozen and did not store them. They are taken from stage 1's file.
     """
     for path in paths:
         tensors = {trained_name(key): value[:] for key, value in read_tensors(path).items()}
         stage = "uas" if "t2i_decoder_prompt" in tensors else "mls"
-        first = out / "minigpt5" / "uas.safetensors"
+        first = out / "minigpt5" / STAGE_1
         if stage == "mls":
             if not first.is_file():
                 raise WeightsError(f"{path}: stage 2 continues stage 1, whose checkpoint must be converted first")
@@ -264,49 +257,48 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
             metadata["lora_alpha"] = "16"
             if path.stem in OPENINGS:
                 metadata["system"] = SYSTEM + OPENINGS[path.stem]
-        for name, scale, vokens in ((EMBED, "embed_scale", "vokens.input"), (HEAD, "head_scale", "vokens.output")):
+        for name, vokens in zip(TABLES, ("vokens.input", "vokens.output"), strict=True):
             table, published = tensors.pop(name), vicuna_table(out, name)
             rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder
             if len(table) <= rows or (published is not None and table.shape[1] != published.shape[1]):
                 raise WeightsError(f"{path}: {name} has shape {tuple(table.shape)}, which does not extend Vicuna's")
             tensors[vokens], table = table[rows:].clone(), table[:rows]  # a file may not hold two views of a table
             metadata["vokens"] = str(len(tensors[vokens]) - 1)
-            factor, worst = (None, None) if published is None else common_factor(table, published)
-            if worst is None or worst > HALF_ROUNDING:
+            if published is None or not torch.equal(table, published.to(table.dtype)):
                 tensors[name] = table
-            elif factor != 1:
-                metadata[scale] = repr(factor)
-                metadata[f"{scale}_check"] = f"largest relative difference {worst:.1e}, allowed {HALF_ROUNDING:.1e}"
         known = r"vokens\.|fc\.[02]\.|llm_to_t2i_mapping\.|t2i_decoder_prompt$|model\.layers\..*lora_[AB]\.weight$"
         for name in tensors:
-            if not re.match(known, name) and name not in (EMBED, HEAD):
+            if not re.match(known, name) and name not in TABLES:
                 raise WeightsError(f"{path}: tensor {name} is unexpected")
         name = "uas" if stage == "uas" else "mls-" + re.sub("^stage2_", "", path.stem)
         save(tensors, out / "minigpt5" / f"{name}.safetensors", dtype, metadata)
 
 
+def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
+    """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
+    already are left out: the file is then laid over it (checkpoints.py)."""
+    tensors = {name: tensor[:].to(dtype) for name, tensor in read_tensors(checkpoint).items()}
+    with open_safetensors(checkpoint) as file:
+        metadata = file.metadata() or {}
+    below = out.with_name(STAGE_1)
+    if out.name != STAGE_1 and below.is_file():
+        first = read_tensors(below)
+        same = {name for name in tensors if name in first and torch.equal(tensors[name], first[name][:].to(dtype))}
+        same -= {"vokens.input", "vokens.output"}
+        if same - set(TABLES):  # without tables alone, the file would still hold all that trains, and stand alone
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
+    make_folder(out.parent)
+    save(tensors, out, None, metadata)
+
+
 def trained_name(key: str) -> str:
-    """Lightning's and peft's wrappers taken off: Vicuna's names remain."""
+    """The name without the wrappers of Lightning and peft: Vicuna's."""
     key = key.removeprefix("model.llama_model.").removeprefix("base_model.model.")
     return key.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
 
 
-def common_factor(table: Tensor, published: Tensor) -> tuple[float, float]:
-    """The factor by which `table` (V, D) is `published`, by least squares, and the largest relative difference left."""
-    if torch.equal(table, published.to(table.dtype)):
-        return 1.0, 0.0
-
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:  # in double precision, never the whole tables at once
-        for i in range(0, len(table), 1024):
-            yield table[i : i + 1024].double(), published[i : i + 1024].double()
-
-    factor = sum((a * b).sum().item() for a, b in blocks()) / sum(b.square().sum().item() for _, b in blocks())
-    smallest = 2.0**-14  # float16's least normal number: below it, differences are absolute
-    return factor, max(((a - factor * b).abs() / b.abs().clamp(min=smallest)).max().item() for a, b in blocks())
-
-
 def vicuna_table(out: Path, name: str) -> Tensor | None:
-    """The rows of the tokenizer's pieces: a v0 table may have one more."""
+    """Vicuna's rows for the tokenizer's pieces: a table of v0 may have one row more."""
     folder = out / "vicuna"
     files = tensor_files(folder, (name,)) if (folder / "config.json").is_file() else []
     table = next((found[name][:] for found in map(read_tensors, files) if name in found), None)

@@ -1,19 +1,30 @@
-"""bfloat16 on CPUs: where its kernels are slow, the same in another way. GPUs take none of these detours.
+"""bfloat16 on CPUs: where its kernels are slow, the same operation in float32. GPUs never need this.
 
-Some CPUs have no instructions for it, newer ones have units that multiply matrices of it (AMX, Xeons from 2023 on), on
-which the full UNet runs four times as fast as in float32. No kernel here is ours: the work is cast to float32.
+Some CPUs have no instructions for bfloat16. Newer ones have units that multiply matrices of it (AMX, in Xeons from 2023
+on), with which the full UNet runs four times as fast as in float32.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-MULTIPLIES_BF16 = torch.cpu._is_amx_tile_supported()  # has AMX; AVX-512's own instructions gain nothing over float32
-WITHOUT_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no instructions for it at all
-ROWS = 256  # of a matrix that are in float32 at a time: few enough for the cache
-FEW_KEYS = 256  # of attention
+HAS_AMX = torch.cpu._is_amx_tile_supported()  # AVX-512's own bfloat16 instructions are no faster than float32
+HAS_NO_BF16 = torch.backends.cpu.get_cpu_capability() == "AVX2"  # no instructions for it at all
+ROWS = 256  # of a matrix that are cast at a time: few enough for the cache
+MIN_KEYS = 256  # from this many keys on, the attention's own kernel is fast enough
+
+
+def use_float32_kernels(model: nn.Module) -> None:
+    """Replace what is slow in a frozen model in bfloat16 on a CPU: attention wherever a module has `attend`, and the
+    linear layers without a bias, which are nearly all of a language model."""
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = attention
+        if HAS_NO_BF16 and type(module) is nn.Linear and module.bias is None:
+            module.forward = partial(linear, module)
 
 
 def is_bf16_on_cpu(x: Tensor) -> bool:
@@ -21,16 +32,16 @@ def is_bf16_on_cpu(x: Tensor) -> bool:
 
 
 def in_float32(matrix: Tensor) -> Iterator[Tensor]:
-    """The matrix in float32, ROWS rows at a time, all in the same memory, as the system would have to clear new memory
-    each time: use a piece before you ask for the next."""
+    """The matrix in float32, ROWS rows at a time. All pieces use the same memory, since fresh memory would have to be
+    cleared by the system each time: a piece is overwritten when the next one is asked for."""
     memory = torch.empty(ROWS, matrix.shape[1])
     for rows in matrix.split(ROWS):
         yield memory[: len(rows)].copy_(rows)
 
 
 class InFloat32(torch.autograd.Function):
-    """x W^T for a frozen bfloat16 W, in float32: on a CPU without bfloat16 instructions several times as fast as its
-    own products, and the gradient some 40 times."""
+    """x W^T for a frozen bfloat16 W, computed in float32. On a CPU without bfloat16 instructions this is several times
+    as fast as torch's product, and its gradient some 40 times."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -45,22 +56,21 @@ class InFloat32(torch.autograd.Function):
         return sum(products).to(gradient.dtype), None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., D) W^T, without a bias."""
-    slow = WITHOUT_BF16 and is_bf16_on_cpu(x) and not weight.requires_grad
-    if slow and (x.requires_grad or x[..., 0].numel() > 2):  # of one token or two the own products are quick
+def linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """The forward pass of a linear layer without a bias: x (..., D) -> x W^T."""
+    weight = module.weight
+    is_slow = is_bf16_on_cpu(x) and not weight.requires_grad
+    if is_slow and (x.requires_grad or x[..., 0].numel() > 2):  # torch's product of one or two tokens is fast
         return InFloat32.apply(x, weight)
     return F.linear(x, weight)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """torch's fused attention for frozen networks that gradients pass through: q (B, H, T, Dh), k and v (B, H, S, Dh)
-    -> (B, H, T, Dh). mask: added to the scores.
+    """torch's attention: q (B, H, T, Dh), k and v (B, H, S, Dh) -> (B, H, T, Dh). `mask` is added to the scores.
 
-    Of the fused kernel the gradient in bfloat16 takes a CPU two to ten times as long as in float32 while keys are few,
-    and about as long or less from FEW_KEYS on.
+    With fewer than MIN_KEYS keys, torch's gradient in bfloat16 takes two to ten times as long as in float32.
     """
-    if is_bf16_on_cpu(q) and (q.requires_grad or k.requires_grad) and k.shape[-2] < FEW_KEYS:
+    if is_bf16_on_cpu(q) and (q.requires_grad or k.requires_grad) and k.shape[-2] < MIN_KEYS:
         mask = mask if mask is None else mask.float()
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=is_causal).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)

@@ -22,10 +22,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from published.loading import WeightsError, tensor_files
+from published.loading import tensor_files
+from published.parts import picture_size
 from tars.index import FEATURES, Unusable, is_url, most_bytes, open_tar
-from unet import read_unet_config
-from vae import read_vae_config
 
 MARKER = ".precomputed.safetensors"  # name of the first member
 PAGES = 64  # of a file of weights that are looked at
@@ -48,14 +47,6 @@ NONE = Features({}, {})
 
 
 # ---- which weights
-
-
-def picture_size(weights: Path) -> int:
-    """Side of an output picture in pixels."""
-    if not weights.is_dir():
-        raise WeightsError(f"{weights}: no such folder")
-    unet, vae = (weights / "stable-diffusion" / part / "config.json" for part in ("unet", "vae"))
-    return read_unet_config(unet).sample_size * read_vae_config(vae).downsampling
 
 
 def fingerprint(files: Iterable[Path], *settings: object) -> str:

@@ -29,15 +29,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.cli import DTYPES, add_weights_option, make_folder, pick_device
-from minigpt5 import dtype_of, encode_captions, number_types
-from qformer import load_image_encoder, preprocess_input
+from minigpt5 import dtype_of, encode_captions
+from published.clip_tokenizer import ClipTokenizer
+from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
+from qformer import preprocess_input
 from tars.datasets import Report, Sample, write_samples
-from tars.features import MARKER, Features, fingerprint, identity, marker_bytes, picture_size, read_marker
+from tars.features import MARKER, Features, fingerprint, identity, marker_bytes, read_marker
 from tars.index import JSON, NUMBERED, Unusable, expand, is_url, read_index, read_member
 from tars.pairs import Broken, PairData, collate, decode
 from tars.stories import read_turns
-from text_encoder import ClipTokenizer, load_text_encoder
-from vae import load_vae, preprocess_output, to_pixels
+from vae import preprocess_output, to_pixels
 
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,7 +80,7 @@ class Encoders:
     """The frozen parts that a kind of tar needs, and what they make of lists of pictures and captions."""
 
     def __init__(self, weights: Path, stories: bool, captions: bool, dtype: torch.dtype | None, device, store: str):
-        language, painting = number_types(weights, dtype, device)
+        language, painting = frozen_dtypes(weights, dtype, device)
         sd = weights / "stable-diffusion"
         self.device, self.store, self.size = device, STORE[store], picture_size(weights)
         self.vae = load_vae(sd / "vae", painting, device)

@@ -38,10 +38,10 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from llama import Tokenizer
 from tars.features import NONE, Features, read_features
 from tars.index import FEATURES, JSON, NUMBERED, TarIndex, Unusable, expand, is_url, member_of, read_member
 from tars.pairs import Batches, Broken, TarData, decode
+from tokenizer import Tokenizer
 
 TASKS = ("image", "text+image", "text")
 PICTURE = "<Img><ImageHere></Img>"

@@ -324,7 +324,7 @@ def test_int8(monkeypatch, weights, tmp_path):
         answer = ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--force-image", *switches)
         assert {"image": "0.png"} in answer["segments"]
         pictures.append((tmp_path / "0.png").read_bytes())
-    assert pictures[0] == pictures[1] != pictures[2]
+    assert pictures[0] != pictures[1]
 
 
 def test_sample_from_a_run(monkeypatch, weights, tar, tmp_path, capsys):

@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
+from random_weights import write_random_weights
+from torch import nn
 
+from lora import add_lora
 from published import cpu
+from published.parts import load_int8_llama, load_llama
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -40,10 +44,11 @@ def test_product_and_its_gradient():
 )
 def test_which_products_are_in_float32(monkeypatch, without, tokens, x_trains, weight_trains, dtype, detour):
     calls = []
-    monkeypatch.setattr(cpu, "WITHOUT_BF16", without)
+    monkeypatch.setattr(cpu, "HAS_NO_BF16", without)
     monkeypatch.setattr(cpu.InFloat32, "apply", lambda *inputs: calls.append(inputs) or F.linear(*inputs))
-    x, weight = random(1, tokens, 8).to(dtype), random(4, 8).to(dtype)
-    cpu.linear(x.requires_grad_(x_trains), weight.requires_grad_(weight_trains))
+    x, layer = random(1, tokens, 8).to(dtype), nn.Sequential(nn.Linear(8, 4, bias=False)).to(dtype)
+    cpu.use_float32_kernels(layer.requires_grad_(weight_trains))
+    layer(x.requires_grad_(x_trains))
     assert bool(calls) == detour
 
 
@@ -78,7 +83,7 @@ def test_attention_in_bfloat16_with_gradients(masked, causal):
         (8, "q", torch.bfloat16, True),
         (8, "kv", torch.bfloat16, True),  # the UNet's first layer: noise reads what is trained
         (8, "", torch.bfloat16, False),
-        (cpu.FEW_KEYS, "qkv", torch.bfloat16, False),
+        (cpu.MIN_KEYS, "qkv", torch.bfloat16, False),
         (8, "qkv", torch.float16, False),
     ],
 )
@@ -92,3 +97,31 @@ def test_which_attention_is_in_float32(monkeypatch, keys, trains, dtype, detour)
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     attend(keys, trains, dtype)
     assert seen == [torch.float32 if detour else dtype]
+
+
+# ---- swapped in from outside
+
+
+def test_kernels_are_swapped_in_for_bfloat16_alone(tmp_path, monkeypatch):
+    """Also under LoRA and beside 8-bit matrices; the same hidden states and gradients but for rounding."""
+    monkeypatch.setattr(cpu, "HAS_NO_BF16", True)
+    weights = write_random_weights(tmp_path, small=True)
+    exact = load_llama(weights / "vicuna", torch.float32)
+    assert "attend" not in vars(exact.model.layers[0].self_attn) and "forward" not in vars(exact.lm_head)
+    results = []
+    for load in (load_llama, load_int8_llama):
+        llama = load(weights / "vicuna", torch.bfloat16)
+        assert vars(llama.model.layers[0].self_attn)["attend"] is cpu.attention and "forward" in vars(llama.lm_head)
+        assert ("forward" in vars(llama.model.layers[0].mlp.up_proj)) == (load is load_llama)
+        plain = load(weights / "vicuna", torch.float32)
+        embeddings = random(2, 9, 64)
+        for model in (llama, plain):
+            torch.manual_seed(0)
+            for layer in add_lora(model, dropout=0.0):
+                nn.init.normal_(layer.lora_B.weight, std=0.1)
+            x = embeddings.to(model.lm_head.weight.dtype, copy=True).requires_grad_(True)
+            hidden = model(x)
+            (hidden.float() * random(2, 9, 64, seed=1).float()).sum().backward()
+            results.append((hidden.detach().float(), x.grad.float()))
+        for ours, expected in zip(*results[-2:], strict=True):
+            assert_close(ours, expected, 3e-2, load.__name__)

@@ -24,8 +24,9 @@ from miniature import world
 from miniature.exam import NOTHING
 from miniature.judge import Judge
 from miniature.pairing import Pairing
-from minigpt5 import load_minigpt5
+from published.checkpoints import save_trained
 from published.loading import save_safetensors
+from published.parts import load_minigpt5
 from tars.stories import Turn
 
 WORDS = ("a", "the", "boat", "red", "small", "sea", "at", "night", "on", "and", "two", "cats", "kite", "sky", "it")
@@ -236,9 +237,9 @@ def weights(tmp_path_factory):
     save_safetensors(Judge().state_dict(), folder / "judge.safetensors")
     (folder / "minigpt5").mkdir()
     model = load_minigpt5(folder, None)
-    model.save_trained(folder / "minigpt5" / "uas.safetensors", "uas")
+    save_trained(model, folder / "minigpt5" / "uas.safetensors", "uas")
     model.add_adapters(lora={})
-    model.save_trained(folder / "minigpt5" / "mls.safetensors", "mls")
+    save_trained(model, folder / "minigpt5" / "mls.safetensors", "mls")
     return folder
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 from common.cli import pick_device
 from common.images import ImageError, read_image
 from llama import LlamaConfig
+from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError, read_config, tensor_files
 from tars import index as tars
 from tars.index import read_index
 from tars.pairs import PairData
-from text_encoder import ClipTokenizer
 
 FUZZ = Path(__file__).resolve().parent / "stress" / "fuzz.py"
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"

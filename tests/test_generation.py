@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 import generation
 from common.images import to_tensor
 from generation import Sampling, pick_tokens, prompt_ids, room_after, room_wanted, segments_of
-from minigpt5 import load_minigpt5
+from published.parts import load_minigpt5
 from qformer import preprocess_input
 
 PICTURE = "<Img><ImageHere></Img>"

@@ -20,16 +20,17 @@ from safetensors.torch import load_file
 import llama
 from common.images import read_image, resize_and_crop, to_image
 from generation import Sampling, paint, prompt_ids, say
-from llama import KVCache, Tokenizer, load_llama
-from minigpt5 import MiniGPT5, Noise, collate, expand_placeholders, load_minigpt5
+from llama import KVCache
+from minigpt5 import MiniGPT5, Noise, collate, expand_placeholders
+from published.clip_tokenizer import ClipTokenizer
 from published.convert import convert, trained_name
 from published.loading import save_safetensors
-from qformer import load_image_encoder, preprocess_input
+from published.parts import load_image_encoder, load_llama, load_minigpt5, load_text_encoder, load_unet, load_vae
+from qformer import preprocess_input
 from scheduler import PNDM
 from tars.pairs import clean_caption
-from text_encoder import ClipTokenizer, load_text_encoder
-from unet import load_unet
-from vae import load_vae, preprocess_output, to_pixels
+from tokenizer import Tokenizer
+from vae import preprocess_output, to_pixels
 
 NETWORK, DIFFUSION, SCALAR, GRADIENT = 2e-5, 1e-4, 2e-5, 1e-4  # GOLDEN.md section 5
 FILES = ("image_encoder", "uas", "generation", "preprocess", "mls", "prefix_tuning")
@@ -570,7 +571,7 @@ def test_generation(golden, case, monkeypatch):
     # The official stop ids are the real tokenizer's "###", whatever the vocabulary.
     monkeypatch.setattr(model.tokenizer, "stops", [[2], *recorded.get("stop_ids", [[835], [2277, 29937]])])
     states, logits, positions = [], [], []
-    score, place = model.vokens.logits, KVCache.positions
+    score, place = model.vokens.logits, KVCache.reserve
 
     def record_logits(llama, hidden):
         states.append(hidden[0])
@@ -582,7 +583,7 @@ def test_generation(golden, case, monkeypatch):
         return positions[-1]
 
     monkeypatch.setattr(model.vokens, "logits", record_logits)
-    monkeypatch.setattr(KVCache, "positions", record_positions)
+    monkeypatch.setattr(KVCache, "reserve", record_positions)
     [(said, features)] = say(model, [prompt_ids(model, prompt)], pixels, sampling, [torch.Generator()])
 
     sequence = [model.tokenizer.bos_id, *said]

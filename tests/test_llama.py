@@ -8,8 +8,10 @@ import torch
 import transformers
 from helpers import assert_close, randomise, shapes
 
-from llama import History, KVCache, Llama, LlamaConfig, Tokenizer, Vokens, load_llama
+from llama import History, KVCache, Llama, LlamaConfig, Vokens
 from published.loading import WeightsError
+from published.parts import load_llama
+from tokenizer import Tokenizer
 
 SIZES = {
     "vocab_size": 96,
@@ -229,5 +231,5 @@ def test_tokenizer_errors(tmp_path):
         path = tmp_path / "tokenizer.model"
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(WeightsError, match="not a sentencepiece model"):
+        with pytest.raises(ValueError, match="not a sentencepiece model"):
             Tokenizer(path)

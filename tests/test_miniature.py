@@ -10,15 +10,12 @@ from transformers import Blip2Config, Blip2Model, CLIPTextModel, CLIPTokenizer, 
 import sample
 from common.cli import MINIATURE
 from common.images import read_image, to_tensor
-from llama import load_llama
 from miniature.judge import load_judge, read, shares
 from miniature.sets import pictures, to_pixels
 from miniature.words import facts_in
 from miniature.world import sample_pair
-from qformer import load_image_encoder
-from text_encoder import ClipTokenizer, load_text_encoder
-from unet import load_unet
-from vae import load_vae
+from published.clip_tokenizer import ClipTokenizer
+from published.parts import load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae
 
 SD = MINIATURE / "stable-diffusion"
 TEXTS = ["a small red boat on the left at sea by moonlight", "", "two big kites, and an unknownword!"]

@@ -17,9 +17,10 @@ import published.__main__ as weights_command
 import sample
 import train_mls
 from miniature.world import write_dialogues, write_stories
-from minigpt5 import MiniGPT5, load_minigpt5
-from published.checkpoints import checkpoint_folders
+from minigpt5 import MiniGPT5
+from published.checkpoints import checkpoint_folders, load_trained, save_trained
 from published.loading import WeightsError
+from published.parts import load_minigpt5
 from tars import stories
 from trainer.log import read_log
 
@@ -81,7 +82,7 @@ def test_lora_options(monkeypatch, weights, data, uas, tmp_path):
 def test_checkpoints_keep_the_scale_of_lora(weights, tmp_path):
     model = load_minigpt5(weights, read_pictures=False)
     model.add_adapters(lora={"rank": 4, "alpha": 12})
-    model.save_trained(tmp_path / "x.safetensors", "mls")
+    save_trained(model, tmp_path / "x.safetensors", "mls")
     layers = load_minigpt5(weights, tmp_path / "x.safetensors", read_pictures=False).lora
     assert layers and all(layer.scale == 3 for layer in layers)
 
@@ -291,23 +292,34 @@ def test_checkpoints_of_stage_2_are_found(monkeypatch, weights, uas, tmp_path):
     assert loaded == ["uas", "mls-mmdialog", "mls-vist", "mls-story"]
 
 
-def test_shrunk_tables_stay_shrunk(weights, uas, tmp_path):
-    """What a released checkpoint made of Vicuna's tables goes on into checkpoints made from it, and never twice."""
+def test_released_tables_are_kept(weights, uas, tmp_path):
+    """Tables that a released checkpoint brings replace Vicuna's, and go on into checkpoints made from it."""
     first = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
-    metadata = {"format": "minigpt5", "stage": "uas", "vokens": "8", "embed_scale": "0.5"}
+    metadata = {"format": "minigpt5", "stage": "uas", "vokens": "8"}
     plain = load_minigpt5(weights)
     head = torch.randn_like(plain.llama.lm_head.weight)
     save_file(first | {"lm_head.weight": head}, tmp_path / "uas.safetensors", metadata)
     model = load_minigpt5(weights, tmp_path / "uas.safetensors")
     model.add_adapters(lora={})
-    model.save_trained(tmp_path / "run.safetensors", "mls")
-    model.load_trained(tmp_path / "run.safetensors")  # as --resume does
-    call_weights("pack", tmp_path / "run.safetensors", "--out", tmp_path / "mls-story.safetensors")
+    save_trained(model, tmp_path / "run.safetensors", "mls")
+    load_trained(model, tmp_path / "run.safetensors")  # as --resume does
+    call_weights("pack", tmp_path / "run.safetensors", "--out", tmp_path / "mls-story.safetensors", "--dtype", "fp32")
     assert "lm_head.weight" not in load_file(tmp_path / "mls-story.safetensors")
     packed = load_minigpt5(weights, tmp_path / "mls-story.safetensors")
     for found in (model, load_minigpt5(weights, tmp_path / "run.safetensors"), packed):
-        assert torch.equal(found.llama.model.embed_tokens.weight, 0.5 * plain.llama.model.embed_tokens.weight)
-        assert torch.equal(found.llama.lm_head.weight, head)
+        assert torch.equal(found.llama.model.embed_tokens.weight, plain.llama.model.embed_tokens.weight)
+        assert torch.equal(found.llama.lm_head.weight, head) and list(found.tables) == ["lm_head.weight"]
+
+
+def test_packed_keeps_tables_where_nothing_else_is_left_out(weights, uas, tmp_path):
+    """Without them the file would still hold all that trains, and would not be laid over stage 1's."""
+    first = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
+    head = torch.randn_like(load_minigpt5(weights).llama.lm_head.weight)
+    save_file(first | {"lm_head.weight": head}, tmp_path / "uas.safetensors")
+    changed = {name: tensor + 1 for name, tensor in first.items()}
+    save_file(changed | {"lm_head.weight": head}, tmp_path / "run.safetensors")
+    call_weights("pack", tmp_path / "run.safetensors", "--out", tmp_path / "mls-story.safetensors", "--dtype", "fp32")
+    assert torch.equal(load_minigpt5(weights, tmp_path / "mls-story.safetensors").llama.lm_head.weight, head)
 
 
 def test_long_rows_are_cut_where_the_model_ends(monkeypatch, weights, data, tmp_path):

@@ -14,10 +14,10 @@ from test_commands import call, fails, pairs, picture_bytes, write_tar
 from test_commands import train as train_uas
 from test_mls_commands import train as train_mls
 
-import minigpt5
 import vae
 from common.images import read_image
 from miniature.world import write_dialogues, write_stories
+from published import parts
 from tars import datasets as published
 from tars import index as tars
 from tars import pairs as data
@@ -96,7 +96,7 @@ def test_stage1_is_the_same(monkeypatch, weights, sources, tmp_path, store, tole
     expected = train_uas(monkeypatch, weights, sources / "pairs.tar", tmp_path / "a", *steps)
     tar = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "x.tar", "--store", store, "--batch-size", 4)
     encoder = vae.VAE.encode
-    forbid(monkeypatch, (data, "decode"), (vae.VAE, "encode"), (minigpt5, "load_text_encoder"))
+    forbid(monkeypatch, (data, "decode"), (vae.VAE, "encode"), (parts, "load_text_encoder"))
     same_losses(train_uas(monkeypatch, weights, tar, tmp_path / "b", *steps), expected, tolerance)
     assert (tmp_path / "b" / "samples.png").stat().st_size > 0
     monkeypatch.setattr(vae.VAE, "encode", encoder)
@@ -112,7 +112,7 @@ def test_stage2_is_the_same(monkeypatch, weights, sources, tmp_path, store, tole
     expected = train_mls(monkeypatch, weights, both[0], tmp_path / "a", *steps, "--data", *both)
     for source in both:
         made(monkeypatch, weights, source, out, "--store", store)
-    forbid(monkeypatch, (data, "decode"), (vae.VAE, "encode"), (minigpt5, "load_image_encoder"))
+    forbid(monkeypatch, (data, "decode"), (vae.VAE, "encode"), (parts, "load_image_encoder"))
     inside = sorted(out.glob("*.tar"), reverse=True)  # in the order of `both`
     log = train_mls(monkeypatch, weights, out, tmp_path / "b", *steps, "--data", *inside)
     same_losses(log, expected, tolerance)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama import Llama, Tokenizer, Vokens, load_llama
+from llama import Llama, Vokens
 from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
@@ -23,13 +23,15 @@ from miniature.recipe import Shop
 from miniature.sets import cached, pictures, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.world import Picture, Thing
+from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError
-from qformer import ImageEncoder, load_image_encoder
-from scheduler import load_schedule
-from text_encoder import ClipTokenizer, TextEncoder, load_text_encoder
+from published.parts import load_image_encoder, load_llama, load_schedule, load_text_encoder, load_unet, load_vae
+from qformer import ImageEncoder
+from text_encoder import TextEncoder
+from tokenizer import Tokenizer
 from trainer.muon import Muon, orthogonal
-from unet import UNet, load_unet
-from vae import VAE, load_vae
+from unet import UNet
+from vae import VAE
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import qformer as ours
 from published.loading import WeightsError
+from published.parts import load_image_encoder
 
 TINY_VISION = {
     "hidden_size": 24,
@@ -132,7 +133,7 @@ def actual(model: ours.ImageEncoder, pixels: torch.Tensor) -> dict[str, torch.Te
 def test_equals_transformers(reference, tmp_path, shard):
     weights = save(reference, tmp_path, shard)
     assert (weights / "blip2" / "model.safetensors.index.json").exists() == (shard == "10KB")
-    model = ours.load_image_encoder(weights)
+    model = load_image_encoder(weights)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -151,7 +152,7 @@ def test_only_the_shards_that_hold_the_image_side_are_read(reference, tmp_path):
     assert unneeded
     for file in unneeded:
         (weights / "blip2" / file).unlink()
-    ours.load_image_encoder(weights)
+    load_image_encoder(weights)
 
 
 def test_text_half_of_a_qformer_is_left_out_and_anything_else_stops(weights):
@@ -165,22 +166,22 @@ def test_text_half_of_a_qformer_is_left_out_and_anything_else_stops(weights):
         "qformer.encoder.layer.1.output.LayerNorm.bias": torch.zeros(16),
     }
     save_file({**tensors, **extra}, file)
-    ours.load_image_encoder(weights)
+    load_image_encoder(weights)
 
     save_file({**tensors, "qformer.encoder.layer.9.output_query.dense.bias": torch.zeros(16)}, file)
     with pytest.raises(WeightsError, match=r"unexpected tensor qformer\.encoder\.layer\.9\.output_query"):
-        ours.load_image_encoder(weights)
+        load_image_encoder(weights)
 
     del tensors["query_tokens"]
     save_file(tensors, file)
     with pytest.raises(WeightsError, match=r"tensor query_tokens \(1, 5, 16\) is missing"):
-        ours.load_image_encoder(weights)
+        load_image_encoder(weights)
 
 
 def test_missing_projection_is_one_line(weights):
     (weights / "minigpt4" / "llama_proj.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"llama_proj\.safetensors: no such file$"):
-        ours.load_image_encoder(weights)
+        load_image_encoder(weights)
 
 
 def test_full_size_names_and_shapes():

@@ -1,17 +1,16 @@
-"""8-bit matrices of the language model: the error, the loss in perplexity, gradients, LoRA on top, the command."""
-
-import sys
+"""8-bit matrices of the language model: the error, the loss in perplexity, gradients, LoRA on top."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_close, difference
 from random_weights import write_random_weights
 
-from llama import KVCache, load_llama
+from llama import KVCache
 from lora import add_lora
-from published import int8 as quantize
-from published.int8 import Int8Linear, int8_rows, load_int8_llama, perplexity
+from published.int8 import Int8Linear, int8_rows
 from published.loading import save_safetensors
+from published.parts import load_int8_llama, load_llama
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +33,16 @@ def test_rows(dtype):
 
 
 @torch.no_grad()
+def perplexity(llama, ids):
+    """Of ids (T,), each predicted from those before it in its piece of 128."""
+    losses = []
+    for piece in ids.split(128):
+        logits = llama.lm_head(llama(llama.model.embed_tokens(piece[None, :-1])))[0]
+        losses.append(F.cross_entropy(logits, piece[1:], reduction="none"))
+    return torch.cat(losses).mean().exp().item()
+
+
+@torch.no_grad()
 def test_loss_is_small(weights):
     """Logits and perplexity of the small random model, sharpened so that it prefers some tokens; without the scales of
     rows it would be far worse."""
@@ -49,7 +58,7 @@ def test_loss_is_small(weights):
     for _ in range(250):
         hidden = stored(stored.model.embed_tokens(torch.tensor([ids[-1:]])), cache=cache)
         ids.append(int(torch.multinomial(stored.lm_head(hidden)[0, -1].softmax(-1), 1, generator=generator)))
-    before, after = (perplexity(llama, torch.tensor(ids), 128) for llama in (stored, quantised))
+    before, after = (perplexity(llama, torch.tensor(ids)) for llama in (stored, quantised))
     print(f"logits differ by {difference(*logits[::-1]):.1e}; perplexity {before:.3f} as stored, {after:.3f} in 8 bits")
     assert difference(*logits[::-1]) <= 2e-2
     assert before < 300 and abs(after / before - 1) < 5e-3
@@ -71,22 +80,6 @@ def test_lora_and_gradients(weights):
         gradients.append(torch.autograd.grad((llama(x) * towards).sum(), [x, *trained]))
     for ours, expected in zip(*gradients, strict=True):
         assert_close(ours, expected, 1e-4, "gradient")
-
-
-def test_command(weights, tmp_path, monkeypatch, capsys):
-    (tmp_path / "some.txt").write_text("the kite drifts to the right over the meadow. " * 20, encoding="utf-8")
-    monkeypatch.setattr(sys, "argv", ["quantize.py", "--weights", str(weights), "--text", str(tmp_path / "some.txt")])
-    quantize.main()
-    before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
-    assert 1 < before < 1e4 and abs(after / before - 1) < 0.02
-    (tmp_path / "some.txt").write_text("", encoding="utf-8")
-    with pytest.raises(ValueError, match="too short"):
-        quantize.main()
-
-
-def test_a_last_piece_of_one_token(weights):
-    llama, ids = load_llama(weights / "vicuna"), torch.arange(3, 12)
-    assert perplexity(llama, ids, 4) == perplexity(llama, ids[:8], 4)
 
 
 def test_stored_types(weights, tmp_path):

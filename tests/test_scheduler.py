@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from published.loading import WeightsError
-from scheduler import DDIM, PNDM, SAMPLERS, DPMSolver, NoiseSchedule, ScheduleConfig, load_schedule
+from published.parts import load_schedule
+from scheduler import DDIM, PNDM, SAMPLERS, DPMSolver, NoiseSchedule, ScheduleConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -148,7 +149,9 @@ def test_impossible_numbers_of_steps(name):
         ({"skip_prk_steps": False}, "skip_prk_steps False is not supported"),
         ({"trained_betas": [0.1]}, "only null"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True is not supported"),
-        ({"steps_offset": "1"}, "steps_offset should be int"),
+        ({"steps_offset": "1"}, "steps_offset '1' is not supported, only 0 or 1"),
+        ({"num_train_timesteps": "1"}, "num_train_timesteps should be int"),
+        ({"num_train_timesteps": 10**6}, "leave no signal at the last timestep"),
     ],
 )
 def test_refusals(change, said, tmp_path):

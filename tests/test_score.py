@@ -18,7 +18,8 @@ from miniature.exam import NOTHING, Exam, Said
 from miniature.recipe import Shop
 from miniature.words import description, facts_in
 from miniature.world import Picture, Thing
-from minigpt5 import load_minigpt5
+from published.checkpoints import save_trained
+from published.parts import load_minigpt5
 
 CPU = torch.device("cpu")
 SMALLER = [
@@ -52,9 +53,9 @@ def weights(tmp_path_factory):
     patch.undo()
     (shop.weights / "minigpt5").mkdir()
     model = load_minigpt5(shop.weights, None, read_pictures=False)
-    model.save_trained(shop.weights / "minigpt5" / "uas.safetensors", "uas")
+    save_trained(model, shop.weights / "minigpt5" / "uas.safetensors", "uas")
     model.add_adapters(lora={})
-    model.save_trained(shop.weights / "minigpt5" / "mls-story.safetensors", "mls")
+    save_trained(model, shop.weights / "minigpt5" / "mls-story.safetensors", "mls")
     return shop.weights
 
 

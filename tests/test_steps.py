@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from generation import Sampling, paint, prompt_ids, say
-from minigpt5 import Batch, bucket_length, collate, load_minigpt5, number_types
+from minigpt5 import Batch, bucket_length, collate
+from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.log import Meter
 from trainer.run import step_generator
@@ -91,12 +92,12 @@ def test_each_place_has_random_numbers_of_its_own():
         (1024, True, (torch.float32, torch.float32)),  # the same pictures on every CPU
     ],
 )
-def test_number_types_on_a_cpu(tmp_path, monkeypatch, width, units, expected):
-    monkeypatch.setattr("minigpt5.MULTIPLIES_BF16", units)
+def test_dtypes_on_a_cpu(tmp_path, monkeypatch, width, units, expected):
+    monkeypatch.setattr("published.parts.HAS_AMX", units)
     (tmp_path / "vicuna").mkdir()
     (tmp_path / "vicuna/config.json").write_text(json.dumps({"hidden_size": width}))
-    assert number_types(tmp_path, None, "cpu") == expected
-    assert number_types(tmp_path, torch.float32, "cpu") == (torch.float32, torch.float32)
+    assert frozen_dtypes(tmp_path, None, "cpu") == expected
+    assert frozen_dtypes(tmp_path, torch.float32, "cpu") == (torch.float32, torch.float32)
 
 
 # ---- few shapes

@@ -14,7 +14,6 @@ import torch
 from helpers import sample_file
 from PIL import Image
 
-from llama import Tokenizer
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import collate
 from qformer import preprocess_input
@@ -23,6 +22,7 @@ from tars import stories
 from tars.datasets import convert
 from tars.pairs import Batches, Broken, PairData
 from tars.stories import TASKS, Row, StoryData, Turn, first_heard, open_stories
+from tokenizer import Tokenizer
 from vae import preprocess_output
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

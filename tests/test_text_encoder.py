@@ -1,4 +1,4 @@
-"""text_encoder.py against transformers' CLIP: the tokenizer id by id, the encoder through saved folders."""
+"""The text encoder and its tokenizer against transformers' CLIP: id by id, the encoder through saved folders."""
 
 import json
 import random
@@ -12,8 +12,10 @@ from helpers import assert_close, difference, randomise, sample_file, shapes
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
-import text_encoder as ours
+from published.clip_tokenizer import ClipTokenizer, fix_text
 from published.loading import WeightsError
+from published.parts import load_text_encoder
+from text_encoder import TextConfig, TextEncoder
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 TINY = {
@@ -59,13 +61,13 @@ def real():
     )
     # Without ftfy, transformers falls back on BERT's cleaning, which is not CLIP's. fix_text is tested by itself below;
     # here both sides clean alike, and what follows the cleaning is compared.
-    slow.fix_text = ours.fix_text
-    return ours.ClipTokenizer(files[0].parent), slow, fast
+    slow.fix_text = fix_text
+    return ClipTokenizer(files[0].parent), slow, fast
 
 
 def test_recorded_cases(golden_folder):
     """Recorded from transformers' slow tokenizer with ftfy: curly quotes are straight, &amp; is &."""
-    tokenizer = ours.ClipTokenizer(golden_folder)
+    tokenizer = ClipTokenizer(golden_folder)
     cases = json.loads((GOLDEN / "text.json").read_text())["clip"]["cases"]
     ids, mask = tokenizer([case["text"] for case in cases])
     assert ids.shape == mask.shape == (len(cases), 77) and ids.dtype == mask.dtype == torch.int64
@@ -158,7 +160,7 @@ def test_generated_strings_equal_transformers(real):
     plain = [
         (text, row)
         for text, row in zip(texts, ids.tolist(), strict=True)
-        if unicodedata.normalize("NFC", text) == ours.fix_text(text)
+        if unicodedata.normalize("NFC", text) == fix_text(text)
         and not any(part in text for part in ("&", "\u03a3", "'\u017f", "<|END"))
     ]
     assert len(plain) > 200
@@ -188,7 +190,7 @@ FIXED = [
 
 @pytest.mark.parametrize("text, fixed", FIXED)
 def test_fix_text(text, fixed):
-    assert ours.fix_text(text) == fixed
+    assert fix_text(text) == fixed
 
 
 def test_fix_text_equals_ftfy_but_for_mojibake():
@@ -196,8 +198,8 @@ def test_fix_text_equals_ftfy_but_for_mojibake():
     for text, fixed in FIXED:
         assert ftfy.fix_text(text) == fixed
     for text in generated(2000):  # line breaks are folded afterwards on both sides
-        assert ours.fix_text(text).split() == ftfy.fix_text(text, fix_encoding=False).split(), text
-    assert ftfy.fix_text("sch\u00c3\u00b6n") == "sch\u00f6n" and ours.fix_text("sch\u00c3\u00b6n") == "sch\u00c3\u00b6n"
+        assert fix_text(text).split() == ftfy.fix_text(text, fix_encoding=False).split(), text
+    assert ftfy.fix_text("sch\u00c3\u00b6n") == "sch\u00f6n" and fix_text("sch\u00c3\u00b6n") == "sch\u00c3\u00b6n"
 
 
 def test_padding_token_and_length_from_the_folder(golden_folder, tmp_path):
@@ -208,9 +210,9 @@ def test_padding_token_and_length_from_the_folder(golden_folder, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         (folder / "special_tokens_map.json").write_text(json.dumps(special))
         reference = CLIPTokenizer.from_pretrained(folder)
-        reference.fix_text = ours.fix_text
+        reference.fix_text = fix_text
         texts = ["a man!", "!", "two small dogs playing in the snow", "on <|endoftext|> and!"]
-        ids, mask = ours.ClipTokenizer(folder)(texts)
+        ids, mask = ClipTokenizer(folder)(texts)
         wanted = reference(texts, padding="max_length", truncation=True)
         assert ids.tolist() == wanted["input_ids"] and mask.tolist() == wanted["attention_mask"]
         assert ids.shape == (4, 9)
@@ -219,14 +221,14 @@ def test_padding_token_and_length_from_the_folder(golden_folder, tmp_path):
 
 def test_bad_tokenizer_folder_is_one_line(golden_folder, tmp_path):
     with pytest.raises(WeightsError, match=r"vocab\.json: no such file$"):
-        ours.ClipTokenizer(tmp_path)
+        ClipTokenizer(tmp_path)
     shutil.copy(golden_folder / "vocab.json", tmp_path)
     with pytest.raises(WeightsError, match=r"merges\.txt: not readable"):
-        ours.ClipTokenizer(tmp_path)
+        ClipTokenizer(tmp_path)
     shutil.copy(golden_folder / "merges.txt", tmp_path)
     (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
     with pytest.raises(WeightsError, match=r"special token '\[PAD\]' is missing$"):
-        ours.ClipTokenizer(tmp_path)
+        ClipTokenizer(tmp_path)
 
 
 # Encoder
@@ -245,7 +247,7 @@ def clip(**settings) -> CLIPTextModel:
 def test_equals_transformers(tmp_path, act):
     reference = clip(hidden_act=act)
     reference.save_pretrained(tmp_path, safe_serialization=True)
-    model = ours.load_text_encoder(tmp_path)
+    model = load_text_encoder(tmp_path)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
 
     ids = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -264,32 +266,32 @@ def test_old_position_ids_are_left_out_and_anything_else_stops(tmp_path):
     tensors = load_file(file)
     tensors.pop("text_model.embeddings.position_ids", None)
     save_file({**tensors, "text_model.embeddings.position_ids": torch.arange(12)[None]}, file)
-    ours.load_text_encoder(tmp_path, torch.bfloat16)
+    load_text_encoder(tmp_path, torch.bfloat16)
     save_file({**tensors, "text_projection.weight": torch.zeros(4, 32)}, file)
     with pytest.raises(WeightsError, match=r"unexpected tensor text_projection\.weight$"):
-        ours.load_text_encoder(tmp_path)
+        load_text_encoder(tmp_path)
 
 
 def test_other_activations_are_refused(tmp_path):
     clip(hidden_act="gelu_new").save_pretrained(tmp_path, safe_serialization=True)
-    with pytest.raises(WeightsError, match=r"hidden_act 'gelu_new' is not one of gelu, quick_gelu$"):
-        ours.load_text_encoder(tmp_path)
+    with pytest.raises(WeightsError, match=r"hidden_act 'gelu_new' is not supported, only 'gelu' or 'quick_gelu'$"):
+        load_text_encoder(tmp_path)
 
 
 def test_full_size_names_and_shapes():
     with torch.device("meta"):
         theirs = CLIPTextModel(CLIPTextConfig(**FULL))
-        model = ours.TextEncoder(ours.TextConfig())
+        model = TextEncoder(TextConfig())
     wanted = {name: shape for name, shape in shapes(theirs).items() if not name.endswith("position_ids")}
     assert shapes(model) == wanted
-    assert vars(ours.TextConfig()) == FULL
+    assert vars(TextConfig()) == FULL
     ids = torch.zeros(2, 77, dtype=torch.int64, device="meta")
     assert model(ids, ids).shape == (2, 77, 1024)
 
 
 def test_bfloat16_and_gradients():
     torch.manual_seed(0)
-    model = ours.TextEncoder(ours.TextConfig(**{k: v for k, v in TINY.items() if not k.endswith("token_id")}))
+    model = TextEncoder(TextConfig(**{k: v for k, v in TINY.items() if not k.endswith("token_id")}))
     ids = torch.randint(50, (2, 12))
     out = model(ids)
     out.square().sum().backward()

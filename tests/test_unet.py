@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from published.loading import WeightsError
-from unet import EqualHeadsConfig, UNet, UNetConfig, load_unet
+from published.parts import load_unet
+from unet import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -126,18 +127,6 @@ def test_scalar_timestep_equals_a_batch_of_them(tmp_path):
     assert difference(one, many) <= 1e-5
 
 
-def test_keys_and_values_computed_once(tmp_path):
-    """In the conditioning's place they change nothing, whichever the step."""
-    save_reference(tmp_path, CASES["three levels, one head number"])
-    unet = load_unet(tmp_path)
-    sample, timesteps, condition = inputs(CASES["three levels, one head number"])
-    condition[0] = 0  # as the branch without condition may be
-    keys_values = unet.keys_values(condition)
-    for t in (timesteps, torch.tensor(500)):
-        assert torch.equal(unet(sample, t, keys_values), unet(sample, t, condition))
-    assert not torch.equal(unet(sample, t, keys_values), unet(sample, t, condition.flip(0)))
-
-
 @torch.no_grad()
 def test_bfloat16(tmp_path):
     """As far from float32 as diffusers is, no further: the layouts in memory differ, and so does the rounding."""
@@ -158,7 +147,7 @@ def test_bfloat16(tmp_path):
 @pytest.mark.parametrize("heads", [[5, 10, 20, 20], 5])
 def test_published_names_and_shapes(heads):
     with torch.device("meta"):
-        ours = UNet(UNetConfig(attention_head_dim=tuple(heads) if isinstance(heads, list) else heads))
+        ours = UNet(UNetConfig(attention_head_dim=tuple(heads) if isinstance(heads, list) else (heads,) * 4))
         theirs = diffusers.UNet2DConditionModel(**{**PUBLISHED, "attention_head_dim": heads})
     shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (ours, theirs)]
     assert shapes[0] == shapes[1]
@@ -172,13 +161,13 @@ def test_defaults_are_the_published_settings():
 
 def test_every_parameter_trains_from_nothing():
     torch.manual_seed(0)
-    config = EqualHeadsConfig(
+    config = UNetConfig(
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=24,
-        attention_head_dim=4,
+        attention_head_dim=(4, 4),
         norm_num_groups=8,
     )
     unet = UNet(config)
@@ -203,7 +192,6 @@ def test_forward_compiles_to_one_graph(tmp_path):
     with torch.no_grad():
         compiled, given = torch.compile(unet, backend="eager", fullgraph=True), inputs(TWO_LEVELS)
         assert torch.equal(compiled(*given), unet(*given))
-        assert torch.equal(compiled(*given[:2], unet.keys_values(given[2])), unet(*given))
 
 
 @pytest.mark.parametrize(

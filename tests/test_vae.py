@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from published.loading import WeightsError
-from vae import OLD_NAMES, VAE, VAEConfig, load_vae, preprocess_output, to_pixels
+from published.parts import VAE_OLD_NAMES, load_vae
+from vae import VAE, VAEConfig, preprocess_output, to_pixels
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -118,7 +119,7 @@ def test_other_published_forms(old_names, as_convolution, tmp_path):
     for name, tensor in load_file(path).items():
         if ".attentions." in name and tensor.ndim == 2 and as_convolution:
             tensor = tensor[:, :, None, None].contiguous()
-        for old, new in OLD_NAMES.items():
+        for old, new in VAE_OLD_NAMES.items():
             name = name.replace(new, old) if old_names else name
         tensors[name] = tensor
     assert any(".proj_attn." in name for name in tensors) == old_names

@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 
 from common.cli import DTYPES, add_weights_option, make_folder, parse
 from minigpt5 import MiniGPT5, Noise
-from published.checkpoints import checkpoint_folders
+from published.checkpoints import checkpoint_folders, load_trained, save_trained
 from published.loading import WeightsError, open_safetensors, read_json, save_safetensors
 from trainer.log import Meter, added
 from trainer.muon import Muon
@@ -205,7 +206,8 @@ def save_checkpoint(
                 raise ValueError(f"{name} is not finite, training has diverged")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        model.save_trained(temporary / "trained.safetensors", stage)
+        save = getattr(model, "save_trained", None) or partial(save_trained, model)
+        save(temporary / "trained.safetensors", stage)
         save_safetensors(moments, temporary / "optimizer.safetensors")
         with open(temporary / "state.json", "w", encoding="utf-8") as file:
             json.dump({"step": step, **state}, file, indent=1)
@@ -261,7 +263,8 @@ def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -
                 if not tensor.is_floating_point() or tensor.shape not in ((), shapes.get(key.partition(".")[2])):
                     kind = f"{tensor.dtype} {tuple(tensor.shape)}"
                     raise WeightsError(f"{folder / 'optimizer.safetensors'}: {key} fits no trained tensor ({kind})")
-            model.load_trained(folder / "trained.safetensors")
+            load = getattr(model, "load_trained", None) or partial(load_trained, model)
+            load(folder / "trained.safetensors")
         except WeightsError as error:
             print(f"passed over: {error}")
             continue

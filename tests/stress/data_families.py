@@ -24,14 +24,14 @@ from random_weights import GOLDEN_TOKENIZERS
 import sample
 from common.images import resize_and_crop
 from common.page import write_answer
-from llama import Tokenizer
 from minigpt5 import collate
+from published.clip_tokenizer import ClipTokenizer
 from tars import index as tars
 from tars.features import Features, marker_bytes, read_marker
 from tars.index import JSON, PICTURE, TEXT, Unusable, read_index
 from tars.pairs import Broken, PairData, decode, make_sample, open_batches, uas_texts
 from tars.stories import REQUESTS, StoryData, dialog_source, story_source
-from text_encoder import ClipTokenizer
+from tokenizer import Tokenizer
 from vae import preprocess_output
 
 QUERIES = 4  # positions that an input picture takes

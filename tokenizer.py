@@ -1,0 +1,90 @@
+"""Vicuna's tokenizer with the tokens that MiniGPT-5 adds: [IMG0]..[IMGn-1] and the image placeholder.
+
+text -> encode -> ids, vokens and placeholder above the base vocabulary -> decode -> text
+"""
+
+import re
+from pathlib import Path
+
+import sentencepiece
+
+
+class Tokenizer:
+    """Vicuna's sentencepiece model with the vokens and the image placeholder added, as the released code adds them.
+
+    Text is cut at special tokens and every piece between them is encoded on its own, so that each gets sentencepiece's
+    leading space (transformers calls this legacy). The white space around added tokens is dropped, but not that around
+    <s>, </s> and <unk>. No token is added at either end. ValueError for a file that is no sentencepiece model.
+    """
+
+    unk_id, bos_id, eos_id = 0, 1, 2
+
+    def __init__(self, path: Path, vokens: int = 8):
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: an error message that is not UTF-8
+            raise ValueError(f"{path}: not a sentencepiece model ({' '.join(str(error).split())})") from None
+        self.base_vocabulary = self.pieces.get_piece_size()
+        self.voken_ids = list(range(self.base_vocabulary, self.base_vocabulary + vokens))
+        self.image_id = self.base_vocabulary + vokens
+        added = [f"[IMG{i}]" for i in range(vokens)] + ["<ImageHere>"]
+        self.added = dict(zip(added, [*self.voken_ids, self.image_id], strict=True))
+        self.special = {"<unk>": self.unk_id, "<s>": self.bos_id, "</s>": self.eos_id, **self.added}
+        self.names = {i: name for name, i in self.special.items()}
+        self.special_pattern = re.compile("|".join(map(re.escape, self.special)))
+        added_pattern = r"\s*(?:" + "|".join(map(re.escape, self.added)) + r")\s*"
+        self.pattern = re.compile(f"({added_pattern}|<unk>|<s>|</s>)")
+        # An answer ends with </s> or "###", whose pieces differ at the start of a text and after a word.
+        after_word = self.pieces.encode("a###")[len(self.pieces.encode("a")) :]
+        self.stops = [[self.eos_id], self.pieces.encode("###"), after_word]
+
+    def __len__(self) -> int:
+        return self.image_id + 1
+
+    def voken_text(self) -> str:
+        """[IMG0][IMG1]... without spaces, which the model says where a picture belongs."""
+        return "".join(self.names[i] for i in self.voken_ids)
+
+    def ends(self, ids: list[int]) -> bool:
+        """Whether `ids` end with a stop sequence."""
+        return any(ids[-len(stop) :] == stop for stop in self.stops)
+
+    def plain(self, text: str) -> str:
+        """`text` from outside with a space put into whatever would be read as a special token."""
+        return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def encode(self, text: str) -> list[int]:
+        ids = []
+        for i, part in enumerate(self.pattern.split(text)):
+            if i % 2:  # the odd parts are the separators
+                ids.append(self.special[part.strip()])
+            elif part:
+                ids += self.pieces.encode(part)
+        return ids
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Text of `ids`. Added tokens stand between single spaces; the spaces around <s>, </s>, <unk> follow the
+        reference tokenizer's irregular rule."""
+        parts, run = [], []
+        for i in ids:
+            if skip_special and i in self.names:
+                continue
+            if i >= self.base_vocabulary:
+                parts += [self._decode_run(run)] if run else []
+                parts.append(self.names[i])
+                run = []
+            else:
+                run.append(i)
+        parts += [self._decode_run(run)] if run else []
+        return " ".join(parts)
+
+    def _decode_run(self, ids: list[int]) -> str:
+        text, run, after_special = "", [], False
+        for n, i in enumerate(ids):
+            if i in self.names:
+                text += (" " if n and not after_special else "") + self.pieces.decode(run) + self.names[i]
+                run = []
+            else:
+                run.append(i)
+            after_special = i in self.names
+        return text + self.pieces.decode(run)
