@@ -29,10 +29,9 @@ from common.files import write_json, write_text
 from common.images import draw_grid, read_image, save_image
 from generation import Sampling, add_sampling_options, answer, room_after, room_wanted, sampling_of
 from minigpt5 import MiniGPT5, load_minigpt5
+from prompts import STORY_REQUESTS, Turn, clean_caption, dialog_source, history_start, one_line, story_source
 from published.checkpoints import STORY_FILES, TALK_FILES, given_checkpoint, shipped_checkpoint
 from published.loading import WeightsError, read_json
-from tars.pairs import clean_caption
-from tars.stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 
 
 def arguments() -> argparse.Namespace:
@@ -87,7 +86,7 @@ class Conversation:
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
-        self.turns.append(Turn(self.model.tokenizer.plain(clean(text)), pictures))
+        self.turns.append(Turn(self.model.tokenizer.plain(one_line(text)), pictures))
 
     def ask(self, prompt: str, turns: list[Turn], **otherwise) -> list[str | Image.Image]:
         pictures = [picture for turn in turns for picture in turn.pictures]
@@ -101,17 +100,17 @@ class Conversation:
     def reply(self) -> list[str | Image.Image]:
         """The answer to the last turn of a talk, which becomes the next turn."""
         k = len(self.turns)
-        return self.go_on(self.turns[first_heard(k) :], lambda heard: dialog_source(heard, k, self.model.system))
+        return self.go_on(self.turns[history_start(k) :], lambda heard: dialog_source(heard, k, self.model.system))
 
     def next_step(self) -> list[str | Image.Image]:
         """A story goes on: first a picture for its first sentence if it has none, then step after step."""
         *before, last = self.turns
         if not before and not last.pictures:
-            request = story_source([], REQUESTS["image"][0].format(last.text), self.model.system)
+            request = story_source([], STORY_REQUESTS["image"][0].format(last.text), self.model.system)
             segments = self.ask(request, [], force_image=True)  # without one it would not begin
             self.turns = [Turn(last.text, spoken(segments)[1])]
             return segments
-        request = REQUESTS["text+image"][0]
+        request = STORY_REQUESTS["text+image"][0]
         return self.go_on(self.turns, lambda told: story_source(told, request, self.model.system))
 
     def go_on(self, turns: list[Turn], source: Callable[[list[Turn]], str]) -> list[str | Image.Image]:

@@ -46,11 +46,11 @@ from evaluation.cases import (
     write_answer,
 )
 from minigpt5 import MiniGPT5, number_types, send, type_of
+from prompts import TASKS
 from published.checkpoints import given_checkpoint
 from published.loading import matched, read_json, save_safetensors
 from scheduler import SAMPLERS, load_schedule
-from tars.features import fingerprint
-from tars.stories import TASKS
+from tars.precomputed import fingerprint
 from text_encoder import ClipTokenizer, load_text_encoder
 from unet import load_unet
 from vae import load_vae

@@ -35,7 +35,7 @@ from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
 from common.cli import read_arguments, run
 from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, Draws, MiniGPT5, bucket_length, collate, load_minigpt5
-from tars.pairs import uas_texts
+from prompts import uas_texts
 from train_uas import LONGEST
 from trainer.log import compiled_graphs
 from trainer.run import step_generator

@@ -28,7 +28,7 @@ from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import draw, random_stream, sample_pair
 from minigpt5 import MiniGPT5, load_minigpt5
-from tars.stories import Turn
+from prompts import Turn
 
 BATCH = 50  # prompts at a time
 SHOWN = 10  # examples of a sheet

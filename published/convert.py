@@ -29,8 +29,8 @@ from torch import Tensor
 
 from common.files import write_json
 from llama import Llama, LlamaConfig, Tokenizer, published_name
+from prompts import RELEASED_SYSTEMS
 from published.loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
-from tars.stories import SYSTEM
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HALF_ROUNDING = 2.0**-11  # relative, of float16, in which Vicuna is published
@@ -98,10 +98,6 @@ BLIP2_UNUSED = re.compile(
     r"|(t5|opt|llm|vision|text)_proj\.|itm_head\.|temp$|language_(model|projection)\."  # other models' heads
     r"|(norm|fc_norm|head|lm_head)\.|mask_token$"  # EVA's own end; BLIP-2 takes the last block's output
 )
-OPENINGS = {  # how every prompt began that the released LoRA matrices were trained on
-    "stage2_vist": "Please understanding images and generate story.",
-    "stage2_mmdialog": "Please generate conversation with appropriate image.",
-}
 EVA_BLOCKS = 39  # of the published file's 40: BLIP-2 uses the last but one's output
 
 
@@ -262,8 +258,8 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
         metadata = {"format": "minigpt5", "stage": stage, "source": path.name}
         if stage == "mls":
             metadata["lora_alpha"] = "16"
-            if path.stem in OPENINGS:
-                metadata["system"] = SYSTEM + OPENINGS[path.stem]
+            if path.stem in RELEASED_SYSTEMS:
+                metadata["system"] = RELEASED_SYSTEMS[path.stem]
         for name, scale, vokens in ((EMBED, "embed_scale", "vokens.input"), (HEAD, "head_scale", "vokens.output")):
             table, published = tensors.pop(name), vicuna_table(out, name)
             rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder

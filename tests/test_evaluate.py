@@ -25,8 +25,8 @@ from miniature.exam import NOTHING
 from miniature.judge import Judge
 from miniature.pairing import Pairing
 from minigpt5 import load_minigpt5
+from prompts import Turn
 from published.loading import save_safetensors
-from tars.stories import Turn
 
 WORDS = ("a", "the", "boat", "red", "small", "sea", "at", "night", "on", "and", "two", "cats", "kite", "sky", "it")
 

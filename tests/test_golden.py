@@ -22,11 +22,11 @@ from common.images import read_image, resize_and_crop, to_image
 from generation import Sampling, paint, say
 from llama import KVCache, Tokenizer, load_llama
 from minigpt5 import Draws, MiniGPT5, collate, expand_placeholders, load_minigpt5
+from prompts import clean_caption
 from published.convert import convert, trained_name
 from published.loading import save_safetensors
 from qformer import load_image_encoder, preprocess_input
 from scheduler import PNDM
-from tars.pairs import clean_caption
 from text_encoder import ClipTokenizer, load_text_encoder
 from unet import load_unet
 from vae import load_vae, preprocess_output, to_pixels
