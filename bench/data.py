@@ -1,6 +1,6 @@
 """Reading and decoding: pictures a second through tars/'s batches against a plain loop of Pillow over the same bytes.
 
-    python bench/data.py                                    # pictures drawn for it, as large as CC3M's
+    python bench/data.py                                    # random pictures, as large as CC3M's
     python bench/data.py --data cc3m-train-0000.tar         # a real tar
     python bench/data.py --workers 0 4
 
@@ -9,10 +9,10 @@
 | decode             | read from the tar, decoded to RGB                                                        |
 | decode and resize  | the same, then padded to a square, 512 x 512, a tensor of bytes, as training takes it   |
 
-The loop has all bytes in memory and does nothing but the row's work; the pipeline finds them in the tar, shuffled,
-reads captions, skips what is broken and stacks batches. Without workers both run on one core. With workers, what lay
-ready is used up before the clock starts, which then is the wall's. A webdataset pipeline takes part where that package
-can be imported.
+The loop has all bytes in memory and does nothing but the row's work; the pipeline finds them in the tar in random
+order, reads captions, skips broken samples and stacks batches. Without workers both run on one core. With workers the
+clock is the wall's, and prefetched batches are used up before it starts. A webdataset pipeline takes part where that
+package can be imported.
 """
 
 import importlib
@@ -80,7 +80,7 @@ def plain_loop(contents: list[bytes], work: Callable, clock: str) -> float:
 
 
 def through(batches: Iterator, workers: int, clock: str, pictures: int) -> float:
-    """Seconds a picture of an endless row of batches, once what the workers made beforehand is used up."""
+    """Seconds a picture of endless batches, once those that the workers prefetched are used up."""
     for _ in range(2 * workers + 1):
         next(batches)
     number = -(-pictures // BATCH)
@@ -99,7 +99,7 @@ def webdataset_batches(webdataset, tar: Path, work: Callable, workers: int) -> I
 
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, (), rounds=5)
-    options.add_argument("--data", type=Path, help="a tar of pairs; default: one is drawn")
+    options.add_argument("--data", type=Path, help="a tar of pairs; default: one of random pictures")
     options.add_argument("--pictures", type=int, default=128, help="pictures of one timing")
     options.add_argument("--workers", nargs="+", type=int, default=(0, 1, 2), help="processes; 0: none")
     args = read_arguments(options, argv)

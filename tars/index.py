@@ -6,7 +6,7 @@ dialogue has `KEY.json` with a list of "turns" and the pictures `KEY.0.jpg`, `KE
 and nothing is ever unpacked to disk.
 
     expand(["cc3m-train-{0000..0575}.tar", "more/"])      -> list of paths
-    read_index("x.tar")                                   -> TarIndex: where the n samples lie, table (n, 10 or more)
+    read_index("x.tar")                                   -> TarIndex: where the n samples lie, table (n, 8 or more)
     read_member("x.tar", index.table[i], Member.PICTURE)  -> bytes
 """
 
@@ -16,7 +16,6 @@ import json
 import os
 import re
 import tarfile
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import IntEnum
@@ -26,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
+from common.files import written_whole
 from common.images import ImageError, read_image
 
 CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
@@ -287,16 +287,11 @@ def read_index(path: str) -> TarIndex:
                 return index
     index = scan_tar(path, stamp)
     for cache in caches:
-        temporary = cache.with_name(f".{cache.name}.{uuid.uuid4().hex[:8]}.tmp")  # hosts may share the folder
-        try:
+        with suppress(OSError):  # where it cannot be written: try the other place, or go without
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            with written_whole(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **index._asdict())
-            os.replace(temporary, cache)
             break
-        except OSError:  # it cannot be written: try the other place, or go without
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
     return index
 
 

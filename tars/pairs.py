@@ -30,12 +30,6 @@ from tars.precomputed import NOTHING, Precomputed, read_tensors
 TENSORS = ("pixels", "moments", "encoding")  # what is stacked of samples
 
 
-def choose_instruction(bits: np.random.PCG64) -> int | None:
-    """One sample in 100 becomes an instruction, in one of the phrasings."""
-    chosen, phrase = bits.random_raw() % 100 == 0, bits.random_raw() % len(UAS_REQUESTS)
-    return phrase if chosen else None
-
-
 def read_caption(read: Callable[[int], bytes | None]) -> str:
     """The caption of KEY.txt, else that in KEY.json, as it is. read: member -> bytes or None. Raises Unusable."""
     text = read(Member.TEXT)
@@ -73,7 +67,9 @@ class PairData(TarData):
         return len(index.table)
 
     def choose(self, bits: np.random.PCG64) -> int | None:
-        return choose_instruction(bits)
+        """One sample in 100 becomes an instruction, in one of the phrasings."""
+        chosen, phrase = bits.random_raw() % 100 == 0, bits.random_raw() % len(UAS_REQUESTS)
+        return phrase if chosen else None
 
     def sample(self, i: int, choice: int | None) -> dict | Broken:
         tar, row = self.place(i)

@@ -25,7 +25,7 @@ from common.cli import run
 from minigpt5 import MiniGPT5
 from prompts import UAS_REQUESTS
 from published.checkpoints import checkpoint_folders, find_checkpoint
-from tars import pairs as tars_pairs
+from tars.pairs import PairData
 from trainer.log import read_log
 from trainer.run import learning_rate_factor, total_steps
 
@@ -217,7 +217,7 @@ def test_switches_reach_the_losses(monkeypatch, weights, tar, tmp_path):
 
 def test_captions_are_plain_text_in_requests(monkeypatch, weights, tmp_path):
     tar = write_tar(tmp_path / "x.tar", pairs(4) | {"00000.txt": b"a </s> boat"})
-    monkeypatch.setattr(tars_pairs, "choose_instruction", lambda bits: 3)
+    monkeypatch.setattr(PairData, "choose", lambda _, bits: 3)
     batches = noting(monkeypatch, train_uas, "collate")
     train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 2)
     assert len(batches) == 2

@@ -23,7 +23,6 @@ from PIL import Image
 from prompts import UAS_REQUESTS, clean_caption, uas_texts
 from tars import batches as batches_module
 from tars import index as tars
-from tars import pairs as pairs_module
 from tars.batches import SAMPLE, Batches, Broken, describe, epoch_order, random_bits
 from tars.index import DIALOG, expand, read_index
 from tars.pairs import PairData, open_pairs
@@ -120,10 +119,10 @@ def test_order_is_a_stable_permutation():
 
 
 def test_one_sample_in_100_is_an_instruction(pairs, monkeypatch):
-    choices = Counter(pairs_module.choose_instruction(random_bits(SAMPLE, 0, position)) for position in range(20_000))
+    choices = Counter(pairs.choose(random_bits(SAMPLE, 0, position)) for position in range(20_000))
     assert 150 < 20_000 - choices.pop(None) < 250
     assert set(choices) == set(range(7))
-    monkeypatch.setattr(pairs_module, "choose_instruction", lambda bits: bits.random_raw())
+    monkeypatch.setattr(PairData, "choose", lambda _, bits: bits.random_raw())
     choices = [choice for batch in take(Batches(pairs, 23), 3) for choice in batch["instructions"]]
     assert len(set(choices)) == 69  # another one in each of three epochs
 
@@ -318,13 +317,13 @@ def test_broken_samples_are_counted_once(tmp_path, workers):
 
 def test_a_replacement_is_any_other_pair(tmp_path, monkeypatch):
     """With the request that was chosen for the broken one."""
-    monkeypatch.setattr(pairs_module, "choose_instruction", lambda bits: bits.random_raw() % 7)
+    monkeypatch.setattr(PairData, "choose", lambda _, bits: bits.random_raw() % 7)
     broken = [(f"{i:05}.txt", b"no picture") for i in range(20, 40)]
     pairs = PairData([str(write_tar(tmp_path / "x.tar", good(range(20)) + broken))], small)
     batch = next(Batches(pairs, 40, seed=1, max_bad=1))
     filled = [n for n, item in zip(numbers_of(batch), epoch_order(40, 1, 0), strict=True) if item >= 20]
     assert len(filled) == 20 and len(set(filled)) > 8 and filled.count(0) < 8
-    assert batch["instructions"] == [pairs_module.choose_instruction(random_bits(SAMPLE, 1, p)) for p in range(40)]
+    assert batch["instructions"] == [pairs.choose(random_bits(SAMPLE, 1, p)) for p in range(40)]
 
 
 def test_too_many_broken_stop_the_run(tmp_path, monkeypatch):
