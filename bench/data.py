@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: not bench/, whose data.py and sample.py would hide the product's
+if __package__ in (None, ""):  # run as a script: not bench/, whose sample.py would hide the product's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np

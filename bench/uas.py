@@ -47,8 +47,8 @@ CAPTION = "a small red boat with white sails lies on the calm sea at night while
 
 
 def make_batches(model: MiniGPT5, size: int, number: int = 4) -> list[dict]:
-    """Batches as data.py makes them, in the host's memory: random pictures, captions of 8 to 20 words, and what
-    `data.py precompute` would store in their place."""
+    """Batches as tars/ makes them, in the host's memory: random pictures, captions of 8 to 20 words, and what
+    `python -m tars precompute` would store in their place."""
     generator, batches = torch.Generator().manual_seed(0), []
     for n in range(number):
         captions = [" ".join(CAPTION.split()[: 8 + (5 * n + 3 * i) % 13]) for i in range(size)]

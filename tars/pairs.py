@@ -1,7 +1,7 @@
 """Tars of captions and pictures into batches for stage 1 (UAS, section 3.3 of the paper, on CC3M).
 
     python -m tars cc3m cc3m_val.tsv --out cc3m-val.tar          # datasets.py: the published data sets into tars
-    python -m tars precompute cc3m-val.tar --out features.tar    # precompute.py: frozen parts' tensors for pictures
+    python -m tars precompute cc3m-val.tar --out stored.tar      # precompute.py: frozen parts' tensors for pictures
 
     batches = open_pairs(["cc3m-train-{0000..0575}.tar"], partial(vae.preprocess_output, size=512), batch_size=48)
     batch = next(batches)

@@ -1,7 +1,7 @@
 """What training would compute in every epoch of every picture and caption, computed once and stored in tars.
 
-    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out features
-    python train_uas.py --weights weights --data features --out runs/cc3m
+    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out precomputed
+    python train_uas.py --weights weights --data precomputed --out runs/cc3m
 
     source                           computed                                           kept of the source
     picture of a pair                moments (2, C, h, w) of its latents, by the VAE    its caption, cleaned

@@ -285,7 +285,7 @@ def test_command_line(tmp_path, vist, monkeypatch, capsys):
         (["mmdialog", vist, "--out", out], "nothing to keep"),
         (["mmdialog", vist, "--out", out, "--max-words", "-1"], "at least 0"),
     ):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["tars", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             run(command.main)
         assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
