@@ -35,10 +35,9 @@ from generation import (
     sampling_of,
 )
 from minigpt5 import MiniGPT5
+from prompts import STORY_REQUESTS, Turn, clean_caption, dialog_source, history_start, one_line, story_source
 from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
-from tars.pairs import clean_caption
-from tars.stories import REQUESTS, Turn, clean, dialog_source, first_heard, story_source
 
 
 def arguments() -> argparse.Namespace:
@@ -86,17 +85,17 @@ class Conversation:
         self.generator = torch.Generator().manual_seed(seed)
 
     def turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
-        return Turn(self.model.tokenizer.plain(clean(text)), pictures)
+        return Turn(self.model.tokenizer.plain(one_line(text)), pictures)
 
     def caption(self, text: str) -> Segments:
         """Stage 1's answer to the bare words, cleaned as its captions were: a picture."""
-        return self.ask(prompt_ids(self.model, self.model.tokenizer.plain(clean_caption(text) or clean(text))), [])
+        return self.ask(prompt_ids(self.model, self.model.tokenizer.plain(clean_caption(text) or one_line(text))), [])
 
     def reply(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Segments:
         """A turn of a chat and the answer to it. Where that fails, the chat stays as it was."""
         turns = [*self.turns, self.turn(text, pictures)]
         k = len(turns)
-        heard = turns[first_heard(k) :]
+        heard = turns[history_start(k) :]
         return self.go_on(turns, heard, lambda heard: dialog_source(heard, k, self.model.system))
 
     def begin(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
@@ -107,11 +106,11 @@ class Conversation:
         """The next answer of a story: a picture for its first sentence if it has none, then step after step."""
         *before, last = self.turns
         if not before and not last.pictures:
-            request = story_source([], REQUESTS["image"][0].format(last.text), self.model.system)
+            request = story_source([], STORY_REQUESTS["image"][0].format(last.text), self.model.system)
             segments = self.ask(prompt_ids(self.model, request), [], force_image=True)
             self.turns = [Turn(last.text, split(segments)[1])]
             return segments
-        request = REQUESTS["text+image"][0]
+        request = STORY_REQUESTS["text+image"][0]
         return self.go_on(self.turns, self.turns, lambda told: story_source(told, request, self.model.system))
 
     def go_on(self, turns: list[Turn], heard: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:

@@ -24,14 +24,15 @@ from tqdm import tqdm
 from common.cli import DTYPES, can_compile, pick_device, run
 from lora import TARGETS
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, TEXT_WEIGHT, Batch, bucket_length, collate
+from minigpt5 import DROP_RATE, TEXT_WEIGHT, Batch, collate
+from prompts import SPEAKERS, TASKS
 from published.checkpoints import find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
-from tars.features import find_features
+from tars.batches import describe
 from tars.index import expand
-from tars.pairs import describe
-from tars.stories import SPEAKERS, TASKS, checked_weights, open_stories
+from tars.precomputed import find_precomputed
+from tars.stories import checked_weights, open_stories
 from trainer.log import (
     Meter,
     added,
@@ -132,7 +133,7 @@ def main() -> None:
     size = picture_size(args.weights)
     with world.first():
         data = args.data or drawn_data(write_stories, args, size)
-    features = find_features(expand(data) + (expand(args.val) if args.val else []), args.weights)
+    features = find_precomputed(expand(data) + (expand(args.val) if args.val else []), args.weights)
 
     sees = "queries" not in features
     parts = {"read_pictures": sees}
@@ -170,20 +171,19 @@ def main() -> None:
             batch_size=args.batch_size,
             limit=limit,
             weights=args.tasks,
-            features=features,
+            precomputed=features,
             blind=args.blind_history,
             seed=args.seed,
             rank=world.rank,
             world_size=world.size,
             workers=args.workers,
             max_bad=args.max_bad,
-            group=args.group,
         )
-        batches, held_out = open_data(data), open_data(args.val, group=1) if args.val else None
+        batches, held_out = open_data(data), open_data(args.val) if args.val else None
     for opened in filter(None, (batches, held_out)):
         for note in opened.dataset.notes:
             print(note)
-    total = total_steps(args, batches.dataset_size(), world.size)
+    total = total_steps(args, len(batches.dataset), world.size)
 
     adapter = {name: p for name, p in trained.items() if "lora_" in name or "prefix_" in name}
     others = [p for name, p in trained.items() if name not in adapter]

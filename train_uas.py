@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 from common.cli import DTYPES, can_compile, pick_device, run
 from miniature.world import write_pairs
-from minigpt5 import DROP_RATE, Batch, bucket_length, collate
+from minigpt5 import DROP_RATE, Batch, collate
+from prompts import uas_texts
 from published.parts import load_minigpt5, picture_size
-from tars.features import find_features
+from tars.batches import describe
 from tars.index import expand
-from tars.pairs import describe, open_batches, uas_texts
+from tars.pairs import open_pairs
+from tars.precomputed import find_precomputed
 from trainer.log import (
     Meter,
     added,
@@ -63,7 +65,7 @@ LONGEST = 256  # tokens of a row; a longer caption is cut at its end
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", help="tars, folders, patterns, brace lists, http(s) addresses; default: drawn")
+    add("--data", nargs="+", help="tars, folders, patterns, brace lists; default: drawn")
     add("--lr", type=float, default=2e-5, help="for the voken rows")
     add("--output-lr", type=float, help="for those of the output embedding; default: --lr, as released")
     add("--mapper-lr", type=float, help="for the mapper; default: ten times --lr, as released")
@@ -90,24 +92,23 @@ def main() -> None:
     size, captioned = picture_size(args.weights), not args.no_cap
     with world.first():  # it draws, and leaves the indices of the tars to the other ranks
         data = args.data or drawn_data(write_pairs, args, size)
-        features = find_features(expand(data) + (expand(args.val) if args.val else []), args.weights)
+        features = find_precomputed(expand(data) + (expand(args.val) if args.val else []), args.weights)
         open_data = partial(
-            open_batches,
+            open_pairs,
             transform=partial(preprocess_output, size=size),
             batch_size=args.batch_size,
-            features=features,
+            precomputed=features,
             seed=args.seed,
             rank=world.rank,
             world_size=world.size,
             workers=args.workers,
             max_bad=args.max_bad,
-            group=args.group,
         )
-        batches, held_out = open_data(data), open_data(args.val, group=1) if args.val else None
+        batches, held_out = open_data(data), open_data(args.val) if args.val else None
     for opened in filter(None, (batches, held_out)):
         for note in opened.dataset.notes:
             print(note)
-    total = total_steps(args, batches.dataset_size(), world.size)
+    total = total_steps(args, len(batches.dataset), world.size)
 
     encodes = captioned and "encoding" not in features
     dtype = DTYPES[args.dtype]

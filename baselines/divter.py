@@ -27,7 +27,7 @@ from common.cli import run
 from miniature.facts import Picture, random_stream
 from miniature.words import caption
 from miniature.world import as_json, write_tar
-from tars.index import JSON, read_index, read_member
+from tars.index import Member, read_index, read_member
 
 MARK = "picture:"
 DESCRIBED = 501  # purpose of the random streams
@@ -60,7 +60,7 @@ def members(tar: str) -> Iterator[tuple[str, bytes]]:
     for row in range(len(index.table)):
         key, read = index.key(row), partial(read_member, tar, index.table[row])
         try:
-            sample = json.loads(read(JSON) or b"{}")
+            sample = json.loads(read(Member.JSON) or b"{}")
         except ValueError:
             raise ValueError(f"{tar}: {key} has broken JSON") from None
         if not isinstance(sample, dict) or sample.get("kind") != "dialog" or not isinstance(sample.get("turns"), list):

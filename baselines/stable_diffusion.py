@@ -46,13 +46,13 @@ from evaluation.cases import (
     write_answer,
 )
 from minigpt5 import MiniGPT5, dtype_of, send
+from prompts import TASKS
 from published.checkpoints import given_checkpoint
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import matched, read_json, save_safetensors
 from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
 from scheduler import SAMPLERS
-from tars.features import fingerprint
-from tars.stories import TASKS
+from tars.precomputed import fingerprint
 
 
 class StableDiffusion(nn.Module):

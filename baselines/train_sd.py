@@ -27,11 +27,12 @@ from baselines.stable_diffusion import StableDiffusion, told
 from common.cli import DTYPES, pick_device, run
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE
+from prompts import Example, Turn
 from published.parts import picture_size
-from tars.features import Features, find_features
+from tars.batches import Batches, describe
 from tars.index import Unusable, expand
-from tars.pairs import Batches, describe
-from tars.stories import Row, StoryData, Turn
+from tars.precomputed import Precomputed, find_precomputed
+from tars.stories import StoryData
 from trainer.log import Meter, append_log, cut_log, draw_losses, read_log
 from trainer.processes import Gradients, World
 from trainer.run import (
@@ -56,19 +57,19 @@ from vae import preprocess_output
 class DrawnSteps(StoryData):
     """The steps of stories, as samples of a text and its picture."""
 
-    def __init__(self, tars: list[str], tokenizer, to_output, features: Features):
-        super().__init__(tars, self, 0, None, to_output, weights={"image": 1.0}, features=features)
+    def __init__(self, tars: list[str], tokenizer, to_output, features: Precomputed):
+        super().__init__(tars, self, 0, None, to_output, weights={"image": 1.0}, precomputed=features)
         self.clip_tokenizer = tokenizer
 
     def plain(self, text: str) -> str:
         """Nothing in a story is special to Stable Diffusion."""
         return text
 
-    def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Row:
+    def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
         if kind != "story" or not all(step.text and step.pictures for step in turns):
             raise Unusable("step without text or picture" if kind == "story" else "no story")
         texts = [step.text for step in turns]
-        return Row(told(texts if phrase % 2 else texts[-1:], self.clip_tokenizer), "", (), turns[-1].pictures)
+        return Example(told(texts if phrase % 2 else texts[-1:], self.clip_tokenizer), "", (), turns[-1].pictures)
 
 
 def arguments() -> argparse.Namespace:
@@ -79,10 +80,9 @@ def arguments() -> argparse.Namespace:
     add_run_options(parser, out="runs/sd", epochs=4, batch_size=32)
     args = check_run_options(parser, "train_sd")
     unused = [name for name in ("no_ldm", "compile", "gradient_checkpointing", "val") if getattr(args, name)]
-    unused += [name for name in ("group", "sample_every") if getattr(args, name) not in (0, parser.get_default(name))]
+    unused += ["sample_every"] if args.sample_every not in (0, parser.get_default("sample_every")) else []
     if unused or args.accumulate > 1:
         parser.error(f"--{'accumulate' if not unused else unused[0].replace('_', '-')} is not for this baseline")
-    args.group = 1  # all rows are of one length
     return args
 
 
@@ -97,14 +97,14 @@ def main() -> None:
     out = open_run(args, world)
     log, size = out / "log.jsonl", picture_size(args.weights)
     data = args.data or drawn_data(write_stories, args, size)
-    features = find_features(expand(data), args.weights)
+    features = find_precomputed(expand(data), args.weights)
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device)
     # Gradients' buffer has its parts in the usual order of memory, so parameters must not be in another one.
     model.unet.to(torch.float32, memory_format=torch.contiguous_format).requires_grad_(True)
     steps = DrawnSteps(expand(data), model.tokenizer, partial(preprocess_output, size=size), features)
     options = {"seed": args.seed, "workers": args.workers, "max_bad": args.max_bad}
     batches = Batches(steps, args.batch_size, **options)
-    total = total_steps(args, batches.dataset_size(), 1)
+    total = total_steps(args, len(batches.dataset), 1)
     trained = list(model.unet.parameters())
     print(f"trained: {sum(p.numel() for p in trained):,} parameters, the whole UNet")
 

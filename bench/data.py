@@ -1,6 +1,6 @@
-"""Reading and decoding: pictures a second through data.py's batches against a plain loop of Pillow over the same bytes.
+"""Reading and decoding: pictures a second through tars/'s batches against a plain loop of Pillow over the same bytes.
 
-    python bench/data.py                                    # pictures drawn for it, as large as CC3M's
+    python bench/data.py                                    # random pictures, as large as CC3M's
     python bench/data.py --data cc3m-train-0000.tar         # a real tar
     python bench/data.py --workers 0 4
 
@@ -9,10 +9,10 @@
 | decode             | read from the tar, decoded to RGB                                                        |
 | decode and resize  | the same, then padded to a square, 512 x 512, a tensor of bytes, as training takes it   |
 
-The loop has all bytes in memory and does nothing but the row's work; the pipeline finds them in the tar, shuffled,
-reads captions, skips what is broken and stacks batches. Without workers both run on one core. With workers, what lay
-ready is used up before the clock starts, which then is the wall's. A webdataset pipeline takes part where that package
-can be imported.
+The loop has all bytes in memory and does nothing but the row's work; the pipeline finds them in the tar in random
+order, reads captions, skips broken samples and stacks batches. Without workers both run on one core. With workers the
+clock is the wall's, and prefetched batches are used up before it starts. A webdataset pipeline takes part where that
+package can be imported.
 """
 
 import importlib
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: not bench/, whose data.py and sample.py would hide the product's
+if __package__ in (None, ""):  # run as a script: not bench/, whose sample.py would hide the product's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from bench.common import CLOCKS, Report, in_turn, parser, rows_of, start
 from common.cli import read_arguments, run
-from tars.pairs import open_batches
+from tars.pairs import open_pairs
 from vae import preprocess_output
 
 BATCH = 8
@@ -80,7 +80,7 @@ def plain_loop(contents: list[bytes], work: Callable, clock: str) -> float:
 
 
 def through(batches: Iterator, workers: int, clock: str, pictures: int) -> float:
-    """Seconds a picture of an endless row of batches, once what the workers made beforehand is used up."""
+    """Seconds a picture of endless batches, once those that the workers prefetched are used up."""
     for _ in range(2 * workers + 1):
         next(batches)
     number = -(-pictures // BATCH)
@@ -99,7 +99,7 @@ def webdataset_batches(webdataset, tar: Path, work: Callable, workers: int) -> I
 
 def main(argv: list[str] | None = None) -> None:
     options = parser(__doc__, (), rounds=5)
-    options.add_argument("--data", type=Path, help="a tar of pairs; default: one is drawn")
+    options.add_argument("--data", type=Path, help="a tar of pairs; default: one of random pictures")
     options.add_argument("--pictures", type=int, default=128, help="pictures of one timing")
     options.add_argument("--workers", nargs="+", type=int, default=(0, 1, 2), help="processes; 0: none")
     args = read_arguments(options, argv)
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(report: Report, what: str, work: Callable, tar: Path, contents: list[bytes], webdataset, args) -> None:
     kilobytes = round(sum(map(len, contents)) / len(contents) / 1000)
     more = {"work": 1, "unit": "pictures/s", "batch": BATCH, "kilobytes": kilobytes}
-    ours = {workers: open_batches([str(tar)], work, BATCH, workers=workers) for workers in args.workers}
+    ours = {workers: open_pairs([str(tar)], work, BATCH, workers=workers) for workers in args.workers}
     for workers, batches in ours.items():
         clock = "wall" if workers else args.clock
         timers = {"ours": partial(through, batches, workers, clock, len(contents))}

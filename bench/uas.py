@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
 from common.cli import read_arguments, run
-from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise, bucket_length, collate
+from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise, collate
+from prompts import uas_texts
 from published.parts import load_minigpt5
-from tars.pairs import uas_texts
 from train_uas import LONGEST
 from trainer.log import compiled_graphs
 from trainer.run import step_generator
@@ -48,8 +48,8 @@ CAPTION = "a small red boat with white sails lies on the calm sea at night while
 
 
 def make_batches(model: MiniGPT5, size: int, number: int = 4) -> list[dict]:
-    """Batches as data.py makes them, in the host's memory: random pictures, captions of 8 to 20 words, and what
-    `data.py precompute` would store in their place."""
+    """Batches as tars/ makes them, in the host's memory: random pictures, captions of 8 to 20 words, and what
+    `python -m tars precompute` would store in their place."""
     generator, batches = torch.Generator().manual_seed(0), []
     for n in range(number):
         captions = [" ".join(CAPTION.split()[: 8 + (5 * n + 3 * i) % 13]) for i in range(size)]

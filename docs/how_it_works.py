@@ -20,7 +20,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.images import to_image, to_tensor
-from miniature.world import Picture, Thing, draw
+from miniature.facts import Picture, Thing
+from miniature.paint import draw
 from scheduler import NoiseSchedule, ScheduleConfig
 
 PAGE, OUT = (Path(__file__).with_name(f"how-it-works.{kind}") for kind in ("txt", "svg"))

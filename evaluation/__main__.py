@@ -53,12 +53,12 @@ from evaluation.cases import (
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from generation import add_sampling_options, sampling_of
+from prompts import TASKS
 from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
-from tars.features import fingerprint
+from tars.batches import describe
 from tars.index import Unusable
-from tars.pairs import describe
-from tars.stories import TASKS
+from tars.precomputed import fingerprint
 
 TOGETHER = 16  # cases whose pictures the networks see at a time
 LARGEST = 512  # pixels of a true picture's side, as released

@@ -1,6 +1,6 @@
 """What is asked in an evaluation, and the folder that holds a system's answers.
 
-A case is a pair, or a turn after the first of a story or dialogue (`stories.py` has the forms of their prompts):
+A case is a pair, or a turn after the first of a story or dialogue (`prompts.py` has the forms of their prompts):
 
     task          from        prompt                                        wanted
     caption       a pair      the bare caption, stage 1's form              its picture
@@ -36,10 +36,12 @@ from generation import Sampling, answer, prompt_ids, room_after, room_wanted
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
+from prompts import Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
 from published.loading import read_json
-from tars.index import JSON, PICTURE, Unusable, expand, is_url, read_index, read_member
-from tars.pairs import clean_caption, decode, describe, read_caption, uas_texts
-from tars.stories import Turn, dialog_row, first_heard, read_turns, story_row
+from tars.batches import describe
+from tars.index import Member, Unusable, decode, expand, read_index, read_member
+from tars.pairs import read_caption
+from tars.stories import read_turns
 
 CONTEXTS = {  # what of the steps before a story's step is told
     "none": lambda before: [],
@@ -75,8 +77,6 @@ def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Coun
     ValueError for tars that cannot be read or hold different things, and where a key comes twice."""
     cases, bad = [], Counter()
     for tar in expand(data):
-        if is_url(tar):
-            raise ValueError(f"{tar}: an evaluation reads at random, give local tars")
         index = read_index(tar)
         for row, turns in enumerate(index.turns):
             read, key = partial(read_member, tar, index.table[row]), index.key(row)
@@ -106,14 +106,15 @@ def pair_of(key: str, read: Callable[[int], bytes | None]) -> Case:
     if not caption:
         raise Unusable("empty caption")
     try:
-        labelled = "label" in json.loads(read(JSON) or b"{}")
+        labelled = "label" in json.loads(read(Member.JSON) or b"{}")
     except (ValueError, TypeError, RecursionError):
         labelled = False
-    return Case(key, key, "caption", [], Turn(caption, (PICTURE,)), facts_in(caption) if labelled else None, read)
+    facts = facts_in(caption) if labelled else None
+    return Case(key, key, "caption", [], Turn(caption, (Member.PICTURE,)), facts, read)
 
 
 def turns_of(key: str, read: Callable[[int], bytes | None], task: str, last: bool) -> Iterator[Case]:
-    content = read(JSON)
+    content = read(Member.JSON)
     kind, turns = read_turns(content, key, str)
     if kind == "story" and not all(turn.text and turn.pictures for turn in turns):
         raise Unusable("step without text or picture")
@@ -153,11 +154,11 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[lis
             raise Unusable("prompt too long")
         return ids, []
     before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
-    for first in range(first_heard(k) if case.task == "reply" else 0, max(len(before), 1)):
+    for first in range(history_start(k) if case.task == "reply" else 0, max(len(before), 1)):
         if case.task == "reply":
-            row = dialog_row(before[first:], turn, k, "", model.system)
+            row = dialog_example(before[first:], turn, k, "", model.system)
         else:
-            row = story_row(before[first:], turn, case.task, 0, "", model.system)
+            row = story_example(before[first:], turn, case.task, 0, "", model.system)
         ids = prompt_ids(model, row.source)
         if room_after(model, ids) >= room:
             return ids, pictures_of(case, row.inputs)

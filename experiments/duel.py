@@ -30,14 +30,14 @@ from evaluation.scorers import WorldJudge
 from miniature.exam import NOTHING
 from miniature.facts import Picture
 from miniature.score_stories import hero_colour, kept, true_of
-from tars.index import JSON
+from tars.index import Member
 
 WAYS = ("language continuity", "image quality", "multimodal coherence")
 
 
 def last_picture(case: Case) -> Picture | None:
     """The facts of the picture before the one that is wanted."""
-    return facts_of(json.loads(case.read(JSON))["turns"][len(case.before) - 1].get("label"))
+    return facts_of(json.loads(case.read(Member.JSON))["turns"][len(case.before) - 1].get("label"))
 
 
 def judged(words: str, seen: Picture, last: Picture, following: Picture) -> dict[str, bool]:

@@ -35,7 +35,7 @@ from common.files import write_json
 from experiments.report import write_report
 from experiments.systems import PARTS, SIZES, Job, Options, plan
 from published.loading import read_json
-from tars.features import fingerprint
+from tars.precomputed import fingerprint
 from trainer.log import append_log
 from trainer.run import stop_signals
 

@@ -21,9 +21,10 @@ from common.images import draw_grid, to_image
 from miniature.backdrop import VARIANTS
 from miniature.facts import SCENES, TIMES, Picture
 from miniature.judge import Judge, load_judge, shares
+from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import cached, pictures, rows_of, to_pixels
-from miniature.world import draw, sample_pair
+from miniature.world import sample_pair
 from minigpt5 import send
 from published.parts import load_vae
 from vae import VAE, VAEConfig

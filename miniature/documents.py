@@ -20,13 +20,24 @@ import numpy as np
 import sentencepiece
 
 from common.files import written_whole
-from miniature.facts import PLACES, Picture, pick
+from miniature.facts import PLACES, Picture, pick, random_stream
 from miniature.tales import SEES, SHOWS
 from miniature.words import agrees, description, facts_in, some
-from miniature.world import random_stream, sample_dialogue, sample_pair, sample_story
+from miniature.world import sample_dialogue, sample_pair, sample_story
 from minigpt5 import expand_placeholders
-from tars.pairs import REQUESTS, uas_texts
-from tars.stories import END, PICTURE, SPEAKERS, TASKS, Row, Turn, dialog_row, first_heard, story_row
+from prompts import (
+    END,
+    PICTURE_MARK,
+    SPEAKERS,
+    TASKS,
+    UAS_REQUESTS,
+    Example,
+    Turn,
+    dialog_example,
+    history_start,
+    story_example,
+    uas_texts,
+)
 from tokenizer import Tokenizer
 
 PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
@@ -58,44 +69,44 @@ def shuffled_words(picture: Picture, rng: np.random.Generator) -> str:
     return " ".join(group[k] for group in shuffled for k in rng.permutation(len(group)))
 
 
-def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 1; more instructions than there."""
     picture, text, _ = sample_pair(seed, i, split)
-    instruction = int(rng.integers(len(REQUESTS))) if rng.random() < 0.15 else None
-    return Row(uas_texts(text, 0, instruction)[0], PICTURE + END, (), (picture,))
+    instruction = int(rng.integers(len(UAS_REQUESTS))) if rng.random() < 0.15 else None
+    return Example(uas_texts(text, 0, instruction)[0], PICTURE_MARK + END, (), (picture,))
 
 
-def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """A picture is shown and described, in stage 2's form or in MiniGPT-4's."""
     picture = sample_pair(seed, i, split)[0]
     question, answer = some(rng, SHOWS), some(rng, SEES).format(description(picture, rng, True, True))
     if rng.random() < 0.6:
-        return dialog_row([Turn(question, (picture,))], Turn(answer), 1, PICTURE)
-    return Row(f"{SPEAKERS[0]} {PICTURE} {question} {SPEAKERS[1]}", answer + END, (picture,))
+        return dialog_example([Turn(question, (picture,))], Turn(answer), 1, PICTURE_MARK)
+    return Example(f"{SPEAKERS[0]} {PICTURE_MARK} {question} {SPEAKERS[1]}", answer + END, (picture,))
 
 
 def turns_of(told: list) -> list[Turn]:
     return [Turn(turn.text, (turn.picture,) if turn.picture else ()) for turn in told]
 
 
-def story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+def story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 2: a step of a story as one of its tasks."""
     turns = turns_of(sample_story(seed, i, split)[0])
     k = int(rng.integers(1, len(turns)))
-    return story_row(turns[:k], turns[k], pick(rng, TASKS), int(rng.integers(6)), PICTURE)
+    return story_example(turns[:k], turns[k], pick(rng, TASKS), int(rng.integers(6)), PICTURE_MARK)
 
 
-def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Row:
+def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 2: a turn of a dialogue."""
     turns = turns_of(sample_dialogue(seed, i, split)[0])
     k = int(rng.integers(1, len(turns)))
-    return dialog_row(turns[first_heard(k) : k], turns[k], k, PICTURE)
+    return dialog_example(turns[history_start(k) : k], turns[k], k, PICTURE_MARK)
 
 
 MIXTURE = {caption_document: 0.25, look_document: 0.3, story_document: 0.225, dialogue_document: 0.225}
 
 
-def document(seed: int, i: int, split: str) -> Row:
+def document(seed: int, i: int, split: str) -> Example:
     rng = random_stream(seed, i, DOCUMENTS)
     kinds, shares = list(MIXTURE), list(MIXTURE.values())
     return kinds[int(rng.choice(len(kinds), p=shares))](rng, seed, i, split)
@@ -133,7 +144,7 @@ def tokenizer_at(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def encode(tokenizer: Tokenizer, row: Row, rng: np.random.Generator) -> list[tuple[int, int]]:
+def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
     """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
     answer's in random order. The ids and how much each counts."""
     told = TOLD_WEIGHT if row.inputs and not row.outputs else 1

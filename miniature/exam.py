@@ -22,14 +22,15 @@ from PIL import Image
 from baselines.stable_diffusion import StableDiffusion
 from common.images import draw_grid, to_image, to_tensor
 from generation import Sampling, answer, prompt_ids
-from miniature.facts import Picture
+from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, Judge, load_judge, read, right
+from miniature.paint import draw
 from miniature.tales import Turn as Told
 from miniature.words import facts_in
-from miniature.world import draw, random_stream, sample_pair
+from miniature.world import sample_pair
 from minigpt5 import MiniGPT5
+from prompts import Turn
 from published.parts import load_minigpt5
-from tars.stories import Turn
 
 BATCH = 50  # prompts at a time
 SHOWN = 10  # examples of a sheet

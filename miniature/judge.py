@@ -30,10 +30,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.images import draw_grid, to_image
-from miniature.facts import COLOURS, KINDS, KINDS_IN, PLACES, SCENES, SIZES, TIMES, Picture, Thing, fits, home, pick
+from miniature.facts import (
+    COLOURS,
+    KINDS,
+    KINDS_IN,
+    PLACES,
+    SCENES,
+    SIZES,
+    TIMES,
+    Picture,
+    Thing,
+    fits,
+    home,
+    pick,
+    random_stream,
+)
+from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, normal, write_tensors
 from miniature.sets import cached, pictures, rows_of, to_pixels
-from miniature.world import draw, random_stream, sample_pair
+from miniature.world import sample_pair
 from minigpt5 import send
 from published.loading import fill
 

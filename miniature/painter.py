@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from common.files import write_json
 from common.images import draw_grid, to_image
 from miniature.autoencoder import judge_in, latent_set
+from miniature.facts import random_stream
 from miniature.judge import shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
 from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import pictures
-from miniature.world import random_stream, sample_pair
+from miniature.world import sample_pair
 from minigpt5 import send
 from published.parts import load_text_encoder, load_vae
 from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.images import draw_grid, to_image
-from miniature.facts import Picture
+from miniature.facts import Picture, random_stream
+from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, reset, write_tensors
 from miniature.sets import cached, rows_of, to_pixels
-from miniature.world import draw, random_stream, sample_dialogue, sample_pair, sample_story
+from miniature.world import sample_dialogue, sample_pair, sample_story
 from minigpt5 import send
 from published.loading import fill
 from text_encoder import TextConfig, TextEncoder

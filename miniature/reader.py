@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from common.files import write_json, write_text
-from miniature.facts import Picture
+from miniature.facts import Picture, random_stream
 from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
 from miniature.recipe import Recipe, Shop, reset, write_part
 from miniature.sets import cached, rows_of
 from miniature.words import caption, facts_in
-from miniature.world import random_stream, sample_pair
+from miniature.world import sample_pair
 from minigpt5 import send
 from published.clip_tokenizer import ClipTokenizer
 from text_encoder import TextConfig, TextEncoder

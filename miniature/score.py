@@ -59,18 +59,17 @@ from miniature.exam import (
     share,
     text_to_pictures,
 )
-from miniature.facts import Picture
+from miniature.facts import Picture, random_stream
 from miniature.judge import right
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
 from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in
-from miniature.world import random_stream, sample_dialogue
+from miniature.world import sample_dialogue
+from prompts import UAS_REQUESTS, dialog_source, history_start, uas_texts
 from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
 from published.parts import load_vae
 from scheduler import SAMPLERS
-from tars.pairs import REQUESTS, uas_texts
-from tars.stories import dialog_source, first_heard
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
@@ -166,7 +165,7 @@ def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
     for i in count():
         told, jitter = sample_dialogue(exam.seed, i, "held-out")
         for k in range(1, len(told), 2):
-            before = heard(told[first_heard(k) : k], jitter)
+            before = heard(told[history_start(k) : k], jitter)
             pictures = tuple(picture for turn in before for picture in turn.pictures)
             asked[told[k].picture is not None].append(Reply(dialog_source(before, k), pictures, *told[k - 1 : k + 1]))
         if min(map(len, asked.values())) >= exam.n:
@@ -175,7 +174,7 @@ def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
 
 def replies(exam: Exam) -> Figures:
     """Requests in stage 1's form, and the human's turns in dialogues."""
-    requests = [uas_texts(c, instruction=i % len(REQUESTS))[0] for i, c in enumerate(held_out_prompts(exam, 1)[0])]
+    requests = [uas_texts(c, instruction=i % len(UAS_REQUESTS))[0] for i, c in enumerate(held_out_prompts(exam, 1)[0])]
     turns, figures = turns_to_answer(exam), {}
     for name, wish, rows in (
         ("a caption's picture is asked for", True, [(source, ()) for source in requests]),

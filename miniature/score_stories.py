@@ -1,6 +1,6 @@
 """The part "stories" of `score.py`: whether a story goes on as it should, and what its history is good for.
 
-A step of a held-out story is asked for as in stage 2's three tasks (`stories.py`), each with no history, with its texts
+A step of a held-out story is asked for as in stage 2's three tasks (`prompts.py`), each with no history, with its texts
 and with its texts and pictures:
 
     image         the text is given: every fact of the picture that follows from it and from the history
@@ -17,11 +17,11 @@ import re
 from typing import NamedTuple
 
 from miniature.exam import Exam, Figures, Said, ask, heard, look, means, right_shares
-from miniature.facts import Picture
+from miniature.facts import Picture, random_stream
 from miniature.tales import PARTS as PARTINGS
 from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
-from miniature.world import random_stream, sample_story
-from tars.stories import REQUESTS, Turn, story_row, story_source
+from miniature.world import sample_story
+from prompts import STORY_REQUESTS, Turn, story_example, story_source
 
 CHOICE = 402  # purpose of the random streams
 CONTEXTS = ("no history", "its texts", "texts and pictures")
@@ -100,7 +100,7 @@ def history(step: Step, context: str) -> list[Turn]:
 
 
 def ask_steps(exam: Exam, steps: list[Step], task: str, context: str) -> list[Said]:
-    rows = [story_row(history(step, context), step.turn, task, 0, "") for step in steps]
+    rows = [story_example(history(step, context), step.turn, task, 0, "") for step in steps]
     return ask(exam, [row.source for row in rows], [row.inputs for row in rows])
 
 
@@ -145,9 +145,9 @@ def own_story_figures(exam: Exam) -> Figures:
     tales, figures = [[] for _ in firsts], {}
     for step in range(1, OWN_STEPS + 1):
         if step == 1:
-            sources = [story_source([], REQUESTS["image"][0].format(first.text)) for first in firsts]
+            sources = [story_source([], STORY_REQUESTS["image"][0].format(first.text)) for first in firsts]
         else:
-            sources = [story_source(tale, REQUESTS["text+image"][0]) for tale in tales]
+            sources = [story_source(tale, STORY_REQUESTS["text+image"][0]) for tale in tales]
         said = ask(exam, sources, [tuple(picture for turn in tale for picture in turn.pictures) for tale in tales])
         seen, rows = look(exam, [answer.picture for answer in said]), []
         for i, (first, tale, answer) in enumerate(zip(firsts, tales, said, strict=True)):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from common.files import written_whole
-from miniature.world import draw, sample_pair
+from miniature.paint import draw
+from miniature.world import sample_pair
 
 CHUNK = 1024  # rows that a process makes at a time
 

@@ -39,9 +39,9 @@ from miniature.sets import cached, pictures, rows_of
 from miniature.words import facts_in
 from miniature.world import sample_pair
 from minigpt5 import expand_placeholders, send
+from prompts import Example, Turn, dialog_source
 from published.parts import load_llama
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
-from tars.stories import Row, Turn, dialog_source
 
 LANGUAGE_SIZES = LlamaConfig(
     vocab_size=PIECES,
@@ -119,7 +119,7 @@ class LanguageRecipe(Recipe):
         weights = weights[:, 1:].flatten().float()
         return {"loss": (surprise * weights).sum() / weights.sum()}
 
-    def continued(self, modules: nn.ModuleDict, rows: list[Row]) -> list[str]:
+    def continued(self, modules: nn.ModuleDict, rows: list[Example]) -> list[str]:
         """The likeliest continuations of documents."""
         llama, eos = modules["llama"], self.tokenizer.eos_id
         lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in rows]
@@ -130,7 +130,7 @@ class LanguageRecipe(Recipe):
         return [answer_text(self.tokenizer, line) for line in said.tolist()]
 
     def retold(self, modules: nn.ModuleDict) -> list[str]:
-        return self.continued(modules, [Row(QUESTION, "", (picture,)) for picture in self.wanted])
+        return self.continued(modules, [Example(QUESTION, "", (picture,)) for picture in self.wanted])
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
@@ -139,8 +139,8 @@ class LanguageRecipe(Recipe):
 
     def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
         asked = ["hello, how are you?", "tell me about cats.", "can you draw a red car in the snow?"]
-        rows = [Row("a big red star above the snow at night", "")]
-        rows += [Row(dialog_source([Turn(text)], 1), "") for text in asked]
+        rows = [Example("a big red star above the snow at night", "")]
+        rows += [Example(dialog_source([Turn(text)], 1), "") for text in asked]
         rows += [document(self.seed, i, "held-out")._replace(target="", outputs=()) for i in range(12)]
         lines = list(zip([row.source for row in rows], self.continued(modules, rows), strict=True))
         lines += zip(map(picture_words, self.wanted[:10]), self.retold(modules), strict=False)

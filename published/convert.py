@@ -28,10 +28,10 @@ from torch import Tensor
 from common.cli import make_folder
 from common.files import write_json
 from llama import Llama, LlamaConfig
+from prompts import RELEASED_SYSTEMS
 from published.checkpoints import STAGE_1, TABLES
 from published.loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
 from published.parts import BLIP2_UNUSED, llama_name
-from tars.stories import SYSTEM
 from tokenizer import Tokenizer
 
 
@@ -91,10 +91,6 @@ BLIP2_NAMES = (  # LAVIS -> transformers, applied one after the other; transform
     (r"^Qformer\.(bert\.)?", "qformer."),
     (r"attention\.self\.", "attention.attention."),
 )
-OPENINGS = {  # the beginning of every prompt that the released LoRA matrices were trained on
-    "stage2_vist": "Please understanding images and generate story.",
-    "stage2_mmdialog": "Please generate conversation with appropriate image.",
-}
 EVA_BLOCKS = 39  # of the published file's 40: BLIP-2 uses the last but one's output
 
 
@@ -255,8 +251,8 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
         metadata = {"format": "minigpt5", "stage": stage, "source": path.name}
         if stage == "mls":
             metadata["lora_alpha"] = "16"
-            if path.stem in OPENINGS:
-                metadata["system"] = SYSTEM + OPENINGS[path.stem]
+            if path.stem in RELEASED_SYSTEMS:
+                metadata["system"] = RELEASED_SYSTEMS[path.stem]
         for name, vokens in zip(TABLES, ("vokens.input", "vokens.output"), strict=True):
             table, published = tensors.pop(name), vicuna_table(out, name)
             rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder

@@ -1,7 +1,69 @@
-"""python -m tars vist|mmdialog|cc3m|precompute: tars out of published data sets, and out of other tars."""
+"""The published data sets into tars, and tars of pictures and captions into tars of precomputed tensors.
 
-from common.cli import run
-from tars.datasets import main
+    python -m tars vist train.story-in-sequence.json images/train --out vist-train.tar
+    python -m tars mmdialog train/train_conversations.txt --out mmdialog-train.tar
+    python -m tars cc3m cc3m_train.tsv --out cc3m-train.tar
+    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out precomputed
+
+`python -m tars COMMAND --help` has the options.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from common.cli import DTYPES, add_weights_option, pick_device, run
+from tars import datasets, precompute
+
+SOURCES = {
+    "vist": "X.story-in-sequence.json or X_cleaned.json, and folders of pictures if they lie elsewhere",
+    "mmdialog": "JSON lines, and folders of pictures if they lie elsewhere",
+    "cc3m": "tsv of caption and path, and folders the paths start from if elsewhere; or folders of KEY.jpg, KEY.txt",
+}
+
+
+def arguments() -> argparse.Namespace:
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m tars", description=__doc__, **style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, sources in SOURCES.items():
+        add = commands.add_parser(name, help=sources, description=datasets.__doc__, **style).add_argument
+        add("sources", nargs="+", type=Path, metavar="SOURCE", help=sources)
+        add("--out", type=Path, required=True, help="the tar to write")
+        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
+        if name == "mmdialog":
+            add("--max-words", type=int, default=50, help="end a dialogue at a turn of more words; 0: never")
+    about = precompute.__doc__.split("\n")[0]
+    command = commands.add_parser("precompute", help=about, description=precompute.__doc__, **style)
+    add = command.add_argument
+    add("sources", nargs="+", metavar="TAR", help="tars of pairs, or of stories and dialogues; folders, lists")
+    add("--out", type=Path, required=True, help="the tar to write; of several sources the folder")
+    add_weights_option(command)
+    add("--store", choices=precompute.STORE, default="fp16", help="dtype of what is written")
+    add("--no-captions", action="store_true", help="leave captions to the text encoder in training: smaller tars")
+    add("--batch-size", type=int, default=16, help="pictures encoded at once")
+    add("--workers", type=int, default=2, help="processes that read pictures; 0: none")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
+    args = parser.parse_args()
+    if args.command == "precompute" and (args.batch_size < 1 or args.workers < 0):
+        parser.error("--batch-size is at least 1, --workers at least 0")
+    if args.command != "precompute" and (args.workers < 1 or getattr(args, "max_words", 0) < 0):
+        parser.error("--workers is at least 1, --max-words at least 0")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.command == "precompute":
+        options = {"captions": not args.no_captions, "batch_size": args.batch_size, "workers": args.workers}
+        options |= {"dtype": DTYPES[args.dtype], "store": args.store, "device": pick_device(args.device)}
+        precompute.precompute_all(args.sources, args.out, args.weights, **options)
+        return
+    options = {"max_words": args.max_words} if args.command == "mmdialog" else {}
+    report = datasets.convert(args.command, args.sources, args.out, workers=args.workers, **options)
+    print(f"{report}\n{args.out}: {args.out.stat().st_size:,} bytes")
+
 
 if __name__ == "__main__":
     run(main)

@@ -8,56 +8,27 @@
 
     source                            tar                                             read by
     a story of five steps             KEY.json, KEY.0.jpg .. KEY.4.jpg                stories.py
-    a dialogue of two or more turns   KEY.json, KEY.0.jpg ... as many as it shows     stories.py
-    a caption and its picture         KEY.jpg, KEY.txt, KEY.json with its source      data.py
+    a dialogue of two or more turns   KEY.json, KEY.0.jpg ... as many as it has       stories.py
+    a caption and its picture         KEY.jpg, KEY.txt, KEY.json with its source      pairs.py
 
 KEY is the sample's number in its source. Every picture is decoded once, to see that it can be, then copied byte for
-byte. Few samples are in memory at a time, the tar does not depend on the number of threads and takes its name when it
-is whole. The report counts every sample of the source once: kept (perhaps cut short) or dropped, and why.
+byte. Few samples are in memory at a time, and the tar does not depend on the number of threads.
 """
 
-import argparse
-import io
 import json
 import os
-import tarfile
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from tqdm import tqdm
-
-from common.files import written_whole
-from published.loading import read_json
-from tars.index import KINDS, MOST_NUMBERED, PICTURE, TEXT, Unusable, most_bytes
-from tars.pairs import clean_caption, decode, describe
+from prompts import clean_caption
+from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, decode, max_bytes
+from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
-ENDINGS = tuple(ending for ending, kind in KINDS.items() if kind == PICTURE)
-
-
-class Sample(NamedTuple):
-    """What becomes of one sample of the source that is kept."""
-
-    members: list[tuple[str, bytes]]  # of the tar: name, content
-    counts: dict[str, int]  # what it adds to the report
-    cut: str | None = None  # why it ends before its source does
-
-
-@dataclass
-class Report:
-    kept: Counter = field(default_factory=Counter)
-    cut: Counter = field(default_factory=Counter)  # of the samples kept
-    dropped: Counter = field(default_factory=Counter)
-
-    def __str__(self) -> str:
-        kept = ", ".join(f"{count:,} {what}" for what, count in self.kept.items())
-        cut = f"\ncut short: {describe(self.cut)}" if self.cut else ""
-        return f"kept: {kept or 'none'}{cut}\ndropped: {describe(self.dropped)}"
+PICTURE_ENDINGS = tuple(ending for ending, member in ENDINGS.items() if member == Member.PICTURE)
 
 
 # ---- pictures
@@ -73,7 +44,7 @@ def read_picture(path: Path | None) -> bytes:
     if path is None:
         raise Unusable("missing picture")
     try:
-        if path.stat().st_size > most_bytes(PICTURE):
+        if path.stat().st_size > max_bytes(Member.PICTURE):
             raise Unusable("too large")
         content = path.read_bytes()
     except OSError:
@@ -82,9 +53,21 @@ def read_picture(path: Path | None) -> bytes:
     return content
 
 
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
+
+
 def ending_of(path: Path) -> str:
     ending = path.suffix.lower().removeprefix(".")
-    return ending if ending in ENDINGS else "jpg"
+    return ending if ending in PICTURE_ENDINGS else "jpg"
 
 
 class Interleaved:
@@ -94,8 +77,8 @@ class Interleaved:
         self.key, self.about, self.turns, self.pictures = key, {"kind": kind, "id": name}, [], []
 
     def add(self, text: str, paths: list[Path | None]) -> None:
-        """A turn more. Raises Unusable, and then stays as it was."""
-        if len(self.pictures) + len(paths) > MOST_NUMBERED:
+        """Add a turn. Raises Unusable, and then the sample stays as it was."""
+        if len(self.pictures) + len(paths) > MAX_PICTURES:
             raise Unusable("too many pictures")
         added = [(path, read_picture(path)) for path in paths]
         names = [f"{self.key}.{i}.{ending_of(path)}" for i, (path, _) in enumerate(added, len(self.pictures))]
@@ -110,23 +93,23 @@ class Interleaved:
 
 # ---- VIST
 
-RAW = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # names of a step's order, text and picture
-CLEANED = ("sequence_index", "caption", "image_id")
+RAW_NAMES = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # of a step's order, text and picture
+CLEANED_NAMES = ("sequence_index", "caption", "image_id")
 
 
 def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[tuple]:
     """(name, steps) of the stories of the raw and of the cleaned form; a step is (order, text, picture), or None.
 
-    Of the raw form's two texts `text` is taken: lower case, words apart, names as [male], [location] ... The released
-    cleaned files hold it, so the released checkpoint learned from it.
+    Of the raw form's two texts this takes `text`: in lower case, with spaces around punctuation, names as [male],
+    [location] ... The released cleaned files hold it, so the released checkpoint learned from it.
     """
     for file in files:
         content = read_json(file)
         if isinstance(content.get("annotations"), list):
-            stories, names = raw_stories(content["annotations"]), RAW
+            stories, names = raw_stories(content["annotations"]), RAW_NAMES
             places = {path.stem: path for folder in folders or [file.parent] for path in walk_pictures(folder)}
         elif content and all(isinstance(steps, list) for steps in content.values()):
-            stories, names = content, CLEANED
+            stories, names = content, CLEANED_NAMES
             beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
             if beside == file:
                 raise ValueError(f"{file}: should be called X_cleaned.json, with X_image_mapping.json beside it")
@@ -160,7 +143,7 @@ def vist_step(step: object, names: tuple[str, str, str], places: dict[str, Path]
 def walk_pictures(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         folders.sort()
-        yield from (Path(root, name) for name in sorted(names) if name.lower().rpartition(".")[2] in ENDINGS)
+        yield from (Path(root, name) for name in sorted(names) if name.lower().rpartition(".")[2] in PICTURE_ENDINGS)
 
 
 def vist_sample(key: str, name: str, steps: list[tuple | None]) -> Sample:
@@ -182,14 +165,14 @@ def vist_sample(key: str, name: str, steps: list[tuple | None]) -> Sample:
 # ---- MMDialog
 
 
-def mmdialog_jobs(files: list[Path], folders: list[Path], most: int) -> Iterator[tuple]:
+def mmdialog_jobs(files: list[Path], folders: list[Path], max_words: int) -> Iterator[tuple]:
     for path in files:
         with open(path, "rb") as file:
-            yield from ((line, folders or [path.parent], most) for line in file if line.strip())
+            yield from ((line, folders or [path.parent], max_words) for line in file if line.strip())
 
 
-def mmdialog_sample(key: str, line: bytes, folders: list[Path], most: int) -> Sample:
-    """A dialogue up to its first turn that cannot be used, or that has more than `most` words (0: any number).
+def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) -> Sample:
+    """A dialogue up to its first turn that cannot be used, or that has more than `max_words` words (0: any number).
 
     White space separates words; the released code allows 50 tokens, until March 2024 20 words. Raises Unusable where
     not even two turns are left.
@@ -203,7 +186,7 @@ def mmdialog_sample(key: str, line: bytes, folders: list[Path], most: int) -> Sa
     dialog, cut = Interleaved(key, "dialog", str(content.get("conversation_id", ""))), None
     try:
         for turn in content["conversation"]:
-            add_turn(dialog, turn, folders, most)
+            add_turn(dialog, turn, folders, max_words)
     except Unusable as error:
         cut = str(error)
     if len(dialog.turns) < 2:
@@ -211,7 +194,7 @@ def mmdialog_sample(key: str, line: bytes, folders: list[Path], most: int) -> Sa
     return dialog.sample("dialogues", cut)
 
 
-def add_turn(dialog: Interleaved, turn: object, folders: list[Path], most: int) -> None:
+def add_turn(dialog: Interleaved, turn: object, folders: list[Path], max_words: int) -> None:
     try:
         text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
         media = [str(part["__MEDIA__"]) for part in turn["turn"] if "__MEDIA__" in part]
@@ -219,7 +202,7 @@ def add_turn(dialog: Interleaved, turn: object, folders: list[Path], most: int) 
         raise Unusable("broken turn") from None
     if not text.strip():
         raise Unusable("empty text")
-    if most and len(text.split()) > most:
+    if max_words and len(text.split()) > max_words:
         raise Unusable("long turn")
     dialog.add(text, [find_picture(folders, f"{name}.jpg") for name in media])
 
@@ -254,9 +237,8 @@ def tsv_jobs(path: Path, folders: list[Path]) -> Iterator[tuple]:
 def folder_jobs(folder: Path) -> Iterator[tuple]:
     for root, folders, names in os.walk(folder):
         folders.sort()
-        pictures = {
-            path.stem: path for path in map(Path, sorted(names, reverse=True)) if path.suffix[1:].lower() in ENDINGS
-        }
+        paths = map(Path, sorted(names, reverse=True))
+        pictures = {path.stem: path for path in paths if path.suffix[1:].lower() in PICTURE_ENDINGS}
         texts = {Path(name).stem for name in names if name.endswith(".txt")}
         for stem in sorted(pictures.keys() | texts):
             caption = Path(root, f"{stem}.txt").read_bytes() if stem in texts else None
@@ -265,7 +247,7 @@ def folder_jobs(folder: Path) -> Iterator[tuple]:
 
 
 def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: str) -> Sample:
-    """A pair, its caption as it was: data.py cleans it in reading. Raises Unusable."""
+    """A pair with its caption as it was: pairs.py cleans it in reading. Raises Unusable."""
     if caption is None:
         raise Unusable("no caption")
     try:
@@ -273,7 +255,7 @@ def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: s
             raise Unusable("empty caption")
     except UnicodeDecodeError:
         raise Unusable("caption not UTF-8") from None
-    if len(caption) > most_bytes(TEXT):
+    if len(caption) > max_bytes(Member.TEXT):
         raise Unusable("too large")
     content, about = read_picture(picture), json.dumps({"source": source}).encode()
     members = [(f"{key}.{ending_of(picture)}", content), (f"{key}.txt", caption), (f"{key}.json", about)]
@@ -292,7 +274,7 @@ def attempt(make: Callable, number: int, job: tuple) -> Sample | str:
 
 
 def in_order(calls: Iterable[Callable], workers: int) -> Iterator:
-    """The results of the calls in their order, a few ahead made by threads: Pillow decodes beside Python."""
+    """The results of the calls in their order. Threads work a few calls ahead: Pillow decodes without Python's lock."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for call in calls:
@@ -309,34 +291,9 @@ def write_tar(jobs: Iterator[tuple], make: Callable, out: Path, workers: int = 1
     return write_samples(in_order(calls, workers), out)
 
 
-def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None = None) -> Report:
-    """Samples, or the reasons why there is none, into a tar, which is there whole or not at all.
-
-    ValueError where nothing is kept.
-    """
-    report = Report()
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out {out}: " + ("a folder" if out.is_dir() else f"no folder {out.parent}"))
-    with written_whole(out) as temporary, tarfile.open(temporary, "w") as tar:
-        for sample in tqdm(samples, total=total, unit=" samples", delay=2, leave=False):
-            if isinstance(sample, str):
-                report.dropped[sample] += 1
-                continue
-            report.kept.update(sample.counts)
-            report.cut.update([sample.cut] if sample.cut else [])
-            for name, content in sample.members:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-            tar.members.clear()  # tarfile would collect them all
-        if not report.kept:
-            raise ValueError(f"nothing to keep, {out} not written; dropped: {describe(report.dropped)}")
-    return report
-
-
 def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, workers: int = 1) -> Report:
-    """What the command does. sources: files of the data set, and folders to look for pictures in; without a folder they
-    are looked for beside each file. ValueError for what cannot be read."""
+    """Write the tar `out`. sources: files of the data set, and folders that hold its pictures; without a folder the
+    pictures lie beside each file. ValueError for what cannot be read."""
     files, folders = [path for path in sources if path.is_file()], [path for path in sources if path.is_dir()]
     for path in sources:
         if not path.exists():
@@ -349,34 +306,3 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
     if kind == "mmdialog":
         return write_tar(mmdialog_jobs(files, folders, max_words), mmdialog_sample, out, workers)
     return write_tar(cc3m_jobs(files, folders), cc3m_sample, out, workers)
-
-
-def main() -> None:
-    from tars import precompute  # which imports this file
-
-    parser = argparse.ArgumentParser(
-        prog="python -m tars", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, about in (
-        ("vist", "X.story-in-sequence.json or X_cleaned.json, and folders of pictures if they lie elsewhere"),
-        ("mmdialog", "JSON lines, and folders of pictures if they lie elsewhere"),
-        (
-            "cc3m",
-            "tsv of caption and path, and folders the paths start from if elsewhere; or folders of KEY.jpg, KEY.txt",
-        ),
-    ):
-        command = kinds.add_parser(kind, help=about)
-        add = command.add_argument
-        add("sources", nargs="+", type=Path, metavar="SOURCE", help=about)
-        add("--out", type=Path, required=True, help="the tar to write")
-        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
-        if kind == "mmdialog":
-            add("--max-words", type=int, default=50, help="end a dialogue at a turn of more words; 0: never")
-    precompute.add_options(kinds.add_parser("precompute", help=precompute.__doc__.split("\n")[0]))
-    args = vars(parser.parse_args())
-    if args["kind"] == "precompute":
-        return precompute.main(argparse.Namespace(**args))
-    if args["workers"] < 1 or args.get("max_words", 0) < 0:
-        parser.error("--workers is at least 1, --max-words at least 0")
-    print(f"{convert(**args)}\n{args['out']}: {args['out'].stat().st_size:,} bytes")

@@ -1,21 +1,20 @@
-"""Tars of frozen features: what training would compute anew in every epoch, of every picture and caption, made once.
+"""What training would compute in every epoch of every picture and caption, computed once and stored in tars.
 
-    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out features
-    python train_uas.py --weights weights --data features --out runs/cc3m
+    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out precomputed
+    python train_uas.py --weights weights --data precomputed --out runs/cc3m
 
     source                           computed                                           kept of the source
     picture of a pair                moments (2, C, h, w) of its latents, by the VAE    its caption, cleaned
     caption                          encoding (S, Dc), by the text encoder
     picture of a story or dialogue   moments; queries (Q, D), by the image encoder      its JSON
 
-Everything is stored in 16 bit, or as --store says. A sample is a function of the source, the weights and the number
-types alone, written in the source's order; samples that cannot be used are left out and counted. A tar that is there
-already, whole and made of the same with the same options, is kept: a stopped command goes on. What trains, and what is
-random (dropped pictures, the noise of the latents and of the diffusion), is not touched by this: the losses are those
-of the source but for the rounding. features.py has the format.
+Everything is stored in 16 bit, or as --store says. A sample is a function of the source, the weights and the dtypes
+alone, and the samples keep the source's order; those that cannot be used are left out and counted. A tar that is whole
+and was made of the same source with the same options is kept: a stopped command goes on. What trains, and what is
+random (dropped pictures, the noise of the latents and of the diffusion), stays as it was: the losses are those of the
+source but for the rounding. precomputed.py has the format.
 """
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,27 +27,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.cli import DTYPES, add_weights_option, make_folder, pick_device
+from common.cli import make_folder
 from minigpt5 import dtype_of, encode_captions
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
-from tars.datasets import Report, Sample, write_samples
-from tars.features import MARKER, Features, fingerprint, identity, marker_bytes, read_marker
-from tars.index import JSON, NUMBERED, Unusable, expand, is_url, read_index, read_member
-from tars.pairs import Broken, PairData, collate, decode
+from tars.batches import Broken
+from tars.index import Member, Unusable, decode, expand, read_index, read_member
+from tars.pairs import PairData
+from tars.precomputed import MARKER, Precomputed, fingerprint, identity, marker_bytes, read_marker
 from tars.stories import read_turns
+from tars.writer import Report, Sample, write_samples
 from vae import preprocess_output, to_pixels
 
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-class StoryRows(Dataset):
-    """The stories and dialogues of a tar, each whole.
-
-    {"key", "json", "numbers": of n pictures, "inputs" and "outputs" (n, 3, H, W), "cut": why a picture is missing, None
-    if all are there}.
-    """
+class WholeStories(Dataset):
+    """The stories and dialogues of a tar, each whole: {"key", "json", "numbers" of its n pictures, "inputs" and
+    "outputs" (n, 3, H, W), "cut": why a picture is missing, or None}."""
 
     def __init__(self, tar: str, to_input: Callable, to_output: Callable):
         self.tar, self.index, self.to_input, self.to_output = tar, read_index(tar), to_input, to_output
@@ -60,11 +57,11 @@ class StoryRows(Dataset):
         key, read = self.index.key(i), partial(read_member, self.tar, self.index.table[i])
         images, cut = {}, None
         try:
-            content = read(JSON)
+            content = read(Member.JSON)
             _, turns = read_turns(content, key, str)
             for member in sorted({member for turn in turns for member in turn.pictures}):
                 try:
-                    images[member - NUMBERED] = decode(read(member))
+                    images[member - Member.NUMBERED] = decode(read(member))
                 except Unusable as error:
                     cut = str(error)
         except Unusable as error:
@@ -77,7 +74,7 @@ class StoryRows(Dataset):
 
 
 class Encoders:
-    """The frozen parts that a kind of tar needs, and what they make of lists of pictures and captions."""
+    """The frozen parts that a kind of tar needs, and what they make of pictures and captions."""
 
     def __init__(self, weights: Path, stories: bool, captions: bool, dtype: torch.dtype | None, device, store: str):
         language, painting = frozen_dtypes(weights, dtype, device)
@@ -97,13 +94,13 @@ class Encoders:
             shapes["encoding"] = tuple(self.empty_caption.shape[1:])
         made_with = {name: identity(weights, name) for name in shapes}
         types = f"{store} of {language}, {painting}"
-        self.features = Features(made_with, shapes, types, empty_caption=self.empty_caption)
+        self.precomputed = Precomputed(made_with, shapes, types, empty_caption=self.empty_caption)
 
     def stored(self, x: Tensor) -> Tensor:
         """As it is written. ValueError where 16 bit cannot hold it."""
         x = x.to("cpu", self.store).contiguous()
         if not x.isfinite().all():
-            raise ValueError("a feature is too large for 16 bit, or no number at all; --store fp32 holds large ones")
+            raise ValueError("a number is too large for 16 bit, or not finite; --store fp32 holds large ones")
         return x
 
     @torch.no_grad()
@@ -125,17 +122,18 @@ class Encoders:
 load_encoders = lru_cache(maxsize=1)(Encoders)  # the tars of a data set follow one another
 
 
-def apart(samples: list[dict | Broken]) -> tuple[list[str], dict]:
-    """The reasons of the broken ones, and the others as one batch: its pictures in one piece of shared memory."""
+def split_broken(pairs: PairData, samples: list[dict | Broken]) -> tuple[list[str], dict]:
+    """The reasons of the broken samples, and the others as one batch, {} where there is none."""
     good = [sample for sample in samples if not isinstance(sample, Broken)]
     reasons = [sample.reason for sample in samples if isinstance(sample, Broken)]
-    return reasons, collate(good) if good else {}
+    return reasons, pairs.collate(good) if good else {}
 
 
 def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     pairs = PairData([tar], partial(preprocess_output, size=encoders.size))
-    for broken, good in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=apart):
-        yield from broken
+    loader = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=partial(split_broken, pairs))
+    for reasons, good in loader:
+        yield from reasons
         if not good:
             continue
         captions = good["captions"]
@@ -143,13 +141,13 @@ def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) ->
         if encoders.empty_caption is not None:
             tensors["encoding"] = encoders.encodings(captions)
         for i, (key, caption) in enumerate(zip(good["keys"], captions, strict=True)):
-            features = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
-            yield Sample([(f"{key}.txt", caption.encode()), (f"{key}.safetensors", features)], {"pairs": 1})
+            content = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
+            yield Sample([(f"{key}.txt", caption.encode()), (f"{key}.safetensors", content)], {"pairs": 1})
 
 
 def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     side = encoders.image_encoder.vision_model.config.image_size
-    stories = StoryRows(tar, partial(preprocess_input, size=side), partial(preprocess_output, size=encoders.size))
+    stories = WholeStories(tar, partial(preprocess_input, size=side), partial(preprocess_output, size=encoders.size))
     for story in DataLoader(stories, batch_size=None, num_workers=workers):
         if isinstance(story, Broken):
             yield story.reason
@@ -164,10 +162,10 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
         yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)}, story["cut"])
 
 
-def is_made(tar: Path, features: Features) -> bool:
-    """Whether a tar is there already: such features, of the same source, and not cut short."""
+def is_made(tar: Path, precomputed: Precomputed) -> bool:
+    """Whether a tar holds these tensors already, of the same source, and is not cut short."""
     try:
-        made_alike = read_marker(str(tar))[:4] == features[:4]  # the fifth, a tensor, follows from these
+        made_alike = read_marker(str(tar))[:4] == precomputed[:4]  # the fifth, a tensor, follows from these
         return made_alike and not read_index(str(tar)).note.size
     except ValueError:  # no marker, or no tar, that could be read
         return False
@@ -184,47 +182,28 @@ def precompute(
     workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Report | None:
-    """The features of one local tar into another; None if that is there already, of the same source, weights and
-    options. ValueError and WeightsError as everywhere."""
+    """The tensors of one tar into another; None if that is there already, of the same source, weights and options."""
     index = read_index(tar)
     if out.exists() and out.samefile(tar):
         raise ValueError(f"--out {out} is the source")
     stories = bool(index.turns.any())
     encoders = load_encoders(weights, stories, captions, dtype, device, store)
-    features = encoders.features._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
-    if out.is_file() and is_made(out, features):
+    precomputed = encoders.precomputed._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
+    if out.is_file() and is_made(out, precomputed):
         return None
-    first = Sample([(MARKER, marker_bytes(features))], {})
+    first = Sample([(MARKER, marker_bytes(precomputed))], {})
     samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
     return write_samples(chain([first], samples), out, 1 + len(index.table))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("sources", nargs="+", metavar="TAR", help="tars of pairs, or of stories and dialogues; folders, lists")
-    add("--out", type=Path, required=True, help="the tar to write; of several sources the folder")
-    add_weights_option(parser)
-    add("--store", choices=STORE, default="fp16", help="number type of what is written")
-    add("--no-captions", action="store_true", help="leave captions to the text encoder in training: smaller tars")
-    add("--batch-size", type=int, default=16, help="pictures encoded at once")
-    add("--workers", type=int, default=2, help="processes that read pictures; 0: none")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
-
-
-def main(args: argparse.Namespace) -> None:
-    if args.batch_size < 1 or args.workers < 0:
-        raise ValueError("--batch-size is at least 1, --workers at least 0")
-    tars = expand(args.sources)
-    for tar in filter(is_url, tars):
-        raise ValueError(f"{tar}: only local tars can be precomputed")
-    into = make_folder(args.out) if len(tars) > 1 or args.out.is_dir() else None
+def precompute_all(sources: list[str], out: Path, weights: Path, **options) -> None:
+    """Each tar that the user named (see `tars.index.expand`) into `out`, of several a folder, with a report of each."""
+    tars = expand(sources)
+    folder = make_folder(out) if len(tars) > 1 or out.is_dir() else None
     names = Counter(Path(tar).name for tar in tars)
-    if into and (twice := [name for name, count in names.items() if count > 1]):
-        raise ValueError(f"--out {args.out}: two sources are named {twice[0]}, give each a folder of its own")
+    if folder and (twice := [name for name, count in names.items() if count > 1]):
+        raise ValueError(f"--out {out}: two sources are named {twice[0]}, give each a folder of its own")
     for tar in tars:
-        out = into / Path(tar).name if into else args.out
-        options = {"captions": not args.no_captions, "batch_size": args.batch_size, "workers": args.workers}
-        options |= {"dtype": DTYPES[args.dtype], "store": args.store, "device": pick_device(args.device)}
-        report = precompute(tar, out, args.weights, **options) or "there already, of the same source and weights"
-        print(f"{report}\n{out}: {out.stat().st_size:,} bytes", flush=True)
+        made = folder / Path(tar).name if folder else out
+        report = precompute(tar, made, weights, **options) or "there already, of the same source and weights"
+        print(f"{report}\n{made}: {made.stat().st_size:,} bytes", flush=True)

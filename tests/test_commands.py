@@ -23,9 +23,9 @@ import sample
 import train_uas
 from common.cli import run
 from minigpt5 import MiniGPT5
+from prompts import UAS_REQUESTS
 from published.checkpoints import checkpoint_folders, find_checkpoint
-from tars import pairs as data
-from tars.pairs import REQUESTS
+from tars.pairs import PairData
 from trainer.log import read_log
 from trainer.run import learning_rate_factor, total_steps
 
@@ -141,7 +141,7 @@ def test_held_out_losses(monkeypatch, weights, tar, tmp_path, capsys):
     """In eval mode, over one pass of 4 pairs, with the same random numbers each time: the same again where nothing is
     learnt, those of a training step on the same pairs where nothing is dropped. The training does not notice them."""
     held_out = write_tar(tmp_path / "held-out.tar", pairs(4))
-    val = ("--val", held_out, "--val-every", 2, "--batch-size", 4, "--no-cfg", "--group", 1)
+    val = ("--val", held_out, "--val-every", 2, "--batch-size", 4, "--no-cfg")
     still = train(monkeypatch, weights, held_out, tmp_path / "still", "--steps", 5, *val, "--lr", 0, "--mapper-lr", 0)
     assert [(r["step"], "val_loss" in r) for r in still][1:3] == [(2, False), (2, True)]
     found = [{name: v for name, v in r.items() if name != "step"} for r in still if "val_loss" in r]
@@ -217,14 +217,14 @@ def test_switches_reach_the_losses(monkeypatch, weights, tar, tmp_path):
 
 def test_captions_are_plain_text_in_requests(monkeypatch, weights, tmp_path):
     tar = write_tar(tmp_path / "x.tar", pairs(4) | {"00000.txt": b"a </s> boat"})
-    monkeypatch.setattr(data, "draw_instruction", lambda bits: 3)
+    monkeypatch.setattr(PairData, "choose", lambda _, bits: 3)
     batches = noting(monkeypatch, train_uas, "collate")
     train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 2)
     assert len(batches) == 2
     for (tokenizer, texts, *_), options in batches:
         assert options["limit"] == 256
         for source, _ in texts:
-            assert REQUESTS[3] in source and tokenizer.eos_id not in tokenizer.encode(source)
+            assert UAS_REQUESTS[3] in source and tokenizer.eos_id not in tokenizer.encode(source)
 
 
 def test_learning_rate_of_output_rows(monkeypatch, weights, tar, tmp_path):

@@ -1,21 +1,18 @@
-"""data.py and tars.py: what a tar gives, in which order, what a broken member costs, where a run goes on."""
+"""Index, pairs, batches: what a tar gives, in which order, what a broken member costs, where a run goes on."""
 
-import http.server
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
-import socket
+import signal
 import struct
-import subprocess
-import sys
 import tarfile
-import threading
+import time
 import zlib
 from collections import Counter
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
+from prompts import UAS_REQUESTS, clean_caption, uas_texts
+from tars import batches as batches_module
 from tars import index as tars
-from tars import pairs as data
-from tars import streams
-from tars.index import expand, read_index
-from tars.pairs import Batches, Broken, PairData, clean_caption, epoch_order, open_batches
-from tars.streams import StreamBatches, StreamPairs
+from tars.batches import SAMPLE, Batches, Broken, describe, epoch_order, random_bits
+from tars.index import DIALOG, expand, read_index
+from tars.pairs import PairData, open_pairs
 from vae import preprocess_output
 
 HERE = Path(__file__).resolve().parent
@@ -38,7 +35,6 @@ small = partial(preprocess_output, size=8)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(tars, "PAUSE", 0.001)
 
 
 def picture(number: int, kind: str = "PNG", side: int = 4) -> bytes:
@@ -108,10 +104,10 @@ def test_captions_are_cleaned_as_released():
 
 def test_uas_texts():
     target = "[IMG0][IMG1][IMG2] ###"
-    assert data.uas_texts("a cat", 3) == ("a cat", target)
-    sources = {data.uas_texts("a cat", 3, phrase)[0] for phrase in range(7)}
+    assert uas_texts("a cat", 3) == ("a cat", target)
+    sources = {uas_texts("a cat", 3, phrase)[0] for phrase in range(7)}
     start, end = "You will be able to generate image according to command.###Human: ", " a cat ###Assistant:"
-    assert len(sources) == 7 == len(data.REQUESTS)
+    assert len(sources) == 7 == len(UAS_REQUESTS)
     assert all(source.startswith(start) and source.endswith(end) for source in sources)
 
 
@@ -123,12 +119,12 @@ def test_order_is_a_stable_permutation():
 
 
 def test_one_sample_in_100_is_an_instruction(pairs, monkeypatch):
-    draws = Counter(data.draw_instruction(data.random_bits(1, 0, position)) for position in range(20_000))
-    assert 150 < 20_000 - draws.pop(None) < 250
-    assert set(draws) == set(range(7))
-    monkeypatch.setattr(data, "draw_instruction", lambda bits: bits.random_raw())
-    draws = [draw for batch in take(Batches(pairs, 23), 3) for draw in batch["instructions"]]
-    assert len(set(draws)) == 69  # another draw in each of three epochs
+    choices = Counter(pairs.choose(random_bits(SAMPLE, 0, position)) for position in range(20_000))
+    assert 150 < 20_000 - choices.pop(None) < 250
+    assert set(choices) == set(range(7))
+    monkeypatch.setattr(PairData, "choose", lambda _, bits: bits.random_raw())
+    choices = [choice for batch in take(Batches(pairs, 23), 3) for choice in batch["instructions"]]
+    assert len(set(choices)) == 69  # another one in each of three epochs
 
 
 # ---- which tars
@@ -143,11 +139,13 @@ def test_expand(tmp_path, monkeypatch):
     assert expand(["{x-{08,10},y-b}.tar"]) == ["x-08.tar", "y-b.tar", "x-10.tar"]
     assert expand(["x-*", "y-a.tar"]) == ["x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
     assert expand(["y-b.tar", "."]) == ["y-b.tar", "x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
-    assert expand(["https://host/t-{8..10}.tar"]) == [f"https://host/t-{i}.tar" for i in (8, 9, 10)]
     assert list(tars.braces("x{8..11}")) == ["x8", "x9", "x10", "x11"]
     assert list(tars.braces("x{11..8}")) == ["x11", "x10", "x9", "x8"]
     (tmp_path / "empty").mkdir()
-    for value in (["z.tar"], ["z*.tar"], ["x-{08..11}.tar"], ["empty"], [""], [], ["s3://a/b.tar"], ["{0..9999999}"]):
+    for address in ("s3://a/b.tar", "https://host/t-{8..10}.tar"):
+        with pytest.raises(ValueError, match=f"{address[:9]}.*: tars are read from disk; download them first, as with"):
+            expand([address])
+    for value in (["z.tar"], ["z*.tar"], ["x-{08..11}.tar"], ["empty"], [""], [], ["{0..9999999}"]):
         with pytest.raises(ValueError) as error:
             expand(value)
         assert "\n" not in str(error.value) and (not value or not value[0] or value[0][:2] in str(error.value))
@@ -176,7 +174,6 @@ def test_json_captions_and_pixels(tmp_path):
     members += [("b.png", picture(300)), ("b.json", b'{"caption": "no"}'), ("b.txt", "\ufeffÜber".encode())]
     pairs = PairData([str(write_tar(tmp_path / "x.tar", members))], small)
     assert [sample["caption"] for sample in pairs] == ["from json", "über"]
-    assert [pairs.length(i, None) for i in range(2)] == [len(members[1][1]), len(members[4][1])]
     pixels = pairs[0]["pixels"]
     assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.uint8
     assert pixels[:, 0, 0].tolist() == [44, 1, 0]
@@ -217,9 +214,10 @@ def test_index_is_cached_and_checked(tmp_path, monkeypatch):
     write_tar(Path(path), good(range(4)))  # another tar under the same name
     assert [len(read_index(path).table) for _ in range(2)] == [4, 4] and len(scans) == 8
     dialogue = [("d.json", b'{"kind": "dialog", "turns": ["a", "b"]}')]
-    for count, (members, turns) in enumerate((([("readme.md", b"")], []), (dialogue, [-2])), 9):
+    for count, (members, found) in enumerate((([("readme.md", b"")], []), (dialogue, [(DIALOG, 2)])), 9):
         write_tar(Path(path), members)
-        assert [read_index(path).turns.tolist() for _ in range(2)] == [turns] * 2 and len(scans) == count
+        for index in (read_index(path), read_index(path)):
+            assert list(zip(index.kinds, index.turns, strict=True)) == found and len(scans) == count
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
 
 
@@ -241,7 +239,7 @@ def test_index_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
 def test_members_are_forgotten_while_walking(tmp_path):
     """tarfile would collect them all."""
     path = write_tar(tmp_path / "x.tar", good(range(5)))
-    with open(path, "rb") as file, tars.open_tar(file, "r:") as tar:
+    with open(path, "rb") as file, tars.open_tar(file) as tar:
         assert [len(tar.members) <= 1 for _ in tars.walk(tar)] == [True] * 10
 
 
@@ -318,18 +316,18 @@ def test_broken_samples_are_counted_once(tmp_path, workers):
 
 
 def test_a_replacement_is_any_other_pair(tmp_path, monkeypatch):
-    """With the request that was drawn for the broken one."""
-    monkeypatch.setattr(data, "draw_instruction", lambda bits: bits.random_raw() % 7)
+    """With the request that was chosen for the broken one."""
+    monkeypatch.setattr(PairData, "choose", lambda _, bits: bits.random_raw() % 7)
     broken = [(f"{i:05}.txt", b"no picture") for i in range(20, 40)]
     pairs = PairData([str(write_tar(tmp_path / "x.tar", good(range(20)) + broken))], small)
     batch = next(Batches(pairs, 40, seed=1, max_bad=1))
     filled = [n for n, item in zip(numbers_of(batch), epoch_order(40, 1, 0), strict=True) if item >= 20]
     assert len(filled) == 20 and len(set(filled)) > 8 and filled.count(0) < 8
-    assert batch["instructions"] == [data.draw_instruction(data.random_bits(1, 1, p)) for p in range(40)]
+    assert batch["instructions"] == [pairs.choose(random_bits(SAMPLE, 1, p)) for p in range(40)]
 
 
 def test_too_many_broken_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BAD_OF", 20)
+    monkeypatch.setattr(batches_module, "MIN_COUNTED", 20)
     path = write_tar(tmp_path / "x.tar", [*good(range(38)), *BROKEN["no caption"], *BROKEN["not an image"]])
     pairs = PairData([str(path)], small)
     with pytest.raises(ValueError, match=r"of .* samples are broken, over --max-bad 0.01: 1 n") as error:
@@ -341,7 +339,7 @@ def test_too_many_broken_stop_the_run(tmp_path, monkeypatch):
     batches = Batches(pairs, 4, max_bad=0.1)
     take(batches, 30)
     assert batches.bad == {"no caption": 1, "not an image": 1} and batches.seen == 40
-    assert sorted(data.describe(batches.bad).split(", ")) == ["1 no caption", "1 not an image"]
+    assert sorted(describe(batches.bad).split(", ")) == ["1 no caption", "1 not an image"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -410,37 +408,28 @@ def test_resume_goes_on_exactly(pairs, workers):
             wrong.load_state_dict(state)
 
 
-def words_of(batch: dict) -> list[int]:
-    return [len(caption.split()) for caption in batch["captions"]]
+class SlowPairs(PairData):
+    """Its second sample is never there."""
+
+    def sample(self, i: int, choice: int | None) -> dict | Broken:
+        time.sleep(3600 if i else 0)
+        return super().sample(i, choice)
 
 
-def test_groups_of_batches_are_sorted_by_length(tmp_path, monkeypatch):
-    """Every epoch still meets every pair once, ranks and workers share it, it is resumed exactly, in any place."""
-    members = [
-        m for i in range(48) for m in ((f"{i:05}.png", picture(i)), (f"{i:05}.txt", b"word " * (1 + 7 * i % 48)))
-    ]
-    pairs = PairData([str(write_tar(tmp_path / "x.tar", members))], small)
-    whole = [words_of(batch) for batch in take(Batches(pairs, 4, seed=1, group=3), 24)]
-    assert sorted(sum(whole[:12], [])) == sorted(sum(whole[12:], [])) == list(range(1, 49))  # noqa: RUF017
-    plain = [words_of(batch) for batch in take(Batches(pairs, 4, seed=1), 24)]
-    for first in range(0, 24, 3):
-        group, mixed = whole[first : first + 3], plain[first : first + 3]
-        assert sorted(sum(group, [])) == sorted(sum(mixed, []))  # noqa: RUF017
-        group.sort()
-        assert max(group[0]) <= min(group[1]) and max(group[1]) <= min(group[2])
-    assert whole[:3] != sorted(whole[:3]) or whole[3:6] != sorted(whole[3:6])  # in random order
-    shares = [Batches(pairs, 2, seed=1, rank=rank, world_size=2, workers=rank, group=3) for rank in range(2)]
-    assert [words_of(next(shares[0])) + words_of(next(shares[1])) for _ in range(24)] == whole
-    shares[1].close()
-    first = Batches(pairs, 4, seed=1, group=3)
-    for done in range(1, 8):
-        next(first)
-        again = Batches(pairs, 4, seed=1, group=3)
-        again.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert [words_of(batch) for batch in take(again, 12)] == whole[done : done + 12]
-    monkeypatch.setattr(data, "draw_instruction", lambda bits: bits.random_raw() % 2 or None)
-    requests = [batch["instructions"] for batch in take(Batches(pairs, 4, seed=1, group=12), 12)]
-    assert len({tuple(row) for row in requests if len(set(row)) == 1}) == 2  # a request is longer than these captions
+def test_a_worker_ends_with_its_batches_alone(tmp_path):
+    """It passes over signals to stop, and what it waits for does not hold up the end."""
+    pairs = SlowPairs([str(write_tar(tmp_path / "x.tar", good(range(2))))], small)
+    seed = next(seed for seed in range(99) if list(epoch_order(2, seed, 0)) == [0, 1])
+    batches = Batches(pairs, 1, seed=seed, workers=1)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+        worker.join(0.5)
+    assert worker.is_alive()
+    batches.close()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def test_real_tar(tmp_path):
@@ -448,223 +437,9 @@ def test_real_tar(tmp_path):
     if not path.exists():
         pytest.skip("the CC3M sample tar is missing")
     copy = shutil.copy(path, tmp_path)  # the index is written beside it
-    batches = open_batches([copy], partial(preprocess_output, size=64), 2)
+    batches = open_pairs([copy], partial(preprocess_output, size=64), 2)
     batch = next(batches)
     assert sorted(batch["keys"]) == ["000007775", "000009256"] and batch["pixels"].shape == (2, 3, 64, 64)
-    assert batches.dataset_size() == 2 and not batches.bad
+    assert len(batches.dataset) == 2 and not batches.bad
     for key, caption in zip(batch["keys"], batch["captions"], strict=True):
         assert caption == clean_caption((path.parent / "val" / f"{key}.txt").read_text(encoding="utf-8"))
-
-
-# ---- http
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder. `cuts` answers break off after 4000 bytes; what lies from `silent_from` on never comes;
-    the first answers are the errors `codes`."""
-
-    folder, cuts, silent_from, ranges, daemon_threads = Path(), 0, None, True, True
-
-    def handle_error(self, *_):
-        pass
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        path, server = self.server.folder / self.path.lstrip("/"), self.server
-        if server.codes:
-            return self.send_error(server.codes.pop(0))
-        if not path.exists():
-            return self.send_error(404)
-        content, start = path.read_bytes(), 0
-        if server.ranges and "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            if start >= len(content):
-                return self.send_error(416)
-        self.server.asked.append((self.path, start))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        content = content[start : server.silent_from]
-        if server.cuts:
-            server.cuts -= 1
-            content = content[:4000]
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = Server(("127.0.0.1", 0), Handler)
-    server.folder, server.asked, server.codes = tmp_path, [], []
-    server.url = f"http://127.0.0.1:{server.server_port}/"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream(tmp_path, server, workers):
-    for i in range(4):
-        write_tar(tmp_path / f"{i}.tar", good(range(6 * i, 6 * i + 6)))
-    shares = []
-    for rank in range(2):
-        batches = open_batches([server.url + "{0..3}.tar"], small, 3, rank=rank, world_size=2, workers=workers)
-        shares.append([n for batch in take(batches, 4) for n in numbers_of(batch)])
-        assert batches.dataset_size() is None and batches.seen == 12
-        batches.close()
-    assert sorted(shares[0] + shares[1]) == list(range(24))
-    assert shares[0] != sorted(shares[0])
-
-
-def test_stream_counts_broken_samples(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(tars, "MAX_BYTES", (5000,) * 4)
-    large = [("x.png", bytes(6000)), ("x.txt", b"a")]
-    write_tar(tmp_path / "0.tar", [*good(range(9)), *(m for s in BROKEN.values() for m in s), *large])
-    write_tar(tmp_path / "1.tar", [("readme.md", b"")])
-    batches = open_batches([server.url + "0.tar", server.url + "1.tar"], small, 9)
-    take(batches, 4)
-    assert batches.bad == {**dict.fromkeys(BROKEN, 1), "too large": 1, "empty tar": 1}
-
-
-@pytest.mark.parametrize("ranges", [True, False])
-def test_cut_connections_are_taken_up_again(tmp_path, server, ranges):
-    write_tar(tmp_path / "0.tar", good(range(30)))
-    server.cuts, server.ranges = 4, ranges
-    batches = open_batches([server.url + "0.tar"], small, 10)
-    assert sorted(n for batch in take(batches, 3) for n in numbers_of(batch)) == list(range(30))
-    assert not batches.bad and (server.asked[4][1] == 16_000 if ranges else len(server.asked) >= 5)
-
-
-def test_which_answers_are_asked_for_again(tmp_path, server):
-    write_tar(tmp_path / "0.tar", good(range(5)))
-    for code in (404, 403):
-        server.codes = [code] * 3
-        with pytest.raises(tars.StreamRefused, match=str(code)):
-            next(tars.stream_tar(server.url + "0.tar"))
-        assert len(server.codes) == 2
-    for code in (408, 429, 503):
-        server.codes = [code] * 3
-        assert len(list(tars.stream_tar(server.url + "0.tar"))) == 5 and not server.codes
-    assert list(tars.stream_tar(server.url + "0.tar", (tmp_path / "0.tar").stat().st_size)) == []  # 416
-
-
-def test_shuffle_buffer(monkeypatch):
-    def shuffled(seed: int, count: int, cursor: list[int]):
-        items = ((0, byte, str(byte), {tars.TEXT: b"four"}) for byte in range(100))
-        return tars.shuffled(items, np.random.PCG64(seed), count, 1, cursor)
-
-    assert len({tuple(byte for _, byte, *_ in islice(shuffled(seed, 10, [0, 0]), 50)) for seed in range(4)}) == 4
-    monkeypatch.setattr(tars, "BUFFER_BYTES", 10)
-    cursor = [0, 0]
-    next(shuffled(0, 50, cursor))
-    assert cursor == [0, 2]  # three items are over 10 bytes
-
-
-@pytest.mark.parametrize("reason", ["stream cut", "truncated tar"])
-def test_a_tar_that_ends_early_is_counted(tmp_path, server, reason):
-    path = write_tar(tmp_path / "0.tar", good(range(30)))
-    if reason == "stream cut":
-        server.silent_from = 20_000
-    else:
-        path.write_bytes(path.read_bytes()[:20_000])
-    batches = open_batches([server.url + "0.tar"], small, 5)
-    assert all(n < 10 for batch in take(batches, 4) for n in numbers_of(batch))
-    assert batches.bad.keys() == {reason}
-    assert (batches.bad[reason] > 1) == (reason == "stream cut")  # which is the network's, and new in each epoch
-
-
-def test_stream_errors_are_one_line(tmp_path, server, monkeypatch):
-    (tmp_path / "page.tar").write_bytes(b"<html></html>" * 100)
-    write_tar(tmp_path / "bad.tar", BROKEN["no caption"])
-    local = write_tar(tmp_path / "x.tar", good(range(3)))
-    for workers in (0, 1):
-        for name, word in (("none.tar", "404"), ("page.tar", "tar"), ("bad.tar", "no usable pair .* no caption")):
-            with pytest.raises(ValueError, match=word) as error:
-                next(open_batches([server.url + name], small, 2, workers=workers))
-            assert "\n" not in str(error.value) and server.url + name in str(error.value)
-    with pytest.raises(ValueError, match="only one of the two"):
-        open_batches([server.url + "x.tar", str(local)], small, 2)
-    with pytest.raises(ValueError, match="cannot be reached"):
-        next(open_batches(["http://127.0.0.1:9/x.tar"], small, 2))
-
-
-def test_epochs_of_a_stream(tmp_path, server, monkeypatch):
-    monkeypatch.setattr(streams, "draw_instruction", lambda bits: bits.random_raw())
-    for i in range(2):
-        write_tar(tmp_path / f"{i}.tar", good(range(3 * i, 3 * i + 3)))
-    batches = open_batches([server.url + "{0..1}.tar"], small, 6)
-    epochs = take(batches, 3)
-    assert [sorted(numbers_of(batch)) for batch in epochs] == [[*range(6)]] * 3 and batches.seen == 6
-    assert len({draw for batch in epochs for draw in batch["instructions"]}) == 18
-    pairs = StreamPairs([str(i) for i in range(6)], small)
-    orders = [[pairs.url(0, tar) for tar in range(first, first + 6)] for first in (0, 6)]
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == pairs.urls
-
-
-def test_a_silent_server_does_not_hold_up_the_end(tmp_path, server):
-    """A worker waits for the second tar while its process ends; signals to stop it passes over."""
-    write_tar(tmp_path / "0.tar", good(range(2)))
-    silence = socket.create_server(("127.0.0.1", 0))  # takes connections, never answers
-    urls = [server.url + "0.tar", f"http://127.0.0.1:{silence.getsockname()[1]}/1.tar"]
-    seed = next(seed for seed in range(99) if list(epoch_order(2, seed, 0)) == [0, 1])
-    program = f"""
-import multiprocessing, os, signal, sys
-import torch.utils.data._utils as utils
-from tars.streams import StreamBatches, StreamPairs
-from test_data import small
-utils.MP_STATUS_CHECK_INTERVAL = 0.2  # else torch waits 5 s for a worker
-batches = StreamBatches(StreamPairs({urls}, small, buffer=1), 1, seed={seed}, workers=1)
-next(batches)
-[worker] = multiprocessing.active_children()
-worker.join(1)  # until it waits for the server
-for _ in sys.argv[1:]:
-    os.kill(worker.pid, signal.SIGTERM)
-    worker.join(0.5)
-assert worker.is_alive()
-batches.close()
-print("closed")
-"""
-    for asked in ([], ["once", "twice"]):
-        paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", program, *asked]
-        ended = subprocess.run(command, env=paths, capture_output=True, timeout=tars.TIMEOUT / 2)
-        assert ended.returncode == 0 and ended.stdout == b"closed\n", ended.stderr.decode()
-        silence.accept()  # the worker had come to the second tar
-
-
-def test_where_the_slots_of_a_stream_go_on():
-    pairs = StreamPairs([str(i) for i in range(6)], small)
-    for rank, cursors in ((0, {0: (6, 0)}), (1, {1: (5, 0)})):
-        batches = StreamBatches(pairs, 5, rank=rank, world_size=2)
-        batches.go_to({"epoch": 0, "position": 5})
-        assert batches.cursors == cursors
-    batches = StreamBatches(pairs, 5, workers=2)
-    batches.cursors = {0: (2, 512), 1: (7, 0)}
-    place = batches.place()
-    assert (place["epoch"], place["position"]) == (0, 2)  # of the earliest unfinished tar
-
-
-def test_stream_resumes_without_repeating(tmp_path, server):
-    for i in range(3):
-        write_tar(tmp_path / f"{i}.tar", good(range(10 * i, 10 * i + 10)))
-    urls = expand([server.url + "{0..2}.tar"])
-
-    make = partial(StreamBatches, StreamPairs(urls, small, buffer=3), 5, seed=3)
-    first = make()
-    seen = [n for batch in take(first, 3) for n in numbers_of(batch)]
-    state = json.loads(json.dumps(first.state_dict()))
-    server.asked.clear()
-    again = make()
-    again.load_state_dict(state)
-    rest = [n for batch in take(again, 2) for n in numbers_of(batch)]
-    assert server.asked[0][1] > 0  # it did not start at the tar's front
-    assert len(set(seen + rest)) == 25 and len(seen + rest) == 25  # of 30: up to 3 + 5 may be passed over
-    other = make(workers=2)  # another number of slots: tars under way start again
-    other.load_state_dict(state)
-    assert len(take(other, 4)) == 4
-    other.close()

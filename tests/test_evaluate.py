@@ -24,10 +24,10 @@ from miniature import world
 from miniature.exam import NOTHING
 from miniature.judge import Judge
 from miniature.pairing import Pairing
+from prompts import Turn
 from published.checkpoints import save_trained
 from published.loading import save_safetensors
 from published.parts import load_minigpt5
-from tars.stories import Turn
 
 WORDS = ("a", "the", "boat", "red", "small", "sea", "at", "night", "on", "and", "two", "cats", "kite", "sky", "it")
 

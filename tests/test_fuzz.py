@@ -82,6 +82,7 @@ def test_a_foreign_index_is_checked(path):
     for name, value in (
         ("table", -good["table"]),  # a size of -9 would read the whole file
         ("turns", good["turns"] + 2**62),
+        ("kinds", good["kinds"] + 3),
         ("ends", good["ends"][:-1]),
         ("keys", good["keys"].astype(np.float64)),
     ):

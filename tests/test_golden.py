@@ -22,13 +22,13 @@ from common.images import read_image, resize_and_crop, to_image
 from generation import Sampling, paint, prompt_ids, say
 from llama import KVCache
 from minigpt5 import MiniGPT5, Noise, collate, expand_placeholders
+from prompts import clean_caption
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import convert, trained_name
 from published.loading import save_safetensors
 from published.parts import load_image_encoder, load_llama, load_minigpt5, load_text_encoder, load_unet, load_vae
 from qformer import preprocess_input
 from scheduler import PNDM
-from tars.pairs import clean_caption
 from tokenizer import Tokenizer
 from vae import preprocess_output, to_pixels
 

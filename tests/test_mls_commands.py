@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import call, fails, noting, pairs, write_tar
 from test_commands import train as train_uas
 
+import prompts
 import published.__main__ as weights_command
 import sample
 import train_mls
@@ -21,7 +22,6 @@ from minigpt5 import MiniGPT5
 from published.checkpoints import checkpoint_folders, load_trained, save_trained
 from published.loading import WeightsError
 from published.parts import load_minigpt5
-from tars import stories
 from trainer.log import read_log
 
 
@@ -382,7 +382,10 @@ def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, wei
     monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "on it goes"]])
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
-    for name, sentences in (("ours", (stories.STORY, stories.DIALOG)), ("released", 2 * ("Please go on.",))):
+    for name, sentences in (
+        ("ours", (prompts.STORY_SYSTEM, prompts.DIALOG_SYSTEM)),
+        ("released", 2 * ("Please go on.",)),
+    ):
         options = (
             "--prompt",
             "a kite",

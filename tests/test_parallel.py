@@ -30,7 +30,8 @@ from llama import Llama, LlamaConfig
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from published.checkpoints import checkpoint_folders
-from tars.pairs import Batches, PairData
+from tars.batches import Batches
+from tars.pairs import PairData
 from trainer.log import read_log
 from trainer.processes import weights_held
 from unet import Downsample, ResBlock, SpatialTransformer, UNet, UNetConfig, Upsample
@@ -38,7 +39,7 @@ from unet import Downsample, ResBlock, SpatialTransformer, UNet, UNetConfig, Ups
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SCRIPTS = {"uas": train_uas, "mls": train_mls}
-FIXED = ["--warmup", 5, "--lr", 1e-3, "--log-every", 1, "--sample-every", 0, "--workers", 0, "--steps", 4, "--group", 2]
+FIXED = ["--warmup", 5, "--lr", 1e-3, "--log-every", 1, "--sample-every", 0, "--workers", 0, "--steps", 4]
 
 
 # ---- the ranks
@@ -115,7 +116,7 @@ def folder(tmp_path_factory):
     pairs_tar, stories = write_tar(folder / "pairs.tar", pairs(8)), folder / "stories.tar"
     write_stories(stories, 3, 0, "train")
     uas = ["--weights", weights, "--data", pairs_tar, *FIXED]
-    mls = ["--weights", weights, "--data", stories, *FIXED, "--group", 1]
+    mls = ["--weights", weights, "--data", stories, *FIXED]
     texts = ["--batch-size", 1, "--seed", 253]  # pictures in steps 2, 3 and 4: in no rank, in both, in rank 1 alone
     jobs = [
         ("uas", 1, "one", [*uas, "--batch-size", 4, "--val", pairs_tar]),
@@ -295,7 +296,7 @@ def test_every_sample_once_an_epoch(folder, ranks, workers):
     data.collate = lambda samples: {"keys": [sample["key"] for sample in samples]}
     met = Counter()
     for rank in range(ranks):
-        batches = Batches(data, 4 // ranks, rank=rank, world_size=ranks, workers=workers, group=2)
+        batches = Batches(data, 4 // ranks, rank=rank, world_size=ranks, workers=workers)
         met.update(key for _ in range(2) for key in next(batches)["keys"])
         batches.close()
     assert len(met) == 8 and set(met.values()) == {1}

@@ -1,4 +1,4 @@
-"""data.py precompute: training on its tars is training on the pictures, without a picture being decoded or encoded."""
+"""python -m tars precompute: training on its tars is training on the pictures, but none is decoded or encoded."""
 
 import json
 import shutil
@@ -18,11 +18,12 @@ import vae
 from common.images import read_image
 from miniature.world import write_dialogues, write_stories
 from published import parts
-from tars import datasets as published
+from tars import __main__ as command
 from tars import index as tars
-from tars import pairs as data
+from tars import pairs as tars_pairs
 from tars import precompute
-from tars.features import MARKER, find_features, fingerprint, identity, read_marker
+from tars import stories as tars_stories
+from tars.precomputed import MARKER, find_precomputed, fingerprint, identity, read_marker
 from train_uas import main as train_stage1
 
 ALONE = ("--workers", 0)
@@ -59,7 +60,7 @@ def sources(tmp_path_factory):
 
 def made(monkeypatch, weights, source, out, *arguments):
     """`python -m tars precompute`."""
-    call(published.main, monkeypatch, "precompute", source, "--weights", weights, "--out", out, *ALONE, *arguments)
+    call(command.main, monkeypatch, "precompute", source, "--weights", weights, "--out", out, *ALONE, *arguments)
     return out
 
 
@@ -96,7 +97,7 @@ def test_stage1_is_the_same(monkeypatch, weights, sources, tmp_path, store, tole
     expected = train_uas(monkeypatch, weights, sources / "pairs.tar", tmp_path / "a", *steps)
     tar = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "x.tar", "--store", store, "--batch-size", 4)
     encoder = vae.VAE.encode
-    forbid(monkeypatch, (data, "decode"), (vae.VAE, "encode"), (parts, "load_text_encoder"))
+    forbid(monkeypatch, (tars_pairs, "decode"), (vae.VAE, "encode"), (parts, "load_text_encoder"))
     same_losses(train_uas(monkeypatch, weights, tar, tmp_path / "b", *steps), expected, tolerance)
     assert (tmp_path / "b" / "samples.png").stat().st_size > 0
     monkeypatch.setattr(vae.VAE, "encode", encoder)
@@ -112,7 +113,7 @@ def test_stage2_is_the_same(monkeypatch, weights, sources, tmp_path, store, tole
     expected = train_mls(monkeypatch, weights, both[0], tmp_path / "a", *steps, "--data", *both)
     for source in both:
         made(monkeypatch, weights, source, out, "--store", store)
-    forbid(monkeypatch, (data, "decode"), (vae.VAE, "encode"), (parts, "load_image_encoder"))
+    forbid(monkeypatch, (tars_stories, "decode"), (vae.VAE, "encode"), (parts, "load_image_encoder"))
     inside = sorted(out.glob("*.tar"), reverse=True)  # in the order of `both`
     log = train_mls(monkeypatch, weights, out, tmp_path / "b", *steps, "--data", *inside)
     same_losses(log, expected, tolerance)
@@ -121,7 +122,7 @@ def test_stage2_is_the_same(monkeypatch, weights, sources, tmp_path, store, tole
 
 def test_captions_may_be_left_out(monkeypatch, weights, sources, tmp_path):
     tar = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "x.tar", "--no-captions", "--store", "fp32")
-    assert "encoding" not in find_features([str(tar)], weights)
+    assert "encoding" not in find_precomputed([str(tar)], weights)
     expected = train_uas(monkeypatch, weights, sources / "pairs.tar", tmp_path / "a", "--steps", 2)
     same_losses(train_uas(monkeypatch, weights, tar, tmp_path / "b", "--steps", 2), expected, 1e-6)
 
@@ -165,10 +166,10 @@ def test_a_story_without_one_of_its_pictures(monkeypatch, weights, sources, tmp_
     assert set(tensors) == {f"{k}.{feature}" for k in kept for feature in ("queries", "moments")}
     assert members(tar)["000000001.json"] == inside["000000001.json"]
     log = train_mls(monkeypatch, weights, tar, tmp_path / "run", "--steps", 12, "--no-uas", "--max-bad", 1)
-    assert set(log[-1]["bad"]) == {"broken features"}
+    assert set(log[-1]["bad"]) == {"broken tensors"}
 
 
-def test_broken_features_are_counted(monkeypatch, weights, sources, tmp_path):
+def test_broken_tensors_are_counted(monkeypatch, weights, sources, tmp_path):
     inside = members(made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "x.tar"))
     whole = safetensors.torch.load(inside["00000.safetensors"])
     inside["00000.safetensors"] = inside["00000.safetensors"][:-10]
@@ -176,9 +177,9 @@ def test_broken_features_are_counted(monkeypatch, weights, sources, tmp_path):
     inside["00002.safetensors"] = safetensors.torch.save({"moments": whole["moments"]})
     inside["00003.safetensors"] = safetensors.torch.save({**whole, "encoding": whole["encoding"].int()})
     del inside["00004.safetensors"]
-    epoch = ("--steps", 3, "--group", 1)
+    epoch = ("--steps", 3)
     log = train_uas(monkeypatch, weights, write_tar(tmp_path / "y.tar", inside), tmp_path / "run", *epoch)
-    assert log[-1]["bad"] == {"broken features": 4, "no features": 1}
+    assert log[-1]["bad"] == {"broken tensors": 4, "no precomputed tensors": 1}
 
 
 def test_what_is_there_is_kept(monkeypatch, weights, sources, tmp_path, capsys):
@@ -266,7 +267,7 @@ def test_bad_arguments(monkeypatch, weights, sources, tmp_path, capsys):
 
     def precompute_fails(pattern, *arguments, source=source):
         base = ("precompute", source, "--weights", weights, "--out", out)
-        fails(published.main, monkeypatch, capsys, pattern, *base, *ALONE, *arguments)
+        fails(command.main, monkeypatch, capsys, pattern, *base, *ALONE, *arguments)
         assert not out.exists() and not list(tmp_path.glob(".*"))
 
     precompute_fails("nowhere: no such folder", "--weights", "nowhere")
@@ -275,7 +276,7 @@ def test_bad_arguments(monkeypatch, weights, sources, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     same_name = shutil.copy(source, tmp_path / "a" / source.name)
     both = ("precompute", source, same_name, "--weights", weights, "--out", tmp_path / "a", *ALONE)
-    fails(published.main, monkeypatch, capsys, "two sources are named pairs.tar", *both)
+    fails(command.main, monkeypatch, capsys, "two sources are named pairs.tar", *both)
     assert same_name.read_bytes() == source.read_bytes()
     precompute_fails("at least 1", "--batch-size", 0)
     precompute_fails("nothing to keep.*1 no picture", source=write_tar(tmp_path / "words.tar", {"a.txt": b"words"}))

@@ -16,8 +16,9 @@ import train_uas
 from common.cli import MINIATURE
 from common.images import save_image
 from miniature import pretrain
+from miniature.paint import draw
 from miniature.recipe import Shop
-from miniature.world import draw, sample_pair
+from miniature.world import sample_pair
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
 KNOWN = {}  # a storage's address: what keeps it from being given away again, and whether it is on the GPU

@@ -16,13 +16,12 @@ from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
 from miniature.autoencoder import VAE_SIZES
-from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES
+from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing
 from miniature.painter import UNET_SIZES
 from miniature.reader import TEXT_SIZES
 from miniature.recipe import Shop
 from miniature.sets import cached, pictures, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
-from miniature.world import Picture, Thing
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError
 from published.parts import load_image_encoder, load_llama, load_schedule, load_text_encoder, load_unet, load_vae

@@ -1,4 +1,4 @@
-"""published.py: what of each published data set gets into a tar, byte for byte, and what is counted as dropped."""
+"""tars/datasets.py: what of each published data set gets into a tar, byte for byte, and what is counted as dropped."""
 
 import io
 import json
@@ -13,7 +13,8 @@ from helpers import sample_file
 from PIL import Image
 
 from common.cli import run
-from tars import datasets as published
+from tars import __main__ as command
+from tars import datasets
 from tars.datasets import convert
 
 
@@ -257,7 +258,7 @@ def test_any_number_of_threads_writes_the_same_tar(tmp_path, vist):
 
 def test_pictures_are_read_a_few_samples_ahead():
     started = []
-    results = published.in_order((lambda i=i: started.append(i) or i for i in range(1000)), workers=3)
+    results = datasets.in_order((lambda i=i: started.append(i) or i for i in range(1000)), workers=3)
     for wanted in range(1000):
         assert next(results) == wanted and len(started) <= wanted + 8
 
@@ -269,7 +270,7 @@ def test_there_is_no_half_tar(tmp_path, vist, monkeypatch):
     with pytest.raises(ValueError, match=r"nothing to keep, .* 6 missing picture") as error:
         convert("vist", [vist, tmp_path / "empty"], out)
     assert "\n" not in str(error.value)
-    monkeypatch.setattr(published.Interleaved, "sample", lambda *_: 1 / 0)
+    monkeypatch.setattr(datasets.Interleaved, "sample", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert("vist", [vist, tmp_path / "images"], out)
     assert out.read_bytes() == b"earlier" and not list(tmp_path.glob(".*"))
@@ -284,13 +285,13 @@ def test_command_line(tmp_path, vist, monkeypatch, capsys):
         (["mmdialog", vist, "--out", out], "nothing to keep"),
         (["mmdialog", vist, "--out", out, "--max-words", "-1"], "at least 0"),
     ):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["tars", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            run(published.main)
+            run(command.main)
         assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
-    command = [sys.executable, "-m", "tars", "vist", str(vist), str(tmp_path / "images"), "--out", str(out)]
-    result = subprocess.run(command, cwd=Path(published.__file__).parent, capture_output=True, text=True)
+    line = [sys.executable, "-m", "tars", "vist", str(vist), str(tmp_path / "images"), "--out", str(out)]
+    result = subprocess.run(line, cwd=Path(datasets.__file__).parents[1], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("kept: 2 stories") and out.exists()
 
 

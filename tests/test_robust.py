@@ -32,7 +32,7 @@ from published.loading import matched, save_safetensors
 from trainer.log import read_log
 from trainer.muon import Muon
 from trainer.processes import Gradients, World
-from trainer.run import group_of, load_checkpoint, save_checkpoint
+from trainer.run import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +96,7 @@ def test_stopped_twice(monkeypatch, weights, tar, stories, tmp_path, capsys, sta
     and LoRA's dropout. The printed command goes on; in the end log, weights and moments are those of a run without a
     stop, to the bit."""
     script, start, data = (train_uas, train, tar) if stage == "uas" else (train_mls, train_stories, stories)
-    options = ("--steps", 6, "--accumulate", 2, "--workers", 1, "--group", 2, "--log-every", 4)
+    options = ("--steps", 6, "--accumulate", 2, "--workers", 1, "--log-every", 4)
     whole = start(monkeypatch, weights, data, tmp_path / "whole", *options)
     capsys.readouterr()
     with monkeypatch.context() as first:
@@ -151,19 +151,6 @@ run(main)
         process.terminate()
         assert process.wait(30) == 128 + signal.SIGTERM
     assert not list(tmp_path.iterdir())
-
-
-def test_groups_go_on_in_batches_of_their_size(monkeypatch, weights, tar, tmp_path):
-    """Rows sorted by length over some batches: batches of another size would repeat some of them and leave some out."""
-    train(monkeypatch, weights, tar, tmp_path, "--steps", 1, "--group", 2)
-    with pytest.raises(ValueError, match="--group sorted 2 batches of 2 samples of all ranks, now 2 batches of 3"):
-        train(monkeypatch, weights, tar, tmp_path, "--steps", 2, "--group", 2, "--resume", "--batch-size", 3)
-
-
-def test_streams_have_no_groups():
-    """Nothing is sorted there, so a run may go on in batches of another size."""
-    local, streamed = (SimpleNamespace(dataset_size=lambda n=n: n) for n in (100, None))
-    assert [group_of(SimpleNamespace(group=8), batches) for batches in (local, streamed)] == [8, 1]
 
 
 # ---- numbers that are not finite

@@ -15,9 +15,9 @@ from generation import Sampling
 from miniature import autoencoder, documents, painter, pretrain, reader, score, score_stories, speaker, world
 from miniature import exam as examining
 from miniature.exam import NOTHING, Exam, Said
+from miniature.facts import Picture, Thing
 from miniature.recipe import Shop
 from miniature.words import description, facts_in
-from miniature.world import Picture, Thing
 from published.checkpoints import save_trained
 from published.parts import load_minigpt5
 

@@ -1,4 +1,4 @@
-"""stories.py: the strings and pictures of stage 2's tasks, their order, and what a text of the outside can do."""
+"""prompts.py and tars/stories.py: strings and pictures of the tasks of stage 2, their order, and what a text can do."""
 
 import io
 import json
@@ -14,14 +14,18 @@ import torch
 from helpers import sample_file
 from PIL import Image
 
+import prompts
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import collate
+from prompts import DIALOG_SYSTEM, STORY_SYSTEM, TASKS, Example, Turn, history_start
 from qformer import preprocess_input
 from tars import index as tars
 from tars import stories
+from tars.batches import Batches, Broken
 from tars.datasets import convert
-from tars.pairs import Batches, Broken, PairData
-from tars.stories import TASKS, Row, StoryData, Turn, first_heard, open_stories
+from tars.index import Member
+from tars.pairs import PairData
+from tars.stories import StoryData, open_stories
 from tokenizer import Tokenizer
 from vae import preprocess_output
 
@@ -87,7 +91,7 @@ def open_data(tar: str, tokenizer: Tokenizer, **options) -> StoryData:
 
 def item_of(data: StoryData, k: int) -> int:
     """The item that is step k of its first story, in its only task."""
-    return k - 1 + data.first
+    return k - 1 + data.items_of_first_step
 
 
 def take(batches, count: int) -> list[dict]:
@@ -106,13 +110,13 @@ def same(a: list[dict], b: list[dict]) -> bool:
 
 def test_strings_are_the_recorded_ones(monkeypatch):
     """The released code's rows, as recorded, but for the system line that it puts before them."""
-    monkeypatch.setattr(stories, "STORY", "")
+    monkeypatch.setattr(prompts, "STORY_SYSTEM", "")
     mls = json.loads((GOLDEN / "golden.json").read_text())["mls"]
     early, others = Turn("my sister arrived early", ("a",)), Turn("every one else arrived soon after.", ("b",))
     rows = [
-        stories.story_row([early], others, "text", 0, VOKENS),
-        stories.story_row([early], others, "image", 0, VOKENS),
-        stories.story_row([others], early, "text+image", 0, VOKENS),
+        prompts.story_example([early], others, "text", 0, VOKENS),
+        prompts.story_example([early], others, "image", 0, VOKENS),
+        prompts.story_example([others], early, "text+image", 0, VOKENS),
     ]
     assert [row.source for row in rows] == mls["sources"] and [row.target for row in rows] == mls["targets"]
     assert [(row.inputs, row.outputs) for row in rows] == [(("a", "b"), ()), (("a",), ("b",)), (("b",), ("a",))]
@@ -120,28 +124,28 @@ def test_strings_are_the_recorded_ones(monkeypatch):
 
 def test_story_rows():
     before = [Turn("One.", (1,)), Turn("Two {}.", (2,))]
-    row = stories.story_row(before, Turn("Three {}.", (3,)), "image", 1, "[V]")
+    row = prompts.story_example(before, Turn("Three {}.", (3,)), "image", 1, "[V]")
     request = "Draw the scene that is described here: Three {}."
-    source = f"{stories.STORY}###Human:One.{SEEN}Two {{}}.{SEEN}\n {request} ###Assistant:"
-    assert row == Row(source, "[V] ###", (1, 2), (3,))
-    assert stories.story_source([], "Hello") == f"{stories.STORY}###Human: Hello ###Assistant:"
-    for task, requests in stories.REQUESTS.items():
-        rows = {stories.story_row(before, before[0], task, phrase, "[V]").source for phrase in range(7)}
+    source = f"{STORY_SYSTEM}###Human:One.{SEEN}Two {{}}.{SEEN}\n {request} ###Assistant:"
+    assert row == Example(source, "[V] ###", (1, 2), (3,))
+    assert prompts.story_source([], "Hello") == f"{STORY_SYSTEM}###Human: Hello ###Assistant:"
+    for task, requests in prompts.STORY_REQUESTS.items():
+        rows = {prompts.story_example(before, before[0], task, phrase, "[V]").source for phrase in range(7)}
         assert len(rows) == len(requests) and all(row.count(SEEN) == 2 + (task == "text") for row in rows)
 
 
 def test_dialog_rows():
     turns = [Turn("a", (0,)), Turn("b"), Turn("c", (1, 2)), Turn("", (3,)), Turn("e"), Turn("f")]
-    assert [first_heard(k) for k in range(1, 8)] == [0, 0, 0, 2, 2, 4, 4]
-    rows = [stories.dialog_row(turns[first_heard(k) : k], turns[k], k, "[V]") for k in range(1, 6)]
+    assert [history_start(k) for k in range(1, 8)] == [0, 0, 0, 2, 2, 4, 4]
+    rows = [prompts.dialog_example(turns[history_start(k) : k], turns[k], k, "[V]") for k in range(1, 6)]
     a, b = f"###Human: a {SEEN}\n", "###Assistant: b\n"
     c, d, e = f"###Human: c {SEEN}{SEEN}\n", f"###Assistant: {SEEN}\n", "###Human: e\n"
     assert rows == [
-        Row(stories.DIALOG + a + "###Assistant:", "b ###", (0,)),
-        Row(stories.DIALOG + a + b + "###Human:", "c [V][V] ###", (0,), (1, 2)),
-        Row(stories.DIALOG + a + b + c + "###Assistant:", "[V] ###", (0, 1, 2), (3,)),
-        Row(stories.DIALOG + c + d + "###Human:", "e ###", (1, 2, 3)),
-        Row(stories.DIALOG + c + d + e + "###Assistant:", "f ###", (1, 2, 3)),
+        Example(DIALOG_SYSTEM + a + "###Assistant:", "b ###", (0,)),
+        Example(DIALOG_SYSTEM + a + b + "###Human:", "c [V][V] ###", (0,), (1, 2)),
+        Example(DIALOG_SYSTEM + a + b + c + "###Assistant:", "[V] ###", (0, 1, 2), (3,)),
+        Example(DIALOG_SYSTEM + c + d + "###Human:", "e ###", (1, 2, 3)),
+        Example(DIALOG_SYSTEM + c + d + e + "###Assistant:", "f ###", (1, 2, 3)),
     ]
 
 
@@ -197,11 +201,11 @@ def test_other_samples_pictures_cannot_be_named(tmp_path, tokenizer):
 
 def test_which_members_are_numbered_pictures():
     assert [tars.member_of(name) for name in ("a/0.0.jpg", "0.99.PNG", "0.jpg")] == [
-        ("a/0", tars.NUMBERED),
-        ("0", tars.NUMBERED + 99),
-        ("0", tars.PICTURE),
+        ("a/0", Member.NUMBERED),
+        ("0", Member.NUMBERED + 99),
+        ("0", Member.PICTURE),
     ]
-    assert tars.most_bytes(tars.NUMBERED + 3) == tars.most_bytes(tars.PICTURE)
+    assert tars.max_bytes(Member.NUMBERED + 3) == tars.max_bytes(Member.PICTURE)
     for name in ("0.100.jpg", "0.07.jpg", "0.1.txt", "0.1.2.jpg", "0.x.jpg", "0..jpg", ".1.jpg", "0.1."):
         assert tars.member_of(name) is None, name
 
@@ -214,12 +218,12 @@ def test_which_turns_are_items(tmp_path, tokenizer):
     chat = ("dialog", [("hi",), ("look", 91), ("nice", 92, 93), ("bye",)])
     tar = write(tmp_path / "x.tar", {"a": story(1, 5), "b/c": chat, "d": story(2, 2)})
     data = open_data(tar, tokenizer)
-    samples = [data.sample(i, data.draw(np.random.PCG64(i))) for i in range(len(data))]
+    samples = [data.sample(i, data.choose(np.random.PCG64(i))) for i in range(len(data))]
     later = [(f"a.{k}", task) for k in range(1, 5) for task in TASKS]
     replies = [(f"b/c.{k}", "reply") for k in (1, 2, 3)]
     wanted = [("a.0", "image"), *later, *replies, ("d.0", "image"), *[("d.1", task) for task in TASKS]]
     assert [(sample["key"], sample["task"]) for sample in samples] == wanted
-    assert samples[0]["source"].startswith(f"{stories.STORY}###Human: ") and "step 0 of 1" in samples[0]["source"]
+    assert samples[0]["source"].startswith(f"{STORY_SYSTEM}###Human: ") and "step 0 of 1" in samples[0]["source"]
     assert not samples[0]["inputs"] and len(samples[0]["outputs"]) == 1
     counts = {task: len(open_data(tar, tokenizer, weights=only(task))) for task in TASKS}
     assert counts == {"image": 5 + 3 + 2, "text+image": 4 + 3 + 1, "text": 4 + 3 + 1}
@@ -233,27 +237,6 @@ def test_which_turns_are_items(tmp_path, tokenizer):
     rows = collate(tokenizer, batch["pairs"], 8)
     assert int((rows.ids == tokenizer.image_id).sum()) == 8 * 15
     assert rows.picture_rows.tolist() == [0, 1, 2, 3, 4, 5, 5, 7]
-
-
-def test_lengths(tmp_path, tokenizer):
-    chat = ("dialog", [(f"turn {k}",) for k in range(9)])
-    data = open_data(write(tmp_path / "x.tar", {"0": story(1, 3), "1": chat}), tokenizer)
-    lengths = [data.length(i, (0, 0)) for i in range(len(data))]
-    assert lengths == [0, 1, 1, 2, 2, 2, 3, *(1, 2, 3, 2, 3, 2, 3, 2)]
-
-
-def test_groups_have_histories_of_like_length(tmp_path, tokenizer):
-    data = open_data(write(tmp_path / "x.tar", {str(i): story(i, 5) for i in range(6)}), tokenizer)
-    plain, grouped = (take(Batches(data, 4, group=group), 6) for group in (1, 6))
-    assert sorted(sum((b["keys"] for b in plain), [])) == sorted(sum((b["keys"] for b in grouped), []))  # noqa: RUF017
-
-    def padding(batch):
-        rows = collate(tokenizer, batch["pairs"], 8)
-        return rows.ids.numel() / int((rows.ids != tokenizer.eos_id).sum())
-
-    before, after = (sum(map(padding, batches)) / 6 for batches in (plain, grouped))
-    print(f"places a token: {before:.2f}, in groups {after:.2f}")
-    assert after < 1 + 0.6 * (before - 1)
 
 
 def test_tasks(tmp_path, tokenizer):
@@ -281,7 +264,7 @@ def test_blind_history(tmp_path, tokenizer):
         assert told in source and source.count("<ImageHere>") == len(inputs)
         assert shades(batch["inputs"], False) == inputs if inputs else batch["inputs"] is None
     data = open_data(tar, tokenizer, weights=only("text"), blind=0.25)
-    draws = [data.draw(np.random.PCG64(i)) for i in range(2000)]
+    draws = [data.choose(np.random.PCG64(i)) for i in range(2000)]
     blind = sum(told in data.sample(item_of(data, 2), draw)["source"] for draw in draws)
     assert 440 < blind < 560
     tar = write(tmp_path / "y.tar", {"0": ("dialog", [("a", 1), ("b", 2), ("c",)])})
@@ -292,11 +275,14 @@ def test_task_weights(tmp_path, tokenizer):
     data = open_data(write(tmp_path / "x.tar", {"0": story(1)}), tokenizer, weights={"image": 3, "text": 1})
     assert len(data) == 1 + 2 * 3  # two tasks of three steps, and the first one's picture
     for step in range(3):
-        draws = [data.draw(np.random.PCG64(i)) for i in range(4000)]
-        drawn = Counter(data.turn(1 + 2 * step + n, draw[0])[2:] for draw in draws for n in range(2))
+        draws = [data.choose(np.random.PCG64(i)) for i in range(4000)]
+        drawn = Counter(data.find(1 + 2 * step + n, draw[0])[2:] for draw in draws for n in range(2))
         assert set(drawn) == {(step + 1, "image"), (step + 1, "text")} and 5880 < drawn[step + 1, "image"] < 6120
-    assert {data.turn(0, data.draw(np.random.PCG64(i))[0])[2:] for i in range(100)} == {(0, "image")}
-    edges = [stories.pick_task([2, 1, 1], place) for place in (0, 0.49, 0.5, 0.74, 0.75, 1 - 2**-53)]
+    assert {data.find(0, data.choose(np.random.PCG64(i))[0])[2:] for i in range(100)} == {(0, "image")}
+    edges = [
+        stories.pick_task(dict(zip(TASKS, (2, 1, 1), strict=True)), place)
+        for place in (0, 0.49, 0.5, 0.74, 0.75, 1 - 2**-53)
+    ]
     assert edges == ["image", "image", "text+image", "text+image", "text", "text"]
     for weights in ({"image": 0}, {"image": -1, "text": 2}, {"draw": 1}, {"image": float("nan")}, {}):
         with pytest.raises(ValueError, match="task"):
@@ -369,9 +355,9 @@ def test_every_kind_of_broken_sample_is_counted(tmp_path, tokenizer):
 
 
 def test_tar_and_index_differ(tmp_path, tokenizer, monkeypatch):
-    for turns in (9, -4):  # an index may come from anywhere; the story has 4
-        monkeypatch.setattr(tars, "count_turns", lambda content, turns=turns: turns)
-        data = open_data(write(tmp_path / f"{turns}.tar", {"0": story(1)}), tokenizer)
+    for found in ((tars.STORY, 9), (tars.DIALOG, 4)):  # an index may come from anywhere; the story has 4
+        monkeypatch.setattr(tars, "count_turns", lambda content, found=found: found)
+        data = open_data(write(tmp_path / f"{found[0]}.tar", {"0": story(1)}), tokenizer)
         assert data.sample(len(data) - 1, (0, 0)) == Broken("0", "tar and index differ")
 
 
@@ -442,14 +428,14 @@ def test_the_miniatures_tars(tmp_path, tokenizer):
         with tarfile.open(tmp_path / f"{name}.tar") as tar:
             told = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
             items += sum(3 * len(s["turns"]) - 2 if name == "s" else len(s["turns"]) - 1 for s in told)
-    assert batches.dataset_size() == items
+    assert len(batches.dataset) == items
     for batch in take(batches, -(-items // 4)):
         rows = collate(tokenizer, batch["pairs"], 8)
         inputs, outputs = (0 if p is None else len(p) for p in (batch["inputs"], batch["outputs"]))
         assert int((rows.ids == tokenizer.image_id).sum()) == 8 * inputs and len(rows.picture_rows) == outputs
     assert not batches.bad and batches.seen == items
     assert (tmp_path / "s.tar.index.npz").exists()
-    with pytest.raises(ValueError, match="local tars"):
+    with pytest.raises(ValueError, match="download them first"):
         open_stories(["https://host/a.tar"], tokenizer, 8, small_input, small_output, batch_size=1)
 
 

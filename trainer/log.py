@@ -84,9 +84,8 @@ def validate(model: MiniGPT5, batches, forward: Callable, count: int, world: Wor
 
     Compiled losses keep what their gradients need, as graphs that do not would have to be made first.
     """
-    start, size = batches.state_dict(), batches.dataset_size()
-    if size is not None:
-        count = min(count, -(-size // (batches.batch_size * world.size)))
+    start = batches.state_dict()
+    count = min(count, -(-len(batches.dataset) // (batches.batch_size * world.size)))
     training, meter, stopping = model.training, Meter(0), False
     model.eval()
     with closing(batches), torch.set_grad_enabled(bool(model.compiled_for)):

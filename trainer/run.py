@@ -53,7 +53,6 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--no-ldm", action="store_true", help="without L_LDM (the paper's ablation)")
     add("--min-snr-gamma", type=float, default=5.0, help="L_LDM weighted by min(SNR, gamma)/SNR, as released; 0: not")
     add("--seed", type=int, default=0)
-    add("--group", type=int, default=8, help="batches among which rows are sorted by length, for less padding; 1: none")
     add("--workers", type=int, default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=float, default=0.01, help="stop when more than this share, of 1,000 at least, is broken")
     add(
@@ -77,7 +76,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
 
 def check_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
     args = parse(parser, command)
-    least_1 = "drawn batch_size accumulate group max_nonfinite save_every log_every val_every val_batches vokens"
+    least_1 = "drawn batch_size accumulate max_nonfinite save_every log_every val_every val_batches vokens"
     for name in least_1.split():
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -119,9 +118,7 @@ def drawn_data(write: Callable[..., None], args: argparse.Namespace, size: int) 
     return [str(path)]
 
 
-def total_steps(args: argparse.Namespace, samples: int | None, ranks: int) -> int:
-    if args.steps is None and samples is None:
-        raise ValueError("--steps is needed: streamed tars do not tell how many samples they hold")
+def total_steps(args: argparse.Namespace, samples: int, ranks: int) -> int:
     if args.steps is not None:
         return args.steps
     return max(1, round(args.epochs * samples / (ranks * args.batch_size * args.accumulate)))
@@ -282,11 +279,6 @@ def load_checkpoint(out: Path, model, optimizers: list[torch.optim.Optimizer]) -
     return None
 
 
-def group_of(args: argparse.Namespace, batches) -> int:
-    """The batches among which rows are sorted by length; of streamed tars none are."""
-    return 1 if batches.dataset_size() is None else args.group
-
-
 def stored_arguments(args: argparse.Namespace) -> dict:
     """The command's arguments as state.json holds them."""
     return json.loads(json.dumps(vars(args), default=str))
@@ -298,25 +290,16 @@ def run_state(args: argparse.Namespace, batches, meter: Meter, gradients: Gradie
     data = dict(min(ranks, key=lambda rank: (rank["epoch"], rank["position"])))
     data |= {name: added(rank[name] for rank in ranks) for name in ("bad", "sums", "passes")}
     data |= {"seen": sum(rank["seen"] for rank in ranks)}
-    if "cursors" in data:  # of streamed tars, each rank's own
-        data["cursors"] = [cursor for rank in ranks for cursor in rank["cursors"]]
-    groups = [group_of(args, batches), args.batch_size * len(ranks)]
-    return {"data": data, "groups": groups, "nonfinite": int(gradients.skipped), "arguments": stored_arguments(args)}
+    return {"data": data, "nonfinite": int(gradients.skipped), "arguments": stored_arguments(args)}
 
 
 def go_on(state: dict | None, args: argparse.Namespace, batches, meter: Meter, gradients: Gradients) -> int:
-    """Take up what `run_state` said, on any number of ranks; the step to go on with. Prints which options have changed.
-    ValueError where samples would be repeated or left out: those of a group (see data.py) are in batches of one size.
-    """
+    """Take up what `run_state` said, on any number of ranks; the step to go on with. Prints which options have
+    changed."""
     step, world = state["step"] if state else 0, gradients.world
     if len(set(world.gather(step))) > 1:
         raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
     if state:
-        groups = [group_of(args, batches), args.batch_size * world.size]
-        group, size = state.get("groups", groups)
-        if [group, size] != groups and max(group, groups[0]) > 1:
-            now = f"{groups[0]} batches of {groups[1]}"
-            raise ValueError(f"cannot resume: --group sorted {group} batches of {size} samples of all ranks, now {now}")
         batches.load_state_dict(state["data"])
         gradients.skipped += state.get("nonfinite", 0)
         if world.rank == 0:

@@ -221,7 +221,7 @@ def negative(rng: Random, members: list[bytes]) -> bytes:
 
 
 def marker(rng: Random, members: list[bytes]) -> bytes:
-    """A first member that claims that features are there."""
+    """A first member that claims that tensors are precomputed."""
     name = b".precomputed.safetensors"
     first = rng.choice(
         (

@@ -1,4 +1,4 @@
-"""Tars, pictures, captions and tars behind http(s): what fuzz.py feeds to the readers of data.
+"""Tars, pictures and captions: what fuzz.py feeds to the readers of data.
 
 A family is (what can be wrong, read). read(what, random numbers, empty folder) makes that input, reads it as the
 commands do and returns "used" or "skipped"; it raises `Wrong` where the result is not right.
@@ -16,7 +16,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from bad_files import BAD_PICTURES, BAD_TEXTS, LIMIT, cut, flip, real_bomb
-from bad_http import BAD_SERVERS, Server
 from bad_tars import BAD_TARS, CONTENT_CHANGED, COUNT, MUST_SAY, member, pair_members, picture, story_members, whole
 from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS
@@ -25,12 +24,14 @@ import sample
 from common.images import resize_and_crop
 from common.page import write_answer
 from minigpt5 import collate
+from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from tars import index as tars
-from tars.features import Features, marker_bytes, read_marker
-from tars.index import JSON, PICTURE, TEXT, Unusable, read_index
-from tars.pairs import Broken, PairData, decode, make_sample, open_batches, uas_texts
-from tars.stories import REQUESTS, StoryData, dialog_source, story_source
+from tars.batches import Broken
+from tars.index import Unusable, decode, read_index
+from tars.pairs import PairData, open_pairs
+from tars.precomputed import Precomputed, marker_bytes, read_marker
+from tars.stories import StoryData
 from tokenizer import Tokenizer
 from vae import preprocess_output
 
@@ -74,14 +75,14 @@ def read_tar(what: str, rng: Random, folder: Path) -> str:
         path.write_bytes(whole(rng.choice((pair_members, story_members))()))
         bad_index(what, rng, path)
         return merge(read_pairs(path, exact=False), read_stories(path))
-    kind = rng.choice(("pairs", "pairs", "stories", "features"))
-    members = {"pairs": pair_members, "stories": story_members, "features": feature_members}[kind]()
+    kind = rng.choice(("pairs", "pairs", "stories", "precomputed"))
+    members = {"pairs": pair_members, "stories": story_members, "precomputed": precomputed_members}[kind]()
     path.write_bytes(BAD_TARS[what](rng, members))
     read_marker(str(path))
     if kind == "stories":
         outcome = read_stories(path)
-    elif kind == "features":
-        outcome = read_pairs(path, False, features())
+    elif kind == "precomputed":
+        outcome = read_pairs(path, False, precomputed())
     else:
         outcome = read_pairs(path, what not in CONTENT_CHANGED | {"block of zeros"})
     require(outcome == "skipped" or what not in MUST_SAY, "samples are missing, and nothing says so")
@@ -97,7 +98,7 @@ def outcome_of(data, samples: list) -> str:
     return "skipped" if data.notes or any(isinstance(found, Broken) for found in samples) else "used"
 
 
-def read_pairs(path: Path, exact: bool, given: Features | None = None) -> str:
+def read_pairs(path: Path, exact: bool, given: Precomputed | None = None) -> str:
     data = PairData([str(path)], small, given) if given else PairData([str(path)], small)
     samples = [data[i] for i in range(min(len(data), 2 * COUNT))]
     for found in samples:
@@ -108,8 +109,8 @@ def read_pairs(path: Path, exact: bool, given: Features | None = None) -> str:
     return outcome_of(data, samples)
 
 
-def tars_batches(path: Path, given: Features | None):
-    return open_batches([str(path)], small, 2, given) if given else open_batches([str(path)], small, 2)
+def tars_batches(path: Path, given: Precomputed | None):
+    return open_pairs([str(path)], small, 2, given) if given else open_pairs([str(path)], small, 2)
 
 
 def matches(caption: str, pixels: torch.Tensor) -> None:
@@ -140,20 +141,20 @@ def fits_together(batch: dict) -> None:
 
 
 @cache
-def features() -> Features:
+def precomputed() -> Precomputed:
     names = {"moments": (2, 4, 2, 2), "encoding": (3, 5)}
-    return Features(dict.fromkeys(names, "id"), names, empty_caption=torch.zeros(1, 3, 5))
+    return Precomputed(dict.fromkeys(names, "id"), names, empty_caption=torch.zeros(1, 3, 5))
 
 
-def feature_members() -> list[bytes]:
-    tensors = {name: torch.ones(shape) for name, shape in features().shapes.items()}
+def precomputed_members() -> list[bytes]:
+    tensors = {name: torch.ones(shape) for name, shape in precomputed().shapes.items()}
     content = safetensors.torch.save(tensors)
     members = [
         part
         for i in range(COUNT)
         for part in (member(f"{i:05}.safetensors", content), member(f"{i:05}.txt", b"Words."))
     ]
-    return [member(".precomputed.safetensors", marker_bytes(features())), member("readme", b""), *members]
+    return [member(".precomputed.safetensors", marker_bytes(precomputed())), member("readme", b""), *members]
 
 
 def bad_index(what: str, rng: Random, path: Path) -> None:
@@ -237,16 +238,11 @@ def read_bad_text(what: str, rng: Random, folder: Path) -> str:
 
 def read_caption(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str:
     """Stage 1: as a caption file or in JSON, on to the rows of a batch and to Stable Diffusion's tokenizer."""
-    parts = {PICTURE: picture(1)} | ({TEXT: raw} if rng.random() < 0.5 else {JSON: as_json})
-    members = [
-        member("x.png", parts[PICTURE]),
-        member("x.txt" if TEXT in parts else "x.json", raw if TEXT in parts else as_json),
-    ]
-    (folder / "x.tar").write_bytes(whole(members))
+    words = member("x.txt", raw) if rng.random() < 0.5 else member("x.json", as_json)
+    (folder / "x.tar").write_bytes(whole([member("x.png", picture(1)), words]))
     found = PairData([str(folder / "x.tar")], small)[0]
     if isinstance(found, Broken):
         return "skipped"
-    require(isinstance(make_sample("x", parts.get, small), dict), "another result in a stream")
     no_injection([uas_texts(tokenizer().plain(found["caption"]), 8, rng.choice((None, 3)))], 0, 8)
     ids, mask = clip_tokenizer()([found["caption"]])
     require(ids.shape == mask.shape == (1, 77), f"{ids.shape}")
@@ -286,9 +282,9 @@ def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str
     sources = [
         (turns[0].text, 0),
         (dialog_source(turns, 3), heard),
-        (story_source(turns, REQUESTS["text+image"][0]), heard),
+        (story_source(turns, STORY_REQUESTS["text+image"][0]), heard),
     ]
-    sources.append((story_source([], REQUESTS["image"][0].format(turns[0].text)), 0))
+    sources.append((story_source([], STORY_REQUESTS["image"][0].format(turns[0].text)), 0))
     for source, pictures in sources:
         no_injection([(source, "")], pictures, 0, limit=10**9)
     write_answer([text, image], text, 0, folder)
@@ -297,32 +293,8 @@ def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str
     return "used"
 
 
-# ---- tars behind http
-
-
-@cache
-def server() -> Server:
-    return Server()
-
-
-def read_stream(what: str, rng: Random, folder: Path) -> str:
-    tars.TIMEOUT, tars.PAUSE, tars.RETRIES = 0.15, 0.001, 3
-    url = server().url(rng.randrange(10**9), what, rng)
-    batches = open_batches([url], small, 2)
-    for _ in range(4):
-        batch = next(batches)
-        for caption, pixels, key in zip(batch["captions"], batch["pixels"], batch["keys"], strict=True):
-            if what != "bad tar":
-                matches(caption, pixels)
-            require(key, "no key")
-    batches.close()
-    require(what != "nothing" or not batches.bad, f"{batches.bad}")
-    return "skipped" if batches.bad else "used"
-
-
 DATA_FAMILIES = {
     "tars": ((*BAD_TARS, *BAD_INDICES), read_tar),
     "pictures": ((*BAD_PICTURES, "many pixels"), read_bad_picture),
     "captions": (tuple(BAD_TEXTS), read_bad_text),
-    "http": (BAD_SERVERS, read_stream),
 }

@@ -1,7 +1,7 @@
 """Bad input into MiniGPT-5's own readers: none may end in a traceback, hang, fill the memory or give a wrong result.
 
     python tests/stress/fuzz.py --count 10000 --seed 0
-    python tests/stress/fuzz.py --family tars http --count 500
+    python tests/stress/fuzz.py --family tars pictures --count 500
     python tests/stress/fuzz.py --family tars --only 123         # one input again, with the traceback if there is one
 
 Input n of a family is a function of (family, seed, n). It ends in one of
@@ -107,7 +107,7 @@ def judged(error: Exception, folder: Path) -> str:
     if type(error) not in (ValueError, WeightsError, ImageError):
         return "traceback"
     message = str(error)
-    named = str(folder) in message or "http://127.0.0.1" in message or isinstance(error, ImageError)
+    named = str(folder) in message or isinstance(error, ImageError)
     return "refused" if named and "\n" not in message and len(message) < 600 else "unclear"
 
 

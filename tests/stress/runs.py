@@ -30,7 +30,7 @@ def prepare(folder: Path) -> dict[str, list[str]]:
     weights = write_random_weights(folder / "weights", small=True)
     write_pairs(folder / "pairs.tar", 10, 0, size=32)
     write_stories(folder / "stories.tar", 6, 0, "train", size=32)
-    common = ["--weights", str(weights), "--accumulate", "2", "--group", "2", "--warmup", "5", "--lr", "1e-3"]
+    common = ["--weights", str(weights), "--accumulate", "2", "--warmup", "5", "--lr", "1e-3"]
     common += ["--device", "cpu", "--sample-every", "0", "--batch-size", "2"]
     uas = [*common, "--data", str(folder / "pairs.tar"), "--muon", "1e-3"]
     return {"uas": uas, "mls": [*common, "--data", str(folder / "stories.tar")]}

@@ -1,0 +1,230 @@
+"""The order of training, and batches that any number of processes make alike and that resume exactly.
+
+The order is one endless sequence of positions, epoch after epoch, each epoch a permutation of all items; at every step
+the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten items:
+
+    position   0 1 2 3   4 5 6 7   8 9 | 10 11   ...      rank 0 gets positions 0 1, then 4 5, then 8 9 ...
+    item       7 0 3 9   1 8 2 4   6 5 |  3  8   ...      rank 1 gets positions 2 3, then 6 7, then 10 11 ...
+
+Another item takes the place of a broken one; (seed, position) says which. So every batch is full and is a function of
+(seed, position) alone: it is the same for any number of workers, ranks stay in step, and one number is enough to
+resume, even with another number of ranks. The price: a good item is seen twice for each broken one.
+
+The items are those of a `TarData`: pairs in pairs.py, turns of stories and dialogues in stories.py.
+"""
+
+import hashlib
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from tars.index import TarIndex, read_index
+
+MIN_COUNTED = 1000  # max_bad is a share of at least so many samples: two broken pairs of four need not stop a trial
+MAX_TRIES = 1000  # broken samples in a row after which the data count as unusable
+ORDER, SAMPLE = 0, 1  # purposes of the random streams: an epoch's permutation, all that is random about a sample
+
+
+# ---- random numbers: raw PCG64 output only, which numpy promises to keep from version to version
+
+
+def random_bits(purpose: int, *place: int) -> np.random.PCG64:
+    return np.random.PCG64(np.random.SeedSequence([purpose, *place]))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of range(n) of that epoch: int64 (n,), read-only."""
+    order = np.argsort(random_bits(ORDER, seed, epoch).random_raw(n), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+# ---- items
+
+
+class Broken(NamedTuple):
+    """A sample that cannot be used; `reason` is a short name to count it under."""
+
+    key: str
+    reason: str
+
+
+def describe(bad: dict[str, int]) -> str:
+    """Counts by reason in words, the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(bad).most_common()) or "none"
+
+
+class TarData(Dataset):
+    """Tars as one list of items; subclasses say what an item is and how batches are made of them.
+
+    Holds no open file, so it may be forked and pickled. `notes` says which tars are damaged. ValueError for a tar that
+    cannot be read and where there is no item at all. With several ranks on a machine let one build it first: the others
+    then find the cached indices.
+    """
+
+    unit = "sample"
+
+    def __init__(self, tars: list[str]):
+        self.tars = list(tars)
+        self.indices = [read_index(tar) for tar in tqdm(self.tars, "index", leave=False, delay=2, unit="tar")]
+        self.ends = np.cumsum([self.items(index) for index in self.indices])
+        self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
+        if not len(self):
+            raise ValueError(f"{self.name}: no picture, caption or JSON in it")
+        notes = [index.note.tobytes().decode("utf-8", "replace") for index in self.indices]
+        self.notes = [f"{tar}: {note}" for tar, note in zip(self.tars, notes, strict=True) if note]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def digest(self) -> str:
+        """A hash of the samples' keys in their order, by which a resumed run knows its data."""
+        return hashlib.sha256(b"".join(index.keys.tobytes() + b"\n" for index in self.indices)).hexdigest()[:16]
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Item -> (tar, item in that tar)."""
+        tar = int(np.searchsorted(self.ends, i, side="right"))
+        return tar, i - int(self.ends[tar - 1] if tar else 0)
+
+    def items(self, index: TarIndex) -> int:
+        """How many items a tar has."""
+        raise NotImplementedError
+
+    def choose(self, bits: np.random.PCG64) -> object:
+        """What is random about the sample at a position; the item that takes a broken one's place keeps it."""
+        raise NotImplementedError
+
+    def sample(self, i: int, choice: object) -> dict | Broken:
+        """Item i as a sample; a broken one is a `Broken`, never an exception."""
+        raise NotImplementedError
+
+    def collate(self, samples: list[dict]) -> dict:
+        """Samples -> batch."""
+        raise NotImplementedError
+
+
+# ---- batches
+
+
+class FullBatches(Dataset):
+    """What a worker runs: [(position, item), ...] -> one full batch."""
+
+    def __init__(self, data: TarData, seed: int):
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, places: list[tuple[int, int]]) -> dict:
+        """The batch with "bad" and "seen": what is counted in the first epoch; or, in place of samples, "error"."""
+        n, samples, bad, seen = len(self.data), [], Counter(), 0
+        for position, item in places:
+            bits, tries = random_bits(SAMPLE, self.seed, position), 0
+            choice = self.data.choose(bits)
+            sample = self.data.sample(item, choice)
+            if position < n:
+                seen += 1
+                bad.update([sample.reason] if isinstance(sample, Broken) else [])
+            while isinstance(sample, Broken):
+                tries += 1
+                if tries > MAX_TRIES:
+                    return {"error": self.no_sample(), "bad": dict(bad), "seen": seen}
+                sample = self.data.sample(bits.random_raw() % n, choice)
+            samples.append(sample)
+        # pinning calls update() on a mapping, which would double the counts of a Counter
+        return {**self.data.collate(samples), "bad": dict(bad), "seen": seen}
+
+    def no_sample(self) -> str:
+        choice = self.data.choose(random_bits(SAMPLE, self.seed, 0))
+        samples = (self.data.sample(i, choice) for i in range(min(len(self.data), MAX_TRIES)))
+        bad = Counter(sample.reason for sample in samples if isinstance(sample, Broken))
+        return f"no usable {self.data.unit} in {self.data.name}: {describe(bad)}"
+
+
+def ignore_signals(worker: int) -> None:
+    """A signal to stop may reach all processes of a run, and more than once: from a terminal, from a scheduler, and
+    from torchrun, which passes it on. The main process decides when its workers end, see `Batches.close`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Batches:
+    """Endless full batches of one rank, made by `workers` processes (0: in this one), in the order above.
+
+    `bad` and `seen` count this rank's share of the first epoch: a broken item counts once, on one rank. ValueError
+    where no item can be used, and where more than `max_bad` of those seen, or of MIN_COUNTED, are broken.
+    """
+
+    def __init__(self, dataset: TarData, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01):
+        self.dataset, self.batch_size, self.seed, self.max_bad = dataset, batch_size, seed, max_bad
+        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.digest = dataset.digest()
+        self.position, self.bad, self.seen = 0, Counter(), 0
+        self.loader = None  # the running DataLoader's iterator
+
+    def __iter__(self) -> Iterator[dict]:
+        return self
+
+    def __next__(self) -> dict:
+        if self.loader is None:
+            loader = DataLoader(
+                FullBatches(self.dataset, self.seed),
+                sampler=self.places(),
+                batch_size=None,
+                num_workers=self.workers,
+                pin_memory=torch.cuda.is_initialized(),
+                worker_init_fn=ignore_signals,
+            )
+            self.loader = iter(loader)
+        batch = next(self.loader)
+        batch["bad"] = Counter(batch["bad"])
+        self.bad.update(batch["bad"])
+        self.seen += batch.pop("seen")
+        error, broken = batch.get("error"), sum(self.bad.values())
+        if error is None and broken > self.max_bad * max(self.seen, MIN_COUNTED):
+            what = f"{broken:,} of {self.seen:,} samples are broken, over --max-bad {self.max_bad:g}"
+            error = f"{what}: {describe(self.bad)}"
+        if error:
+            self.close()
+            raise ValueError(error)
+        self.position += self.batch_size * self.world_size
+        return batch
+
+    def places(self) -> Iterator[list[tuple[int, int]]]:
+        """This rank's share of step after step: (position, item) of each sample."""
+        n, first = len(self.dataset), self.position + self.rank * self.batch_size
+        while True:
+            epochs = [(p, *divmod(p, n)) for p in range(first, first + self.batch_size)]
+            yield [(p, int(epoch_order(n, self.seed, epoch)[i])) for p, epoch, i in epochs]
+            first += self.batch_size * self.world_size
+
+    def close(self) -> None:
+        """End the workers. The next batch, if one is asked for, starts new ones where this one stopped."""
+        workers, self.loader = getattr(self.loader, "_workers", []), None  # torch asks them to end, and waits 5 s
+        for worker in workers:
+            worker.kill()
+
+    def state_dict(self) -> dict:
+        """Where to go on after the last batch handed out, whatever the workers have prefetched: plain values.
+
+        "epoch" and "position" are the same on all ranks, "bad" and "seen" are this rank's. Sum these two over the ranks
+        before saving: in loading, rank 0 takes them over and the others start from zero.
+        """
+        epoch, position = divmod(self.position, len(self.dataset))
+        counts = {"epoch": epoch, "position": position, "bad": dict(self.bad), "seen": self.seen}
+        return {"seed": self.seed, "size": len(self.dataset), "digest": self.digest, **counts}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on exactly there; workers, batch_size and world_size may differ. ValueError for other data or seed."""
+        for name, ours in (("seed", self.seed), ("size", len(self.dataset)), ("digest", self.digest)):
+            if state.get(name, ours) != ours:
+                raise ValueError(f"cannot resume: the checkpoint's data has {name} {state[name]}, this run's {ours}")
+        self.close()
+        self.bad = Counter(state["bad"] if self.rank == 0 else {})
+        self.seen = state["seen"] if self.rank == 0 else 0
+        self.position = state["epoch"] * len(self.dataset) + state["position"]

@@ -1,0 +1,138 @@
+"""Precomputed tensors: what frozen parts make of pictures and captions, in tars that training reads in their place.
+
+`python -m tars precompute` (precompute.py) writes such tars. KEY.safetensors beside a sample's texts holds
+
+    of a pair                  moments (2, C, h, w)         mean and log variance of the latents: sampling stays random
+                               encoding (S, Dc)             of the caption, at all positions: L_CAP compares all
+    of a story or dialogue     k.moments, k.queries (Q, D)  of its picture k as an output and as an input
+
+and the tar's first member, which no reader takes for a sample, says with which weights, in which dtypes and of which
+tar these were made. Training refuses tensors of other weights, and a mixture. C channels, h w latent height and width,
+S conditioning tokens, Q query embeddings, Dc and D their widths.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from published.loading import tensor_files
+from published.parts import picture_size
+from tars.index import Member, Unusable, max_bytes, open_tar
+
+MARKER = ".precomputed.safetensors"  # name of the first member
+PAGES = 64  # of a file of weights that its fingerprint reads
+
+
+class Precomputed(NamedTuple):
+    """Which tensors the samples of a tar have, by name: what its first member says."""
+
+    made_with: dict[str, str]  # the identity of the weights
+    shapes: dict[str, tuple[int, ...]]
+    types: str = ""  # the dtypes that are stored, and those that they were computed in
+    made_of: str = ""  # the fingerprint of the source
+    empty_caption: Tensor | None = None  # (1, S, Dc)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.made_with
+
+
+NOTHING = Precomputed({}, {})
+
+
+# ---- which weights
+
+
+def fingerprint(files: Iterable[Path], *settings: object) -> str:
+    """A short hash of files and settings, from the files' sizes and some pages of each: copies have the same one, and
+    any training changes it."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(4096, size // PAGES)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def identity(weights: Path, name: str) -> str:
+    """The fingerprint of all files that the tensors "moments", "encoding" or "queries" depend on."""
+    sd, blip2 = weights / "stable-diffusion", weights / "blip2"
+    if name == "moments":
+        return fingerprint([sd / "vae" / "config.json", *tensor_files(sd / "vae")], picture_size(weights))
+    if name == "encoding":
+        names = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+        words = [path for file in names if (path := sd / "tokenizer" / file).exists()]
+        return fingerprint([sd / "text_encoder" / "config.json", *tensor_files(sd / "text_encoder"), *words])
+    tensors = tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens"))
+    return fingerprint([blip2 / "config.json", *tensors, weights / "minigpt4" / "llama_proj.safetensors"])
+
+
+# ---- the first member of a tar
+
+
+def marker_bytes(precomputed: Precomputed) -> bytes:
+    empty_caption = precomputed.empty_caption
+    tensors = {} if empty_caption is None else {"empty_caption": empty_caption.contiguous()}
+    described = {name: json.dumps(value) for name, value in precomputed._asdict().items() if name != "empty_caption"}
+    return safetensors.torch.save(tensors, described)
+
+
+def read_marker(path: str) -> Precomputed:
+    """NOTHING where the tar holds no precomputed tensors. ValueError for a marker that cannot be read."""
+    try:
+        with open(path, "rb") as file, open_tar(file) as tar:
+            header = tar.next()
+            if header is None or header.name != MARKER or not header.isreg():
+                return NOTHING
+            content = tar.extractfile(header).read() if header.size <= max_bytes(Member.TENSORS) else b""
+    except (OSError, tarfile.TarError):  # the index says what is wrong with a tar
+        return NOTHING
+    try:
+        tensors = safetensors.torch.load(content)
+        described = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        made_with, shapes, types, made_of = (json.loads(described[name]) for name in Precomputed._fields[:4])
+        if "moments" not in made_with or made_with.keys() != shapes.keys():
+            raise ValueError
+        shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        return Precomputed(made_with, shapes, types, made_of, tensors.get("empty_caption"))
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path}: {MARKER} cannot be read, precompute this tar again") from None
+
+
+def find_precomputed(tars: list[str], weights: Path) -> Precomputed:
+    """What all of the tars hold. ValueError where they differ, and where they were made with other weights."""
+    found = [read_marker(tar) for tar in tars]
+    for tar, precomputed in zip(tars, found, strict=True):
+        if precomputed[:3] != found[0][:3]:  # the rest differs: each tar has a source of its own
+            raise ValueError(f"{tars[0]} and {tar}: precomputed with different weights or options, or only one of them")
+    for name, made_with in found[0].made_with.items():
+        if made_with != identity(weights, name):
+            raise ValueError(f"{tars[0]}: its {name} were precomputed with other weights than {weights}, or sizes")
+    return found[0]
+
+
+# ---- samples
+
+
+def read_tensors(content: bytes | None, precomputed: Precomputed, names: Iterable[str]) -> dict[str, Tensor]:
+    """KEY.safetensors -> its tensors `names`, in 16 bit or float32. Raises Unusable."""
+    if content is None:
+        raise Unusable("no precomputed tensors")
+    try:
+        stored = safetensors.torch.load(content)
+        tensors = {name: stored[name] for name in names}
+    except (SafetensorError, KeyError):
+        raise Unusable("broken tensors") from None
+    for name, tensor in tensors.items():
+        if tensor.shape != precomputed.shapes.get(name.rpartition(".")[2]) or not tensor.is_floating_point():
+            raise Unusable("broken tensors")
+    return tensors
