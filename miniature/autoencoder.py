@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.images import draw_grid, to_image
 from miniature.backdrop import VARIANTS
 from miniature.facts import SCENES, TIMES, Picture
 from miniature.judge import Judge, load_judge, shares
+from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, normal, write_part
-from miniature.sets import cached, pictures, rows_of, to_pixels
-from miniature.world import draw, sample_pair
-from minigpt5 import send
+from miniature.sets import cached, held_out_pictures, to_pixels, training_pictures, training_set
+from miniature.world import sample_pair
 from vae import VAE, VAEConfig, load_vae
 
 VAE_SIZES = VAEConfig(
@@ -52,7 +51,7 @@ def decibels(a: Tensor, b: Tensor) -> Tensor:
     return -10 * ((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)).log10()
 
 
-def backdrop_row(seed: int, i: int) -> np.ndarray:
+def backdrop_behind(seed: int, i: int) -> np.ndarray:
     """Which of BACKDROPS is behind the things of picture i."""
     picture, _, jitter = sample_pair(seed, i)
     return np.array(BACKDROPS.index((picture.scene, picture.time, jitter % VARIANTS)), np.int16)
@@ -68,32 +67,30 @@ class AutoencoderRecipe(Recipe):
     """L1 on pixels, those of things above all, and on their differences, and a touch of KL. Latents are unscaled until
     the export."""
 
-    name, lr, matrix_lr, hold = "vae", 1e-3, 0.02, 200
+    name, batch_sizes, lr, matrix_lr, hold = "vae", (512, 8), 1e-3, 0.02, 200
 
     def __init__(self, shop: Shop):
+        super().__init__(shop)
         self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
-        self.batch_size = 512 if shop.device.type == "cuda" else 8
-        self.device = shop.device
-        self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
-        path = shop.sets / f"backdrops-{shop.seed}-{shop.pictures}.npy"
-        self.behind = cached(path, shop.pictures, rows_of(partial(backdrop_row, shop.seed)), shop.workers)
+        self.pictures = training_pictures(shop)
+        self.behind = training_set(shop, "backdrops", partial(backdrop_behind, shop.seed))
         empty = [np.asarray(draw(Picture(scene, time, ()), variant)) for scene, time, variant in BACKDROPS]
         self.backdrops = torch.from_numpy(np.stack(empty)).to(shop.device)
-        self.tested = to_pixels(pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device))
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
+        drawn, self.wanted = held_out_pictures(shop)
+        self.tested = to_pixels(drawn)
         self.judge = judge_in(shop.weights, shop.device)
 
-    def weighted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def weighted(self, picked: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures of the training set and how much each of their pixels counts."""
-        drawn, behind = self.pictures[send(rows, self.device)], send(self.behind[rows].long(), self.device)
-        different = (drawn != self.backdrops[behind]).any(-1)[:, None]  # (B, 1, 64, 64)
+        drawn = self.pictures[picked]
+        different = (drawn != self.backdrops[self.behind[picked].long()]).any(-1)[:, None]  # (B, 1, 64, 64)
         weight = 1 + THING_WEIGHT * different
         return to_pixels(drawn), weight / weight.mean()
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
+        picked = self.pick(len(self.pictures), generator)
         noise = normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator, self.device)
-        return *self.weighted(rows), noise
+        return *self.weighted(picked), noise
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         vae = modules["vae"]
@@ -113,12 +110,6 @@ class AutoencoderRecipe(Recipe):
         means, drawn = self.round_trip(modules, self.tested)
         figures = {"psnr": decibels(drawn, self.tested).mean().item(), "latent_deviation": means.std().item()}
         return figures | ({"right": shares(self.judge, drawn, self.wanted)["all"]} if self.judge else {})
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        shown = self.tested[:10]
-        drawn = self.round_trip(modules, shown)[1]
-        columns = zip(shown, drawn, decibels(drawn, shown), strict=True)
-        draw_grid([(f"{dB:.1f} dB", [to_image(a), to_image(b)]) for a, b, dB in columns], path.with_suffix(".png"))
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         config = modules["vae"].config
@@ -172,9 +163,9 @@ class DecoderRecipe(AutoencoderRecipe):
         self.latents = latent_set(shop, vae, self.pictures)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
-        mean, deviation = self.latents[send(rows, self.device)].float().unbind(1)
-        return *self.weighted(rows), mean + deviation * normal(mean.shape, generator, self.device)
+        picked = self.pick(len(self.pictures), generator)
+        mean, deviation = self.latents[picked].float().unbind(1)
+        return *self.weighted(picked), mean + deviation * normal(mean.shape, generator, self.device)
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, latents: Tensor) -> dict[str, Tensor]:
         return drawing_losses(modules["vae"].decode(latents) - pixels, weight)

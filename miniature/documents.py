@@ -9,8 +9,8 @@ picture's facts where the stages have a picture (ten words in a fixed order) or 
 So the language model learns to retell a picture from ten vectors, which the captioner will put there, and by the end
 of a text to know what its picture has to show.
 
-    language_row    (2, LENGTH)                    whole documents, one after the other; how much each token counts
-    look_row        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
+    language_ids    (2, LENGTH)                    whole documents, one after the other; how much each token counts
+    answer_ids        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
 """
 
 from functools import lru_cache
@@ -21,10 +21,10 @@ import sentencepiece
 
 from common.files import written_whole
 from llama import Tokenizer
-from miniature.facts import PLACES, Picture, pick
+from miniature.facts import PLACES, Picture, pick, random_stream
 from miniature.tales import SEES, SHOWS
 from miniature.words import agrees, description, facts_in, some
-from miniature.world import random_stream, sample_dialogue, sample_pair, sample_story
+from miniature.world import sample_dialogue, sample_pair, sample_story
 from minigpt5 import expand_placeholders
 from tars.pairs import REQUESTS, uas_texts
 from tars.stories import END, PICTURE, SPEAKERS, TASKS, Row, Turn, dialog_row, first_heard, story_row
@@ -150,7 +150,7 @@ def encode(tokenizer: Tokenizer, row: Row, rng: np.random.Generator) -> list[tup
     return tokens
 
 
-def language_row(path: Path, seed: int, split: str, i: int) -> np.ndarray:
+def language_ids(path: Path, seed: int, split: str, i: int) -> np.ndarray:
     """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off. Ids, then weights."""
     tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no row can hold so many documents
     while len(tokens) < LENGTH:
@@ -160,7 +160,7 @@ def language_row(path: Path, seed: int, split: str, i: int) -> np.ndarray:
     return np.array(tokens[:LENGTH], np.int16).T
 
 
-def look_row(path: Path, seed: int, i: int) -> np.ndarray:
+def answer_ids(path: Path, seed: int, i: int) -> np.ndarray:
     """int16: where the answer begins and ends; the words of picture i; the ids of a question about it and of the
     answer, with a placeholder for each of the words."""
     tokenizer, row = tokenizer_at(path), look_document(random_stream(seed, i, LOOKS), seed, i, "train")

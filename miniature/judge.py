@@ -29,12 +29,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.images import draw_grid, to_image
-from miniature.facts import COLOURS, KINDS, KINDS_IN, PLACES, SCENES, SIZES, TIMES, Picture, Thing, fits, home, pick
+from miniature.facts import (
+    COLOURS,
+    KINDS,
+    KINDS_IN,
+    PLACES,
+    SCENES,
+    SIZES,
+    TIMES,
+    Picture,
+    Thing,
+    fits,
+    home,
+    pick,
+    random_stream,
+)
+from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, normal, write_tensors
-from miniature.sets import cached, pictures, rows_of, to_pixels
-from miniature.world import draw, random_stream, sample_pair
-from minigpt5 import send
+from miniature.sets import held_out_pictures, to_pixels, training_set
 from published.loading import fill
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
@@ -174,11 +186,11 @@ def judged(seed: int, i: int) -> tuple[Picture, int]:
     return any_picture(rng), int(rng.integers(1 << 31))
 
 
-def picture_row(seed: int, i: int) -> np.ndarray:
+def judged_picture(seed: int, i: int) -> np.ndarray:
     return np.asarray(draw(*judged(seed, i)))
 
 
-def label_row(seed: int, i: int) -> np.ndarray:
+def judged_labels(seed: int, i: int) -> np.ndarray:
     return labels(judged(seed, i)[0])
 
 
@@ -192,26 +204,23 @@ def worsen(pixels: Tensor, blur: float, noise: Tensor) -> Tensor:
 
 
 class JudgeRecipe(Recipe):
-    name, lr, matrix_lr, hold = "judge", 2e-3, 0.02, 1000
+    name, batch_sizes, lr, matrix_lr, hold = "judge", (1024, 32), 2e-3, 0.02, 1000
 
     def __init__(self, shop: Shop):
+        super().__init__(shop)
         self.modules = nn.ModuleDict({"judge": Judge()})
-        self.batch_size = 1024 if shop.device.type == "cuda" else 32
-        self.device, name = shop.device, f"{shop.seed}-{shop.pictures}.npy"
-        folder, rows, workers = shop.sets, shop.pictures, shop.workers
-        drawn = cached(folder / f"judged-pictures-{name}", rows, rows_of(partial(picture_row, shop.seed)), workers)
-        known = cached(folder / f"judged-labels-{name}", rows, rows_of(partial(label_row, shop.seed)), workers)
-        self.pictures, self.labels = drawn.to(shop.device), known.to(shop.device)
-        self.tested = to_pixels(pictures(folder, shop.tested, shop.seed, 1, "held-out").to(shop.device))
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(len(self.tested))]
+        self.pictures = training_set(shop, "judged-pictures", partial(judged_picture, shop.seed))
+        self.labels = training_set(shop, "judged-labels", partial(judged_labels, shop.seed))
+        drawn, self.wanted = held_out_pictures(shop)
+        self.tested = to_pixels(drawn)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Three quarters of the batches are blurred, three quarters noisy."""
-        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
+        picked = self.pick(len(self.pictures), generator)
         blur, loud = (torch.rand(2, generator=generator) - 0.25).clamp(min=0).tolist()
-        pixels = to_pixels(self.pictures[rows])
+        pixels = to_pixels(self.pictures[picked])
         noise = 0.2 * loud * normal(pixels.shape, generator, self.device)
-        return worsen(pixels, 1.6 * blur, noise), self.labels[rows].long()
+        return worsen(pixels, 1.6 * blur, noise), self.labels[picked].long()
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
         losses = reading_losses(*modules["judge"](pixels), known)
@@ -219,17 +228,6 @@ class JudgeRecipe(Recipe):
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         return {f"{name}_right": share for name, share in shares(modules["judge"], self.tested, self.wanted).items()}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        """Pictures that were read wrongly, and what was seen in them."""
-        wrong = []
-        for pixels, seen, wanted in zip(self.tested, read(modules["judge"], self.tested), self.wanted, strict=True):
-            faults = [name for name, fine in right(seen, wanted).items() if not fine and name != "all"]
-            if faults:
-                things = " and ".join(f"{t.size} {t.colour} {t.kind} {t.place}" for t in seen.things)
-                wrong.append((f"wrong {' '.join(faults)}: {seen.scene}, {seen.time}, {things}", [to_image(pixels)]))
-        if wrong:
-            draw_grid(wrong[:10], path.with_suffix(".png"))
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         write_tensors(weights / "judge.safetensors", modules["judge"].state_dict())

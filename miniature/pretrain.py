@@ -27,7 +27,6 @@ A part's folder in `--out`:
 
     checkpoint.pt             the newest, written whole under another name and then renamed
     log.jsonl losses.png      losses and figures on held-out samples
-    sheet.*                   what the averaged weights do
 """
 
 import argparse
@@ -161,18 +160,17 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     print(f"{recipe.name}: {size:,} parameters, step {step}, {seconds / 60:.1f} of {minutes:g} minutes used")
 
     on_gpu = shop.device.type == "cuda"
-    losses_of = torch.compile(recipe.losses) if shop.compile else recipe.losses
+    losses_of = torch.compile(recipe.losses) if can_compile(shop.device) else recipe.losses
     parameters = list(recipe.modules.parameters())
     sums, logged, started, begun = {}, step, seconds, time.perf_counter()
     saved = measured = seconds
 
-    def look() -> None:
-        """Log losses and figures, draw the sheet."""
+    def measure() -> None:
+        """Log losses and figures."""
         record = {"step": step, "seconds": round(seconds, 1)}
         record |= {name: round(value.item() / (step - logged), 6) for name, value in sums.items()}
         with torch.no_grad():
             record |= {name: round(value, 5) for name, value in recipe.measure(averaged).items()}
-            recipe.sheet(averaged, folder / "sheet")
         append_log(log, record)
         draw_losses(read_log(log), folder / "losses.png")
         print(f"{recipe.name}: " + ", ".join(f"{name} {value:g}" for name, value in record.items()), flush=True)
@@ -199,7 +197,7 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
             seconds = started + time.perf_counter() - begun
             if seconds - measured > MEASURE_SECONDS:
-                look()
+                measure()
                 sums, logged, measured = {}, step, seconds
             if seconds - saved > SAVE_SECONDS:
                 save(checkpoint, state_of(recipe, averaged, optimizers, step, seconds))
@@ -209,7 +207,7 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
         print(f"{recipe.name}: stopped after step {step}; the same command goes on")
         return None
     if step > logged:
-        look()
+        measure()
     return averaged
 
 
@@ -243,14 +241,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     add("--minutes", nargs="+", type=budget, default=[], metavar="PART=MINUTES", help="training time, over all runs")
-    add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, sheets, training sets")
+    add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, training sets")
     add("--weights", type=Path, default=SHIPPED, help="where finished parts go, beside those that they build on; "
         "needed but for --parts pairing")  # fmt: skip
     add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
     args = read_arguments(parser, argv)
     if args.pictures < 1 or args.workers < 1:
         parser.error("--pictures and --workers are at least 1")
@@ -266,9 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = Path("minigpt5") / "config.json"  # the defaults of the commands that use the weights
     if not (args.weights / settings).exists():
         write_file(args.weights / settings, (SHIPPED / settings).read_bytes())
-    compiles = can_compile(device) if args.compile is None else args.compile
-    options = {"seed": args.seed, "pictures": args.pictures, "workers": args.workers, "compile": compiles}
-    shop = Shop(make_folder(args.out), args.weights, device, **options)
+    shop = Shop(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
     for part, recipe_class in PARTS.items():
         if part not in args.parts:
             continue

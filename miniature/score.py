@@ -44,7 +44,6 @@ from miniature.exam import (
     BATCH,
     LONGEST,
     NOTHING,
-    SHOWN,
     Exam,
     Figures,
     Said,
@@ -54,18 +53,17 @@ from miniature.exam import (
     held_out_prompts,
     look,
     named_shares,
-    ratios,
     right_shares,
     share,
     text_to_pictures,
 )
-from miniature.facts import Picture
+from miniature.facts import Picture, random_stream
 from miniature.judge import right
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
 from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in
-from miniature.world import random_stream, sample_dialogue
+from miniature.world import sample_dialogue
 from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
 from scheduler import SAMPLERS
 from tars.pairs import REQUESTS, uas_texts
@@ -122,7 +120,6 @@ def prompts(exam: Exam) -> Figures:
 
 def vokens(exam: Exam) -> Figures:
     """A prompt is read as stage 1 reads it: the bare caption."""
-    through_text = exam.done.get("prompts") or prompts(exam)
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
@@ -130,8 +127,6 @@ def vokens(exam: Exam) -> Figures:
         exam.sheet(f"vokens {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
-        reference = {"drawn": 1.0} | through_text[f"{name}, right"]
-        figures[f"{name}, over text encoder"] = ratios(figures[f"{name}, right"], reference)
     return figures
 
 
@@ -186,10 +181,6 @@ def replies(exam: Exam) -> Figures:
         said = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
         came = [answer.picture is not None for answer in said]
         figures[name] = {"a picture came": share(came), "right": share([picture == wish for picture in came])}
-        if exam.sheets:
-            said = ask(exam, sources[:SHOWN], pictures[:SHOWN])
-            lines = [s.rpartition("###Human: ")[2].replace("###Assistant:", " > ") for s in sources[:SHOWN]]
-            exam.sheet(name, ((line + a.text, [a.picture]) for line, a in zip(lines, said, strict=True)))
     return figures
 
 
@@ -276,16 +267,10 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None
     return found
 
 
-def part_name(text: str) -> str:
-    if text not in PARTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PARTS)}")
-    return text
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("parts", nargs="*", type=part_name, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    add("parts", nargs="*", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     add_weights_option(parser)
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
     add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
@@ -317,13 +302,13 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args.out.parent)
     exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-    record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": exam.done}
+    record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in args.parts or PARTS:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint)
         n = args.n or (STORIES if part == "stories" else SAMPLES)
-        exam.done[part] = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
+        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
         record["samples"][part], record["checkpoints"][part] = n, checkpoint and checkpoint.name
-        print(f"## {part}, {n} samples, in per cent\n\n{tables(exam.done[part])}", flush=True)
+        print(f"## {part}, {n} samples, in per cent\n\n{tables(figures)}", flush=True)
         if args.out:
             write_json(args.out, record)
 

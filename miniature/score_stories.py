@@ -17,10 +17,10 @@ import re
 from typing import NamedTuple
 
 from miniature.exam import Exam, Figures, Said, ask, heard, look, means, right_shares
-from miniature.facts import Picture
+from miniature.facts import Picture, random_stream
 from miniature.tales import PARTS as PARTINGS
 from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
-from miniature.world import random_stream, sample_story
+from miniature.world import sample_story
 from tars.stories import REQUESTS, Turn, story_row, story_source
 
 CHOICE = 402  # purpose of the random streams

@@ -14,31 +14,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from common.files import write_file, write_json, write_text
-from common.images import draw_grid
+from common.files import write_file, write_json
 from llama import KVCache, Llama, LlamaConfig, load_llama
 from miniature.documents import (
     PIECES,
     WORDS,
+    answer_ids,
     answer_text,
     described,
-    document,
     encode,
-    language_row,
-    look_row,
-    picture_words,
+    language_ids,
     tokenizer_at,
     train_tokenizer,
 )
 from miniature.judge import right
 from miniature.recipe import Recipe, Shop, reset, write_part, write_tensors
-from miniature.sets import cached, pictures, rows_of
+from miniature.sets import held_out_pictures, training_pictures, training_set
 from miniature.words import facts_in
 from miniature.world import sample_pair
-from minigpt5 import expand_placeholders, send
+from minigpt5 import expand_placeholders
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
 from tars.stories import Row, Turn, dialog_source
 
@@ -85,65 +81,50 @@ def continue_rows(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -
 
 
 class LanguageRecipe(Recipe):
-    name, lr, matrix_lr, hold = "language", 3e-3, 0.02, 300
+    name, batch_sizes, lr, matrix_lr, hold = "language", (256, 16), 3e-3, 0.02, 300
 
     def __init__(self, shop: Shop):
+        super().__init__(shop)
         self.modules = nn.ModuleDict({"llama": Llama(LANGUAGE_SIZES)})
         reset(self.modules)
-        self.batch_size = 256 if shop.device.type == "cuda" else 16
-        self.device, self.seed, self.path = shop.device, shop.seed, shop.sets / f"pieces-{shop.seed}.model"
+        self.path = shop.sets / f"pieces-{shop.seed}.model"
         if not self.path.exists():
             train_tokenizer(self.path, shop.seed)
         self.tokenizer = tokenizer_at(self.path)
-        rows = max(256, shop.pictures // 4)
-
-        def texts(split: str, rows: int) -> Tensor:
-            path = shop.sets / f"language-{split}-{shop.seed}-{rows}.npy"
-            make = rows_of(partial(language_row, self.path, shop.seed, split))
-            return cached(path, rows, make, shop.workers).to(shop.device)
-
-        self.rows, self.tested = texts("train", rows), texts("held-out", max(32, shop.tested // 2)).long()
+        lengths = {"train": max(256, shop.pictures // 4), "held-out": max(32, shop.tested // 2)}
+        self.texts, self.tested = (
+            training_set(shop, f"language-{split}", partial(language_ids, self.path, shop.seed, split), length)
+            for split, length in lengths.items()
+        )
         self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(min(64, shop.tested))]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
-        return (self.rows[send(rows, self.device)].long(),)
+        return (self.texts[self.pick(len(self.texts), generator)].long(),)
 
-    def losses(self, modules: nn.ModuleDict, rows: Tensor) -> dict[str, Tensor]:
-        """rows (B, 2, T): ids, and how much each counts."""
-        llama, (ids, weights) = modules["llama"], rows.unbind(1)
+    def losses(self, modules: nn.ModuleDict, texts: Tensor) -> dict[str, Tensor]:
+        """texts (B, 2, T): ids, and how much each counts."""
+        llama, (ids, weights) = modules["llama"], texts.unbind(1)
         logits = llama.lm_head(llama(llama.model.embed_tokens(ids[:, :-1])))
         surprise = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         weights = weights * (ids != self.tokenizer.bos_id)  # <s> always follows </s>: nothing to learn
         weights = weights[:, 1:].flatten().float()
         return {"loss": (surprise * weights).sum() / weights.sum()}
 
-    def continued(self, modules: nn.ModuleDict, rows: list[Row]) -> list[str]:
-        """The likeliest continuations of documents."""
+    def retold(self, modules: nn.ModuleDict) -> list[str]:
+        """What is said of pictures that are given in words."""
         llama, eos = modules["llama"], self.tokenizer.eos_id
-        lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in rows]
+        asked = [Row(QUESTION, "", (picture,)) for picture in self.wanted]
+        lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in asked]
         longest = max(map(len, lines))
         ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
         said = continue_rows(llama, llama.model.embed_tokens(ids), mask, 48)
         return [answer_text(self.tokenizer, line) for line in said.tolist()]
 
-    def retold(self, modules: nn.ModuleDict) -> list[str]:
-        return self.continued(modules, [Row(QUESTION, "", (picture,)) for picture in self.wanted])
-
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
-        loss = torch.stack([self.losses(modules, ids)["loss"] for ids in self.tested.split(32)]).mean()
+        loss = torch.stack([self.losses(modules, ids)["loss"] for ids in self.tested.long().split(32)]).mean()
         return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        asked = ["hello, how are you?", "tell me about cats.", "can you draw a red car in the snow?"]
-        rows = [Row("a big red star above the snow at night", "")]
-        rows += [Row(dialog_source([Turn(text)], 1), "") for text in asked]
-        rows += [document(self.seed, i, "held-out")._replace(target="", outputs=()) for i in range(12)]
-        lines = list(zip([row.source for row in rows], self.continued(modules, rows), strict=True))
-        lines += zip(map(picture_words, self.wanted[:10]), self.retold(modules), strict=False)
-        write_text(path.with_suffix(".txt"), "".join(f"{asked} [...] {said}\n" for asked, said in lines))
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         published = {
@@ -167,9 +148,10 @@ class CaptionerRecipe(Recipe):
     vector is nearest to, and how near, which should be that of the word that the language model was trained with in its
     place. (How near, alone, teaches the scene and the time, and for very long nothing else.)"""
 
-    name, lr, matrix_lr, hold = "captioner", 1e-3, 0.005, 400
+    name, batch_sizes, lr, matrix_lr, hold = "captioner", (1024, 64), 1e-3, 0.005, 400
 
     def __init__(self, shop: Shop):
+        super().__init__(shop)
         self.llama = load_llama(shop.weights / "vicuna", torch.float32, shop.device)
         path = shop.weights / "vicuna" / "tokenizer.model"
         self.tokenizer, width = tokenizer_at(path), self.llama.config.hidden_size
@@ -178,14 +160,10 @@ class CaptionerRecipe(Recipe):
         vision = self.modules["image_encoder"].vision_model
         for vectors in (vision.embeddings.position_embedding, self.modules["image_encoder"].query_tokens):
             nn.init.normal_(vectors, std=0.5)  # about as large as what patches bring: else place is learned last
-        self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 64, shop.device
-        self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
+        self.pictures = training_pictures(shop)
         version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # of the tokenizer whose ids they are
-        made = shop.sets / f"looks-{version}-{shop.seed}-{shop.pictures}.npy"
-        looks = cached(made, shop.pictures, rows_of(partial(look_row, path, shop.seed)), shop.workers)
-        self.looks = looks.to(shop.device)
-        self.tested = pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device)
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
+        self.answers = training_set(shop, f"looks-{version}", partial(answer_ids, path, shop.seed))
+        self.tested, self.wanted = held_out_pictures(shop)
         self.table = self.llama.model.embed_tokens.weight
         self.mean, self.deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 
@@ -194,10 +172,10 @@ class CaptionerRecipe(Recipe):
         return (rows.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.deviation
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
-        looks = self.looks[rows].long()
-        words, answers = looks[:, 2 : 2 + WORDS], looks[: max(1, self.batch_size // 16)]
-        return self.pixels(self.pictures[rows]), words, answers[:, :2], answers[:, 2 + WORDS :]
+        picked = self.pick(len(self.pictures), generator)
+        answers = self.answers[picked].long()
+        words, answers = answers[:, 2 : 2 + WORDS], answers[: max(1, self.batch_size // 16)]
+        return self.pixels(self.pictures[picked]), words, answers[:, :2], answers[:, 2 + WORDS :]
 
     def embed(self, ids: Tensor, vectors: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, D), the vectors (B, 10, D) over the placeholders."""
@@ -240,10 +218,6 @@ class CaptionerRecipe(Recipe):
         ]
         named = [right(facts_in(text), picture)["all"] for text, picture in zip(texts, asked, strict=True)]
         return {"named": sum(named) / len(named), "described": described(texts, self.wanted)}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        shown = zip(self.captions(modules)[:10], self.tested, strict=False)
-        draw_grid([(text, [Image.fromarray(p.cpu().numpy())]) for text, p in shown], path.with_suffix(".png"))
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         state = modules["image_encoder"].state_dict()

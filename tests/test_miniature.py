@@ -12,9 +12,9 @@ from common.cli import MINIATURE
 from common.images import read_image, to_tensor
 from llama import load_llama
 from miniature.judge import load_judge, read, shares
-from miniature.sets import pictures, to_pixels
+from miniature.recipe import Shop
+from miniature.sets import held_out_pictures, to_pixels
 from miniature.words import facts_in
-from miniature.world import sample_pair
 from qformer import load_image_encoder
 from text_encoder import ClipTokenizer, load_text_encoder
 from unet import load_unet
@@ -116,7 +116,7 @@ def test_sample_draws_with_no_other_argument(tmp_path, monkeypatch):
 
 def test_judge_reads_real_pictures(tmp_path):
     """Every attribute of at least 99 of 100 held-out pictures (the whole measurement: miniature/README.md)."""
-    wanted = [sample_pair(0, i, "held-out")[0] for i in range(200)]
-    found = shares(load_judge(), to_pixels(pictures(tmp_path, 200, 0, 1, "held-out")), wanted)
+    drawn, wanted = held_out_pictures(Shop(tmp_path, tmp_path, torch.device("cpu"), tested=200))
+    found = shares(load_judge(), to_pixels(drawn), wanted)
     print(found)
     assert min(found.values()) >= 0.99

@@ -16,13 +16,13 @@ from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
 from miniature.autoencoder import VAE_SIZES
-from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES
+from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, random_stream
 from miniature.painter import UNET_SIZES
 from miniature.reader import TEXT_SIZES
 from miniature.recipe import Shop
-from miniature.sets import cached, pictures, to_pixels
+from miniature.sets import cached, to_pixels, training_pictures
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
-from miniature.world import Picture, Thing
+from miniature.words import agrees, facts_in
 from published.loading import WeightsError
 from qformer import ImageEncoder, load_image_encoder
 from scheduler import load_schedule
@@ -182,14 +182,15 @@ def test_rate_and_average():
 
 def test_sets_do_not_depend_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr("miniature.sets.CHUNK", 4)
-    one, two = pictures(tmp_path / "a", 6, 1, 1), pictures(tmp_path / "b", 6, 1, 2)
+    shops = [Shop(tmp_path / name, tmp_path, CPU, 1, 6, workers) for name, workers in (("a", 1), ("b", 2))]
+    one, two = map(training_pictures, shops)
     assert torch.equal(one, two) and one.shape == (6, 64, 64, 3)
     assert (one[4].numpy() == np.asarray(world.draw(*world.sample_pair(1, 4)[::2]))).all()
 
     def fails(rows):
         raise RuntimeError("no")
 
-    assert torch.equal(cached(tmp_path / "a" / "pictures-train-1-6.npy", 6, fails, 1), one)  # made once
+    assert torch.equal(cached(shops[0].sets / "pictures-train-1-6.npy", 6, fails, 1), one)  # made once
     with pytest.raises(RuntimeError):
         cached(tmp_path / "x.npy", 6, fails, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
@@ -217,7 +218,7 @@ def test_documents_fit_their_rows(shop):
         ids = [i for i, _ in documents.encode(tokenizer, row, rng)]
         assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
         assert tokenizer.ends(ids)
-    rows = [documents.language_row(path, 0, "train", i) for i in range(20)]
+    rows = [documents.language_ids(path, 0, "train", i) for i in range(20)]
     for ids, weights in rows:
         assert len(ids) == len(weights) == documents.LENGTH
         assert ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
@@ -227,11 +228,11 @@ def test_documents_fit_their_rows(shop):
     assert set(heavy) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES}
 
 
-def test_look_rows(shop):
+def test_answers_to_questions(shop):
     path = shop.sets / "pieces-3.model"
     tokenizer = Tokenizer(path)
     for i in range(50):
-        row, picture = documents.look_row(path, 0, i), world.sample_pair(0, i)[0]
+        row, picture = documents.answer_ids(path, 0, i), world.sample_pair(0, i)[0]
         (start, end), words, ids = row[:2], row[2:12], row[12:].tolist()
         assert tokenizer.decode(words.tolist()) == documents.picture_words(picture)
         assert ids[:start].count(tokenizer.image_id) == documents.WORDS
@@ -249,8 +250,8 @@ def test_captions_fit_the_text_encoder(shop):
         picture, text, _ = world.sample_pair(9, i)
         ids = tokenizer.encode(text)
         whole += len(ids) == len(text.split()) <= tokenizer.length - 2
-        named = world.facts_in(reader.full_caption(picture, world.random_stream(0, i)))
-        assert all(thing.place and thing.size for thing in named.things) and world.agrees(named, picture)
+        named = facts_in(reader.full_caption(picture, random_stream(0, i)))
+        assert all(thing.place and thing.size for thing in named.things) and agrees(named, picture)
     print(f"{whole} of 500 captions have a token a word and are not cut")
     assert whole > 490
 
@@ -259,7 +260,7 @@ def test_the_unet_reads_with_its_text_encoders_tokenizer(shop):
     """With another seed, too, whose captions would make another one."""
     recipe = painter.DiffusionRecipe(replace(shop, seed=4))
     folder = shop.weights / "stable-diffusion" / "tokenizer"
-    assert recipe.texts[0].tolist() == reader.caption_row(folder, 4, 0).tolist()
+    assert recipe.texts[0].tolist() == reader.caption_ids(folder, 4, 0).tolist()
     assert recipe.texts.max() < recipe.text_encoder.text_model.embeddings.token_embedding.num_embeddings
 
 
@@ -305,7 +306,7 @@ def test_exports_load(shop):
 def test_latents_of_the_export(shop):
     """Their means deviate by about one, as the UNet's noise does; beside them is the posterior's deviation."""
     vae = load_vae(shop.weights / "stable-diffusion" / "vae", torch.float32)
-    drawn = pictures(shop.sets, shop.pictures, shop.seed, 1)
+    drawn = training_pictures(shop)
     mean, deviation = torch.from_numpy(autoencoder.latent_block(vae, drawn, range(8))).float().unbind(1)
     print(f"deviation of the means {mean.std():.3f}")
     assert 0.9 < mean.std() < 1.1
