@@ -27,7 +27,7 @@ from evaluation.metrics import (
     words,
 )
 from evaluation.scorers import Unavailable
-from miniature.exam import NOTHING, right_shares
+from miniature.judge import NOTHING, right_shares
 from miniature.score_stories import true_of
 
 
@@ -90,10 +90,15 @@ def beside_texts(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
     return mean([cosine(text, came[name]).item() if came else 0.0 for text, came in pairs])
 
 
-def attributes(bench: Bench, outcomes: list[Outcome]) -> dict[str, float]:
-    labelled = [outcome for outcome in outcomes if outcome.case.facts and outcome.wanted]
+def with_facts(outcomes: list[Outcome]) -> list[Outcome]:
+    labelled = [outcome for outcome in outcomes if outcome.case.facts]
     if not labelled:
         raise Unavailable("the data has no labels of the miniature's world")
+    return labelled
+
+
+def attributes(bench: Bench, outcomes: list[Outcome]) -> dict[str, float]:
+    labelled = with_facts([outcome for outcome in outcomes if outcome.wanted])
     seen = [outcome.came[0]["facts"] if outcome.came else NOTHING for outcome in labelled]
     return right_shares(seen, [outcome.case.facts for outcome in labelled])
 
@@ -114,9 +119,7 @@ def over_answers(compare: Callable | None, bench: Bench, outcomes: list[Outcome]
 
 def truth(bench: Bench, outcomes: list[Outcome]) -> float:
     """The share of answers that say something of the case's true picture and nothing that is wrong."""
-    labelled = [outcome for outcome in outcomes if outcome.case.words and outcome.case.facts]
-    if not labelled:
-        raise Unavailable("the data has no labels of the miniature's world")
+    labelled = with_facts([outcome for outcome in outcomes if outcome.case.words])
     return mean([true_of(outcome.text, outcome.case.facts) for outcome in labelled])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from miniature.backdrop import VARIANTS
 from miniature.facts import SCENES, TIMES, Picture
-from miniature.judge import Judge, load_judge, shares
+from miniature.judge import Judge, load_judge, read, right_shares
 from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import cached, held_out_pictures, to_pixels, training_pictures, training_set
@@ -109,7 +109,7 @@ class AutoencoderRecipe(Recipe):
         """ "right": drawn again so that the judge still reads every fact."""
         means, drawn = self.round_trip(modules, self.tested)
         figures = {"psnr": decibels(drawn, self.tested).mean().item(), "latent_deviation": means.std().item()}
-        return figures | ({"right": shares(self.judge, drawn, self.wanted)["all"]} if self.judge else {})
+        return figures | ({"right": right_shares(read(self.judge, drawn), self.wanted)["all"]} if self.judge else {})
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         config = modules["vae"].config

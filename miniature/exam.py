@@ -22,7 +22,7 @@ from PIL import Image
 from common.images import draw_grid, to_image, to_tensor
 from generation import Sampling, answer
 from miniature.facts import Picture, random_stream
-from miniature.judge import ATTRIBUTES, Judge, load_judge, read, right
+from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
 from miniature.paint import draw
 from miniature.painter import denoise
 from miniature.tales import Turn as Told
@@ -36,7 +36,6 @@ SHOWN = 10  # examples of a sheet
 LONGEST = 96  # tokens of an answer
 SIDE = 64  # of the judge's pictures
 NOISE = 400  # purpose of the random streams
-NOTHING = Picture(None, None, ())  # what is seen where no picture came
 Figures = dict[str, dict[str, float]]  # {row: {column: figure}}
 
 
@@ -159,27 +158,10 @@ def look(exam: Exam, pictures: list[Image.Image | None]) -> list[Picture]:
     return [next(seen) if picture else NOTHING for picture in pictures]
 
 
-def share(values: list[bool]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
 def means(rows: list[dict[str, bool]]) -> dict[str, float]:
     """The share that is true, column by column."""
     return {name: share([row[name] for row in rows]) for name in rows[0]}
 
 
-def asks_for(wanted: Picture, attribute: str) -> bool:
-    """Whether `wanted` asks for the attribute: a fact that is None is not asked for."""
-    if attribute in ("scene", "time"):
-        return getattr(wanted, attribute) is not None
-    return attribute in ("count", "all") or any(getattr(thing, attribute) for thing in wanted.things)
-
-
 def named_shares(wanted: list[Picture]) -> dict[str, float]:
     return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}
-
-
-def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]:
-    """Of each attribute the share that is right where it is asked for; "all": all that is asked for."""
-    rows = [(right(a, b), b) for a, b in zip(seen, wanted, strict=True)]
-    return {name: share([row[name] for row, facts in rows if asks_for(facts, name)]) for name in (*ATTRIBUTES, "all")}

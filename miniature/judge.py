@@ -53,6 +53,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
 VIEWS, WIDTH = 4, 128
 SLOT_SIZES, WHOLE_SIZES = (len(KINDS) + 1, len(COLOURS), len(SIZES)), (len(SCENES), len(TIMES), 4)
+NOTHING = Picture(None, None, ())  # what is seen where no picture came
 IGNORE = -100  # label of what is not asked
 ATTRIBUTES = ("scene", "time", "count", "kind", "colour", "size", "place")
 
@@ -125,10 +126,21 @@ def right(seen: Picture, wanted: Picture) -> dict[str, bool]:
     return result | {"all": all(result.values())}
 
 
-def shares(judge: Judge, pixels: Tensor, wanted: list[Picture]) -> dict[str, float]:
-    """The share of the pictures that is right, for each attribute and for "all"."""
-    results = [right(seen, label) for seen, label in zip(read(judge, pixels), wanted, strict=True)]
-    return {name: sum(result[name] for result in results) / len(results) for name in (*ATTRIBUTES, "all")}
+def share(values: list[bool]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def asks_for(wanted: Picture, attribute: str) -> bool:
+    """Whether `wanted` asks for the attribute: a fact that is None is not asked for."""
+    if attribute in ("scene", "time"):
+        return getattr(wanted, attribute) is not None
+    return attribute in ("count", "all") or any(getattr(thing, attribute) for thing in wanted.things)
+
+
+def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]:
+    """Of each attribute the share that is right where it is asked for; "all": all that is asked for."""
+    rows = [(right(a, b), b) for a, b in zip(seen, wanted, strict=True)]
+    return {name: share([row[name] for row, facts in rows if asks_for(facts, name)]) for name in (*ATTRIBUTES, "all")}
 
 
 # ---- training
@@ -227,7 +239,8 @@ class JudgeRecipe(Recipe):
         return {"loss": sum(losses.values()), **losses}
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
-        return {f"{name}_right": share for name, share in shares(modules["judge"], self.tested, self.wanted).items()}
+        found = right_shares(read(modules["judge"], self.tested), self.wanted)
+        return {f"{name}_right": value for name, value in found.items()}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         write_tensors(weights / "judge.safetensors", modules["judge"].state_dict())

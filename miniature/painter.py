@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.files import write_json
 from miniature.autoencoder import judge_in, latent_set
 from miniature.facts import random_stream
-from miniature.judge import shares
+from miniature.judge import read, right_shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
 from miniature.recipe import Recipe, Shop, normal, write_part
 from miniature.sets import training_pictures
@@ -106,8 +106,8 @@ class DiffusionRecipe(Recipe):
         conditioning = self.text_encoder(self.tokenizer([""] * len(self.prompts) + self.prompts)[0].to(self.device))
         noise = torch.randn(len(self.prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
         latents = denoise(modules["unet"], self.schedule, conditioning, noise.to(self.device), "dpm", 16, 3.0)
-        found = shares(self.judge, self.vae.decode(latents), self.wanted)
-        return {f"{name}_right": share for name, share in found.items()}
+        found = right_shares(read(self.judge, self.vae.decode(latents)), self.wanted)
+        return {f"{name}_right": value for name, value in found.items()}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         folder = weights / "stable-diffusion"

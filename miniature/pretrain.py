@@ -1,8 +1,8 @@
 """Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world.
 
     python miniature/pretrain.py --weights runs/weights             # all parts, as long as MINUTES says
-    python miniature/pretrain.py --weights runs/weights --parts vae judge --minutes vae=60 judge=10
-    python miniature/pretrain.py --weights runs/weights --parts vae --minutes vae=0   # write what there is so far
+    python miniature/pretrain.py --weights runs/weights --parts vae judge --minutes 60
+    python miniature/pretrain.py --weights runs/weights --parts vae --minutes 0     # write what there is so far
     python miniature/pretrain.py --parts pairing                    # what does not ship, beside what does
 
 Parts, in the order in which they need one another:
@@ -56,16 +56,9 @@ from trainer.log import append_log, cut_log, draw_losses, read_log
 from trainer.muon import Muon
 from trainer.run import step_generator, stop_signals
 
-PARTS = {
-    "judge": JudgeRecipe,
-    "pairing": PairingRecipe,
-    "vae": AutoencoderRecipe,
-    "decoder": DecoderRecipe,
-    "text": TextRecipe,
-    "diffusion": DiffusionRecipe,
-    "language": LanguageRecipe,
-    "captioner": CaptionerRecipe,
-}
+RECIPES = (JudgeRecipe, PairingRecipe, AutoencoderRecipe, DecoderRecipe)
+RECIPES += (TextRecipe, DiffusionRecipe, LanguageRecipe, CaptionerRecipe)
+PARTS = {recipe.name: recipe for recipe in RECIPES}
 MINUTES = {  # of training, on a GPU and on a CPU
     "judge": (1, 15),
     "pairing": (1, 15),
@@ -78,7 +71,7 @@ MINUTES = {  # of training, on a GPU and on a CPU
 }
 SHIPPED = Path(__file__).resolve().parent / "weights"
 WARMUP = 100  # steps
-SAVE_SECONDS, MEASURE_SECONDS = 120, 300
+SAVE_SECONDS = 300  # between two checkpoints, each with a line of the log
 EMA_GAMMA = 9  # of a power-function average (Karras et al. 2024): its mean age is an 11th of the steps so far
 OUTER = re.compile(r"embed|lm_head|conv_in\b|conv_out\b|query_tokens|look\b")  # matrices that are not Muon's
 
@@ -113,11 +106,11 @@ def average(averaged: nn.Module, modules: nn.Module, step: int) -> None:
 # ---- checkpoints
 
 
-def save(path: Path, state: dict) -> None:
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+def save(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list, step: int, seconds: float) -> None:
+    state = {"modules": recipe.modules.state_dict(), "averaged": averaged.state_dict(), "step": step}
+    state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "seconds": seconds}
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -> tuple[int, float]:
@@ -125,10 +118,7 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
     if not path.exists():
         return 0, 0.0
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many kinds, for what is no checkpoint
-            raise ValueError(f"not readable, {error}") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
         frozen = {name: p for name, p in recipe.modules.named_parameters() if not p.requires_grad}
         if not all(torch.equal(p.cpu(), state["modules"][name]) for name, p in frozen.items()):
             raise ValueError("what it builds on was trained further since")
@@ -136,7 +126,7 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
         averaged.load_state_dict(state["averaged"])
         for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except Exception as error:  # of many kinds, for what is no checkpoint
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this part; remove it to start anew ({reason})") from None
     return state["step"], state["seconds"]
@@ -162,8 +152,7 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     on_gpu = shop.device.type == "cuda"
     losses_of = torch.compile(recipe.losses) if can_compile(shop.device) else recipe.losses
     parameters = list(recipe.modules.parameters())
-    sums, logged, started, begun = {}, step, seconds, time.perf_counter()
-    saved = measured = seconds
+    sums, logged, saved, started, begun = {}, step, seconds, seconds, time.perf_counter()
 
     def measure() -> None:
         """Log losses and figures."""
@@ -196,13 +185,11 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
             seconds = started + time.perf_counter() - begun
-            if seconds - measured > MEASURE_SECONDS:
-                measure()
-                sums, logged, measured = {}, step, seconds
             if seconds - saved > SAVE_SECONDS:
-                save(checkpoint, state_of(recipe, averaged, optimizers, step, seconds))
-                saved = seconds
-        save(checkpoint, state_of(recipe, averaged, optimizers, step, seconds))
+                measure()
+                save(checkpoint, recipe, averaged, optimizers, step, seconds)
+                sums, logged, saved = {}, step, seconds
+        save(checkpoint, recipe, averaged, optimizers, step, seconds)
     if asked:
         print(f"{recipe.name}: stopped after step {step}; the same command goes on")
         return None
@@ -211,36 +198,14 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     return averaged
 
 
-def state_of(recipe: Recipe, averaged: nn.Module, optimizers: list, step: int, seconds: float) -> dict:
-    return {
-        "modules": recipe.modules.state_dict(),
-        "averaged": averaged.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
-        "seconds": seconds,
-    }
-
-
 # ---- command line
-
-
-def budget(text: str) -> tuple[str, float]:
-    part, _, minutes = text.partition("=")
-    if part not in PARTS:
-        raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(PARTS)}")
-    try:
-        if not 0 <= float(minutes) < float("inf"):
-            raise ValueError
-        return part, float(minutes)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PART=MINUTES") from None
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    add("--minutes", nargs="+", type=budget, default=[], metavar="PART=MINUTES", help="training time, over all runs")
+    add("--minutes", type=float, help="training time of each part, over all runs; default: MINUTES of this file")
     add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, training sets")
     add("--weights", type=Path, default=SHIPPED, help="where finished parts go, beside those that they build on; "
         "needed but for --parts pairing")  # fmt: skip
@@ -269,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             continue
         torch.manual_seed(args.seed)
         recipe = recipe_class(shop)
-        minutes = dict(args.minutes).get(part, MINUTES[part][device.type == "cpu"])
+        minutes = MINUTES[part][device.type == "cpu"] if args.minutes is None else args.minutes
         averaged = train(recipe, shop, minutes)
         if averaged is None:
             return

@@ -48,19 +48,15 @@ class Recipe:
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The tensors of one step, on the device; all that is random in a step comes from here."""
-        raise NotImplementedError
 
     def losses(self, modules: nn.ModuleDict, *batch: Tensor) -> dict[str, Tensor]:
         """{"loss": what is minimised, and what else is logged}."""
-        raise NotImplementedError
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """Figures on held-out samples."""
-        raise NotImplementedError
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         """Write the part in the published layout."""
-        raise NotImplementedError
 
 
 def reset(module: nn.Module, deviation: float = 0.02) -> None:

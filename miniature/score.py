@@ -6,8 +6,6 @@
 
 | part      | measures                                                                             |
 | --------- | ------------------------------------------------------------------------------------ |
-| judge     | facts that the judge reads rightly off real pictures                                 |
-| vae       | pictures after the autoencoder's round trip                                          |
 | prompts   | pictures drawn through the frozen text encoder: "zero-shot Stable Diffusion"         |
 | vokens    | the same prompts and noise through the language model, its vokens and the mapper     |
 | captions  | pictures that the language model describes                                           |
@@ -28,7 +26,6 @@ from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
@@ -36,12 +33,9 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
 from common.files import write_json
-from common.images import to_image, to_tensor
 from generation import Sampling
-from miniature.autoencoder import decibels
 from miniature.documents import look_document
 from miniature.exam import (
-    BATCH,
     LONGEST,
     NOTHING,
     Exam,
@@ -58,7 +52,6 @@ from miniature.exam import (
     text_to_pictures,
 )
 from miniature.facts import Picture, random_stream
-from miniature.judge import right
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
 from miniature.tales import Turn as Told
@@ -68,7 +61,6 @@ from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoi
 from scheduler import SAMPLERS
 from tars.pairs import REQUESTS, uas_texts
 from tars.stories import dialog_source, first_heard
-from vae import load_vae
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
@@ -76,35 +68,6 @@ COUNTS = {"one thing": 1, "two things": 2}
 
 
 # ---- pictures
-
-
-def judge(exam: Exam) -> Figures:
-    wanted, pictures = held_out_pictures(exam)
-    seen = look(exam, pictures)
-    columns = [(in_words(facts), [picture]) for facts, picture in zip(seen, pictures, strict=True)]
-    fine = [right(a, b)["all"] for a, b in zip(seen, wanted, strict=True)]
-    exam.sheet("judge", [columns[i] for i in sorted(range(exam.n), key=fine.__getitem__)])  # the wrong ones first
-    return {"real pictures, right": right_shares(seen, wanted)}
-
-
-def in_words(facts: Picture) -> str:
-    things = " and ".join(f"{thing.size} {thing.colour} {thing.kind} {thing.place}" for thing in facts.things)
-    return f"{facts.scene}, {facts.time}, {things}"
-
-
-@torch.no_grad()
-def vae(exam: Exam) -> Figures:
-    """Decoded from the means of the latents."""
-    wanted, pictures = held_out_pictures(exam)
-    autoencoder = load_vae(exam.weights / "stable-diffusion" / "vae", torch.float32, exam.device)
-    pixels = 2 * torch.stack([to_tensor(picture) for picture in pictures]).to(exam.device) - 1
-    latents = torch.cat([autoencoder.encode(part)[0] for part in pixels.split(BATCH)])
-    latents = latents * autoencoder.config.scaling_factor
-    decoded = torch.cat([autoencoder.decode(part) for part in latents.split(BATCH)])
-    quality, drawn = decibels(decoded, pixels), [to_image(picture) for picture in decoded]
-    columns = zip(quality, pictures, drawn, strict=True)
-    exam.sheet("vae", ((f"{dB:.1f} dB", [before, after]) for dB, before, after in columns))
-    return {"after the round trip, right": {"dB": quality.mean().item(), **right_shares(look(exam, drawn), wanted)}}
 
 
 def prompts(exam: Exam) -> Figures:
@@ -230,27 +193,17 @@ def answers(exam: Exam, name: str, rows: list[Reply]) -> list[Said]:
 
 # ---- the command
 
-PARTS = {  # each takes the exam to figures
-    "judge": judge,
-    "vae": vae,
-    "prompts": prompts,
-    "vokens": vokens,
-    "captions": captions,
-    "replies": replies,
-    "dialogues": dialogues,
-    "stories": stories,
-}
+PARTS = {part.__name__: part for part in (prompts, vokens, captions, replies, dialogues, stories)}
 NEED_CHECKPOINT = ("vokens", "replies", "dialogues", "stories")
 
 
 def tables(figures: Figures) -> str:
-    """Markdown: rows that have the same columns make a table. Shares are given in per cent."""
+    """Markdown: rows that have the same columns make a table. In per cent."""
     lines = []
     for columns, rows in groupby(figures.items(), key=lambda row: tuple(row[1])):
         lines += [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
         for name, row in rows:
-            values = (f"{value:.1f}" if column == "dB" else f"{100 * value:.1f}" for column, value in row.items())
-            lines.append(f"| {name} | {' | '.join(values)} |")
+            lines.append(f"| {name} | {' | '.join(f'{100 * value:.1f}' for value in row.values())} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -270,7 +223,7 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("parts", nargs="*", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    add("parts", nargs="*", choices=[*PARTS, "all"], default="all", metavar="PART", help=", ".join(PARTS))
     add_weights_option(parser)
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
     add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
@@ -303,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
-    for part in args.parts or PARTS:
+    for part in PARTS if "all" in args.parts else args.parts:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint)
         n = args.n or (STORIES if part == "stories" else SAMPLES)
         record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))

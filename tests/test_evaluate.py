@@ -21,8 +21,8 @@ from evaluation.cases import generator_of, read_answer, write_answer
 from evaluation.comparisons import METRICS, Bench, Outcome, attributes, drawn
 from evaluation.metrics import Part
 from miniature import world
-from miniature.exam import NOTHING, spoken
-from miniature.judge import Judge
+from miniature.exam import spoken
+from miniature.judge import NOTHING, Judge
 from miniature.pairing import Pairing
 from minigpt5 import load_minigpt5
 from published.loading import save_safetensors

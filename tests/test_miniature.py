@@ -11,7 +11,7 @@ import sample
 from common.cli import MINIATURE
 from common.images import read_image, to_tensor
 from llama import load_llama
-from miniature.judge import load_judge, read, shares
+from miniature.judge import load_judge, read, right_shares
 from miniature.recipe import Shop
 from miniature.sets import held_out_pictures, to_pixels
 from miniature.words import facts_in
@@ -90,7 +90,7 @@ def test_image_encoder_agrees():
 def in_the_scene(pictures: list, texts: list[str]) -> float:
     """The share of pictures with the scene and the time that their texts name."""
     pixels = torch.stack([to_tensor(picture) for picture in pictures]) * 2 - 1
-    found = shares(load_judge(), pixels, [facts_in(text) for text in texts])
+    found = right_shares(read(load_judge(), pixels), [facts_in(text) for text in texts])
     print(found)
     return min(found["scene"], found["time"])
 
@@ -117,6 +117,6 @@ def test_sample_draws_with_no_other_argument(tmp_path, monkeypatch):
 def test_judge_reads_real_pictures(tmp_path):
     """Every attribute of at least 99 of 100 held-out pictures (the whole measurement: miniature/README.md)."""
     drawn, wanted = held_out_pictures(Shop(tmp_path, tmp_path, torch.device("cpu"), tested=200))
-    found = shares(load_judge(), to_pixels(drawn), wanted)
+    found = right_shares(read(load_judge(), to_pixels(drawn)), wanted)
     print(found)
     assert min(found.values()) >= 0.99

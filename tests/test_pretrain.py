@@ -412,8 +412,8 @@ def test_blur_and_noise_keep_the_picture():
     "words, says",
     [
         ("--parts poems", "poems"),
-        ("--minutes vae", "PART=MINUTES"),
-        ("--minutes poems=3", "poems"),
+        ("--minutes long", "invalid float"),
+        ("--minutes nan", "finite"),
         ("--pictures 0", "at least 1"),
     ],
 )
@@ -426,13 +426,13 @@ def test_wrong_arguments(words, says, capsys):
 def test_command_line(shop, tmp_path):
     """Nothing left to train: the checkpoint is exported. A later part without its earlier one says what is missing."""
     command = [sys.executable, str(ROOT / "miniature" / "pretrain.py"), "--device", "cpu", "--pictures", "24"]
-    words = ["--seed", "3", "--parts", "judge", "--minutes", "judge=0", "--out", str(shop.runs)]
+    words = ["--seed", "3", "--parts", "judge", "--minutes", "0", "--out", str(shop.runs)]
     done = subprocess.run([*command, *words, "--weights", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "step 2" in done.stdout, done.stderr
     assert json.loads((tmp_path / "minigpt5" / "config.json").read_text())["train_uas"]["start_as"] == "<Img>"
     one, two = (folder / "judge.safetensors" for folder in (shop.weights, tmp_path))
     assert one.read_bytes() == two.read_bytes()
-    untrained = ["--parts", "judge", "--minutes", "judge=0", "--out", str(tmp_path / "new")]
+    untrained = ["--parts", "judge", "--minutes", "0", "--out", str(tmp_path / "new")]
     done = subprocess.run([*command, *untrained, "--weights", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and "nothing is trained yet" in done.stderr
     assert one.read_bytes() == two.read_bytes()  # nor is anything written over
