@@ -10,15 +10,12 @@ Diffusion's later decoders were.
 import hashlib
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from miniature.backdrop import VARIANTS
-from miniature.facts import SCENES, TIMES, Picture
 from miniature.judge import Judge, load_judge, read, right_shares
 from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, normal, write_part
@@ -31,7 +28,6 @@ VAE_SIZES = VAEConfig(
 )
 KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
 THING_WEIGHT = 4.0  # a thing's pixel counts one and this: there are few, and they are what a picture is about
-BACKDROPS = list(product(SCENES, TIMES, range(VARIANTS)))
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +47,10 @@ def decibels(a: Tensor, b: Tensor) -> Tensor:
     return -10 * ((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)).log10()
 
 
-def backdrop_behind(seed: int, i: int) -> np.ndarray:
-    """Which of BACKDROPS is behind the things of picture i."""
+def thing_pixels(seed: int, i: int) -> np.ndarray:
+    """Which pixels of picture i are not its background's: bool (64, 64)."""
     picture, _, jitter = sample_pair(seed, i)
-    return np.array(BACKDROPS.index((picture.scene, picture.time, jitter % VARIANTS)), np.int16)
+    return np.not_equal(draw(picture, jitter), draw(replace(picture, things=()), jitter)).any(-1)
 
 
 def judge_in(weights: Path, device: torch.device) -> Judge | None:
@@ -73,19 +69,15 @@ class AutoencoderRecipe(Recipe):
         super().__init__(shop)
         self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
         self.pictures = training_pictures(shop)
-        self.behind = training_set(shop, "backdrops", partial(backdrop_behind, shop.seed))
-        empty = [np.asarray(draw(Picture(scene, time, ()), variant)) for scene, time, variant in BACKDROPS]
-        self.backdrops = torch.from_numpy(np.stack(empty)).to(shop.device)
+        self.things = training_set(shop, "things", partial(thing_pixels, shop.seed))
         drawn, self.wanted = held_out_pictures(shop)
         self.tested = to_pixels(drawn)
         self.judge = judge_in(shop.weights, shop.device)
 
     def weighted(self, picked: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures of the training set and how much each of their pixels counts."""
-        drawn = self.pictures[picked]
-        different = (drawn != self.backdrops[self.behind[picked].long()]).any(-1)[:, None]  # (B, 1, 64, 64)
-        weight = 1 + THING_WEIGHT * different
-        return to_pixels(drawn), weight / weight.mean()
+        weight = 1 + THING_WEIGHT * self.things[picked][:, None]  # (B, 1, 64, 64)
+        return to_pixels(self.pictures[picked]), weight / weight.mean()
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked = self.pick(len(self.pictures), generator)

@@ -58,15 +58,20 @@ IGNORE = -100  # label of what is not asked
 ATTRIBUTES = ("scene", "time", "count", "kind", "colour", "size", "place")
 
 
+def convolutions() -> nn.Sequential:
+    """pixels (B, 3, 64, 64) -> features (B, WIDTH, 8, 8)."""
+    layers = nn.Sequential()
+    for width_in, width, stride in ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1)):
+        layers.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+    return layers
+
+
 class Judge(nn.Module):
     """pixels (B, 3, 64, 64) in [-1, 1] -> scores of the slots (B, 6, 23), scores of the whole picture (B, 13)."""
 
     def __init__(self):
         super().__init__()
-        widths = ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1))  # in, out, stride
-        self.features = nn.Sequential()
-        for width_in, width, stride in widths:
-            self.features.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+        self.features = convolutions()
         self.look = nn.Parameter(0.5 * torch.randn(len(SLOTS) + 1, VIEWS, 64))
         self.slot = nn.Sequential(nn.Linear(VIEWS * WIDTH, 96), nn.SiLU(), nn.Linear(96, sum(SLOT_SIZES)))
         self.whole = nn.Sequential(nn.Linear(VIEWS * WIDTH, 96), nn.SiLU(), nn.Linear(96, sum(WHOLE_SIZES)))

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miniature.facts import Picture, random_stream
+from miniature.judge import WIDTH, convolutions
 from miniature.paint import draw
 from miniature.recipe import Recipe, Shop, reset, write_tensors
 from miniature.sets import held_out_pictures, to_pixels, training_set
@@ -31,7 +32,7 @@ from miniature.world import sample_dialogue, sample_pair, sample_story
 from published.loading import fill
 from text_encoder import TextConfig, TextEncoder
 
-WIDTH, VIEWS, LENGTH = 128, 12, 40  # of features; learned views of a picture; words of a text, its end counted
+VIEWS, LENGTH = 12, 40  # learned views of a picture; words of a text, its end counted
 PAD, END, WORDS = 0, 1, 8192  # ids; words have ids by their hash, so that any text can be read: few of them collide
 PAIRS = 1 << 16  # pairs to train on at most
 CHOICE = 303  # purpose of the random streams
@@ -52,15 +53,12 @@ def ids_of(text: str) -> list[int]:
 
 
 class Pairing(nn.Module):
-    def __init__(self, sizes: TextConfig | None = None):
+    def __init__(self):
         super().__init__()
-        widths = ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1))  # in, out, stride
-        self.features = nn.Sequential()
-        for width_in, width, stride in widths:
-            self.features.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+        self.features = convolutions()
         self.look = nn.Parameter(0.5 * torch.randn(VIEWS, 64))
         self.picture_projection = nn.Linear(VIEWS * WIDTH, WIDTH)
-        self.text = TextEncoder(sizes or PAIRING_SIZES)
+        self.text = TextEncoder(PAIRING_SIZES)
         self.text_projection = nn.Linear(WIDTH, WIDTH)
         self.scale = nn.Parameter(torch.tensor([2.5]))  # of the cosines in the loss, as a logarithm
 

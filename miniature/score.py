@@ -37,7 +37,6 @@ from generation import Sampling
 from miniature.documents import look_document
 from miniature.exam import (
     LONGEST,
-    NOTHING,
     Exam,
     Figures,
     Said,
@@ -47,11 +46,10 @@ from miniature.exam import (
     held_out_prompts,
     look,
     named_shares,
-    right_shares,
-    share,
     text_to_pictures,
 )
 from miniature.facts import Picture, random_stream
+from miniature.judge import NOTHING, right_shares, share
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
 from miniature.tales import Turn as Told

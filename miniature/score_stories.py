@@ -15,8 +15,9 @@ scene, hero and colour. Where a text says that the hero takes another colour, th
 import re
 from typing import NamedTuple
 
-from miniature.exam import Exam, Figures, Said, ask, heard, look, means, right_shares
+from miniature.exam import Exam, Figures, Said, ask, heard, look, means
 from miniature.facts import Picture, random_stream
+from miniature.judge import right_shares
 from miniature.tales import PARTS as PARTINGS
 from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
 from miniature.world import sample_story

@@ -13,8 +13,9 @@ from common.cli import run
 from generation import Sampling
 from miniature import autoencoder, documents, painter, pretrain, reader, score, score_stories, speaker, world
 from miniature import exam as examining
-from miniature.exam import NOTHING, Exam, Said
+from miniature.exam import Exam, Said
 from miniature.facts import Picture, Thing, random_stream
+from miniature.judge import NOTHING, right_shares
 from miniature.recipe import Shop
 from miniature.words import description, facts_in
 from minigpt5 import load_minigpt5
@@ -74,7 +75,7 @@ def test_only_named_facts_are_asked_for():
         Picture("city", "night", (replace(BOAT, place="middle"),)),
     )
     assert examining.named_shares([bare, full])["size"] == examining.named_shares([bare, full])["time"] == 0.5
-    shares = examining.right_shares([SEEN, SEEN], [bare, full])
+    shares = right_shares([SEEN, SEEN], [bare, full])
     assert shares == {
         **{"scene": 0.5, "time": 1.0, "count": 1.0, "kind": 1.0, "colour": 1.0, "size": 1.0, "place": 0.0},
         "all": 0.5,
@@ -82,9 +83,9 @@ def test_only_named_facts_are_asked_for():
 
 
 def test_no_picture_is_wrong_in_everything():
-    shares = examining.right_shares([NOTHING, SEEN], [SEEN, SEEN])
+    shares = right_shares([NOTHING, SEEN], [SEEN, SEEN])
     assert set(shares.values()) == {0.5}
-    assert set(examining.right_shares([NOTHING], [Picture("sea", None, (Thing("boat", "red"),))]).values()) == {0.0}
+    assert set(right_shares([NOTHING], [Picture("sea", None, (Thing("boat", "red"),))]).values()) == {0.0}
 
 
 def test_story_texts_are_read():
