@@ -90,7 +90,7 @@ class StableDiffusion(nn.Module):
         latents = denoise(self.unet, self.schedule, conditioning, noise, sampler, steps, guidance)
         return self.vae.decode(latents).float()
 
-    # ---- what training.py saves and loads
+    # ---- what a run saves and loads
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.unet.named_parameters())
@@ -132,7 +132,7 @@ def described(case: Case, words: Path) -> tuple[str, str | None]:
 
 
 def context_of(args: argparse.Namespace, case: Case) -> str:
-    """Under which --context evaluate.py compares the answers: of other words it is theirs."""
+    """Under which --context python -m evaluation compares the answers: of other words it is theirs."""
     if args.words:
         there = args.words / SETTINGS
         return read_json(there).get("context", "both") if there.is_file() else "both"
@@ -146,7 +146,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_case_options(parser, ["none", "texts"])
-    add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluate.py --answers")
+    add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, which `python -m evaluation` reads")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")
     add("--steps", type=int, default=50, help="denoising steps of a picture")

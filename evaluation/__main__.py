@@ -177,15 +177,15 @@ def main() -> None:
     else:
         check_settings(args.answers, settings)
 
-    networks, closed = {}, {}
+    networks, unavailable = {}, {}
     for name in [name for name in OPENERS if name in {METRICS[metric].network for metric in args.metrics}]:
         try:
             networks[name] = open_network(name, getattr(args, name, None), device)
         except Unavailable as error:
-            closed[name] = str(error)
+            unavailable[name] = str(error)
     outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)
     bench = Bench(networks, look(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0])
-    figures, reasons = measure(args.metrics, bench, closed, outcomes)
+    figures, reasons = measure(args.metrics, bench, unavailable, outcomes)
     counts, whole = count_pictures(outcomes), [outcome for outcome in outcomes if not outcome.missing]
     of_pictures = [name for name in args.metrics if METRICS[name].of == "pictures"] if counts["missing"] else []
     record = {
@@ -198,7 +198,7 @@ def main() -> None:
         "pictures": counts,
         "figures": figures,
         "cases, no picture missing": len(whole),
-        "figures, no picture missing": measure(of_pictures, bench, closed, whole)[0] if whole else {},
+        "figures, no picture missing": measure(of_pictures, bench, unavailable, whole)[0] if whole else {},
         "left out": reasons,
     }
     write_json(args.out, record)

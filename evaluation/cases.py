@@ -1,6 +1,6 @@
 """What is asked in an evaluation, and the folder that holds a system's answers.
 
-A case is a pair, or a turn after the first of a story or dialogue (`stories.py` has the forms of their prompts):
+A case is a pair, or a turn after the first of a story or dialogue (`prompts.py` has the forms of their prompts):
 
     task          from        prompt                                        wanted
     caption       a pair      the bare caption, stage 1's form              its picture

@@ -1,9 +1,9 @@
-"""What is compared with what for every metric of `evaluate.py`; METRICS is the list.
+"""What is compared with what for every metric of `python -m evaluation`; METRICS is the list.
 
     METRICS["clip-i"].compute(bench, outcomes) -> figure      of what was said and drawn in answer to the cases
 
 An `Outcome` holds no pictures, only what the networks of `scorers.py` saw in them. The arithmetic is in `metrics.py`.
-How a picture that did not come counts: in `evaluate.py`'s head.
+How a picture that did not come counts: in `python -m evaluation`'s head.
 """
 
 from collections.abc import Callable
@@ -199,8 +199,8 @@ METRICS = {
 }
 
 
-def measure(wanted: list[str], bench: Bench, closed: dict[str, str], outcomes: list[Outcome]) -> tuple[dict, dict]:
-    """{title: figure} and {title: reason} of the metrics that cannot be computed. closed: network -> why it is not
+def measure(wanted: list[str], bench: Bench, unavailable: dict[str, str], outcomes: list[Outcome]) -> tuple[dict, dict]:
+    """{title: figure} and {title: reason} of the metrics that cannot be computed. unavailable: network -> why it is not
     there."""
     pictures = any(outcome.wanted for outcome in outcomes)
     asked = {"pictures": pictures, "words": any(o.case.words for o in outcomes)}
@@ -210,8 +210,8 @@ def measure(wanted: list[str], bench: Bench, closed: dict[str, str], outcomes: l
         try:
             if not asked[metric.of]:
                 raise Unavailable(f"no {metric.of} wanted in these cases")
-            if metric.network in closed:
-                raise Unavailable(closed[metric.network])
+            if metric.network in unavailable:
+                raise Unavailable(unavailable[metric.network])
             value = metric.compute(bench, outcomes)
             values = value if isinstance(value, dict) else {"": value}
             figures |= {f"{metric.title} {name}".strip(): value for name, value in values.items()}

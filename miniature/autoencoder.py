@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from miniature.judge import Judge, load_judge, read, right_shares
 from miniature.paint import draw
-from miniature.recipe import Recipe, Shop, normal, write_part
+from miniature.recipe import Recipe, Setup, normal, write_part
 from miniature.sets import cached, held_out_pictures, to_pixels, training_pictures, training_set
 from miniature.world import sample_pair
 from vae import VAE, VAEConfig, load_vae
@@ -65,14 +65,14 @@ class AutoencoderRecipe(Recipe):
 
     name, batch_sizes, lr, matrix_lr, hold = "vae", (512, 8), 1e-3, 0.02, 200
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
-        self.pictures = training_pictures(shop)
-        self.things = training_set(shop, "things", partial(thing_pixels, shop.seed))
-        drawn, self.wanted = held_out_pictures(shop)
+        self.pictures = training_pictures(setup)
+        self.things = training_set(setup, "things", partial(thing_pixels, setup.seed))
+        drawn, self.wanted = held_out_pictures(setup)
         self.tested = to_pixels(drawn)
-        self.judge = judge_in(shop.weights, shop.device)
+        self.judge = judge_in(setup.weights, setup.device)
 
     def weighted(self, picked: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures of the training set and how much each of their pixels counts."""
@@ -123,22 +123,22 @@ class AutoencoderRecipe(Recipe):
 # ---- latents as a training set
 
 
-def latent_block(vae: VAE, drawn: Tensor, rows: range) -> np.ndarray:
-    """float16 (rows, 2, C, h, w): mean and deviation of the scaled latents."""
+def latent_block(vae: VAE, drawn: Tensor, entries: range) -> np.ndarray:
+    """float16 (n, 2, C, h, w): mean and deviation of the scaled latents."""
     device = next(vae.parameters()).device
     with torch.no_grad():
-        encoded = [vae.encode(to_pixels(part.to(device))) for part in drawn[rows.start : rows.stop].split(64)]
+        encoded = [vae.encode(to_pixels(part.to(device))) for part in drawn[entries.start : entries.stop].split(64)]
         mean, logvar = map(torch.cat, zip(*encoded, strict=True))
         both = torch.stack([mean, torch.exp(0.5 * logvar)], 1) * vae.config.scaling_factor
     return both.half().cpu().numpy()
 
 
-def latent_set(shop: Shop, vae: VAE, drawn: Tensor) -> Tensor:
-    """Mean and deviation of the scaled latents of the training pictures (rows, 2, C, h, w), made once an encoder."""
+def latent_set(setup: Setup, vae: VAE, drawn: Tensor) -> Tensor:
+    """Mean and deviation of the scaled latents of the training pictures (n, 2, C, h, w), made once for an encoder."""
     frozen = {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
     version = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in frozen.values())).hexdigest()[:8]
-    path = shop.sets / f"latents-{version}-{shop.seed}-{shop.pictures}.npy"
-    return cached(path, shop.pictures, partial(latent_block, vae, drawn), 1).to(shop.device)
+    path = setup.sets / f"latents-{version}-{setup.seed}-{setup.pictures}.npy"
+    return cached(path, setup.pictures, partial(latent_block, vae, drawn), 1).to(setup.device)
 
 
 class DecoderRecipe(AutoencoderRecipe):
@@ -146,13 +146,13 @@ class DecoderRecipe(AutoencoderRecipe):
 
     name, lr, matrix_lr, hold = "decoder", 3e-4, 0.005, 500
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
-        vae = load_vae(shop.weights / "stable-diffusion" / "vae", torch.float32, shop.device)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        vae = load_vae(setup.weights / "stable-diffusion" / "vae", torch.float32, setup.device)
         for part in (vae.decoder, vae.post_quant_conv):
             part.requires_grad_(True)
         self.modules = nn.ModuleDict({"vae": vae})
-        self.latents = latent_set(shop, vae, self.pictures)
+        self.latents = latent_set(setup, vae, self.pictures)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked = self.pick(len(self.pictures), generator)

@@ -32,14 +32,14 @@ from tars.stories import END, PICTURE, SPEAKERS, TASKS, Row, Turn, dialog_row, f
 PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
 TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
-LENGTH = 256  # tokens of a training row
+LENGTH = 256  # tokens of a training sequence
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
 TOLD_WEIGHT = 3  # a word of an answer in words to a picture counts as much
 ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
 
 
-# ---- documents: the pictures of a row are facts, `inputs` and `outputs` alike
+# ---- documents: pictures are facts, `inputs` and `outputs` alike
 
 
 def picture_words(picture: Picture) -> str:
@@ -152,7 +152,7 @@ def encode(tokenizer: Tokenizer, row: Row, rng: np.random.Generator) -> list[tup
 
 def language_ids(path: Path, seed: int, split: str, i: int) -> np.ndarray:
     """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off. Ids, then weights."""
-    tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no row can hold so many documents
+    tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no sequence can hold so many documents
     while len(tokens) < LENGTH:
         rng = random_stream(seed, number, ORDERS)
         tokens += [*encode(tokenizer, document(seed, number, split), rng), (tokenizer.eos_id, 1)]

@@ -1,4 +1,4 @@
-"""What a picture of the miniature world holds: the facts, which of them fit together, and how they are drawn by lot.
+"""What a picture of the miniature world holds: the facts, which of them fit together, and how they are sampled.
 
 A picture is a scene at a time of day with one or two things in it. A thing has a kind, a colour, a size and a place.
 Nothing else about a picture is a fact: the shape of the hills, the side a cat looks to and a pixel or two of shift
@@ -140,7 +140,7 @@ def sample_picture(rng: np.random.Generator, split: str = "train", count: int | 
     if (count or (1 if rng.random() < 0.6 else 2)) == 1:
         return Picture(scene, time, (hero,))
     twins = rng.random() < 0.125
-    while True:  # most draws fit
+    while True:  # most samples fit
         other = sample_thing(rng, scene)
         if twins:
             hero = Thing(hero.kind, hero.colour, pick(rng, SIZES), hero.place)

@@ -45,7 +45,7 @@ from miniature.facts import (
     random_stream,
 )
 from miniature.paint import draw
-from miniature.recipe import Recipe, Shop, normal, write_tensors
+from miniature.recipe import Recipe, Setup, normal, write_tensors
 from miniature.sets import held_out_pictures, to_pixels, training_set
 from published.loading import fill
 
@@ -223,12 +223,12 @@ def worsen(pixels: Tensor, blur: float, noise: Tensor) -> Tensor:
 class JudgeRecipe(Recipe):
     name, batch_sizes, lr, matrix_lr, hold = "judge", (1024, 32), 2e-3, 0.02, 1000
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"judge": Judge()})
-        self.pictures = training_set(shop, "judged-pictures", partial(judged_picture, shop.seed))
-        self.labels = training_set(shop, "judged-labels", partial(judged_labels, shop.seed))
-        drawn, self.wanted = held_out_pictures(shop)
+        self.pictures = training_set(setup, "judged-pictures", partial(judged_picture, setup.seed))
+        self.labels = training_set(setup, "judged-labels", partial(judged_labels, setup.seed))
+        drawn, self.wanted = held_out_pictures(setup)
         self.tested = to_pixels(drawn)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from miniature.autoencoder import judge_in, latent_set
 from miniature.facts import random_stream
 from miniature.judge import read, right_shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
-from miniature.recipe import Recipe, Shop, normal, write_part
+from miniature.recipe import Recipe, Setup, normal, write_part
 from miniature.sets import training_pictures
 from miniature.world import sample_pair
 from minigpt5 import send
@@ -58,33 +58,33 @@ def denoise(
 class DiffusionRecipe(Recipe):
     name, batch_sizes, lr, matrix_lr, hold = "diffusion", (1024, 64), 1e-3, 0.01, 1000
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"unet": UNet(UNET_SIZES)})
         nn.init.zeros_(self.modules["unet"].conv_out.weight)
-        self.schedule = NoiseSchedule(SCHEDULE).to(shop.device)
-        folder = shop.weights / "stable-diffusion"
-        self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, shop.device)
-        self.vae = load_vae(folder / "vae", torch.float32, shop.device)
-        self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(shop, folder / "tokenizer")
-        self.empty = self.tokenizer([""])[0].to(shop.device)
-        self.latents = latent_set(shop, self.vae, training_pictures(shop))
-        self.judge = judge_in(shop.weights, shop.device)
-        self.wanted = [sample_pair(shop.seed, i, "held-out", 1)[0] for i in range(min(64, shop.tested))]
-        streams = (random_stream(shop.seed, i, PROMPTS) for i in range(len(self.wanted)))
+        self.schedule = NoiseSchedule(SCHEDULE).to(setup.device)
+        folder = setup.weights / "stable-diffusion"
+        self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, setup.device)
+        self.vae = load_vae(folder / "vae", torch.float32, setup.device)
+        self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(setup, folder / "tokenizer")
+        self.empty = self.tokenizer([""])[0].to(setup.device)
+        self.latents = latent_set(setup, self.vae, training_pictures(setup))
+        self.judge = judge_in(setup.weights, setup.device)
+        self.wanted = [sample_pair(setup.seed, i, "held-out", 1)[0] for i in range(min(64, setup.tested))]
+        streams = (random_stream(setup.seed, i, PROMPTS) for i in range(len(self.wanted)))
         self.prompts = [full_caption(picture, rng) for picture, rng in zip(self.wanted, streams, strict=True)]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         B, shape = self.batch_size, (self.batch_size, *self.latents.shape[2:])
         tops = (len(self.latents), PHRASINGS, SCHEDULE.num_train_timesteps)
-        rows, phrasing, t = (torch.randint(top, (B,), generator=generator) for top in tops)
+        picked, phrasing, t = (torch.randint(top, (B,), generator=generator) for top in tops)
         half = B // 2
         t[:half] = torch.randint(*DECIDING, (half,), generator=generator)
         drop, unmasked = (torch.rand(B, generator=generator) < share for share in (DROP_RATE, 0.5))
-        rows, phrasing, t, drop, unmasked = (send(x, self.device) for x in (rows, phrasing, t, drop, unmasked))
+        picked, phrasing, t, drop, unmasked = (send(x, self.device) for x in (picked, phrasing, t, drop, unmasked))
         sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
-        mean, deviation = self.latents[rows].float().unbind(1)
-        ids = torch.where(drop[:, None], self.empty, self.texts[rows, phrasing].long())
+        mean, deviation = self.latents[picked].float().unbind(1)
+        ids = torch.where(drop[:, None], self.empty, self.texts[picked, phrasing].long())
         # Stable Diffusion reads the padding, MiniGPT-5's caption loss masks it: the UNet should bear both.
         ends = ends_of(ids, self.empty[0, 1])
         mask = (torch.arange(ids.shape[1], device=self.device) <= ends[:, None]) | unmasked[:, None]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from miniature.facts import Picture, random_stream
 from miniature.judge import WIDTH, convolutions
 from miniature.paint import draw
-from miniature.recipe import Recipe, Shop, reset, write_tensors
+from miniature.recipe import Recipe, Setup, reset, write_tensors
 from miniature.sets import held_out_pictures, to_pixels, training_set
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from published.loading import fill
@@ -110,15 +110,15 @@ def paired_text(seed: int, i: int) -> np.ndarray:
 class PairingRecipe(Recipe):
     name, batch_sizes, lr, matrix_lr, hold = "pairing", (1024, 128), 2e-3, 0.01, 1000
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"pairing": Pairing()})
         reset(self.modules["pairing"].text)
-        length = min(shop.pictures, PAIRS)
-        self.pictures = training_set(shop, "paired-pictures", partial(paired_picture, shop.seed), length)
-        self.texts = training_set(shop, "paired-texts", partial(paired_text, shop.seed), length)
-        self.tested = to_pixels(held_out_pictures(shop)[0])
-        self.tested_texts = [sample_pair(shop.seed, i, "held-out")[1] for i in range(shop.tested)]
+        length = min(setup.pictures, PAIRS)
+        self.pictures = training_set(setup, "paired-pictures", partial(paired_picture, setup.seed), length)
+        self.texts = training_set(setup, "paired-texts", partial(paired_text, setup.seed), length)
+        self.tested = to_pixels(held_out_pictures(setup)[0])
+        self.tested_texts = [sample_pair(setup.seed, i, "held-out")[1] for i in range(setup.tested)]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked = self.pick(len(self.pictures), generator)

@@ -50,7 +50,7 @@ from miniature.judge import JudgeRecipe
 from miniature.painter import DiffusionRecipe
 from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
-from miniature.recipe import Recipe, Shop
+from miniature.recipe import Recipe, Setup
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from trainer.log import append_log, cut_log, draw_losses, read_log
 from trainer.muon import Muon
@@ -135,11 +135,11 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
 # ---- the loop
 
 
-def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = None) -> nn.ModuleDict | None:
+def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = None) -> nn.ModuleDict | None:
     """Train a part until its minutes are used up (or `last_step` is done); its averaged weights, None if stopped."""
-    folder = make_folder(shop.runs / recipe.name)
+    folder = make_folder(setup.runs / recipe.name)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    recipe.modules.to(shop.device).train()
+    recipe.modules.to(setup.device).train()
     averaged = copy.deepcopy(recipe.modules).eval().requires_grad_(False)
     optimizers = optimizers_of(recipe)
     step, seconds = restore(checkpoint, recipe, averaged, optimizers)
@@ -149,8 +149,8 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     size = sum(p.numel() for p in recipe.modules.parameters())
     print(f"{recipe.name}: {size:,} parameters, step {step}, {seconds / 60:.1f} of {minutes:g} minutes used")
 
-    on_gpu = shop.device.type == "cuda"
-    losses_of = torch.compile(recipe.losses) if can_compile(shop.device) else recipe.losses
+    on_gpu = setup.device.type == "cuda"
+    losses_of = torch.compile(recipe.losses) if can_compile(setup.device) else recipe.losses
     parameters = list(recipe.modules.parameters())
     sums, logged, saved, started, begun = {}, step, seconds, seconds, time.perf_counter()
 
@@ -167,11 +167,11 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     with stop_signals() as asked:
         while not asked and seconds < 60 * minutes and step != last_step:
             # ---- one step
-            generator = step_generator(shop.seed, step, 0)
+            generator = step_generator(setup.seed, step, 0)
             factor = rate_factor(step, recipe.hold)
             for optimizer, rate in zip(optimizers, (recipe.lr, recipe.matrix_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = factor * rate
-            with torch.autocast(shop.device.type, torch.bfloat16, enabled=on_gpu):
+            with torch.autocast(setup.device.type, torch.bfloat16, enabled=on_gpu):
                 losses = losses_of(recipe.modules, *recipe.batch(generator))
             losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -228,14 +228,14 @@ def main(argv: list[str] | None = None) -> None:
     settings = Path("minigpt5") / "config.json"  # the defaults of the commands that use the weights
     if not (args.weights / settings).exists():
         write_file(args.weights / settings, (SHIPPED / settings).read_bytes())
-    shop = Shop(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
+    setup = Setup(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
     for part, recipe_class in PARTS.items():
         if part not in args.parts:
             continue
         torch.manual_seed(args.seed)
-        recipe = recipe_class(shop)
+        recipe = recipe_class(setup)
         minutes = MINUTES[part][device.type == "cpu"] if args.minutes is None else args.minutes
-        averaged = train(recipe, shop, minutes)
+        averaged = train(recipe, setup, minutes)
         if averaged is None:
             return
         recipe.export(averaged, args.weights)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from common.files import write_json, write_text
 from miniature.facts import Picture, random_stream
 from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
-from miniature.recipe import Recipe, Shop, reset, write_part
+from miniature.recipe import Recipe, Setup, reset, write_part
 from miniature.sets import training_set
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
@@ -130,32 +130,32 @@ def ends_of(ids: Tensor, end: int) -> Tensor:
     return (ids == end).long().argmax(-1)
 
 
-def caption_set(shop: Shop, folder: Path) -> Tensor:
+def caption_set(setup: Setup, folder: Path) -> Tensor:
     """Several captions of every training picture as ids (n, PHRASINGS, S), made once for a tokenizer."""
     version = hashlib.sha256((folder / "merges.txt").read_bytes()).hexdigest()[:8]
-    return training_set(shop, f"captions-{version}", partial(caption_ids, folder, shop.seed))
+    return training_set(setup, f"captions-{version}", partial(caption_ids, folder, setup.seed))
 
 
 class TextRecipe(Recipe):
     name, batch_sizes, lr, matrix_lr, hold = "text", (1024, 64), 2e-3, 0.02, 200
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
-        self.tokenizer_folder = shop.sets / f"byte-pairs-{shop.seed}"
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.tokenizer_folder = setup.sets / f"byte-pairs-{setup.seed}"
         if not (self.tokenizer_folder / "merges.txt").exists():
-            write_clip_tokenizer(self.tokenizer_folder, shop.seed)
+            write_clip_tokenizer(self.tokenizer_folder, setup.seed)
         tokenizer = tokenizer_at(self.tokenizer_folder)
-        self.texts = caption_set(shop, self.tokenizer_folder)
-        self.labels = training_set(shop, "labels", partial(caption_labels, shop.seed))
+        self.texts = caption_set(setup, self.tokenizer_folder)
+        self.labels = training_set(setup, "labels", partial(caption_labels, setup.seed))
         self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
         self.modules = nn.ModuleDict(
             {"text_encoder": TextEncoder(self.sizes), "reader": Reader(self.sizes.hidden_size)}
         )
         reset(self.modules)
         self.begin, self.end = tokenizer([""])[0][0, :2].tolist()
-        tested = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
-        texts = [full_caption(picture, random_stream(shop.seed, i, READ)) for i, picture in enumerate(tested)]
-        self.tested = tokenizer(texts)[0].to(shop.device)
+        tested = [sample_pair(setup.seed, i, "held-out")[0] for i in range(setup.tested)]
+        texts = [full_caption(picture, random_stream(setup.seed, i, READ)) for i, picture in enumerate(tested)]
+        self.tested = tokenizer(texts)[0].to(setup.device)
         self.wanted = torch.from_numpy(np.stack([labels(picture) for picture in tested]))
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:

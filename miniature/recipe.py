@@ -12,7 +12,7 @@ from published.loading import save_safetensors
 
 
 @dataclass
-class Shop:
+class Setup:
     """Where and with what the parts are trained."""
 
     runs: Path  # checkpoints and logs, a folder a part; `sets`: the training data
@@ -38,9 +38,9 @@ class Recipe:
     matrix_lr: float  # Muon's, for all other matrices
     hold: int  # steps at the full rates, which then fall as 1 / sqrt(step)
 
-    def __init__(self, shop: Shop):
-        self.device, self.seed = shop.device, shop.seed
-        self.batch_size = self.batch_sizes[shop.device.type == "cpu"]
+    def __init__(self, setup: Setup):
+        self.device, self.seed = setup.device, setup.seed
+        self.batch_size = self.batch_sizes[setup.device.type == "cpu"]
 
     def pick(self, length: int, generator: torch.Generator) -> Tensor:
         """A batch of places in a set of that length, on the device."""

@@ -1,6 +1,6 @@
 """The part "stories" of `score.py`: whether a story goes on as it should, and what its history is good for.
 
-A step of a held-out story is asked for as in stage 2's three tasks (`stories.py`), each with no history, with its texts
+A step of a held-out story is asked for as in stage 2's three tasks (`prompts.py`), each with no history, with its texts
 and with its texts and pictures:
 
     image         the text is given: every fact of the picture that follows from it and from the history

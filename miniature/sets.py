@@ -17,7 +17,7 @@ from torch import Tensor
 from common.files import written_whole
 from miniature.facts import Picture
 from miniature.paint import draw
-from miniature.recipe import Shop
+from miniature.recipe import Setup
 from miniature.world import sample_pair
 
 CHUNK = 1024  # entries that a process makes at a time
@@ -50,11 +50,11 @@ def block(make_entry: Callable[[int], np.ndarray], entries: range) -> np.ndarray
     return np.stack([make_entry(i) for i in entries])
 
 
-def training_set(shop: Shop, name: str, make_entry: Callable[[int], np.ndarray], length: int | None = None) -> Tensor:
+def training_set(setup: Setup, name: str, make_entry: Callable[[int], np.ndarray], length: int | None = None) -> Tensor:
     """make_entry(i) of all training pictures, or of `length`, as a tensor on the device."""
-    length = length or shop.pictures
-    path = shop.sets / f"{name}-{shop.seed}-{length}.npy"
-    return cached(path, length, partial(block, make_entry), shop.workers).to(shop.device)
+    length = length or setup.pictures
+    path = setup.sets / f"{name}-{setup.seed}-{length}.npy"
+    return cached(path, length, partial(block, make_entry), setup.workers).to(setup.device)
 
 
 def drawn_pair(seed: int, split: str, i: int) -> np.ndarray:
@@ -62,16 +62,16 @@ def drawn_pair(seed: int, split: str, i: int) -> np.ndarray:
     return np.asarray(draw(picture, jitter))
 
 
-def training_pictures(shop: Shop) -> Tensor:
-    """Training pictures 0 .. shop.pictures - 1 of `world.sample_pair`: uint8 (n, 64, 64, 3)."""
-    return training_set(shop, "pictures-train", partial(drawn_pair, shop.seed, "train"))
+def training_pictures(setup: Setup) -> Tensor:
+    """Training pictures 0 .. setup.pictures - 1 of `world.sample_pair`: uint8 (n, 64, 64, 3)."""
+    return training_set(setup, "pictures-train", partial(drawn_pair, setup.seed, "train"))
 
 
-def held_out_pictures(shop: Shop) -> tuple[Tensor, list[Picture]]:
-    """The held-out pictures of a measurement: uint8 (shop.tested, 64, 64, 3), and their facts."""
-    drawn = np.stack([drawn_pair(shop.seed, "held-out", i) for i in range(shop.tested)])
-    facts = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
-    return torch.from_numpy(drawn).to(shop.device), facts
+def held_out_pictures(setup: Setup) -> tuple[Tensor, list[Picture]]:
+    """The held-out pictures of a measurement: uint8 (setup.tested, 64, 64, 3), and their facts."""
+    drawn = np.stack([drawn_pair(setup.seed, "held-out", i) for i in range(setup.tested)])
+    facts = [sample_pair(setup.seed, i, "held-out")[0] for i in range(setup.tested)]
+    return torch.from_numpy(drawn).to(setup.device), facts
 
 
 def to_pixels(pictures: Tensor) -> Tensor:

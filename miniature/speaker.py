@@ -1,6 +1,6 @@
 """Recipes of the miniature's "Vicuna" and "MiniGPT-4": the language model; then a captioner that speaks through it.
 
-    language     rows of documents (B, 2, 256) -> scores of the next token (B, 255, 768)
+    language     documents (B, 2, 256) -> scores of the next token (B, 255, 768)
     captioner    pixels (B, 3, 64, 64) -> vectors (B, 10, 192), which the frozen language model retells
 
 The vectors stand in the place of the ten words that a picture has in the documents.
@@ -29,7 +29,7 @@ from miniature.documents import (
     tokenizer_at,
     train_tokenizer,
 )
-from miniature.recipe import Recipe, Shop, reset, write_part, write_tensors
+from miniature.recipe import Recipe, Setup, reset, write_part, write_tensors
 from miniature.sets import held_out_pictures, training_pictures, training_set
 from miniature.world import sample_pair
 from minigpt5 import expand_placeholders
@@ -65,7 +65,7 @@ QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
 
 @torch.no_grad()
-def continue_rows(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -> Tensor:
+def continue_prompts(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -> Tensor:
     """The likeliest continuations of embedded prompts (B, T, D), padded on the left -> ids (B, tokens)."""
     cache = KVCache(llama.config, len(mask), mask.shape[1] + tokens, embeddings.dtype, embeddings.device)
     hidden, said = llama(embeddings, mask, cache), []
@@ -81,20 +81,20 @@ def continue_rows(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -
 class LanguageRecipe(Recipe):
     name, batch_sizes, lr, matrix_lr, hold = "language", (256, 16), 3e-3, 0.02, 300
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"llama": Llama(LANGUAGE_SIZES)})
         reset(self.modules)
-        self.path = shop.sets / f"pieces-{shop.seed}.model"
+        self.path = setup.sets / f"pieces-{setup.seed}.model"
         if not self.path.exists():
-            train_tokenizer(self.path, shop.seed)
+            train_tokenizer(self.path, setup.seed)
         self.tokenizer = tokenizer_at(self.path)
-        lengths = {"train": max(256, shop.pictures // 4), "held-out": max(32, shop.tested // 2)}
+        lengths = {"train": max(256, setup.pictures // 4), "held-out": max(32, setup.tested // 2)}
         self.texts, self.tested = (
-            training_set(shop, f"language-{split}", partial(language_ids, self.path, shop.seed, split), length)
+            training_set(setup, f"language-{split}", partial(language_ids, self.path, setup.seed, split), length)
             for split, length in lengths.items()
         )
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(min(64, shop.tested))]
+        self.wanted = [sample_pair(setup.seed, i, "held-out")[0] for i in range(min(64, setup.tested))]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (self.texts[self.pick(len(self.texts), generator)].long(),)
@@ -116,7 +116,7 @@ class LanguageRecipe(Recipe):
         longest = max(map(len, lines))
         ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
-        said = continue_rows(llama, llama.model.embed_tokens(ids), mask, 48)
+        said = continue_prompts(llama, llama.model.embed_tokens(ids), mask, 48)
         return [answer_text(self.tokenizer, line) for line in said.tolist()]
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
@@ -148,26 +148,26 @@ class CaptionerRecipe(Recipe):
 
     name, batch_sizes, lr, matrix_lr, hold = "captioner", (1024, 64), 1e-3, 0.005, 400
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
-        self.llama = load_llama(shop.weights / "vicuna", torch.float32, shop.device)
-        path = shop.weights / "vicuna" / "tokenizer.model"
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.llama = load_llama(setup.weights / "vicuna", torch.float32, setup.device)
+        path = setup.weights / "vicuna" / "tokenizer.model"
         self.tokenizer, width = tokenizer_at(path), self.llama.config.hidden_size
         self.modules = nn.ModuleDict({"image_encoder": ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)})
         reset(self.modules, 0.05)
         vision = self.modules["image_encoder"].vision_model
         for vectors in (vision.embeddings.position_embedding, self.modules["image_encoder"].query_tokens):
             nn.init.normal_(vectors, std=0.5)  # about as large as what patches bring: else place is learned last
-        self.pictures = training_pictures(shop)
+        self.pictures = training_pictures(setup)
         version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # of the tokenizer whose ids they are
-        self.answers = training_set(shop, f"looks-{version}", partial(answer_ids, path, shop.seed))
-        self.tested, self.wanted = held_out_pictures(shop)
+        self.answers = training_set(setup, f"looks-{version}", partial(answer_ids, path, setup.seed))
+        self.tested, self.wanted = held_out_pictures(setup)
         self.table = self.llama.model.embed_tokens.weight
         self.mean, self.deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 
-    def pixels(self, rows: Tensor) -> Tensor:
+    def pixels(self, pictures: Tensor) -> Tensor:
         """uint8 (B, 64, 64, 3) -> (B, 3, 64, 64) normalised as `qformer.preprocess_input` does."""
-        return (rows.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.deviation
+        return (pictures.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.deviation
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked = self.pick(len(self.pictures), generator)
@@ -203,7 +203,7 @@ class CaptionerRecipe(Recipe):
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)
             embeddings = self.embed(ids, modules["image_encoder"](self.pixels(part)))
-            said = continue_rows(self.llama, embeddings, torch.ones_like(ids), 48)
+            said = continue_prompts(self.llama, embeddings, torch.ones_like(ids), 48)
             texts += [answer_text(self.tokenizer, line) for line in said.tolist()]
         return texts
 

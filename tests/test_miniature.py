@@ -12,7 +12,7 @@ from common.cli import MINIATURE
 from common.images import read_image, to_tensor
 from llama import load_llama
 from miniature.judge import load_judge, read, right_shares
-from miniature.recipe import Shop
+from miniature.recipe import Setup
 from miniature.sets import held_out_pictures, to_pixels
 from miniature.words import facts_in
 from qformer import load_image_encoder
@@ -116,7 +116,7 @@ def test_sample_draws_with_no_other_argument(tmp_path, monkeypatch):
 
 def test_judge_reads_real_pictures(tmp_path):
     """Every attribute of at least 99 of 100 held-out pictures (the whole measurement: miniature/README.md)."""
-    drawn, wanted = held_out_pictures(Shop(tmp_path, tmp_path, torch.device("cpu"), tested=200))
+    drawn, wanted = held_out_pictures(Setup(tmp_path, tmp_path, torch.device("cpu"), tested=200))
     found = right_shares(read(load_judge(), to_pixels(drawn)), wanted)
     print(found)
     assert min(found.values()) >= 0.99

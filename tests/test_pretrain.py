@@ -19,7 +19,7 @@ from miniature.autoencoder import VAE_SIZES
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, random_stream
 from miniature.painter import UNET_SIZES
 from miniature.reader import TEXT_SIZES
-from miniature.recipe import Shop
+from miniature.recipe import Setup
 from miniature.sets import cached, to_pixels, training_pictures
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.words import agrees, facts_in
@@ -60,7 +60,7 @@ def shop(tmp_path_factory):
     patch.setattr(documents, "TEXTS", 2000)
     patch.setattr(reader, "TEXTS", 3000)
     folder = tmp_path_factory.mktemp("miniature")
-    shop = Shop(folder / "runs", folder / "weights", CPU, seed=3, pictures=24, tested=4)
+    shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=24, tested=4)
     for part in pretrain.PARTS:
         recipe = make(part, shop)
         recipe.export(pretrain.train(recipe, shop, 1, last_step=2), shop.weights)
@@ -78,7 +78,7 @@ def states(recipe, averaged):
 @pytest.mark.parametrize("part", pretrain.PARTS)
 def test_goes_on_exactly(shop, tmp_path, part):
     """Two steps after the one of a stopped run equal three in one go, bit for bit."""
-    whole, pieces = (Shop(tmp_path / name, shop.weights, CPU, 3, 24, tested=4) for name in ("whole", "pieces"))
+    whole, pieces = (Setup(tmp_path / name, shop.weights, CPU, 3, 24, tested=4) for name in ("whole", "pieces"))
     for other in (whole, pieces):
         shutil.copytree(shop.sets, other.sets)
     one = make(part, whole)
@@ -96,7 +96,7 @@ def test_goes_on_exactly(shop, tmp_path, part):
 
 @pytest.mark.parametrize("part", pretrain.PARTS)
 def test_learns_one_batch(shop, tmp_path, part):
-    recipe = make(part, Shop(tmp_path, shop.weights, CPU, 3, 24, tested=4))
+    recipe = make(part, Setup(tmp_path, shop.weights, CPU, 3, 24, tested=4))
     optimizers = pretrain.optimizers_of(recipe)
     batch, losses = recipe.batch(torch.Generator().manual_seed(0)), []
     for _ in range(16):
@@ -111,7 +111,7 @@ def test_learns_one_batch(shop, tmp_path, part):
 
 
 def test_stop_signal_saves(shop, tmp_path, monkeypatch):
-    recipe = make("judge", shop := Shop(tmp_path, shop.weights, CPU, 3, 24, tested=4))
+    recipe = make("judge", shop := Setup(tmp_path, shop.weights, CPU, 3, 24, tested=4))
     batch = recipe.batch
 
     def stop_in_second_step(generator):
@@ -139,7 +139,7 @@ def test_budget_counts_over_runs(shop):
 
 
 def test_foreign_checkpoint_is_refused(shop, tmp_path):
-    other = Shop(tmp_path, shop.weights, CPU, 3, 24, tested=4)
+    other = Setup(tmp_path, shop.weights, CPU, 3, 24, tested=4)
     (tmp_path / "judge").mkdir()
     shutil.copyfile(shop.runs / "vae" / "checkpoint.pt", tmp_path / "judge" / "checkpoint.pt")
     with pytest.raises(ValueError, match="does not fit this part") as error:
@@ -182,7 +182,7 @@ def test_rate_and_average():
 
 def test_sets_do_not_depend_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr("miniature.sets.CHUNK", 4)
-    shops = [Shop(tmp_path / name, tmp_path, CPU, 1, 6, workers) for name, workers in (("a", 1), ("b", 2))]
+    shops = [Setup(tmp_path / name, tmp_path, CPU, 1, 6, workers) for name, workers in (("a", 1), ("b", 2))]
     one, two = map(training_pictures, shops)
     assert torch.equal(one, two) and one.shape == (6, 64, 64, 3)
     assert (one[4].numpy() == np.asarray(world.draw(*world.sample_pair(1, 4)[::2]))).all()

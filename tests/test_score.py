@@ -16,7 +16,7 @@ from miniature import exam as examining
 from miniature.exam import Exam, Said
 from miniature.facts import Picture, Thing, random_stream
 from miniature.judge import NOTHING, right_shares
-from miniature.recipe import Shop
+from miniature.recipe import Setup
 from miniature.words import description, facts_in
 from minigpt5 import load_minigpt5
 
@@ -41,7 +41,7 @@ def weights(tmp_path_factory):
     patch.setattr(documents, "TEXTS", 1000)
     patch.setattr(reader, "TEXTS", 1000)
     folder = tmp_path_factory.mktemp("miniature")
-    shop = Shop(folder / "runs", folder / "weights", CPU, seed=3, pictures=8, tested=2)
+    shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=8, tested=2)
     torch.manual_seed(0)
     for recipe_class in pretrain.PARTS.values():
         recipe = recipe_class(shop)
