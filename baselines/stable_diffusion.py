@@ -146,7 +146,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_case_options(parser, ["none", "texts"])
-    add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, which `python -m evaluation` reads")
+    add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")
     add("--steps", type=int, default=50, help="denoising steps of a picture")
