@@ -74,8 +74,8 @@ class Exam:
 # ---- samples
 
 
-def held_out_pictures(exam: Exam) -> tuple[list[Picture], list[Image.Image]]:
-    """Facts and their pictures."""
+def held_out_samples(exam: Exam) -> tuple[list[Picture], list[Image.Image]]:
+    """Facts, and the pictures that are drawn of them."""
     samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
     return [facts for facts, _, _ in samples], [draw(facts, jitter, SIDE) for facts, _, jitter in samples]
 

@@ -18,10 +18,9 @@ Parts, in the order in which they need one another:
 | language  | vicuna                                       | captions, stories, conversations                      |
 | captioner | blip2, minigpt4                              | to put a picture into words for the language model    |
 
-Each part has a budget of training time, and goes on from its newest checkpoint, whenever it was stopped: weights,
-averaged weights, optimiser, step. All random numbers of a step come from (seed, step), so that a run in pieces is the
-same as one in one piece. A part's averaged weights are written to `--weights` when its time is up: the published
-layout, in 16 bit.
+Each part has a budget of training time. After a stop it resumes from its newest checkpoint (weights, averaged weights,
+optimiser, step). All random numbers of a step come from (seed, step), so that a run in pieces equals one in one piece.
+When its time is up, the part's averaged weights are written to `--weights`, in the published layout and 16 bit.
 
 A part's folder in `--out`:
 

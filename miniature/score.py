@@ -42,7 +42,7 @@ from miniature.exam import (
     Said,
     ask,
     heard,
-    held_out_pictures,
+    held_out_samples,
     held_out_prompts,
     look,
     named_shares,
@@ -97,7 +97,7 @@ def vokens(exam: Exam) -> Figures:
 def captions(exam: Exam) -> Figures:
     """Questions and pictures in the forms of `documents.look_document`. A fact is right if it is said and true; "no
     error": nothing that is said is wrong, and no thing is left out."""
-    wanted, pictures = held_out_pictures(exam)
+    wanted, pictures = held_out_samples(exam)
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
     sources = [look_document(rng, exam.seed, i, "held-out").source for i, rng in enumerate(streams)]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
