@@ -25,27 +25,29 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines.divter import split_description
-from common.cli import DTYPES, add_weights_option, make_folder, pick_device, read_arguments, run
-from common.files import write_json
+from common.cli import DTYPES, pick_device, read_arguments, run
 from common.images import to_image
 from evaluation.cases import (
     SETTINGS,
     Case,
+    add_case_options,
+    check_case_options,
     check_settings,
     digest,
-    file_of,
     generator_of,
+    open_answers,
     read_answer,
     read_cases,
+    unanswered,
     write_answer,
 )
-from minigpt5 import MiniGPT5, dtype_of, send
+from miniature.painter import denoise
+from minigpt5 import MiniGPT5, dtype_of
 from prompts import TASKS
 from published.checkpoints import given_checkpoint
 from published.clip_tokenizer import ClipTokenizer
@@ -82,16 +84,12 @@ class StableDiffusion(nn.Module):
     @torch.inference_mode()
     def paint(self, texts: list[str], latents: Tensor, sampler: str, steps: int, guidance: float) -> Tensor:
         """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
-        condition, dtype = self.encode([""] * len(texts) + texts), dtype_of(self.unet)
-        condition = condition.to(dtype)
-        solver, latents = SAMPLERS[sampler](self.schedule, steps), send(latents, self.device)
-        for index, timestep in enumerate(solver.timesteps):
-            both = self.unet(torch.cat([latents, latents]).to(dtype), timestep, condition)
-            without, given = both.to(torch.float32, copy=True).chunk(2)
-            latents = solver.step(without + guidance * (given - without), index, latents)
+        conditioning = self.encode([""] * len(texts) + texts).to(dtype_of(self.unet))
+        noise = latents.to(self.device)
+        latents = denoise(self.unet, self.schedule, conditioning, noise, sampler, steps, guidance)
         return self.vae.decode(latents).float()
 
-    # ---- what training.py saves and loads
+    # ---- what a run saves and loads
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.unet.named_parameters())
@@ -120,9 +118,9 @@ def told(texts: list[str], tokenizer: ClipTokenizer) -> str:
     return said
 
 
-def texts_of(case: Case, context: str, tokenizer: ClipTokenizer) -> str:
+def text_of(case: Case, context: str, model: StableDiffusion) -> str:
     before = [turn.text for turn in case.before] if context == "texts" else []
-    return told([*before, case.turn.text], tokenizer)
+    return told([*before, case.turn.text], model.tokenizer)
 
 
 def described(case: Case, words: Path) -> tuple[str, str | None]:
@@ -133,7 +131,7 @@ def described(case: Case, words: Path) -> tuple[str, str | None]:
 
 
 def context_of(args: argparse.Namespace, case: Case) -> str:
-    """Under which --context evaluate.py compares the answers: of other words it is theirs."""
+    """Under which --context python -m evaluation compares the answers: of other words it is theirs."""
     if args.words:
         there = args.words / SETTINGS
         return read_json(there).get("context", "both") if there.is_file() else "both"
@@ -146,25 +144,17 @@ def context_of(args: argparse.Namespace, case: Case) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", required=True, help="tars of pairs, stories or dialogues, as evaluate.py takes them")
-    add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluate.py --answers")
+    add_case_options(parser, ["none", "texts"])
+    add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")
-    add("--task", choices=TASKS, default="image", help="what a story's step asks for")
-    add("--context", choices=("none", "texts"), default="texts", help="what of a story's earlier steps is told")
-    add("--last", action="store_true", help="of each story the last step alone")
-    add("--n", type=int, default=0, help="the first so many cases; 0: all")
-    add_weights_option(parser)
-    add("--seed", type=int, default=0, help="same seed, same noise")
     add("--steps", type=int, default=50, help="denoising steps of a picture")
     add("--guidance", type=float, default=7.5, help="guidance against the empty text; 1: off")
     add("--sampler", choices=sorted(SAMPLERS), default="pndm")
-    add("--batch-size", type=int, default=16, help="pictures drawn at a time")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: bf16 on a GPU")
     args = read_arguments(parser)
-    if min(args.steps, args.batch_size) < 1 or args.n < 0:
-        parser.error("--steps and --batch-size are at least 1, --n at least 0")
+    check_case_options(parser, args)
+    if args.steps < 1:
+        parser.error("--steps is at least 1")
     return args
 
 
@@ -187,16 +177,11 @@ def main() -> None:
     made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
     made |= {"words": args.words and str(args.words), "checkpoint": found and f"{found.parent.name}/{found.name}"}
     made |= {"trained": found and fingerprint([found])}
-    check_settings(make_folder(args.answers), made)
-    write_json(args.answers / SETTINGS, made)
-
-    waiting = [case for case in cases if not file_of(args.answers, case.key, ".json").is_file()]
-    for start in tqdm(range(0, len(waiting), args.batch_size), desc="pictures", unit=f" x {args.batch_size}", delay=2):
+    open_answers(args.answers, made)
+    for batch in unanswered(cases, args.answers, args.batch_size):
         asked = []
-        for case in waiting[start : start + args.batch_size]:
-            said, text = (
-                described(case, args.words) if args.words else ("", texts_of(case, args.context, model.tokenizer))
-            )
+        for case in batch:
+            said, text = described(case, args.words) if args.words else ("", text_of(case, args.context, model))
             if text:
                 asked.append((case.key, said, text))
             else:
@@ -207,7 +192,7 @@ def main() -> None:
             pixels = model.paint(texts, latents, args.sampler, args.steps, args.guidance)
             for (key, said, _), picture in zip(asked, pixels, strict=True):
                 write_answer(args.answers, key, [*([said] if said else []), to_image(picture)])
-    print(f"{len(waiting):,} of {len(cases):,} cases answered now, see {args.answers}")
+    print(f"{len(cases):,} cases are answered, see {args.answers}")
 
 
 if __name__ == "__main__":

@@ -36,16 +36,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import DTYPES, add_weights_option, make_folder, parse, pick_device, run
+from common.cli import DTYPES, make_folder, parse, pick_device, run
 from common.files import write_json, write_text
 from common.images import resize_and_crop
 from evaluation.cases import (
     CONTEXTS,
-    SETTINGS,
     Case,
+    add_case_options,
+    check_case_options,
     check_settings,
     digest,
     generate,
+    open_answers,
     pictures_of,
     read_answer,
     read_cases,
@@ -125,25 +127,15 @@ def table(record: dict) -> str:
 # ---- the command
 
 
-def metric_name(text: str) -> str:
-    if text not in METRICS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(METRICS)}")
-    return text
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", help="tars of pairs, stories or dialogues; folders of them, patterns")
+    add_case_options(parser, list(CONTEXTS))
     add("--out", type=Path, metavar="FILE", help="figures as JSON; FILE with the ending .md: a table")
     add("--checkpoint", type=Path, help="a file or a run's folder; default, without --answers: of WEIGHTS/minigpt5 "
         "stage 2's for stories and dialogues where it is there, else stage 1's")  # fmt: skip
     add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: OUT without ending, -answers")
-    add("--metrics", nargs="+", type=metric_name, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
-    add("--task", choices=TASKS, default="image", help="what a story's step asks for")
-    add("--context", choices=CONTEXTS, default="both", help="what of a story's earlier steps is told")
-    add("--last", action="store_true", help="of each story the last step alone")
-    add("--n", type=int, default=0, help="the first so many cases; 0: all")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
     for name, about in (
         ("inception", "FID's Inception, as torch-fidelity has it"),
         ("clip", "folder of a CLIP in the Hugging Face layout"),
@@ -154,17 +146,11 @@ def arguments() -> argparse.Namespace:
         ("pairing", "the miniature's pairing; default: pairing.safetensors in WEIGHTS, if there"),
     ):
         add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
-    add_weights_option(parser)
-    add("--seed", type=int, default=0, help="same seed, same answers")
     add_sampling_options(parser)
-    add("--batch-size", type=int, default=16, help="cases answered at a time")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     args = parse(parser, "evaluate")
-    if not args.data or not args.out or args.out.suffix != ".json":
-        parser.error("--data is needed, and --out with the ending .json")
-    if args.batch_size < 1 or args.n < 0:
-        parser.error("--batch-size is at least 1, --n at least 0")
+    check_case_options(parser, args)
+    if not args.out or args.out.suffix != ".json":
+        parser.error("--out is needed, with the ending .json")
     args.sampling = sampling_of(args)
     for name in ("judge", "pairing"):
         path = args.weights / f"{name}.safetensors"
@@ -191,15 +177,15 @@ def main() -> None:
     else:
         check_settings(args.answers, settings)
 
-    networks, closed = {}, {}
+    networks, unavailable = {}, {}
     for name in [name for name in OPENERS if name in {METRICS[metric].network for metric in args.metrics}]:
         try:
             networks[name] = open_network(name, getattr(args, name, None), device)
         except Unavailable as error:
-            closed[name] = str(error)
+            unavailable[name] = str(error)
     outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)
     bench = Bench(networks, look(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0])
-    figures, reasons = measure(args.metrics, bench, closed, outcomes)
+    figures, reasons = measure(args.metrics, bench, unavailable, outcomes)
     counts, whole = count_pictures(outcomes), [outcome for outcome in outcomes if not outcome.missing]
     of_pictures = [name for name in args.metrics if METRICS[name].of == "pictures"] if counts["missing"] else []
     record = {
@@ -212,7 +198,7 @@ def main() -> None:
         "pictures": counts,
         "figures": figures,
         "cases, no picture missing": len(whole),
-        "figures, no picture missing": measure(of_pictures, bench, closed, whole)[0] if whole else {},
+        "figures, no picture missing": measure(of_pictures, bench, unavailable, whole)[0] if whole else {},
         "left out": reasons,
     }
     write_json(args.out, record)
@@ -226,12 +212,11 @@ def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, setti
     checkpoint = given_checkpoint(args.checkpoint or shipped_checkpoint(place, names) or place)
     made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "trained": fingerprint([checkpoint])}
     made |= {"seed": args.seed, **asdict(args.sampling)}
-    check_settings(make_folder(args.answers), settings | made)
-    write_json(args.answers / SETTINGS, settings | made)
+    open_answers(args.answers, settings | made)
     reads = cases[0].task != "caption"
     model = load_minigpt5(args.weights, checkpoint, dtype=DTYPES[args.dtype], device=device, read_pictures=reads)
-    count = generate(model.eval(), cases, args.answers, args.context, args.sampling, args.seed, args.batch_size)
-    print(f"{count:,} of {len(cases):,} cases answered now, see {args.answers}")
+    generate(model.eval(), cases, args.answers, args.context, args.sampling, args.seed, args.batch_size)
+    print(f"{len(cases):,} cases are answered, see {args.answers}")
     del model
     gc.collect()  # the networks may need its memory
     return made

@@ -15,6 +15,7 @@ KEY.json is written last and under a temporary name, so a case is answered when 
 `_answers.json` says how the answers were made; to go on with other settings is an error.
 """
 
+import argparse
 import hashlib
 import json
 import zlib
@@ -30,13 +31,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from common.cli import DTYPES, add_weights_option, make_folder
 from common.files import write_json
 from common.images import ImageError, read_image, save_image
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
+from miniature.exam import spoken
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
-from prompts import Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
+from prompts import TASKS, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
 from published.loading import read_json
 from tars.batches import describe
 from tars.index import Member, Unusable, decode, expand, read_index, read_member
@@ -50,6 +53,28 @@ CONTEXTS = {  # what of the steps before a story's step is told
     "both": lambda before: before,
 }
 SETTINGS = "_answers.json"
+
+
+def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> None:
+    """What is asked and how; the last of `contexts` is the default."""
+    add = parser.add_argument
+    add("--data", nargs="+", help="tars of pairs, stories or dialogues; folders of them, patterns")
+    add("--task", choices=TASKS, default="image", help="what a story's step asks for")
+    add("--context", choices=contexts, default=contexts[-1], help="what of a story's earlier steps is told")
+    add("--last", action="store_true", help="of each story the last step alone")
+    add("--n", type=int, default=0, help="the first so many cases; 0: all")
+    add_weights_option(parser)
+    add("--seed", type=int, default=0, help="same seed, same answers")
+    add("--batch-size", type=int, default=16, help="cases answered at a time")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
+
+
+def check_case_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not args.data:
+        parser.error("--data is needed")
+    if args.batch_size < 1 or args.n < 0:
+        parser.error("--batch-size is at least 1, --n at least 0")
 
 
 class Case(NamedTuple):
@@ -213,18 +238,10 @@ def read_answer(folder: Path, key: str) -> Answer | None:
     return Answer(spoken(segments), tuple(lost), content.get("unusable"))
 
 
-def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
-    """Without what the language model says from <Img> on: where it has no voken to say, a frozen one may go on with
-    words for the picture, which are no text of the answer."""
-    kept, ended = [], False
-    for segment in segments:
-        if isinstance(segment, str):
-            text, mark, _ = segment.partition("<Img>")
-            kept += [text.strip()] if text.strip() and not ended else []
-            ended = ended or bool(mark)
-        else:
-            kept.append(segment)
-    return kept
+def open_answers(folder: Path, settings: dict) -> None:
+    """Make the folder for answers that are made with `settings`. ValueError where it holds others."""
+    check_settings(make_folder(folder), settings)
+    write_json(folder / SETTINGS, settings)
 
 
 def check_settings(folder: Path, settings: dict) -> None:
@@ -237,16 +254,23 @@ def check_settings(folder: Path, settings: dict) -> None:
             raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
 
 
+def unanswered(cases: list[Case], folder: Path, batch_size: int) -> Iterator[list[Case]]:
+    """The cases that have no answer yet, in batches."""
+    waiting = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
+    with tqdm(total=len(waiting), desc="answers", unit="case", delay=2) as bar:
+        for start in range(0, len(waiting), batch_size):
+            yield waiting[start : start + batch_size]
+            bar.update(len(waiting[start : start + batch_size]))
+
+
 def generate(
     model: MiniGPT5, cases: list[Case], folder: Path, context: str, sampling: Sampling, seed: int, batch_size: int
-) -> int:
-    """Answer the cases that have no answer yet; returns how many. An answer depends on seed and key alone."""
-    waiting = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
+) -> None:
+    """Answer the cases that have no answer yet. An answer depends on seed and key alone."""
     room = room_wanted(model, sampling)
-    bar = tqdm(total=len(waiting), desc="answers", unit="case", delay=2)
-    for start in range(0, len(waiting), batch_size):
+    for batch in unanswered(cases, folder, batch_size):
         asked = []
-        for case in waiting[start : start + batch_size]:
+        for case in batch:
             try:
                 asked.append((case.key, *prompt_of(case, model, context, room)))
             except Unusable as error:
@@ -257,9 +281,6 @@ def generate(
             answers = answer(model, prompts, pictures, sampling, generators, pad=False)
             for key, segments in zip(keys, answers, strict=True):
                 write_answer(folder, key, segments)
-        bar.update(len(waiting[start : start + batch_size]))
-    bar.close()
-    return len(waiting)
 
 
 def generator_of(seed: int, key: str) -> torch.Generator:

@@ -1,9 +1,9 @@
-"""What is compared with what for every metric of `evaluate.py`; METRICS is the list.
+"""What is compared with what for every metric of `python -m evaluation`; METRICS is the list.
 
     METRICS["clip-i"].compute(bench, outcomes) -> figure      of what was said and drawn in answer to the cases
 
 An `Outcome` holds no pictures, only what the networks of `scorers.py` saw in them. The arithmetic is in `metrics.py`.
-How a picture that did not come counts: in `evaluate.py`'s head.
+How a picture that did not come counts: in `python -m evaluation`'s head.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from evaluation.metrics import (
     words,
 )
 from evaluation.scorers import Unavailable
-from miniature.exam import NOTHING, right_shares
+from miniature.judge import NOTHING, right_shares
 from miniature.score_stories import true_of
 
 
@@ -90,10 +90,15 @@ def beside_texts(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
     return mean([cosine(text, came[name]).item() if came else 0.0 for text, came in pairs])
 
 
-def attributes(bench: Bench, outcomes: list[Outcome]) -> dict[str, float]:
-    labelled = [outcome for outcome in outcomes if outcome.case.facts and outcome.wanted]
+def with_facts(outcomes: list[Outcome]) -> list[Outcome]:
+    labelled = [outcome for outcome in outcomes if outcome.case.facts]
     if not labelled:
         raise Unavailable("the data has no labels of the miniature's world")
+    return labelled
+
+
+def attributes(bench: Bench, outcomes: list[Outcome]) -> dict[str, float]:
+    labelled = with_facts([outcome for outcome in outcomes if outcome.wanted])
     seen = [outcome.came[0]["facts"] if outcome.came else NOTHING for outcome in labelled]
     return right_shares(seen, [outcome.case.facts for outcome in labelled])
 
@@ -114,9 +119,7 @@ def over_answers(compare: Callable | None, bench: Bench, outcomes: list[Outcome]
 
 def truth(bench: Bench, outcomes: list[Outcome]) -> float:
     """The share of answers that say something of the case's true picture and nothing that is wrong."""
-    labelled = [outcome for outcome in outcomes if outcome.case.words and outcome.case.facts]
-    if not labelled:
-        raise Unavailable("the data has no labels of the miniature's world")
+    labelled = with_facts([outcome for outcome in outcomes if outcome.case.words])
     return mean([true_of(outcome.text, outcome.case.facts) for outcome in labelled])
 
 
@@ -196,8 +199,8 @@ METRICS = {
 }
 
 
-def measure(wanted: list[str], bench: Bench, closed: dict[str, str], outcomes: list[Outcome]) -> tuple[dict, dict]:
-    """{title: figure} and {title: reason} of the metrics that cannot be computed. closed: network -> why it is not
+def measure(wanted: list[str], bench: Bench, unavailable: dict[str, str], outcomes: list[Outcome]) -> tuple[dict, dict]:
+    """{title: figure} and {title: reason} of the metrics that cannot be computed. unavailable: network -> why it is not
     there."""
     pictures = any(outcome.wanted for outcome in outcomes)
     asked = {"pictures": pictures, "words": any(o.case.words for o in outcomes)}
@@ -207,8 +210,8 @@ def measure(wanted: list[str], bench: Bench, closed: dict[str, str], outcomes: l
         try:
             if not asked[metric.of]:
                 raise Unavailable(f"no {metric.of} wanted in these cases")
-            if metric.network in closed:
-                raise Unavailable(closed[metric.network])
+            if metric.network in unavailable:
+                raise Unavailable(unavailable[metric.network])
             value = metric.compute(bench, outcomes)
             values = value if isinstance(value, dict) else {"": value}
             figures |= {f"{metric.title} {name}".strip(): value for name, value in values.items()}

@@ -9,7 +9,8 @@
     relevance_by_modality  the turns of a dialogue                      MM-Relevance, as the released code has it
     relevance_in_order     the parts of a turn                          MM-Relevance, as MMDialog has it
 
-No network is here and nothing is loaded: `scorers.py` makes features, `evaluate.py` says what is compared with what.
+No network is here and nothing is loaded: `scorers.py` makes features, `comparisons.py` says what is compared with
+what.
 
 Left out: BLEU's smoothing and several references. The released code hands whole strings to nltk, so that its BLEU
 counts characters; the paper's table says words, and so does this.

@@ -27,8 +27,8 @@ from common.cli import add_weights_option, read_arguments, run
 from common.files import write_json
 from evaluation.cases import Case, facts_of, read_answer, read_cases
 from evaluation.scorers import WorldJudge
-from miniature.exam import NOTHING
 from miniature.facts import Picture
+from miniature.judge import NOTHING
 from miniature.score_stories import hero_colour, kept, true_of
 from tars.index import Member
 

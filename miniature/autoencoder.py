@@ -10,22 +10,17 @@ Diffusion's later decoders were.
 import hashlib
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.images import draw_grid, to_image
-from miniature.backdrop import VARIANTS
-from miniature.facts import SCENES, TIMES, Picture
-from miniature.judge import Judge, load_judge, shares
+from miniature.judge import Judge, load_judge, read, right_shares
 from miniature.paint import draw
-from miniature.recipe import Recipe, Shop, normal, write_part
-from miniature.sets import cached, pictures, rows_of, to_pixels
+from miniature.recipe import Recipe, Setup, normal, write_part
+from miniature.sets import cached, held_out_pictures, to_pixels, training_pictures, training_set
 from miniature.world import sample_pair
-from minigpt5 import send
 from published.parts import load_vae
 from vae import VAE, VAEConfig
 
@@ -34,7 +29,6 @@ VAE_SIZES = VAEConfig(
 )
 KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
 THING_WEIGHT = 4.0  # a thing's pixel counts one and this: there are few, and they are what a picture is about
-BACKDROPS = list(product(SCENES, TIMES, range(VARIANTS)))
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,10 +48,10 @@ def decibels(a: Tensor, b: Tensor) -> Tensor:
     return -10 * ((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3)).log10()
 
 
-def backdrop_row(seed: int, i: int) -> np.ndarray:
-    """Which of BACKDROPS is behind the things of picture i."""
+def thing_pixels(seed: int, i: int) -> np.ndarray:
+    """Which pixels of picture i are not its background's: bool (64, 64)."""
     picture, _, jitter = sample_pair(seed, i)
-    return np.array(BACKDROPS.index((picture.scene, picture.time, jitter % VARIANTS)), np.int16)
+    return np.not_equal(draw(picture, jitter), draw(replace(picture, things=()), jitter)).any(-1)
 
 
 def judge_in(weights: Path, device: torch.device) -> Judge | None:
@@ -70,32 +64,26 @@ class AutoencoderRecipe(Recipe):
     """L1 on pixels, those of things above all, and on their differences, and a touch of KL. Latents are unscaled until
     the export."""
 
-    name, lr, matrix_lr, hold = "vae", 1e-3, 0.02, 200
+    name, batch_sizes, lr, matrix_lr, hold = "vae", (512, 8), 1e-3, 0.02, 200
 
-    def __init__(self, shop: Shop):
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
-        self.batch_size = 512 if shop.device.type == "cuda" else 8
-        self.device = shop.device
-        self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
-        path = shop.sets / f"backdrops-{shop.seed}-{shop.pictures}.npy"
-        self.behind = cached(path, shop.pictures, rows_of(partial(backdrop_row, shop.seed)), shop.workers)
-        empty = [np.asarray(draw(Picture(scene, time, ()), variant)) for scene, time, variant in BACKDROPS]
-        self.backdrops = torch.from_numpy(np.stack(empty)).to(shop.device)
-        self.tested = to_pixels(pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device))
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
-        self.judge = judge_in(shop.weights, shop.device)
+        self.pictures = training_pictures(setup)
+        self.things = training_set(setup, "things", partial(thing_pixels, setup.seed))
+        drawn, self.wanted = held_out_pictures(setup)
+        self.tested = to_pixels(drawn)
+        self.judge = judge_in(setup.weights, setup.device)
 
-    def weighted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def weighted(self, picked: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures of the training set and how much each of their pixels counts."""
-        drawn, behind = self.pictures[send(rows, self.device)], send(self.behind[rows].long(), self.device)
-        different = (drawn != self.backdrops[behind]).any(-1)[:, None]  # (B, 1, 64, 64)
-        weight = 1 + THING_WEIGHT * different
-        return to_pixels(drawn), weight / weight.mean()
+        weight = 1 + THING_WEIGHT * self.things[picked][:, None]  # (B, 1, 64, 64)
+        return to_pixels(self.pictures[picked]), weight / weight.mean()
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
+        picked = self.pick(len(self.pictures), generator)
         noise = normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator, self.device)
-        return *self.weighted(rows), noise
+        return *self.weighted(picked), noise
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         vae = modules["vae"]
@@ -114,13 +102,7 @@ class AutoencoderRecipe(Recipe):
         """ "right": drawn again so that the judge still reads every fact."""
         means, drawn = self.round_trip(modules, self.tested)
         figures = {"psnr": decibels(drawn, self.tested).mean().item(), "latent_deviation": means.std().item()}
-        return figures | ({"right": shares(self.judge, drawn, self.wanted)["all"]} if self.judge else {})
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        shown = self.tested[:10]
-        drawn = self.round_trip(modules, shown)[1]
-        columns = zip(shown, drawn, decibels(drawn, shown), strict=True)
-        draw_grid([(f"{dB:.1f} dB", [to_image(a), to_image(b)]) for a, b, dB in columns], path.with_suffix(".png"))
+        return figures | ({"right": right_shares(read(self.judge, drawn), self.wanted)["all"]} if self.judge else {})
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         config = modules["vae"].config
@@ -142,22 +124,22 @@ class AutoencoderRecipe(Recipe):
 # ---- latents as a training set
 
 
-def latent_block(vae: VAE, drawn: Tensor, rows: range) -> np.ndarray:
-    """float16 (rows, 2, C, h, w): mean and deviation of the scaled latents."""
+def latent_block(vae: VAE, drawn: Tensor, entries: range) -> np.ndarray:
+    """float16 (n, 2, C, h, w): mean and deviation of the scaled latents."""
     device = next(vae.parameters()).device
     with torch.no_grad():
-        encoded = [vae.encode(to_pixels(part.to(device))) for part in drawn[rows.start : rows.stop].split(64)]
+        encoded = [vae.encode(to_pixels(part.to(device))) for part in drawn[entries.start : entries.stop].split(64)]
         mean, logvar = map(torch.cat, zip(*encoded, strict=True))
         both = torch.stack([mean, torch.exp(0.5 * logvar)], 1) * vae.config.scaling_factor
     return both.half().cpu().numpy()
 
 
-def latent_set(shop: Shop, vae: VAE, drawn: Tensor) -> Tensor:
-    """Mean and deviation of the scaled latents of the training pictures (rows, 2, C, h, w), made once an encoder."""
+def latent_set(setup: Setup, vae: VAE, drawn: Tensor) -> Tensor:
+    """Mean and deviation of the scaled latents of the training pictures (n, 2, C, h, w), made once for an encoder."""
     frozen = {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
     version = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in frozen.values())).hexdigest()[:8]
-    path = shop.sets / f"latents-{version}-{shop.seed}-{shop.pictures}.npy"
-    return cached(path, shop.pictures, partial(latent_block, vae, drawn), 1).to(shop.device)
+    path = setup.sets / f"latents-{version}-{setup.seed}-{setup.pictures}.npy"
+    return cached(path, setup.pictures, partial(latent_block, vae, drawn), 1).to(setup.device)
 
 
 class DecoderRecipe(AutoencoderRecipe):
@@ -165,18 +147,18 @@ class DecoderRecipe(AutoencoderRecipe):
 
     name, lr, matrix_lr, hold = "decoder", 3e-4, 0.005, 500
 
-    def __init__(self, shop: Shop):
-        super().__init__(shop)
-        vae = load_vae(shop.weights / "stable-diffusion" / "vae", torch.float32, shop.device)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        vae = load_vae(setup.weights / "stable-diffusion" / "vae", torch.float32, setup.device)
         for part in (vae.decoder, vae.post_quant_conv):
             part.requires_grad_(True)
         self.modules = nn.ModuleDict({"vae": vae})
-        self.latents = latent_set(shop, vae, self.pictures)
+        self.latents = latent_set(setup, vae, self.pictures)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.pictures), (self.batch_size,), generator=generator)
-        mean, deviation = self.latents[send(rows, self.device)].float().unbind(1)
-        return *self.weighted(rows), mean + deviation * normal(mean.shape, generator, self.device)
+        picked = self.pick(len(self.pictures), generator)
+        mean, deviation = self.latents[picked].float().unbind(1)
+        return *self.weighted(picked), mean + deviation * normal(mean.shape, generator, self.device)
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, latents: Tensor) -> dict[str, Tensor]:
         return drawing_losses(modules["vae"].decode(latents) - pixels, weight)

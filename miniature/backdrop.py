@@ -23,6 +23,10 @@ LIGHT = {  # what the time of day makes of a colour: factors, then an offset
     "sunset": ((0.86, 0.70, 0.64), (32, 12, 24)),
     "night": ((0.36, 0.42, 0.56), (4, 6, 22)),
 }
+TOWERS = {
+    "back": ((168, 176, 208), (186, 172, 204), (160, 188, 206)),
+    "front": ((132, 140, 178), (158, 138, 172), (126, 156, 178), (170, 150, 160)),
+}
 LIGHT_OF = {  # scenes whose ground keeps more of the light
     ("snow", "night"): ((0.50, 0.54, 0.66), (0, 0, 16)),
     ("desert", "night"): ((0.40, 0.38, 0.62), (0, 4, 26)),
@@ -80,10 +84,8 @@ class Page:
         ImageDraw.Draw(self.image).ellipse(box, fill=colour if lit else self.tone(colour))
 
     def stroke(self, points, colour, width, lit=False):
-        pen = ImageDraw.Draw(self.image)
-        pen.line(
-            self.points(points), fill=colour if lit else self.tone(colour), width=max(1, round(width * self.scale))
-        )
+        fill, width = colour if lit else self.tone(colour), max(1, round(width * self.scale))
+        ImageDraw.Draw(self.image).line(self.points(points), fill=fill, width=width)
 
     def glow(self, x, y, radius, colour, strength, top=0.0):
         """Light around a point, fading to nothing at `radius`; none above the height `top`."""
@@ -191,10 +193,8 @@ def glitter(page: Page, x: float, top: float, bottom: float) -> None:
 def sea(page: Page) -> None:
     light = sky(page, 32)
     island = page.rng.uniform(4, 60)
-    page.shape(
-        [(island - 9, 32.5), (island - 4, 29.6), (island, 28.4), (island + 5, 30.2), (island + 9, 32.5)],
-        (120, 160, 176),
-    )
+    coast = ((-9, 32.5), (-4, 29.6), (0, 28.4), (5, 30.2), (9, 32.5))
+    page.shape([(island + dx, y) for dx, y in coast], (120, 160, 176))
     page.waves(32, 64, ((78, 196, 206), (18, 108, 158)), (206, 246, 246), 6)
     if page.time == "sunset":
         page.glow(light, 32, 34, (255, 176, 120), 0.75, top=32)
@@ -238,18 +238,12 @@ def city(page: Page) -> None:
         while x < 65:
             width = rng.uniform(6.5, 10.5)
             top = rng.uniform(17, 27) if back else rng.uniform(28, 37)
-            hue = (
-                [(168, 176, 208), (186, 172, 204), (160, 188, 206)]
-                if back
-                else [(132, 140, 178), (158, 138, 172), (126, 156, 178), (170, 150, 160)]
-            )
-            colour = hue[rng.integers(len(hue))]
-            page.shape(
-                [(x, top), (x + width, top), (x + width, 52), (x, 52)], colour, tuple(round(c * 0.86) for c in colour)
-            )
-            page.stroke(
-                [(x, 52), (x, top), (x + width, top), (x + width, 52)], tuple(round(c * 0.74) for c in colour), 0.35
-            )
+            colours = TOWERS["back" if back else "front"]
+            colour = colours[rng.integers(len(colours))]
+            foot, outline = (tuple(round(c * share) for c in colour) for share in (0.86, 0.74))
+            corners = [(x, 52), (x, top), (x + width, top), (x + width, 52)]
+            page.shape(corners, colour, foot)
+            page.stroke(corners, outline, 0.35)
             if back and rng.random() < 0.4:
                 page.stroke([(x + width / 2, top), (x + width / 2, top - 3.5)], (120, 124, 160), 0.4)
             lights(page, x, top, width)
@@ -304,15 +298,8 @@ def mountains(page: Page) -> None:
             foot = top + (after - top) * (1.0, 1.0)
             page.shape([top, foot, (top[0] + 1.5, foot[1])], shade, rock)
             left, right = top + (before - top) * 0.36, top + (after - top) * 0.36
-            snow_line = [
-                left,
-                top,
-                right,
-                (right + top) / 2 + (-0.6, 3.0),
-                (left + right) / 2 + (0, -0.6),
-                (left + top) / 2 + (0.8, 3.2),
-            ]
-            page.shape(snow_line, (250, 252, 255), (228, 236, 250))
+            lower = [(right + top) / 2 + (-0.6, 3.0), (left + right) / 2 + (0, -0.6), (left + top) / 2 + (0.8, 3.2)]
+            page.shape([left, top, right, *lower], (250, 252, 255), (228, 236, 250))
     page.land(hills(rng, 43.5, 1.3, 30), (150, 196, 112), (112, 164, 84), (104, 152, 82))
     page.land(hills(rng, 49.5, 0.5, 40), (216, 204, 168), (190, 178, 146))
     page.waves(51, 64, ((104, 190, 208), (36, 112, 156)), (206, 240, 244), 4)

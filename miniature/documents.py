@@ -9,8 +9,8 @@ picture's facts where the stages have a picture (ten words in a fixed order) or 
 So the language model learns to retell a picture from ten vectors, which the captioner will put there, and by the end
 of a text to know what its picture has to show.
 
-    language_row    (2, LENGTH)                    whole documents, one after the other; how much each token counts
-    look_row        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
+    language_ids    (2, LENGTH)                    whole documents, one after the other; how much each token counts
+    answer_ids        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
 """
 
 from functools import lru_cache
@@ -43,14 +43,14 @@ from tokenizer import Tokenizer
 PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
 TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
-LENGTH = 256  # tokens of a training row
+LENGTH = 256  # tokens of a training sequence
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
 TOLD_WEIGHT = 3  # a word of an answer in words to a picture counts as much
 ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
 
 
-# ---- documents: the pictures of a row are facts, `inputs` and `outputs` alike
+# ---- documents: pictures are facts, `inputs` and `outputs` alike
 
 
 def picture_words(picture: Picture) -> str:
@@ -161,9 +161,9 @@ def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list
     return tokens
 
 
-def language_row(path: Path, seed: int, split: str, i: int) -> np.ndarray:
+def language_ids(path: Path, seed: int, split: str, i: int) -> np.ndarray:
     """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off. Ids, then weights."""
-    tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no row can hold so many documents
+    tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no sequence can hold so many documents
     while len(tokens) < LENGTH:
         rng = random_stream(seed, number, ORDERS)
         tokens += [*encode(tokenizer, document(seed, number, split), rng), (tokenizer.eos_id, 1)]
@@ -171,7 +171,7 @@ def language_row(path: Path, seed: int, split: str, i: int) -> np.ndarray:
     return np.array(tokens[:LENGTH], np.int16).T
 
 
-def look_row(path: Path, seed: int, i: int) -> np.ndarray:
+def answer_ids(path: Path, seed: int, i: int) -> np.ndarray:
     """int16: where the answer begins and ends; the words of picture i; the ids of a question about it and of the
     answer, with a placeholder for each of the words."""
     tokenizer, row = tokenizer_at(path), look_document(random_stream(seed, i, LOOKS), seed, i, "train")

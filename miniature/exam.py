@@ -10,7 +10,7 @@ Prompt i starts from the same noise whichever way its picture is made. Words are
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from baselines.stable_diffusion import StableDiffusion
 from common.images import draw_grid, to_image, to_tensor
 from generation import Sampling, answer, prompt_ids
 from miniature.facts import Picture, random_stream
-from miniature.judge import ATTRIBUTES, Judge, load_judge, read, right
+from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
 from miniature.paint import draw
+from miniature.painter import denoise
 from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import sample_pair
@@ -37,7 +37,6 @@ SHOWN = 10  # examples of a sheet
 LONGEST = 96  # tokens of an answer
 SIDE = 64  # of the judge's pictures
 NOISE = 400  # purpose of the random streams
-NOTHING = Picture(None, None, ())  # what is seen where no picture came
 Figures = dict[str, dict[str, float]]  # {row: {column: figure}}
 
 
@@ -52,7 +51,6 @@ class Exam:
     n: int
     seed: int
     sheets: Path | None = None  # folder for pictures of examples
-    done: dict[str, Figures] = field(default_factory=dict)  # figures of the parts measured before
 
     @cached_property
     def judge(self) -> Judge:
@@ -77,8 +75,8 @@ class Exam:
 # ---- samples
 
 
-def held_out_pictures(exam: Exam) -> tuple[list[Picture], list[Image.Image]]:
-    """Facts and their pictures."""
+def held_out_samples(exam: Exam) -> tuple[list[Picture], list[Image.Image]]:
+    """Facts, and the pictures that are drawn of them."""
     samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
     return [facts for facts, _, _ in samples], [draw(facts, jitter, SIDE) for facts, _, jitter in samples]
 
@@ -105,12 +103,16 @@ class Said(NamedTuple):
 @torch.no_grad()
 def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
     """Drawn as Stable Diffusion alone does, which reads a prompt's padding too; no language model takes part."""
-    model, s = StableDiffusion(exam.weights, torch.float32, exam.device).eval(), exam.sampling
+    options = {"dtype": torch.float32, "device": exam.device, "read_pictures": False, "read_captions": True}
+    model, s = load_minigpt5(exam.weights, None, **options).eval(), exam.sampling
     pictures = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
+        conditioning = model.text_encoder(model.clip_tokenizer([""] * len(part) + part)[0].to(exam.device))
         noise = torch.cat([model.sample_latents(1, exam.generator(start + i)) for i in range(len(part))])
-        pictures += map(to_image, model.paint(part, noise, s.sampler, s.steps, s.guidance))
+        noise = noise.to(exam.device)
+        latents = denoise(model.unet, model.schedule, conditioning, noise, s.sampler, s.steps, s.guidance)
+        pictures += map(to_image, model.vae.decode(latents))
     return pictures
 
 
@@ -125,11 +127,23 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
         generators = [exam.generator(start + i) for i in range(len(sources[part]))]
         prompts = [prompt_ids(exam.model, source) for source in sources[part]]
         for segments in answer(exam.model, prompts, pictures[part], sampling, generators):
-            words = " ".join(s for s in segments if isinstance(s, str))
-            # Where the frozen language model has no vokens to say, it goes on with words for a picture: not its text.
-            words = words.partition("<Img>")[0].strip()
+            words = " ".join(s for s in spoken(segments) if isinstance(s, str))
             said.append(Said(words, next((s for s in segments if not isinstance(s, str)), None)))
     return said
+
+
+def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
+    """Without what the language model says from <Img> on: where it has no voken to say, a frozen one may go on with
+    words for the picture, which are no text of the answer."""
+    kept, ended = [], False
+    for segment in segments:
+        if isinstance(segment, str):
+            text, mark, _ = segment.partition("<Img>")
+            kept += [text.strip()] if text.strip() and not ended else []
+            ended = ended or bool(mark)
+        else:
+            kept.append(segment)
+    return kept
 
 
 # ---- what came out right
@@ -146,32 +160,10 @@ def look(exam: Exam, pictures: list[Image.Image | None]) -> list[Picture]:
     return [next(seen) if picture else NOTHING for picture in pictures]
 
 
-def share(values: list[bool]) -> float:
-    return sum(values) / max(len(values), 1)
-
-
 def means(rows: list[dict[str, bool]]) -> dict[str, float]:
     """The share that is true, column by column."""
     return {name: share([row[name] for row in rows]) for name in rows[0]}
 
 
-def asks_for(wanted: Picture, attribute: str) -> bool:
-    """Whether `wanted` asks for the attribute: a fact that is None is not asked for."""
-    if attribute in ("scene", "time"):
-        return getattr(wanted, attribute) is not None
-    return attribute in ("count", "all") or any(getattr(thing, attribute) for thing in wanted.things)
-
-
 def named_shares(wanted: list[Picture]) -> dict[str, float]:
     return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}
-
-
-def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]:
-    """Of each attribute the share that is right where it is asked for; "all": all that is asked for."""
-    rows = [(right(a, b), b) for a, b in zip(seen, wanted, strict=True)]
-    return {name: share([row[name] for row, facts in rows if asks_for(facts, name)]) for name in (*ATTRIBUTES, "all")}
-
-
-def ratios(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
-    """`one` over `other`, of what both have; 0 where `other` is 0."""
-    return {name: one[name] / value if value else 0.0 for name, value in other.items() if name in one}

@@ -1,4 +1,4 @@
-"""What a picture of the miniature world holds: the facts, which of them fit together, and how they are drawn by lot.
+"""What a picture of the miniature world holds: the facts, which of them fit together, and how they are sampled.
 
 A picture is a scene at a time of day with one or two things in it. A thing has a kind, a colour, a size and a place.
 Nothing else about a picture is a fact: the shape of the hills, the side a cat looks to and a pixel or two of shift
@@ -99,8 +99,6 @@ def fits(things: tuple[Thing, ...], scene: str) -> bool:
 
 def triples(split: str) -> list[tuple[str, str, str]]:
     """Every (kind, colour, scene) of a split."""
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r}: expected one of {', '.join(SPLITS)}")
     every = product(KINDS, COLOURS, SCENES)
     return [t for t in every if home(t[0], t[2]) and held_out(*t) == (split == "held-out")]
 
@@ -142,7 +140,7 @@ def sample_picture(rng: np.random.Generator, split: str = "train", count: int | 
     if (count or (1 if rng.random() < 0.6 else 2)) == 1:
         return Picture(scene, time, (hero,))
     twins = rng.random() < 0.125
-    while True:  # most draws fit
+    while True:  # most samples fit
         other = sample_thing(rng, scene)
         if twins:
             hero = Thing(hero.kind, hero.colour, pick(rng, SIZES), hero.place)

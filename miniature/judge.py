@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.images import draw_grid, to_image
 from miniature.facts import (
     COLOURS,
     KINDS,
@@ -46,18 +45,25 @@ from miniature.facts import (
     random_stream,
 )
 from miniature.paint import draw
-from miniature.recipe import Recipe, Shop, normal, write_tensors
-from miniature.sets import cached, pictures, rows_of, to_pixels
-from miniature.world import sample_pair
-from minigpt5 import send
+from miniature.recipe import Recipe, Setup, normal, write_tensors
+from miniature.sets import held_out_pictures, to_pixels, training_set
 from published.loading import fill
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
 VIEWS, WIDTH = 4, 128
 SLOT_SIZES, WHOLE_SIZES = (len(KINDS) + 1, len(COLOURS), len(SIZES)), (len(SCENES), len(TIMES), 4)
+NOTHING = Picture(None, None, ())  # what is seen where no picture came
 IGNORE = -100  # label of what is not asked
 ATTRIBUTES = ("scene", "time", "count", "kind", "colour", "size", "place")
+
+
+def convolutions() -> nn.Sequential:
+    """pixels (B, 3, 64, 64) -> features (B, WIDTH, 8, 8)."""
+    layers = nn.Sequential()
+    for width_in, width, stride in ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1)):
+        layers.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+    return layers
 
 
 class Judge(nn.Module):
@@ -65,10 +71,7 @@ class Judge(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths = ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1))  # in, out, stride
-        self.features = nn.Sequential()
-        for width_in, width, stride in widths:
-            self.features.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+        self.features = convolutions()
         self.look = nn.Parameter(0.5 * torch.randn(len(SLOTS) + 1, VIEWS, 64))
         self.slot = nn.Sequential(nn.Linear(VIEWS * WIDTH, 96), nn.SiLU(), nn.Linear(96, sum(SLOT_SIZES)))
         self.whole = nn.Sequential(nn.Linear(VIEWS * WIDTH, 96), nn.SiLU(), nn.Linear(96, sum(WHOLE_SIZES)))
@@ -128,10 +131,21 @@ def right(seen: Picture, wanted: Picture) -> dict[str, bool]:
     return result | {"all": all(result.values())}
 
 
-def shares(judge: Judge, pixels: Tensor, wanted: list[Picture]) -> dict[str, float]:
-    """The share of the pictures that is right, for each attribute and for "all"."""
-    results = [right(seen, label) for seen, label in zip(read(judge, pixels), wanted, strict=True)]
-    return {name: sum(result[name] for result in results) / len(results) for name in (*ATTRIBUTES, "all")}
+def share(values: list[bool]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def asks_for(wanted: Picture, attribute: str) -> bool:
+    """Whether `wanted` asks for the attribute: a fact that is None is not asked for."""
+    if attribute in ("scene", "time"):
+        return getattr(wanted, attribute) is not None
+    return attribute in ("count", "all") or any(getattr(thing, attribute) for thing in wanted.things)
+
+
+def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]:
+    """Of each attribute the share that is right where it is asked for; "all": all that is asked for."""
+    rows = [(right(a, b), b) for a, b in zip(seen, wanted, strict=True)]
+    return {name: share([row[name] for row, facts in rows if asks_for(facts, name)]) for name in (*ATTRIBUTES, "all")}
 
 
 # ---- training
@@ -189,11 +203,11 @@ def judged(seed: int, i: int) -> tuple[Picture, int]:
     return any_picture(rng), int(rng.integers(1 << 31))
 
 
-def picture_row(seed: int, i: int) -> np.ndarray:
+def judged_picture(seed: int, i: int) -> np.ndarray:
     return np.asarray(draw(*judged(seed, i)))
 
 
-def label_row(seed: int, i: int) -> np.ndarray:
+def judged_labels(seed: int, i: int) -> np.ndarray:
     return labels(judged(seed, i)[0])
 
 
@@ -207,44 +221,31 @@ def worsen(pixels: Tensor, blur: float, noise: Tensor) -> Tensor:
 
 
 class JudgeRecipe(Recipe):
-    name, lr, matrix_lr, hold = "judge", 2e-3, 0.02, 1000
+    name, batch_sizes, lr, matrix_lr, hold = "judge", (1024, 32), 2e-3, 0.02, 1000
 
-    def __init__(self, shop: Shop):
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"judge": Judge()})
-        self.batch_size = 1024 if shop.device.type == "cuda" else 32
-        self.device, name = shop.device, f"{shop.seed}-{shop.pictures}.npy"
-        folder, rows, workers = shop.sets, shop.pictures, shop.workers
-        drawn = cached(folder / f"judged-pictures-{name}", rows, rows_of(partial(picture_row, shop.seed)), workers)
-        known = cached(folder / f"judged-labels-{name}", rows, rows_of(partial(label_row, shop.seed)), workers)
-        self.pictures, self.labels = drawn.to(shop.device), known.to(shop.device)
-        self.tested = to_pixels(pictures(folder, shop.tested, shop.seed, 1, "held-out").to(shop.device))
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(len(self.tested))]
+        self.pictures = training_set(setup, "judged-pictures", partial(judged_picture, setup.seed))
+        self.labels = training_set(setup, "judged-labels", partial(judged_labels, setup.seed))
+        drawn, self.wanted = held_out_pictures(setup)
+        self.tested = to_pixels(drawn)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Three quarters of the batches are blurred, three quarters noisy."""
-        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
+        picked = self.pick(len(self.pictures), generator)
         blur, loud = (torch.rand(2, generator=generator) - 0.25).clamp(min=0).tolist()
-        pixels = to_pixels(self.pictures[rows])
+        pixels = to_pixels(self.pictures[picked])
         noise = 0.2 * loud * normal(pixels.shape, generator, self.device)
-        return worsen(pixels, 1.6 * blur, noise), self.labels[rows].long()
+        return worsen(pixels, 1.6 * blur, noise), self.labels[picked].long()
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
         losses = reading_losses(*modules["judge"](pixels), known)
         return {"loss": sum(losses.values()), **losses}
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
-        return {f"{name}_right": share for name, share in shares(modules["judge"], self.tested, self.wanted).items()}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        """Pictures that were read wrongly, and what was seen in them."""
-        wrong = []
-        for pixels, seen, wanted in zip(self.tested, read(modules["judge"], self.tested), self.wanted, strict=True):
-            faults = [name for name, fine in right(seen, wanted).items() if not fine and name != "all"]
-            if faults:
-                things = " and ".join(f"{t.size} {t.colour} {t.kind} {t.place}" for t in seen.things)
-                wrong.append((f"wrong {' '.join(faults)}: {seen.scene}, {seen.time}, {things}", [to_image(pixels)]))
-        if wrong:
-            draw_grid(wrong[:10], path.with_suffix(".png"))
+        found = right_shares(read(modules["judge"], self.tested), self.wanted)
+        return {f"{name}_right": value for name, value in found.items()}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         write_tensors(weights / "judge.safetensors", modules["judge"].state_dict())

@@ -3,7 +3,6 @@
 noisy latents (B, 16, 8, 8), timesteps (B,), caption encodings (B, 32, 128) -> velocity (B, 16, 8, 8)
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,17 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import write_json
-from common.images import draw_grid, to_image
 from miniature.autoencoder import judge_in, latent_set
 from miniature.facts import random_stream
-from miniature.judge import shares
+from miniature.judge import read, right_shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
-from miniature.recipe import Recipe, Shop, normal, write_part
-from miniature.sets import pictures
+from miniature.recipe import Recipe, Setup, normal, write_part
+from miniature.sets import training_pictures
 from miniature.world import sample_pair
 from minigpt5 import send
 from published.parts import load_text_encoder, load_vae
-from scheduler import DPMSolver, NoiseSchedule, ScheduleConfig
+from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from unet import UNet, UNetConfig
 
 UNET_SIZES = UNetConfig(
@@ -44,48 +42,48 @@ PROMPTS = 301  # purpose of the random streams
 
 
 @torch.no_grad()
-def paint(predict: Callable[[Tensor, Tensor], Tensor], schedule: NoiseSchedule, noise: Tensor, steps: int) -> Tensor:
-    """Noise (B, C, h, w) -> latents; predict(latents, t) is the guided prediction."""
-    sampler, latents = DPMSolver(schedule, steps), noise
-    for index, timestep in enumerate(sampler.timesteps):
-        latents = sampler.step(predict(latents, timestep), index, latents)
+def denoise(
+    unet: UNet, schedule: NoiseSchedule, conditioning: Tensor, noise: Tensor, sampler: str, steps: int, guidance: float
+) -> Tensor:
+    """Noise (B, C, h, w) -> latents. conditioning (2 B, S, Dc): the empty caption's for each picture, then its own."""
+    solver, latents, dtype = SAMPLERS[sampler](schedule, steps), noise, conditioning.dtype
+    for index, timestep in enumerate(solver.timesteps):
+        both = unet(torch.cat([latents, latents]).to(dtype), timestep, conditioning).to(torch.float32, copy=True)
+        without, given = both.chunk(2)
+        latents = solver.step(without + guidance * (given - without), index, latents)
     return latents
 
 
 class DiffusionRecipe(Recipe):
-    name, lr, matrix_lr, hold = "diffusion", 1e-3, 0.01, 1000
+    name, batch_sizes, lr, matrix_lr, hold = "diffusion", (1024, 64), 1e-3, 0.01, 1000
 
-    def __init__(self, shop: Shop):
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"unet": UNet(UNET_SIZES)})
         nn.init.zeros_(self.modules["unet"].conv_out.weight)
-        self.batch_size = 1024 if shop.device.type == "cuda" else 64
-        self.device, self.seed = shop.device, shop.seed
-        self.schedule = NoiseSchedule(SCHEDULE).to(shop.device)
-        folder = shop.weights / "stable-diffusion"
-        self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, shop.device)
-        self.vae = load_vae(folder / "vae", torch.float32, shop.device)
-        self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(shop, folder / "tokenizer")
-        self.empty = self.tokenizer([""])[0].to(shop.device)
-        self.latents = latent_set(shop, self.vae, pictures(shop.sets, shop.pictures, shop.seed, shop.workers))
-        self.judge = judge_in(shop.weights, shop.device)
-        self.prompts, self.wanted = [], []
-        for i in range(min(64, shop.tested)):
-            rng = random_stream(shop.seed, i, PROMPTS)
-            picture = sample_pair(shop.seed, i, "held-out", 1)[0]
-            self.prompts.append(full_caption(picture, rng))
-            self.wanted.append(picture)
+        self.schedule = NoiseSchedule(SCHEDULE).to(setup.device)
+        folder = setup.weights / "stable-diffusion"
+        self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, setup.device)
+        self.vae = load_vae(folder / "vae", torch.float32, setup.device)
+        self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(setup, folder / "tokenizer")
+        self.empty = self.tokenizer([""])[0].to(setup.device)
+        self.latents = latent_set(setup, self.vae, training_pictures(setup))
+        self.judge = judge_in(setup.weights, setup.device)
+        self.wanted = [sample_pair(setup.seed, i, "held-out", 1)[0] for i in range(min(64, setup.tested))]
+        streams = (random_stream(setup.seed, i, PROMPTS) for i in range(len(self.wanted)))
+        self.prompts = [full_caption(picture, rng) for picture, rng in zip(self.wanted, streams, strict=True)]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         B, shape = self.batch_size, (self.batch_size, *self.latents.shape[2:])
         tops = (len(self.latents), PHRASINGS, SCHEDULE.num_train_timesteps)
-        rows, phrasing, t = (torch.randint(top, (B,), generator=generator) for top in tops)
+        picked, phrasing, t = (torch.randint(top, (B,), generator=generator) for top in tops)
         half = B // 2
         t[:half] = torch.randint(*DECIDING, (half,), generator=generator)
         drop, unmasked = (torch.rand(B, generator=generator) < share for share in (DROP_RATE, 0.5))
-        rows, phrasing, t, drop, unmasked = (send(x, self.device) for x in (rows, phrasing, t, drop, unmasked))
+        picked, phrasing, t, drop, unmasked = (send(x, self.device) for x in (picked, phrasing, t, drop, unmasked))
         sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
-        mean, deviation = self.latents[rows].float().unbind(1)
-        ids = torch.where(drop[:, None], self.empty, self.texts[rows, phrasing].long())
+        mean, deviation = self.latents[picked].float().unbind(1)
+        ids = torch.where(drop[:, None], self.empty, self.texts[picked, phrasing].long())
         # Stable Diffusion reads the padding, MiniGPT-5's caption loss masks it: the UNet should bear both.
         ends = ends_of(ids, self.empty[0, 1])
         mask = (torch.arange(ids.shape[1], device=self.device) <= ends[:, None]) | unmasked[:, None]
@@ -100,30 +98,15 @@ class DiffusionRecipe(Recipe):
         # No min-SNR weights: they would all but take away the high noise, where it is decided what goes where.
         return {"loss": F.mse_loss(modules["unet"](noisy, t, context).float(), target)}
 
-    def painted(self, modules: nn.ModuleDict, prompts: list[str], guidance: float = 3.0, steps: int = 16) -> Tensor:
-        """Prompts -> pixels (B, 3, 64, 64), always from the same noise."""
-        ids = torch.cat([self.empty.expand(len(prompts), -1), self.tokenizer(prompts)[0].to(self.device)])
-        context = self.text_encoder(ids)
-
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            without, given = modules["unet"](torch.cat([latents, latents]), timestep, context).chunk(2)
-            return without + guidance * (given - without)
-
-        noise = torch.randn(len(prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
-        return self.vae.decode(paint(predict, self.schedule, noise.to(self.device), steps))
-
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
-        """Shares of one-thing prompts, with all facts named, drawn right."""
+        """Shares of one-thing prompts, with all facts named, drawn right, always from the same noise."""
         if self.judge is None:
             return {}
-        found = shares(self.judge, self.painted(modules, self.prompts), self.wanted)
-        return {f"{name}_right": share for name, share in found.items()}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        pixels = self.painted(modules, self.prompts[:10])
-        draw_grid(
-            [(text, [to_image(p)]) for text, p in zip(self.prompts, pixels, strict=False)], path.with_suffix(".png")
-        )
+        conditioning = self.text_encoder(self.tokenizer([""] * len(self.prompts) + self.prompts)[0].to(self.device))
+        noise = torch.randn(len(self.prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
+        latents = denoise(modules["unet"], self.schedule, conditioning, noise.to(self.device), "dpm", 16, 3.0)
+        found = right_shares(read(self.judge, self.vae.decode(latents)), self.wanted)
+        return {f"{name}_right": value for name, value in found.items()}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         folder = weights / "stable-diffusion"

@@ -23,19 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.images import draw_grid, to_image
 from miniature.facts import Picture, random_stream
+from miniature.judge import WIDTH, convolutions
 from miniature.paint import draw
-from miniature.recipe import Recipe, Shop, reset, write_tensors
-from miniature.sets import cached, rows_of, to_pixels
+from miniature.recipe import Recipe, Setup, reset, write_tensors
+from miniature.sets import held_out_pictures, to_pixels, training_set
 from miniature.world import sample_dialogue, sample_pair, sample_story
-from minigpt5 import send
 from published.loading import fill
 from text_encoder import TextConfig, TextEncoder
 
-WIDTH, VIEWS, LENGTH = 128, 12, 40  # of features; learned views of a picture; words of a text, its end counted
+VIEWS, LENGTH = 12, 40  # learned views of a picture; words of a text, its end counted
 PAD, END, WORDS = 0, 1, 8192  # ids; words have ids by their hash, so that any text can be read: few of them collide
-ROWS = 1 << 16  # pairs to train on at most
+PAIRS = 1 << 16  # pairs to train on at most
 CHOICE = 303  # purpose of the random streams
 PAIRING_SIZES = TextConfig(
     vocab_size=WORDS,
@@ -54,15 +53,12 @@ def ids_of(text: str) -> list[int]:
 
 
 class Pairing(nn.Module):
-    def __init__(self, sizes: TextConfig | None = None):
+    def __init__(self):
         super().__init__()
-        widths = ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, WIDTH, 2), (WIDTH, WIDTH, 1))  # in, out, stride
-        self.features = nn.Sequential()
-        for width_in, width, stride in widths:
-            self.features.extend([nn.Conv2d(width_in, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()])
+        self.features = convolutions()
         self.look = nn.Parameter(0.5 * torch.randn(VIEWS, 64))
         self.picture_projection = nn.Linear(VIEWS * WIDTH, WIDTH)
-        self.text = TextEncoder(sizes or PAIRING_SIZES)
+        self.text = TextEncoder(PAIRING_SIZES)
         self.text_projection = nn.Linear(WIDTH, WIDTH)
         self.scale = nn.Parameter(torch.tensor([2.5]))  # of the cosines in the loss, as a logarithm
 
@@ -102,35 +98,31 @@ def told_picture(seed: int, i: int, split: str = "train") -> tuple[Picture, str,
     return turn.picture, turn.text, jitter
 
 
-def picture_row(seed: int, i: int) -> np.ndarray:
+def paired_picture(seed: int, i: int) -> np.ndarray:
     picture, _, jitter = told_picture(seed, i)
     return np.asarray(draw(picture, jitter))
 
 
-def text_row(seed: int, i: int) -> np.ndarray:
+def paired_text(seed: int, i: int) -> np.ndarray:
     return np.array(ids_of(told_picture(seed, i)[1]), np.int16)
 
 
 class PairingRecipe(Recipe):
-    name, lr, matrix_lr, hold = "pairing", 2e-3, 0.01, 1000
+    name, batch_sizes, lr, matrix_lr, hold = "pairing", (1024, 128), 2e-3, 0.01, 1000
 
-    def __init__(self, shop: Shop):
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"pairing": Pairing()})
         reset(self.modules["pairing"].text)
-        self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 128, shop.device
-        rows, workers = min(shop.pictures, ROWS), shop.workers
-        name = f"{shop.seed}-{rows}.npy"
-        make_pictures, make_texts = (rows_of(partial(row, shop.seed)) for row in (picture_row, text_row))
-        self.pictures = cached(shop.sets / f"paired-pictures-{name}", rows, make_pictures, workers).to(shop.device)
-        self.texts = cached(shop.sets / f"paired-texts-{name}", rows, make_texts, workers).to(shop.device)
-        tested = [sample_pair(shop.seed, i, "held-out") for i in range(shop.tested)]
-        self.tested_texts = [text for _, text, _ in tested]
-        drawn = np.stack([np.asarray(draw(picture, jitter)) for picture, _, jitter in tested])
-        self.tested = to_pixels(torch.from_numpy(drawn).to(shop.device))
+        length = min(setup.pictures, PAIRS)
+        self.pictures = training_set(setup, "paired-pictures", partial(paired_picture, setup.seed), length)
+        self.texts = training_set(setup, "paired-texts", partial(paired_text, setup.seed), length)
+        self.tested = to_pixels(held_out_pictures(setup)[0])
+        self.tested_texts = [sample_pair(setup.seed, i, "held-out")[1] for i in range(setup.tested)]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
-        return to_pixels(self.pictures[rows]), self.texts[rows].long()
+        picked = self.pick(len(self.pictures), generator)
+        return to_pixels(self.pictures[picked]), self.texts[picked].long()
 
     def losses(self, modules: nn.ModuleDict, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         pairing = modules["pairing"]
@@ -139,20 +131,12 @@ class PairingRecipe(Recipe):
         own = torch.arange(len(scores), device=scores.device)
         return {"loss": (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2}
 
-    def cosines(self, modules: nn.ModuleDict) -> Tensor:
-        return modules["pairing"].see(self.tested) @ modules["pairing"].read(self.tested_texts).T
-
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """The share of held-out pictures whose own caption is the nearest of all tested ones."""
-        nearest = self.cosines(modules).argmax(-1)
+        pairing = modules["pairing"]
+        nearest = (pairing.see(self.tested) @ pairing.read(self.tested_texts).T).argmax(-1)
         own = torch.arange(len(nearest), device=nearest.device)
         return {"own_caption": (nearest == own).float().mean().item()}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        """Pictures and the captions that are nearest to them."""
-        nearest = self.cosines(modules)[:10].argmax(-1).tolist()
-        columns = [(self.tested_texts[k], [to_image(p)]) for k, p in zip(nearest, self.tested, strict=False)]
-        draw_grid(columns, path.with_suffix(".png"))
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         write_tensors(weights / "pairing.safetensors", modules["pairing"].state_dict())

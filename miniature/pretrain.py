@@ -1,8 +1,8 @@
 """Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world.
 
     python miniature/pretrain.py --weights runs/weights             # all parts, as long as MINUTES says
-    python miniature/pretrain.py --weights runs/weights --parts vae judge --minutes vae=60 judge=10
-    python miniature/pretrain.py --weights runs/weights --parts vae --minutes vae=0   # write what there is so far
+    python miniature/pretrain.py --weights runs/weights --parts vae judge --minutes 60
+    python miniature/pretrain.py --weights runs/weights --parts vae --minutes 0     # write what there is so far
     python miniature/pretrain.py --parts pairing                    # what does not ship, beside what does
 
 Parts, in the order in which they need one another:
@@ -18,16 +18,14 @@ Parts, in the order in which they need one another:
 | language  | vicuna                                       | captions, stories, conversations                      |
 | captioner | blip2, minigpt4                              | to put a picture into words for the language model    |
 
-Each part has a budget of training time, and goes on from its newest checkpoint, whenever it was stopped: weights,
-averaged weights, optimiser, step. All random numbers of a step come from (seed, step), so that a run in pieces is the
-same as one in one piece. A part's averaged weights are written to `--weights` when its time is up: the published
-layout, in 16 bit.
+Each part has a budget of training time. After a stop it resumes from its newest checkpoint (weights, averaged weights,
+optimiser, step). All random numbers of a step come from (seed, step), so that a run in pieces equals one in one piece.
+When its time is up, the part's averaged weights are written to `--weights`, in the published layout and 16 bit.
 
 A part's folder in `--out`:
 
     checkpoint.pt             the newest, written whole under another name and then renamed
     log.jsonl losses.png      losses and figures on held-out samples
-    sheet.*                   what the averaged weights do
 """
 
 import argparse
@@ -51,22 +49,15 @@ from miniature.judge import JudgeRecipe
 from miniature.painter import DiffusionRecipe
 from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
-from miniature.recipe import Recipe, Shop
+from miniature.recipe import Recipe, Setup
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from trainer.log import append_log, cut_log, draw_losses, read_log
 from trainer.muon import Muon
 from trainer.run import step_generator, stop_signals
 
-PARTS = {
-    "judge": JudgeRecipe,
-    "pairing": PairingRecipe,
-    "vae": AutoencoderRecipe,
-    "decoder": DecoderRecipe,
-    "text": TextRecipe,
-    "diffusion": DiffusionRecipe,
-    "language": LanguageRecipe,
-    "captioner": CaptionerRecipe,
-}
+RECIPES = (JudgeRecipe, PairingRecipe, AutoencoderRecipe, DecoderRecipe)
+RECIPES += (TextRecipe, DiffusionRecipe, LanguageRecipe, CaptionerRecipe)
+PARTS = {recipe.name: recipe for recipe in RECIPES}
 MINUTES = {  # of training, on a GPU and on a CPU
     "judge": (1, 15),
     "pairing": (1, 15),
@@ -79,7 +70,7 @@ MINUTES = {  # of training, on a GPU and on a CPU
 }
 SHIPPED = Path(__file__).resolve().parent / "weights"
 WARMUP = 100  # steps
-SAVE_SECONDS, MEASURE_SECONDS = 120, 300
+SAVE_SECONDS = 300  # between two checkpoints, each with a line of the log
 EMA_GAMMA = 9  # of a power-function average (Karras et al. 2024): its mean age is an 11th of the steps so far
 OUTER = re.compile(r"embed|lm_head|conv_in\b|conv_out\b|query_tokens|look\b")  # matrices that are not Muon's
 
@@ -114,11 +105,11 @@ def average(averaged: nn.Module, modules: nn.Module, step: int) -> None:
 # ---- checkpoints
 
 
-def save(path: Path, state: dict) -> None:
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+def save(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list, step: int, seconds: float) -> None:
+    state = {"modules": recipe.modules.state_dict(), "averaged": averaged.state_dict(), "step": step}
+    state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "seconds": seconds}
+    with written_whole(path) as temporary:
+        torch.save(state, temporary)
 
 
 def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -> tuple[int, float]:
@@ -126,10 +117,7 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
     if not path.exists():
         return 0, 0.0
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many kinds, for what is no checkpoint
-            raise ValueError(f"not readable, {error}") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
         frozen = {name: p for name, p in recipe.modules.named_parameters() if not p.requires_grad}
         if not all(torch.equal(p.cpu(), state["modules"][name]) for name, p in frozen.items()):
             raise ValueError("what it builds on was trained further since")
@@ -137,7 +125,7 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
         averaged.load_state_dict(state["averaged"])
         for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except Exception as error:  # of many kinds, for what is no checkpoint
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit this part; remove it to start anew ({reason})") from None
     return state["step"], state["seconds"]
@@ -146,11 +134,11 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
 # ---- the loop
 
 
-def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = None) -> nn.ModuleDict | None:
+def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = None) -> nn.ModuleDict | None:
     """Train a part until its minutes are used up (or `last_step` is done); its averaged weights, None if stopped."""
-    folder = make_folder(shop.runs / recipe.name)
+    folder = make_folder(setup.runs / recipe.name)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    recipe.modules.to(shop.device).train()
+    recipe.modules.to(setup.device).train()
     averaged = copy.deepcopy(recipe.modules).eval().requires_grad_(False)
     optimizers = optimizers_of(recipe)
     step, seconds = restore(checkpoint, recipe, averaged, optimizers)
@@ -160,19 +148,17 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     size = sum(p.numel() for p in recipe.modules.parameters())
     print(f"{recipe.name}: {size:,} parameters, step {step}, {seconds / 60:.1f} of {minutes:g} minutes used")
 
-    on_gpu = shop.device.type == "cuda"
-    losses_of = torch.compile(recipe.losses) if shop.compile else recipe.losses
+    on_gpu = setup.device.type == "cuda"
+    losses_of = torch.compile(recipe.losses) if can_compile(setup.device) else recipe.losses
     parameters = list(recipe.modules.parameters())
-    sums, logged, started, begun = {}, step, seconds, time.perf_counter()
-    saved = measured = seconds
+    sums, logged, saved, started, begun = {}, step, seconds, seconds, time.perf_counter()
 
-    def look() -> None:
-        """Log losses and figures, draw the sheet."""
+    def measure() -> None:
+        """Log losses and figures."""
         record = {"step": step, "seconds": round(seconds, 1)}
         record |= {name: round(value.item() / (step - logged), 6) for name, value in sums.items()}
         with torch.no_grad():
             record |= {name: round(value, 5) for name, value in recipe.measure(averaged).items()}
-            recipe.sheet(averaged, folder / "sheet")
         append_log(log, record)
         draw_losses(read_log(log), folder / "losses.png")
         print(f"{recipe.name}: " + ", ".join(f"{name} {value:g}" for name, value in record.items()), flush=True)
@@ -180,11 +166,11 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
     with stop_signals() as asked:
         while not asked and seconds < 60 * minutes and step != last_step:
             # ---- one step
-            generator = step_generator(shop.seed, step, 0)
+            generator = step_generator(setup.seed, step, 0)
             factor = rate_factor(step, recipe.hold)
             for optimizer, rate in zip(optimizers, (recipe.lr, recipe.matrix_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = factor * rate
-            with torch.autocast(shop.device.type, torch.bfloat16, enabled=on_gpu):
+            with torch.autocast(setup.device.type, torch.bfloat16, enabled=on_gpu):
                 losses = losses_of(recipe.modules, *recipe.batch(generator))
             losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -198,59 +184,34 @@ def train(recipe: Recipe, shop: Shop, minutes: float, last_step: int | None = No
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().float()
             seconds = started + time.perf_counter() - begun
-            if seconds - measured > MEASURE_SECONDS:
-                look()
-                sums, logged, measured = {}, step, seconds
             if seconds - saved > SAVE_SECONDS:
-                save(checkpoint, state_of(recipe, averaged, optimizers, step, seconds))
-                saved = seconds
-        save(checkpoint, state_of(recipe, averaged, optimizers, step, seconds))
+                measure()
+                save(checkpoint, recipe, averaged, optimizers, step, seconds)
+                sums, logged, saved = {}, step, seconds
+        save(checkpoint, recipe, averaged, optimizers, step, seconds)
     if asked:
         print(f"{recipe.name}: stopped after step {step}; the same command goes on")
         return None
     if step > logged:
-        look()
+        measure()
     return averaged
 
 
-def state_of(recipe: Recipe, averaged: nn.Module, optimizers: list, step: int, seconds: float) -> dict:
-    return {
-        "modules": recipe.modules.state_dict(),
-        "averaged": averaged.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
-        "seconds": seconds,
-    }
-
-
 # ---- command line
-
-
-def budget(text: str) -> tuple[str, float]:
-    part, _, minutes = text.partition("=")
-    if part not in PARTS:
-        raise argparse.ArgumentTypeError(f"{part!r} is not one of {', '.join(PARTS)}")
-    try:
-        if not 0 <= float(minutes) < float("inf"):
-            raise ValueError
-        return part, float(minutes)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PART=MINUTES") from None
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    add("--minutes", nargs="+", type=budget, default=[], metavar="PART=MINUTES", help="training time, over all runs")
-    add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, sheets, training sets")
+    add("--minutes", type=float, help="training time of each part, over all runs; default: MINUTES of this file")
+    add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, training sets")
     add("--weights", type=Path, default=SHIPPED, help="where finished parts go, beside those that they build on; "
         "needed but for --parts pairing")  # fmt: skip
     add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
     args = read_arguments(parser, argv)
     if args.pictures < 1 or args.workers < 1:
         parser.error("--pictures and --workers are at least 1")
@@ -266,16 +227,14 @@ def main(argv: list[str] | None = None) -> None:
     settings = Path("minigpt5") / "config.json"  # the defaults of the commands that use the weights
     if not (args.weights / settings).exists():
         write_file(args.weights / settings, (SHIPPED / settings).read_bytes())
-    compiles = can_compile(device) if args.compile is None else args.compile
-    options = {"seed": args.seed, "pictures": args.pictures, "workers": args.workers, "compile": compiles}
-    shop = Shop(make_folder(args.out), args.weights, device, **options)
+    setup = Setup(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
     for part, recipe_class in PARTS.items():
         if part not in args.parts:
             continue
         torch.manual_seed(args.seed)
-        recipe = recipe_class(shop)
-        minutes = dict(args.minutes).get(part, MINUTES[part][device.type == "cpu"])
-        averaged = train(recipe, shop, minutes)
+        recipe = recipe_class(setup)
+        minutes = MINUTES[part][device.type == "cpu"] if args.minutes is None else args.minutes
+        averaged = train(recipe, setup, minutes)
         if averaged is None:
             return
         recipe.export(averaged, args.weights)

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from common.files import write_json, write_text
 from miniature.facts import Picture, random_stream
 from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
-from miniature.recipe import Recipe, Shop, reset, write_part
-from miniature.sets import cached, rows_of
+from miniature.recipe import Recipe, Setup, reset, write_part
+from miniature.sets import training_set
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
-from minigpt5 import send
 from published.clip_tokenizer import ClipTokenizer
 from text_encoder import TextConfig, TextEncoder
 
@@ -100,14 +99,14 @@ def tokenizer_at(folder: Path) -> ClipTokenizer:
     return ClipTokenizer(folder)
 
 
-def caption_row(folder: Path, seed: int, i: int) -> np.ndarray:
+def caption_ids(folder: Path, seed: int, i: int) -> np.ndarray:
     """int16 (PHRASINGS, S): the ids of several captions of picture i, the first of which names every size and place."""
     picture, rng = sample_pair(seed, i)[0], random_stream(seed, i, CAPTIONS)
     texts = [(caption if k else full_caption)(picture, rng) for k in range(PHRASINGS)]
     return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
 
 
-def label_row(seed: int, i: int) -> np.ndarray:
+def caption_labels(seed: int, i: int) -> np.ndarray:
     """The facts of picture i as `judge.labels` gives them."""
     return labels(sample_pair(seed, i)[0])
 
@@ -132,44 +131,37 @@ def ends_of(ids: Tensor, end: int) -> Tensor:
     return (ids == end).long().argmax(-1)
 
 
-def caption_set(shop: Shop, folder: Path) -> Tensor:
-    """Several captions of every training picture as ids (rows, PHRASINGS, S), made once a tokenizer."""
+def caption_set(setup: Setup, folder: Path) -> Tensor:
+    """Several captions of every training picture as ids (n, PHRASINGS, S), made once for a tokenizer."""
     version = hashlib.sha256((folder / "merges.txt").read_bytes()).hexdigest()[:8]
-    path = shop.sets / f"captions-{version}-{shop.seed}-{shop.pictures}.npy"
-    make = rows_of(partial(caption_row, folder, shop.seed))
-    return cached(path, shop.pictures, make, shop.workers).to(shop.device)
+    return training_set(setup, f"captions-{version}", partial(caption_ids, folder, setup.seed))
 
 
 class TextRecipe(Recipe):
-    name, lr, matrix_lr, hold = "text", 2e-3, 0.02, 200
+    name, batch_sizes, lr, matrix_lr, hold = "text", (1024, 64), 2e-3, 0.02, 200
 
-    def __init__(self, shop: Shop):
-        self.tokenizer_folder = shop.sets / f"byte-pairs-{shop.seed}"
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.tokenizer_folder = setup.sets / f"byte-pairs-{setup.seed}"
         if not (self.tokenizer_folder / "merges.txt").exists():
-            write_clip_tokenizer(self.tokenizer_folder, shop.seed)
+            write_clip_tokenizer(self.tokenizer_folder, setup.seed)
         tokenizer = tokenizer_at(self.tokenizer_folder)
-        self.texts = caption_set(shop, self.tokenizer_folder)
-        path, make = shop.sets / f"labels-{shop.seed}-{shop.pictures}.npy", rows_of(partial(label_row, shop.seed))
-        self.labels = cached(path, shop.pictures, make, shop.workers).to(shop.device)
+        self.texts = caption_set(setup, self.tokenizer_folder)
+        self.labels = training_set(setup, "labels", partial(caption_labels, setup.seed))
         self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
         self.modules = nn.ModuleDict(
             {"text_encoder": TextEncoder(self.sizes), "reader": Reader(self.sizes.hidden_size)}
         )
         reset(self.modules)
-        self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 64, shop.device
         self.begin, self.end = tokenizer([""])[0][0, :2].tolist()
-        self.tested, self.wanted = [], []
-        for i in range(shop.tested):
-            picture = sample_pair(shop.seed, i, "held-out")[0]
-            self.tested.append(full_caption(picture, random_stream(shop.seed, i, READ)))
-            self.wanted.append(torch.from_numpy(labels(picture)))
-        self.tested_ids = tokenizer(self.tested)[0].to(shop.device)
+        tested = [sample_pair(setup.seed, i, "held-out")[0] for i in range(setup.tested)]
+        texts = [full_caption(picture, random_stream(setup.seed, i, READ)) for i, picture in enumerate(tested)]
+        self.tested = tokenizer(texts)[0].to(setup.device)
+        self.wanted = torch.from_numpy(np.stack([labels(picture) for picture in tested]))
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        tops = len(self.texts), PHRASINGS
-        rows, phrasing = (torch.randint(top, (self.batch_size,), generator=generator) for top in tops)
-        rows, phrasing = send(rows, self.device), send(phrasing, self.device)
-        return self.texts[rows, phrasing].long(), self.labels[rows].long()
+        picked, phrasing = (self.pick(length, generator) for length in (len(self.texts), PHRASINGS))
+        return self.texts[picked, phrasing].long(), self.labels[picked].long()
 
     def scores(self, modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
         encoding, ends = modules["text_encoder"](ids), ends_of(ids, self.end)
@@ -179,22 +171,13 @@ class TextRecipe(Recipe):
         losses = reading_losses(*self.scores(modules, ids), known)
         return {"loss": sum(losses.values()), **losses}
 
-    def read(self, modules: nn.ModuleDict) -> list[Tensor]:
-        """Which facts of every tested caption are read rightly: of each (21,)."""
-        slots, whole = self.scores(modules, self.tested_ids)
-        slots = torch.stack([s.argmax(-1) for s in slots.split(SLOT_SIZES, -1)], -1).flatten(1)
-        whole = torch.stack([s.argmax(-1) for s in whole.split(WHOLE_SIZES, -1)], -1)
-        seen = torch.cat([slots, whole], -1).cpu()
-        return [(row == known) | (known == IGNORE) for row, known in zip(seen, self.wanted, strict=True)]
-
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """The share of held-out captions, with all facts named, of which every fact is read rightly."""
-        return {"read": sum(row.all().item() for row in self.read(modules)) / len(self.tested)}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        """The captions that are read wrongly."""
-        wrong = [text for text, row in zip(self.tested, self.read(modules), strict=True) if not row.all()]
-        write_text(path.with_suffix(".txt"), "".join(f"{text}\n" for text in wrong))
+        slots, whole = self.scores(modules, self.tested)
+        slots = torch.stack([s.argmax(-1) for s in slots.split(SLOT_SIZES, -1)], -1).flatten(1)
+        whole = torch.stack([s.argmax(-1) for s in whole.split(WHOLE_SIZES, -1)], -1)
+        right = (torch.cat([slots, whole], -1).cpu() == self.wanted) | (self.wanted == IGNORE)  # (n, 21)
+        return {"read": right.all(-1).float().mean().item()}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         folder = weights / "stable-diffusion"

@@ -7,21 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from common.files import write_json
+from minigpt5 import send
 from published.loading import save_safetensors
 
 
 @dataclass
-class Shop:
+class Setup:
     """Where and with what the parts are trained."""
 
-    runs: Path  # checkpoints, logs and sheets, a folder a part; `sets`: the training data
+    runs: Path  # checkpoints and logs, a folder a part; `sets`: the training data
     weights: Path  # finished parts in the published layout: later parts read the earlier ones from there
     device: torch.device
     seed: int = 0
     pictures: int = 1 << 17  # different pictures that the parts see
     workers: int = 1  # processes that make the sets
     tested: int = 256  # held-out pictures of a measurement
-    compile: bool = False  # the losses
 
     @property
     def sets(self) -> Path:
@@ -33,29 +33,30 @@ class Recipe:
 
     name: str
     modules: nn.ModuleDict  # all that trains
+    batch_sizes: tuple[int, int]  # on a GPU, on a CPU
     lr: float  # AdamW's, for norms, biases, embeddings and first and last layers
     matrix_lr: float  # Muon's, for all other matrices
     hold: int  # steps at the full rates, which then fall as 1 / sqrt(step)
 
+    def __init__(self, setup: Setup):
+        self.device, self.seed = setup.device, setup.seed
+        self.batch_size = self.batch_sizes[setup.device.type == "cpu"]
+
+    def pick(self, length: int, generator: torch.Generator) -> Tensor:
+        """A batch of places in a set of that length, on the device."""
+        return send(torch.randint(length, (self.batch_size,), generator=generator), self.device)
+
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The tensors of one step, on the device; all that is random in a step comes from here."""
-        raise NotImplementedError
 
     def losses(self, modules: nn.ModuleDict, *batch: Tensor) -> dict[str, Tensor]:
         """{"loss": what is minimised, and what else is logged}."""
-        raise NotImplementedError
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """Figures on held-out samples."""
-        raise NotImplementedError
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        """Draw or write samples to look at; `path` has no suffix."""
-        raise NotImplementedError
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         """Write the part in the published layout."""
-        raise NotImplementedError
 
 
 def reset(module: nn.Module, deviation: float = 0.02) -> None:

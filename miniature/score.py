@@ -6,8 +6,6 @@
 
 | part      | measures                                                                             |
 | --------- | ------------------------------------------------------------------------------------ |
-| judge     | facts that the judge reads rightly off real pictures                                 |
-| vae       | pictures after the autoencoder's round trip                                          |
 | prompts   | pictures drawn through the frozen text encoder: "zero-shot Stable Diffusion"         |
 | vokens    | the same prompts and noise through the language model, its vokens and the mapper     |
 | captions  | pictures that the language model describes                                           |
@@ -28,7 +26,6 @@ from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from PIL import Image
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
@@ -36,31 +33,23 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
 from common.files import write_json
-from common.images import to_image, to_tensor
 from generation import Sampling
-from miniature.autoencoder import decibels
 from miniature.documents import look_document
 from miniature.exam import (
-    BATCH,
     LONGEST,
-    NOTHING,
-    SHOWN,
     Exam,
     Figures,
     Said,
     ask,
     heard,
-    held_out_pictures,
     held_out_prompts,
+    held_out_samples,
     look,
     named_shares,
-    ratios,
-    right_shares,
-    share,
     text_to_pictures,
 )
 from miniature.facts import Picture, random_stream
-from miniature.judge import right
+from miniature.judge import NOTHING, right_shares, share
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
 from miniature.tales import Turn as Told
@@ -68,7 +57,6 @@ from miniature.words import agrees, facts_in
 from miniature.world import sample_dialogue
 from prompts import UAS_REQUESTS, dialog_source, history_start, uas_texts
 from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
-from published.parts import load_vae
 from scheduler import SAMPLERS
 
 QUESTIONS = 401  # purpose of the random streams
@@ -77,35 +65,6 @@ COUNTS = {"one thing": 1, "two things": 2}
 
 
 # ---- pictures
-
-
-def judge(exam: Exam) -> Figures:
-    wanted, pictures = held_out_pictures(exam)
-    seen = look(exam, pictures)
-    columns = [(in_words(facts), [picture]) for facts, picture in zip(seen, pictures, strict=True)]
-    fine = [right(a, b)["all"] for a, b in zip(seen, wanted, strict=True)]
-    exam.sheet("judge", [columns[i] for i in sorted(range(exam.n), key=fine.__getitem__)])  # the wrong ones first
-    return {"real pictures, right": right_shares(seen, wanted)}
-
-
-def in_words(facts: Picture) -> str:
-    things = " and ".join(f"{thing.size} {thing.colour} {thing.kind} {thing.place}" for thing in facts.things)
-    return f"{facts.scene}, {facts.time}, {things}"
-
-
-@torch.no_grad()
-def vae(exam: Exam) -> Figures:
-    """Decoded from the means of the latents."""
-    wanted, pictures = held_out_pictures(exam)
-    autoencoder = load_vae(exam.weights / "stable-diffusion" / "vae", torch.float32, exam.device)
-    pixels = 2 * torch.stack([to_tensor(picture) for picture in pictures]).to(exam.device) - 1
-    latents = torch.cat([autoencoder.encode(part)[0] for part in pixels.split(BATCH)])
-    latents = latents * autoencoder.config.scaling_factor
-    decoded = torch.cat([autoencoder.decode(part) for part in latents.split(BATCH)])
-    quality, drawn = decibels(decoded, pixels), [to_image(picture) for picture in decoded]
-    columns = zip(quality, pictures, drawn, strict=True)
-    exam.sheet("vae", ((f"{dB:.1f} dB", [before, after]) for dB, before, after in columns))
-    return {"after the round trip, right": {"dB": quality.mean().item(), **right_shares(look(exam, drawn), wanted)}}
 
 
 def prompts(exam: Exam) -> Figures:
@@ -121,7 +80,6 @@ def prompts(exam: Exam) -> Figures:
 
 def vokens(exam: Exam) -> Figures:
     """A prompt is read as stage 1 reads it: the bare caption."""
-    through_text = exam.done.get("prompts") or prompts(exam)
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
@@ -129,8 +87,6 @@ def vokens(exam: Exam) -> Figures:
         exam.sheet(f"vokens {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
-        reference = {"drawn": 1.0} | through_text[f"{name}, right"]
-        figures[f"{name}, over text encoder"] = ratios(figures[f"{name}, right"], reference)
     return figures
 
 
@@ -140,7 +96,7 @@ def vokens(exam: Exam) -> Figures:
 def captions(exam: Exam) -> Figures:
     """Questions and pictures in the forms of `documents.look_document`. A fact is right if it is said and true; "no
     error": nothing that is said is wrong, and no thing is left out."""
-    wanted, pictures = held_out_pictures(exam)
+    wanted, pictures = held_out_samples(exam)
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
     sources = [look_document(rng, exam.seed, i, "held-out").source for i, rng in enumerate(streams)]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
@@ -185,10 +141,6 @@ def replies(exam: Exam) -> Figures:
         said = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
         came = [answer.picture is not None for answer in said]
         figures[name] = {"a picture came": share(came), "right": share([picture == wish for picture in came])}
-        if exam.sheets:
-            said = ask(exam, sources[:SHOWN], pictures[:SHOWN])
-            lines = [s.rpartition("###Human: ")[2].replace("###Assistant:", " > ") for s in sources[:SHOWN]]
-            exam.sheet(name, ((line + a.text, [a.picture]) for line, a in zip(lines, said, strict=True)))
     return figures
 
 
@@ -238,27 +190,17 @@ def answers(exam: Exam, name: str, rows: list[Reply]) -> list[Said]:
 
 # ---- the command
 
-PARTS = {  # each takes the exam to figures
-    "judge": judge,
-    "vae": vae,
-    "prompts": prompts,
-    "vokens": vokens,
-    "captions": captions,
-    "replies": replies,
-    "dialogues": dialogues,
-    "stories": stories,
-}
+PARTS = {part.__name__: part for part in (prompts, vokens, captions, replies, dialogues, stories)}
 NEED_CHECKPOINT = ("vokens", "replies", "dialogues", "stories")
 
 
 def tables(figures: Figures) -> str:
-    """Markdown: rows that have the same columns make a table. Shares are given in per cent."""
+    """Markdown: rows that have the same columns make a table. In per cent."""
     lines = []
     for columns, rows in groupby(figures.items(), key=lambda row: tuple(row[1])):
         lines += [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
         for name, row in rows:
-            values = (f"{value:.1f}" if column == "dB" else f"{100 * value:.1f}" for column, value in row.items())
-            lines.append(f"| {name} | {' | '.join(values)} |")
+            lines.append(f"| {name} | {' | '.join(f'{100 * value:.1f}' for value in row.values())} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -275,16 +217,10 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None
     return found
 
 
-def part_name(text: str) -> str:
-    if text not in PARTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PARTS)}")
-    return text
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("parts", nargs="*", type=part_name, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    add("parts", nargs="*", choices=[*PARTS, "all"], default="all", metavar="PART", help=", ".join(PARTS))
     add_weights_option(parser)
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
     add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
@@ -316,13 +252,13 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args.out.parent)
     exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-    record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": exam.done}
-    for part in args.parts or PARTS:
+    record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
+    for part in PARTS if "all" in args.parts else args.parts:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint)
         n = args.n or (STORIES if part == "stories" else SAMPLES)
-        exam.done[part] = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
+        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
         record["samples"][part], record["checkpoints"][part] = n, checkpoint and checkpoint.name
-        print(f"## {part}, {n} samples, in per cent\n\n{tables(exam.done[part])}", flush=True)
+        print(f"## {part}, {n} samples, in per cent\n\n{tables(figures)}", flush=True)
         if args.out:
             write_json(args.out, record)
 

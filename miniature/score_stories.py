@@ -6,8 +6,7 @@ and with its texts and pictures:
     image         the text is given: every fact of the picture that follows from it and from the history
     text          the picture is given: the text is true of it; it tells the change if not true of the picture before;
                   it goes on if, too, it tells nothing again that was there before (`tells_again`)
-    text+image    nothing is given: the text is true of the picture, which keeps scene, hero and hero's colour; and
-                  there is something new if the text was not true before
+    text+image    nothing is given: the text is true of the picture, which keeps scene, hero and hero's colour
 
 Then from its first sentence on, the model tells four steps by itself, reading its own pictures again: what is left of
 scene, hero and colour. Where a text says that the hero takes another colour, that is the one to be kept.
@@ -16,8 +15,9 @@ scene, hero and colour. Where a text says that the hero takes another colour, th
 import re
 from typing import NamedTuple
 
-from miniature.exam import Exam, Figures, Said, ask, heard, look, means, right_shares
+from miniature.exam import Exam, Figures, Said, ask, heard, look, means
 from miniature.facts import Picture, random_stream
+from miniature.judge import right_shares
 from miniature.tales import PARTS as PARTINGS
 from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
 from miniature.world import sample_story
@@ -122,16 +122,9 @@ def text_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, f
 def mixed_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, float]:
     rows = []
     for answer, step, seen in zip(said, steps, look(exam, [answer.picture for answer in said]), strict=True):
-        true, old = true_of(answer.text, seen), true_of(answer.text, step.last)
+        true = true_of(answer.text, seen)
         keeps = kept(seen, step.last, hero_colour(answer.text, step.last.things[0].colour))["all"]
-        rows.append(
-            {
-                "text true": true,
-                "picture keeps": keeps,
-                "both": true and keeps,
-                "both, and new": true and keeps and not old,
-            }
-        )
+        rows.append({"text true": true, "picture keeps": keeps, "both": true and keeps})
     return means(rows)
 
 

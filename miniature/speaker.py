@@ -1,45 +1,39 @@
 """Recipes of the miniature's "Vicuna" and "MiniGPT-4": the language model; then a captioner that speaks through it.
 
-    language     rows of documents (B, 2, 256) -> scores of the next token (B, 255, 768)
+    language     documents (B, 2, 256) -> scores of the next token (B, 255, 768)
     captioner    pixels (B, 3, 64, 64) -> vectors (B, 10, 192), which the frozen language model retells
 
 The vectors stand in the place of the ten words that a picture has in the documents.
 """
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from common.files import write_file, write_json, write_text
-from common.images import draw_grid
+from common.files import write_file, write_json
 from llama import KVCache, Llama, LlamaConfig
 from miniature.documents import (
     PIECES,
     WORDS,
+    answer_ids,
     answer_text,
     described,
-    document,
     encode,
-    language_row,
-    look_row,
-    picture_words,
+    language_ids,
     tokenizer_at,
     train_tokenizer,
 )
-from miniature.judge import right
-from miniature.recipe import Recipe, Shop, reset, write_part, write_tensors
-from miniature.sets import cached, pictures, rows_of
-from miniature.words import facts_in
+from miniature.recipe import Recipe, Setup, reset, write_part, write_tensors
+from miniature.sets import held_out_pictures, training_pictures, training_set
 from miniature.world import sample_pair
-from minigpt5 import expand_placeholders, send
-from prompts import Example, Turn, dialog_source
+from minigpt5 import expand_placeholders
+from prompts import Turn, dialog_source
 from published.parts import load_llama
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
 
@@ -72,7 +66,7 @@ QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
 
 @torch.no_grad()
-def continue_rows(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -> Tensor:
+def continue_prompts(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -> Tensor:
     """The likeliest continuations of embedded prompts (B, T, D), padded on the left -> ids (B, tokens)."""
     cache = KVCache(llama.config, len(mask), mask.shape[1] + tokens, embeddings.dtype, embeddings.device)
     hidden, said = llama(embeddings, mask, cache), []
@@ -86,65 +80,50 @@ def continue_rows(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -
 
 
 class LanguageRecipe(Recipe):
-    name, lr, matrix_lr, hold = "language", 3e-3, 0.02, 300
+    name, batch_sizes, lr, matrix_lr, hold = "language", (256, 16), 3e-3, 0.02, 300
 
-    def __init__(self, shop: Shop):
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self.modules = nn.ModuleDict({"llama": Llama(LANGUAGE_SIZES)})
         reset(self.modules)
-        self.batch_size = 256 if shop.device.type == "cuda" else 16
-        self.device, self.seed, self.path = shop.device, shop.seed, shop.sets / f"pieces-{shop.seed}.model"
+        self.path = setup.sets / f"pieces-{setup.seed}.model"
         if not self.path.exists():
-            train_tokenizer(self.path, shop.seed)
+            train_tokenizer(self.path, setup.seed)
         self.tokenizer = tokenizer_at(self.path)
-        rows = max(256, shop.pictures // 4)
-
-        def texts(split: str, rows: int) -> Tensor:
-            path = shop.sets / f"language-{split}-{shop.seed}-{rows}.npy"
-            make = rows_of(partial(language_row, self.path, shop.seed, split))
-            return cached(path, rows, make, shop.workers).to(shop.device)
-
-        self.rows, self.tested = texts("train", rows), texts("held-out", max(32, shop.tested // 2)).long()
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(min(64, shop.tested))]
+        lengths = {"train": max(256, setup.pictures // 4), "held-out": max(32, setup.tested // 2)}
+        self.texts, self.tested = (
+            training_set(setup, f"language-{split}", partial(language_ids, self.path, setup.seed, split), length)
+            for split, length in lengths.items()
+        )
+        self.wanted = [sample_pair(setup.seed, i, "held-out")[0] for i in range(min(64, setup.tested))]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(self.rows), (self.batch_size,), generator=generator)
-        return (self.rows[send(rows, self.device)].long(),)
+        return (self.texts[self.pick(len(self.texts), generator)].long(),)
 
-    def losses(self, modules: nn.ModuleDict, rows: Tensor) -> dict[str, Tensor]:
-        """rows (B, 2, T): ids, and how much each counts."""
-        llama, (ids, weights) = modules["llama"], rows.unbind(1)
+    def losses(self, modules: nn.ModuleDict, texts: Tensor) -> dict[str, Tensor]:
+        """texts (B, 2, T): ids, and how much each counts."""
+        llama, (ids, weights) = modules["llama"], texts.unbind(1)
         logits = llama.lm_head(llama(llama.model.embed_tokens(ids[:, :-1])))
         surprise = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         weights = weights * (ids != self.tokenizer.bos_id)  # <s> always follows </s>: nothing to learn
         weights = weights[:, 1:].flatten().float()
         return {"loss": (surprise * weights).sum() / weights.sum()}
 
-    def continued(self, modules: nn.ModuleDict, rows: list[Example]) -> list[str]:
-        """The likeliest continuations of documents."""
+    def retold(self, modules: nn.ModuleDict) -> list[str]:
+        """What is said of pictures that are given in words."""
         llama, eos = modules["llama"], self.tokenizer.eos_id
-        lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in rows]
+        asked = [Example(QUESTION, "", (picture,)) for picture in self.wanted]
+        lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in asked]
         longest = max(map(len, lines))
         ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
-        said = continue_rows(llama, llama.model.embed_tokens(ids), mask, 48)
+        said = continue_prompts(llama, llama.model.embed_tokens(ids), mask, 48)
         return [answer_text(self.tokenizer, line) for line in said.tolist()]
-
-    def retold(self, modules: nn.ModuleDict) -> list[str]:
-        return self.continued(modules, [Example(QUESTION, "", (picture,)) for picture in self.wanted])
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
-        loss = torch.stack([self.losses(modules, ids)["loss"] for ids in self.tested.split(32)]).mean()
+        loss = torch.stack([self.losses(modules, ids)["loss"] for ids in self.tested.long().split(32)]).mean()
         return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        asked = ["hello, how are you?", "tell me about cats.", "can you draw a red car in the snow?"]
-        rows = [Example("a big red star above the snow at night", "")]
-        rows += [Example(dialog_source([Turn(text)], 1), "") for text in asked]
-        rows += [document(self.seed, i, "held-out")._replace(target="", outputs=()) for i in range(12)]
-        lines = list(zip([row.source for row in rows], self.continued(modules, rows), strict=True))
-        lines += zip(map(picture_words, self.wanted[:10]), self.retold(modules), strict=False)
-        write_text(path.with_suffix(".txt"), "".join(f"{asked} [...] {said}\n" for asked, said in lines))
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         published = {
@@ -168,37 +147,34 @@ class CaptionerRecipe(Recipe):
     vector is nearest to, and how near, which should be that of the word that the language model was trained with in its
     place. (How near, alone, teaches the scene and the time, and for very long nothing else.)"""
 
-    name, lr, matrix_lr, hold = "captioner", 1e-3, 0.005, 400
+    name, batch_sizes, lr, matrix_lr, hold = "captioner", (1024, 64), 1e-3, 0.005, 400
 
-    def __init__(self, shop: Shop):
-        self.llama = load_llama(shop.weights / "vicuna", torch.float32, shop.device)
-        path = shop.weights / "vicuna" / "tokenizer.model"
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.llama = load_llama(setup.weights / "vicuna", torch.float32, setup.device)
+        path = setup.weights / "vicuna" / "tokenizer.model"
         self.tokenizer, width = tokenizer_at(path), self.llama.config.hidden_size
         self.modules = nn.ModuleDict({"image_encoder": ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)})
         reset(self.modules, 0.05)
         vision = self.modules["image_encoder"].vision_model
         for vectors in (vision.embeddings.position_embedding, self.modules["image_encoder"].query_tokens):
             nn.init.normal_(vectors, std=0.5)  # about as large as what patches bring: else place is learned last
-        self.batch_size, self.device = 1024 if shop.device.type == "cuda" else 64, shop.device
-        self.pictures = pictures(shop.sets, shop.pictures, shop.seed, shop.workers).to(shop.device)
+        self.pictures = training_pictures(setup)
         version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # of the tokenizer whose ids they are
-        made = shop.sets / f"looks-{version}-{shop.seed}-{shop.pictures}.npy"
-        looks = cached(made, shop.pictures, rows_of(partial(look_row, path, shop.seed)), shop.workers)
-        self.looks = looks.to(shop.device)
-        self.tested = pictures(shop.sets, shop.tested, shop.seed, 1, "held-out").to(shop.device)
-        self.wanted = [sample_pair(shop.seed, i, "held-out")[0] for i in range(shop.tested)]
+        self.answers = training_set(setup, f"looks-{version}", partial(answer_ids, path, setup.seed))
+        self.tested, self.wanted = held_out_pictures(setup)
         self.table = self.llama.model.embed_tokens.weight
         self.mean, self.deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 
-    def pixels(self, rows: Tensor) -> Tensor:
+    def pixels(self, pictures: Tensor) -> Tensor:
         """uint8 (B, 64, 64, 3) -> (B, 3, 64, 64) normalised as `qformer.preprocess_input` does."""
-        return (rows.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.deviation
+        return (pictures.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.deviation
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = send(torch.randint(len(self.pictures), (self.batch_size,), generator=generator), self.device)
-        looks = self.looks[rows].long()
-        words, answers = looks[:, 2 : 2 + WORDS], looks[: max(1, self.batch_size // 16)]
-        return self.pixels(self.pictures[rows]), words, answers[:, :2], answers[:, 2 + WORDS :]
+        picked = self.pick(len(self.pictures), generator)
+        answers = self.answers[picked].long()
+        words, answers = answers[:, 2 : 2 + WORDS], answers[: max(1, self.batch_size // 16)]
+        return self.pixels(self.pictures[picked]), words, answers[:, :2], answers[:, 2 + WORDS :]
 
     def embed(self, ids: Tensor, vectors: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, D), the vectors (B, 10, D) over the placeholders."""
@@ -228,23 +204,13 @@ class CaptionerRecipe(Recipe):
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)
             embeddings = self.embed(ids, modules["image_encoder"](self.pixels(part)))
-            said = continue_rows(self.llama, embeddings, torch.ones_like(ids), 48)
+            said = continue_prompts(self.llama, embeddings, torch.ones_like(ids), 48)
             texts += [answer_text(self.tokenizer, line) for line in said.tolist()]
         return texts
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
-        """ "named": scene, kinds and colours right; "described": every fact right."""
-        texts = self.captions(modules)
-        asked = [
-            replace(p, time=None, things=tuple(replace(t, size=None, place=None) for t in p.things))
-            for p in self.wanted
-        ]
-        named = [right(facts_in(text), picture)["all"] for text, picture in zip(texts, asked, strict=True)]
-        return {"named": sum(named) / len(named), "described": described(texts, self.wanted)}
-
-    def sheet(self, modules: nn.ModuleDict, path: Path) -> None:
-        shown = zip(self.captions(modules)[:10], self.tested, strict=False)
-        draw_grid([(text, [Image.fromarray(p.cpu().numpy())]) for text, p in shown], path.with_suffix(".png"))
+        """ "described": every fact right."""
+        return {"described": described(self.captions(modules), self.wanted)}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         state = modules["image_encoder"].state_dict()

@@ -8,7 +8,7 @@ import torch
 from random_weights import write_random_weights
 
 from baselines import divter, stable_diffusion, train_sd
-from baselines.stable_diffusion import StableDiffusion, texts_of, told
+from baselines.stable_diffusion import StableDiffusion, text_of, told
 from common.cli import MINIATURE, run
 from common.files import write_json
 from common.images import to_image, to_tensor
@@ -46,7 +46,8 @@ def pictures(folder, keys) -> list[torch.Tensor]:
 
 def test_told(weights, tars):
     """As many sentences before the last as there is room for, none cut, the nearest first."""
-    tokenizer = StableDiffusion(weights).tokenizer
+    model = StableDiffusion(weights)
+    tokenizer = model.tokenizer
     sentence = "a small red boat sails on the sea at night"
     most = next(n for n in range(1, 30) if len(tokenizer.encode(" ".join([sentence] * (n + 1)))) > tokenizer.length - 2)
     texts = [f"{sentence}" for _ in range(most + 5)]
@@ -54,8 +55,8 @@ def test_told(weights, tars):
     assert told(["no room for me " * 30, "one", "two"], tokenizer) == "one two"
     assert told(["alone " * 100], tokenizer) == "alone " * 100
     case = read_cases([str(tars / "stories.tar")], "image", True)[0][0]
-    assert texts_of(case, "none", tokenizer) == case.turn.text
-    assert texts_of(case, "texts", tokenizer).endswith(f"{case.before[-1].text} {case.turn.text}")
+    assert text_of(case, "none", model) == case.turn.text
+    assert text_of(case, "texts", model).endswith(f"{case.before[-1].text} {case.turn.text}")
 
 
 def test_draws_as_the_exam_does():

@@ -21,8 +21,8 @@ from evaluation.cases import generator_of, read_answer, write_answer
 from evaluation.comparisons import METRICS, Bench, Outcome, attributes, drawn
 from evaluation.metrics import Part
 from miniature import world
-from miniature.exam import NOTHING
-from miniature.judge import Judge
+from miniature.exam import spoken
+from miniature.judge import NOTHING, Judge
 from miniature.pairing import Pairing
 from prompts import Turn
 from published.checkpoints import save_trained
@@ -462,8 +462,8 @@ def test_data_that_cannot_be_used(monkeypatch, quick, weights, tmp_path):
 
 def test_words_for_a_picture_are_no_text():
     blank = Image.new("RGB", (4, 4))
-    assert cases.spoken(["it drifts. <Img>sea day small", blank, "red</Img>"]) == ["it drifts.", blank]
-    assert cases.spoken(["hello.", blank, "look."]) == ["hello.", blank, "look."]
+    assert spoken(["it drifts. <Img>sea day small", blank, "red</Img>"]) == ["it drifts.", blank]
+    assert spoken(["hello.", blank, "look."]) == ["hello.", blank, "look."]
 
 
 def test_errors(monkeypatch, capsys, quick, weights, tars, tmp_path):
@@ -481,7 +481,7 @@ def test_errors(monkeypatch, capsys, quick, weights, tars, tmp_path):
         (broken / "000000000.json").write_text(content)
         evaluate_fails(f"broken/000000000.json: .*{pattern}", "--answers", broken)
     evaluate_fails("neither a checkpoint nor", "--checkpoint", tmp_path / "nothing")
-    evaluate_fails("'poems' is not one of fid, is", "--answers", empty, "--metrics", "poems")
+    evaluate_fails("invalid choice: 'poems'", "--answers", empty, "--metrics", "poems")
     evaluate_fails("no such tar", "--answers", empty, data=tmp_path / "no.tar")
     evaluate_fails("pairs and stories together", "--answers", empty, data=tars)
     evaluate_fails("ending .json", "--answers", empty, out=tmp_path / "a.txt")

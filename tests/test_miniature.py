@@ -10,10 +10,10 @@ from transformers import Blip2Config, Blip2Model, CLIPTextModel, CLIPTokenizer, 
 import sample
 from common.cli import MINIATURE
 from common.images import read_image, to_tensor
-from miniature.judge import load_judge, read, shares
-from miniature.sets import pictures, to_pixels
+from miniature.judge import load_judge, read, right_shares
+from miniature.recipe import Setup
+from miniature.sets import held_out_pictures, to_pixels
 from miniature.words import facts_in
-from miniature.world import sample_pair
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae
 
@@ -87,7 +87,7 @@ def test_image_encoder_agrees():
 def in_the_scene(pictures: list, texts: list[str]) -> float:
     """The share of pictures with the scene and the time that their texts name."""
     pixels = torch.stack([to_tensor(picture) for picture in pictures]) * 2 - 1
-    found = shares(load_judge(), pixels, [facts_in(text) for text in texts])
+    found = right_shares(read(load_judge(), pixels), [facts_in(text) for text in texts])
     print(found)
     return min(found["scene"], found["time"])
 
@@ -113,7 +113,7 @@ def test_sample_draws_with_no_other_argument(tmp_path, monkeypatch):
 
 def test_judge_reads_real_pictures(tmp_path):
     """Every attribute of at least 99 of 100 held-out pictures (the whole measurement: miniature/README.md)."""
-    wanted = [sample_pair(0, i, "held-out")[0] for i in range(200)]
-    found = shares(load_judge(), to_pixels(pictures(tmp_path, 200, 0, 1, "held-out")), wanted)
+    drawn, wanted = held_out_pictures(Setup(tmp_path, tmp_path, torch.device("cpu"), tested=200))
+    found = right_shares(read(load_judge(), to_pixels(drawn)), wanted)
     print(found)
     assert min(found.values()) >= 0.99

@@ -17,7 +17,7 @@ from common.cli import MINIATURE
 from common.images import save_image
 from miniature import pretrain
 from miniature.paint import draw
-from miniature.recipe import Shop
+from miniature.recipe import Setup
 from miniature.world import sample_pair
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")
@@ -132,6 +132,6 @@ def test_commands(gpu, monkeypatch, tmp_path, module, options):
 
 @pytest.mark.parametrize("part", [part for part in pretrain.PARTS if part != "language"])  # whose tokenizer takes long
 def test_pretraining(gpu, part, tmp_path):
-    recipe = pretrain.PARTS[part](shop := Shop(tmp_path, MINIATURE, GPU, pictures=16, tested=2))
+    recipe = pretrain.PARTS[part](shop := Setup(tmp_path, MINIATURE, GPU, pictures=16, tested=2))
     recipe.batch_size = 2
     recipe.export(pretrain.train(recipe, shop, minutes=1, last_step=1), tmp_path / "weights")

@@ -16,12 +16,13 @@ from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
 from miniature.autoencoder import VAE_SIZES
-from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing
+from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, random_stream
 from miniature.painter import UNET_SIZES
 from miniature.reader import TEXT_SIZES
-from miniature.recipe import Shop
-from miniature.sets import cached, pictures, to_pixels
+from miniature.recipe import Setup
+from miniature.sets import cached, to_pixels, training_pictures
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
+from miniature.words import agrees, facts_in
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError
 from published.parts import load_image_encoder, load_llama, load_schedule, load_text_encoder, load_unet, load_vae
@@ -61,7 +62,7 @@ def shop(tmp_path_factory):
     patch.setattr(documents, "TEXTS", 2000)
     patch.setattr(reader, "TEXTS", 3000)
     folder = tmp_path_factory.mktemp("miniature")
-    shop = Shop(folder / "runs", folder / "weights", CPU, seed=3, pictures=24, tested=4)
+    shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=24, tested=4)
     for part in pretrain.PARTS:
         recipe = make(part, shop)
         recipe.export(pretrain.train(recipe, shop, 1, last_step=2), shop.weights)
@@ -79,7 +80,7 @@ def states(recipe, averaged):
 @pytest.mark.parametrize("part", pretrain.PARTS)
 def test_goes_on_exactly(shop, tmp_path, part):
     """Two steps after the one of a stopped run equal three in one go, bit for bit."""
-    whole, pieces = (Shop(tmp_path / name, shop.weights, CPU, 3, 24, tested=4) for name in ("whole", "pieces"))
+    whole, pieces = (Setup(tmp_path / name, shop.weights, CPU, 3, 24, tested=4) for name in ("whole", "pieces"))
     for other in (whole, pieces):
         shutil.copytree(shop.sets, other.sets)
     one = make(part, whole)
@@ -97,7 +98,7 @@ def test_goes_on_exactly(shop, tmp_path, part):
 
 @pytest.mark.parametrize("part", pretrain.PARTS)
 def test_learns_one_batch(shop, tmp_path, part):
-    recipe = make(part, Shop(tmp_path, shop.weights, CPU, 3, 24, tested=4))
+    recipe = make(part, Setup(tmp_path, shop.weights, CPU, 3, 24, tested=4))
     optimizers = pretrain.optimizers_of(recipe)
     batch, losses = recipe.batch(torch.Generator().manual_seed(0)), []
     for _ in range(16):
@@ -112,7 +113,7 @@ def test_learns_one_batch(shop, tmp_path, part):
 
 
 def test_stop_signal_saves(shop, tmp_path, monkeypatch):
-    recipe = make("judge", shop := Shop(tmp_path, shop.weights, CPU, 3, 24, tested=4))
+    recipe = make("judge", shop := Setup(tmp_path, shop.weights, CPU, 3, 24, tested=4))
     batch = recipe.batch
 
     def stop_in_second_step(generator):
@@ -140,7 +141,7 @@ def test_budget_counts_over_runs(shop):
 
 
 def test_foreign_checkpoint_is_refused(shop, tmp_path):
-    other = Shop(tmp_path, shop.weights, CPU, 3, 24, tested=4)
+    other = Setup(tmp_path, shop.weights, CPU, 3, 24, tested=4)
     (tmp_path / "judge").mkdir()
     shutil.copyfile(shop.runs / "vae" / "checkpoint.pt", tmp_path / "judge" / "checkpoint.pt")
     with pytest.raises(ValueError, match="does not fit this part") as error:
@@ -183,14 +184,15 @@ def test_rate_and_average():
 
 def test_sets_do_not_depend_on_workers(tmp_path, monkeypatch):
     monkeypatch.setattr("miniature.sets.CHUNK", 4)
-    one, two = pictures(tmp_path / "a", 6, 1, 1), pictures(tmp_path / "b", 6, 1, 2)
+    shops = [Setup(tmp_path / name, tmp_path, CPU, 1, 6, workers) for name, workers in (("a", 1), ("b", 2))]
+    one, two = map(training_pictures, shops)
     assert torch.equal(one, two) and one.shape == (6, 64, 64, 3)
     assert (one[4].numpy() == np.asarray(world.draw(*world.sample_pair(1, 4)[::2]))).all()
 
     def fails(rows):
         raise RuntimeError("no")
 
-    assert torch.equal(cached(tmp_path / "a" / "pictures-train-1-6.npy", 6, fails, 1), one)  # made once
+    assert torch.equal(cached(shops[0].sets / "pictures-train-1-6.npy", 6, fails, 1), one)  # made once
     with pytest.raises(RuntimeError):
         cached(tmp_path / "x.npy", 6, fails, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
@@ -218,7 +220,7 @@ def test_documents_fit_their_rows(shop):
         ids = [i for i, _ in documents.encode(tokenizer, row, rng)]
         assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
         assert tokenizer.ends(ids)
-    rows = [documents.language_row(path, 0, "train", i) for i in range(20)]
+    rows = [documents.language_ids(path, 0, "train", i) for i in range(20)]
     for ids, weights in rows:
         assert len(ids) == len(weights) == documents.LENGTH
         assert ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
@@ -228,11 +230,11 @@ def test_documents_fit_their_rows(shop):
     assert set(heavy) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES}
 
 
-def test_look_rows(shop):
+def test_answers_to_questions(shop):
     path = shop.sets / "pieces-3.model"
     tokenizer = Tokenizer(path)
     for i in range(50):
-        row, picture = documents.look_row(path, 0, i), world.sample_pair(0, i)[0]
+        row, picture = documents.answer_ids(path, 0, i), world.sample_pair(0, i)[0]
         (start, end), words, ids = row[:2], row[2:12], row[12:].tolist()
         assert tokenizer.decode(words.tolist()) == documents.picture_words(picture)
         assert ids[:start].count(tokenizer.image_id) == documents.WORDS
@@ -250,8 +252,8 @@ def test_captions_fit_the_text_encoder(shop):
         picture, text, _ = world.sample_pair(9, i)
         ids = tokenizer.encode(text)
         whole += len(ids) == len(text.split()) <= tokenizer.length - 2
-        named = world.facts_in(reader.full_caption(picture, world.random_stream(0, i)))
-        assert all(thing.place and thing.size for thing in named.things) and world.agrees(named, picture)
+        named = facts_in(reader.full_caption(picture, random_stream(0, i)))
+        assert all(thing.place and thing.size for thing in named.things) and agrees(named, picture)
     print(f"{whole} of 500 captions have a token a word and are not cut")
     assert whole > 490
 
@@ -260,7 +262,7 @@ def test_the_unet_reads_with_its_text_encoders_tokenizer(shop):
     """With another seed, too, whose captions would make another one."""
     recipe = painter.DiffusionRecipe(replace(shop, seed=4))
     folder = shop.weights / "stable-diffusion" / "tokenizer"
-    assert recipe.texts[0].tolist() == reader.caption_row(folder, 4, 0).tolist()
+    assert recipe.texts[0].tolist() == reader.caption_ids(folder, 4, 0).tolist()
     assert recipe.texts.max() < recipe.text_encoder.text_model.embeddings.token_embedding.num_embeddings
 
 
@@ -306,7 +308,7 @@ def test_exports_load(shop):
 def test_latents_of_the_export(shop):
     """Their means deviate by about one, as the UNet's noise does; beside them is the posterior's deviation."""
     vae = load_vae(shop.weights / "stable-diffusion" / "vae", torch.float32)
-    drawn = pictures(shop.sets, shop.pictures, shop.seed, 1)
+    drawn = training_pictures(shop)
     mean, deviation = torch.from_numpy(autoencoder.latent_block(vae, drawn, range(8))).float().unbind(1)
     print(f"deviation of the means {mean.std():.3f}")
     assert 0.9 < mean.std() < 1.1
@@ -412,8 +414,8 @@ def test_blur_and_noise_keep_the_picture():
     "words, says",
     [
         ("--parts poems", "poems"),
-        ("--minutes vae", "PART=MINUTES"),
-        ("--minutes poems=3", "poems"),
+        ("--minutes long", "invalid float"),
+        ("--minutes nan", "finite"),
         ("--pictures 0", "at least 1"),
     ],
 )
@@ -426,13 +428,13 @@ def test_wrong_arguments(words, says, capsys):
 def test_command_line(shop, tmp_path):
     """Nothing left to train: the checkpoint is exported. A later part without its earlier one says what is missing."""
     command = [sys.executable, str(ROOT / "miniature" / "pretrain.py"), "--device", "cpu", "--pictures", "24"]
-    words = ["--seed", "3", "--parts", "judge", "--minutes", "judge=0", "--out", str(shop.runs)]
+    words = ["--seed", "3", "--parts", "judge", "--minutes", "0", "--out", str(shop.runs)]
     done = subprocess.run([*command, *words, "--weights", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "step 2" in done.stdout, done.stderr
     assert json.loads((tmp_path / "minigpt5" / "config.json").read_text())["train_uas"]["start_as"] == "<Img>"
     one, two = (folder / "judge.safetensors" for folder in (shop.weights, tmp_path))
     assert one.read_bytes() == two.read_bytes()
-    untrained = ["--parts", "judge", "--minutes", "judge=0", "--out", str(tmp_path / "new")]
+    untrained = ["--parts", "judge", "--minutes", "0", "--out", str(tmp_path / "new")]
     done = subprocess.run([*command, *untrained, "--weights", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and "nothing is trained yet" in done.stderr
     assert one.read_bytes() == two.read_bytes()  # nor is anything written over
