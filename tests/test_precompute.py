@@ -176,7 +176,7 @@ def test_broken_features_are_counted(monkeypatch, weights, sources, tmp_path):
     inside["00002.safetensors"] = safetensors.torch.save({"moments": whole["moments"]})
     inside["00003.safetensors"] = safetensors.torch.save({**whole, "encoding": whole["encoding"].int()})
     del inside["00004.safetensors"]
-    epoch = ("--steps", 3, "--group", 1)
+    epoch = ("--steps", 3)
     log = train_uas(monkeypatch, weights, write_tar(tmp_path / "y.tar", inside), tmp_path / "run", *epoch)
     assert log[-1]["bad"] == {"broken features": 4, "no features": 1}
 
