@@ -64,7 +64,7 @@ def arguments() -> argparse.Namespace:
     add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
     add("--no-uas", action="store_true", help="start from untrained vokens and mapper (an ablation of the paper)")
     add("--prefix", action="store_true", help="prefix tuning instead of LoRA")
-    add("--lora-rank", type=int, default=8, metavar="R", help="alpha is twice the rank")
+    add("--lora-rank", type=int, default=8, metavar="R", help="rank of LoRA's matrices; alpha is twice the rank")
     add("--lora-targets", type=comma_list, default=TARGETS, metavar="NAME,...",
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
@@ -72,11 +72,11 @@ def arguments() -> argparse.Namespace:
     add("--blind-history", type=float, default=0.0, metavar="SHARE",
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
     add("--text-weight", type=float, default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
-    add("--freeze-mapper", action="store_true", help="freeze all of it; default: its transformer trains, as released")
+    add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
     add("--lr", type=float, default=2e-5, help="learning rate of the voken rows and the mapper")
-    add("--adapter-lr", type=float, help="of LoRA or the prefix; default: --lr")
+    add("--adapter-lr", type=float, help="learning rate of LoRA or the prefix; default: --lr")
     add("--vokens", type=int, default=8, help="vokens of a picture, where there is no stage 1 to start from")
-    add("--max-tokens", type=int, default=2048, help="of a sequence; the oldest steps of a longer history are left out")
+    add("--max-tokens", type=int, default=2048, help="longest sequence; a longer history loses its oldest steps")
     add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
     args = read_run_options(parser, "train_mls")
     if args.uas and args.no_uas:

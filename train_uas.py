@@ -40,9 +40,9 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="tars, folders of tars, patterns or brace lists; default: drawn pictures")
     add("--lr", type=float, default=2e-5, help="learning rate of the vokens' embedding rows")
-    add("--output-lr", type=float, help="of their rows in the output embedding; default: --lr, as released")
-    add("--mapper-lr", type=float, help="of the mapper; default: ten times --lr, as released")
-    add("--muon", type=float, metavar="LR", help="train the mapper's matrices with Muon; default: AdamW, as released")
+    add("--output-lr", type=float, help="learning rate of their rows in the output embedding; default: --lr")
+    add("--mapper-lr", type=float, help="learning rate of the mapper; default: ten times --lr")
+    add("--muon", type=float, metavar="LR", help="Muon for the mapper's matrices, with this rate; default: AdamW")
     add("--vokens", type=int, default=8, help="vokens of a picture")
     add("--start-as", metavar="TEXT", help="the vokens start as the embeddings of this text; default: the tables' mean")
     add("--no-cap", action="store_true", help="train without L_CAP (an ablation of the paper)")
