@@ -28,8 +28,7 @@ from tars import pairs as data
 from tars.pairs import REQUESTS
 from trainer import run as trainer_run
 from trainer.log import read_log
-from trainer.options import total_steps
-from trainer.run import learning_rate_factor
+from trainer.run import learning_rate_factor, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -66,13 +66,13 @@ class Meter:
         kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
         self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
-    def means(self, world: World) -> dict[str, float]:
+    def flush(self, world: World) -> tuple[dict[str, float], float]:
+        """The means over all ranks and the steps per second since the last call; a new start."""
         ranks = world.gather(self.state())
         sums, passes = (sum_counts(rank[kind] for rank in ranks) for kind in ("sums", "passes"))
-        return {name: total / passes[name] for name, total in sums.items() if passes[name]}
-
-    def steps_per_second(self) -> float:
-        return self.steps / (time.perf_counter() - self.start)
+        steps_per_second = self.steps / (time.perf_counter() - self.start)
+        self.__init__()
+        return {name: total / passes[name] for name, total in sums.items() if passes[name]}, steps_per_second
 
 
 # ---- log.jsonl

@@ -1,7 +1,6 @@
 """The options that all training scripts have."""
 
 import argparse
-import json
 from pathlib import Path
 
 from common.cli import DTYPES, add_weights_option, parse
@@ -61,14 +60,3 @@ def read_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.
     check(args.steps is None or args.steps >= 1, "--steps must be at least 1")
     check(getattr(args, "vokens", 1) <= MAX_VOKENS, f"--vokens must be at most {MAX_VOKENS}")
     return args
-
-
-def stored_arguments(args: argparse.Namespace) -> dict:
-    """The arguments as state.json holds them."""
-    return json.loads(json.dumps(vars(args), default=str))
-
-
-def total_steps(args: argparse.Namespace, samples: int, ranks: int) -> int:
-    if args.steps is not None:
-        return args.steps
-    return max(1, round(args.epochs * samples / (ranks * args.batch_size * args.accumulate)))

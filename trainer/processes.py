@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def one_line_peer_errors() -> Iterator[None]:
-    """Of a function: where another process has ended, torch.distributed's RuntimeError becomes a ValueError of one
-    line."""
+    """Where another process has ended, torch.distributed's RuntimeError becomes a ValueError of one line."""
     try:
         yield
     except RuntimeError as error:  # gloo raises it; NCCL does not return, and torchrun ends the process
@@ -44,12 +43,12 @@ def one_line_peer_errors() -> Iterator[None]:
 class World:
     """This process as one of `size`, as torchrun's environment says, or alone. Only rank 0 prints and writes."""
 
-    @one_line_peer_errors()
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
+            with one_line_peer_errors():
+                dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
 
@@ -58,20 +57,20 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
-    @one_line_peer_errors()
     def gather(self, value: object) -> list:
         """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            with one_line_peer_errors():
+                dist.all_gather_object(values, value)
         return values
 
-    @one_line_peer_errors()
     def any(self, flag: bool) -> bool:
         """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
         votes = torch.tensor(int(flag))
         if self.size > 1:
-            dist.all_reduce(votes)
+            with one_line_peer_errors():
+                dist.all_reduce(votes)
         return bool(votes)
 
     @contextmanager
@@ -106,12 +105,12 @@ class Gradients:
         loss.backward()
         self.flat[-1] += loss.detach()
 
-    @one_line_peer_errors()
     def step(self) -> None:
         """One step of the optimisers along the mean over the ranks, or none."""
         if self.world.size > 1:
             self.flat /= self.world.size
-            dist.all_reduce(self.flat)
+            with one_line_peer_errors():
+                dist.all_reduce(self.flat)
         # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
         finite = torch.linalg.vector_norm(self.flat).isfinite()
         found_inf = 1.0 - finite.float()

@@ -13,6 +13,7 @@ The run's folder holds log.jsonl, losses.png and samples.png (trainer/log.py), a
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +34,6 @@ from tars.pairs import Batches, describe
 from trainer.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from trainer.compiled import count_graphs
 from trainer.log import Meter, append_log, cut_log, paint_samples, peak_memory, plot_losses, read_log, sum_counts
-from trainer.options import stored_arguments, total_steps
 from trainer.processes import Gradients, World, resume_command, stop_signals
 
 NOISE, DROPOUT = 0, 1  # purposes of random streams
@@ -51,6 +51,17 @@ def learning_rate_factor(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def total_steps(args: argparse.Namespace, samples: int, ranks: int) -> int:
+    if args.steps is not None:
+        return args.steps
+    return max(1, round(args.epochs * samples / (ranks * args.batch_size * args.accumulate)))
+
+
+def stored_arguments(args: argparse.Namespace) -> dict:
+    """The arguments as state.json holds them."""
+    return json.loads(json.dumps(vars(args), default=str))
 
 
 def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> torch.Generator:
@@ -145,7 +156,7 @@ class Run:
         if self.world.size > 1:
             size = f"{self.gradients.flat.nbytes:,} bytes"
             print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
-        self.meter, self.done = Meter(), 0
+        self.meter, self.bad = Meter(), {}
         self.resume()
 
     def resume(self) -> None:
@@ -156,6 +167,7 @@ class Run:
             raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
         if state:
             self.data.load_state_dict(state["data"])
+            self.bad = dict(self.data.bad)
             self.gradients.skipped += state.get("nonfinite", 0)
             if self.world.rank == 0:
                 self.meter.load_state(state["data"])
@@ -211,29 +223,25 @@ class Run:
         self.meter.steps += 1
 
     def end(self) -> None:
-        bad = describe(sum_counts(self.world.gather(dict(self.data.bad))))
         self.world.end()
         if self.done < self.total:
             print(f"stopped after step {self.done} of {self.total}; to go on: {resume_command()}")
         else:
-            print(f"done: {self.done} steps, broken samples: {bad}, see {self.out}")
+            print(f"done: {self.done} steps, broken samples: {describe(self.bad)}, see {self.out}")
 
     # ---- after a step
 
     def write_log(self, bar: tqdm) -> None:
-        means = self.meter.means(self.world)
+        losses, steps_per_second = self.meter.flush(self.world)
         samples = self.world.size * self.args.batch_size * self.args.accumulate  # of a step
-        record = {"step": self.done, **means, "lr": self.optimizers[0].param_groups[-1]["lr"]}
-        record["samples_per_s"] = round(samples * self.meter.steps_per_second(), 3)
-        record["bad"] = sum_counts(self.world.gather(dict(self.data.bad)))
-        record["nonfinite"] = int(self.gradients.skipped)
-        record["memory_gb"] = round(peak_memory(self.device), 2)
-        if self.compiled:
-            record["graphs"] = count_graphs()
+        self.bad = sum_counts(self.world.gather(dict(self.data.bad)))
+        record = {"step": self.done, **losses, "lr": self.optimizers[0].param_groups[-1]["lr"]}
+        record |= {"samples_per_s": round(samples * steps_per_second, 3), "bad": self.bad}
+        record |= {"nonfinite": int(self.gradients.skipped), "memory_gb": round(peak_memory(self.device), 2)}
+        record |= {"graphs": count_graphs()} if self.compiled else {}
         if self.world.rank == 0:
             append_log(self.log, record)
-        bar.set_postfix({name: f"{record[name]:.4g}" for name in (*means, "samples_per_s")})
-        self.meter = Meter()
+        bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
 
     def stop_if_nonfinite(self) -> None:
         """ValueError where too many steps in a row were skipped, which all ranks know. Checked with each log line."""
@@ -277,7 +285,7 @@ class Run:
                     break
         self.model.train(was_training)
         held_out.load_state_dict(start)
-        record = {} if stopping else {f"val_{name}": value for name, value in meter.means(self.world).items()}
+        record = {} if stopping else {f"val_{name}": value for name, value in meter.flush(self.world)[0].items()}
         if record and self.world.rank == 0:
             append_log(self.log, {"step": self.done, **record})
             bar.write(f"step {self.done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
