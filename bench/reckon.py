@@ -36,6 +36,7 @@ from generation import Sampling, paint
 from llama import Llama, LlamaConfig
 from minigpt5 import IGNORE, Batch, MiniGPT5, Noise
 from scheduler import NoiseSchedule, ScheduleConfig
+from trainer.compiled import checkpoint_gradients
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         if stage == 2:
             model.add_adapters(lora={})
         if checkpointing:
-            model.checkpoint_gradients()
+            checkpoint_gradients(model)
         what = f"stage {stage}" + (f", rows of {STORY:,} tokens" if stage == 2 else "")
         what += ", --gradient-checkpointing" if checkpointing else ""
         for batch in args.batch_sizes:

@@ -37,8 +37,8 @@ from common.cli import read_arguments, run
 from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise, collate
 from prompts import uas_texts
 from published.parts import load_minigpt5
-from train_uas import LONGEST
-from trainer.log import compiled_graphs
+from train_uas import MAX_TOKENS
+from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, count_graphs
 from trainer.run import step_generator
 from vae import to_pixels
 
@@ -68,18 +68,18 @@ def optimizer_of(rows: list[nn.Parameter], mapper: list[nn.Parameter], fused: bo
 
 
 class Ours:
-    """The fenced step of train_uas.py. `precomputed`: from "moments" and "encoding", not from pictures and words."""
+    """The step of train_uas.py. `precomputed`: from "moments" and "encoding", not from pictures and words."""
 
-    def __init__(self, model: MiniGPT5, precomputed: bool):
+    def __init__(self, model: MiniGPT5, precomputed: bool, compiled: bool):
         self.model, self.empty = model, model.encode_captions([""])
         self.pictures, self.texts = ("moments", "encoding") if precomputed else ("pictures", "captions")
-        self.round_length = bucket_length if model.compiled_for else int
+        self.round_length = bucket_length if compiled else int
         self.optimizer = optimizer_of(list(model.vokens.parameters()), list(model.mapper.parameters()), fused=True)
 
     def backward(self, batch: dict, draws: Noise) -> Tensor:
         model = self.model
         pairs = [uas_texts(model.tokenizer.plain(caption)) for caption in batch["captions"]]
-        rows = collate(model.tokenizer, pairs, model.queries, self.round_length, LONGEST).to(model.device)
+        rows = collate(model.tokenizer, pairs, model.queries, self.round_length, limit=MAX_TOKENS).to(model.device)
         posterior = model.encode_pictures(batch[self.pictures])
         captions = (model.encode_captions(batch[self.texts]), self.empty)
         loss = model.losses(rows, draws, posterior, captions, min_snr_gamma=GAMMA)["loss"]
@@ -213,10 +213,11 @@ def main(argv: list[str] | None = None) -> None:
             model = load_minigpt5(weights, None, 8, dtype, device, read_pictures=False, read_captions=True)
             batches = make_batches(model, args.batch_size or BATCH[size])
             if args.gradient_checkpointing:
-                model.checkpoint_gradients()
+                checkpoint_gradients(model)
             if compiled:
-                model.compile_losses(len(batches[0]["captions"]))
-            contenders = {"ours": Ours(model, False), "ours, precomputed": Ours(model, True)}
+                compile_losses(model)
+            precomputed = {"ours": False, "ours, precomputed": True}
+            contenders = {name: Ours(model, flag, compiled) for name, flag in precomputed.items()}
             if not args.cap_gb:
                 contenders["released recipe"] = Released(weights, model, dtype)
             measure(report, size, contenders, batches, model, args, dtype)
@@ -231,9 +232,9 @@ def measure(report: Report, size: str, contenders: dict, batches: list[dict], mo
     for step in steps.values():
         for _ in batches:  # every length once
             step()
-    before, samples = compiled_graphs(), len(batches[0]["captions"])
+    before, samples = count_graphs(), len(batches[0]["captions"])
     times = alternate(steps, args.rounds, model.device, args.clock)
-    more = {"batch": samples, "difference": max(figures.values()), "graphs_after_warmup": compiled_graphs() - before}
+    more = {"batch": samples, "difference": max(figures.values()), "graphs_after_warmup": count_graphs() - before}
     if args.cap_gb:  # ours alone
         more["reserved_gb"] = torch.cuda.max_memory_reserved(model.device) / 1e9
     pairs = [("ours, precomputed", "ours"), *((name, "released recipe") for name in ("ours", "ours, precomputed"))]

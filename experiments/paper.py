@@ -37,7 +37,7 @@ from experiments.systems import PARTS, SIZES, Job, Options, plan
 from published.loading import read_json
 from tars.precomputed import fingerprint
 from trainer.log import append_log
-from trainer.run import stop_signals
+from trainer.processes import stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)

@@ -51,9 +51,10 @@ from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Setup
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
-from trainer.log import append_log, cut_log, draw_losses, read_log
+from trainer.log import append_log, cut_log, plot_losses, read_log
 from trainer.muon import Muon
-from trainer.run import step_generator, stop_signals
+from trainer.processes import stop_signals
+from trainer.run import step_generator
 
 RECIPES = (JudgeRecipe, PairingRecipe, AutoencoderRecipe, DecoderRecipe)
 RECIPES += (TextRecipe, DiffusionRecipe, LanguageRecipe, CaptionerRecipe)
@@ -160,7 +161,7 @@ def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = 
         with torch.no_grad():
             record |= {name: round(value, 5) for name, value in recipe.measure(averaged).items()}
         append_log(log, record)
-        draw_losses(read_log(log), folder / "losses.png")
+        plot_losses(read_log(log), folder / "losses.png")
         print(f"{recipe.name}: " + ", ".join(f"{name} {value:g}" for name, value in record.items()), flush=True)
 
     with stop_signals() as asked:

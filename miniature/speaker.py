@@ -33,7 +33,7 @@ from miniature.recipe import Recipe, Setup, reset, write_part, write_tensors
 from miniature.sets import held_out_pictures, training_pictures, training_set
 from miniature.world import sample_pair
 from minigpt5 import expand_placeholders
-from prompts import Turn, dialog_source
+from prompts import Example, Turn, dialog_source
 from published.parts import load_llama
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
 

@@ -26,6 +26,7 @@ from minigpt5 import MiniGPT5
 from prompts import UAS_REQUESTS
 from published.checkpoints import checkpoint_folders, find_checkpoint
 from tars.pairs import PairData
+from trainer import run as trainer_run
 from trainer.log import read_log
 from trainer.run import learning_rate_factor, total_steps
 
@@ -113,17 +114,17 @@ def test_resume_is_exact(monkeypatch, weights, tar, tmp_path, capsys):
     same weights as without the stop."""
     arguments = ("--accumulate", 2, "--save-every", 2)
     whole = train(monkeypatch, weights, tar, tmp_path / "whole", "--steps", 7, *arguments)
-    stopped = train_uas.save_checkpoint
+    save = trainer_run.save_checkpoint
 
-    def save_then_stop(out, step, *rest):
-        stopped(out, step, *rest)
-        if step == 4:
+    def save_then_stop(out, state, *rest):
+        save(out, state, *rest)
+        if state["step"] == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_uas, "save_checkpoint", save_then_stop)
+    monkeypatch.setattr(trainer_run, "save_checkpoint", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         train(monkeypatch, weights, tar, tmp_path / "parts", "--steps", 7, *arguments, "--resume")  # nothing to resume
-    monkeypatch.setattr(train_uas, "save_checkpoint", stopped)
+    monkeypatch.setattr(trainer_run, "save_checkpoint", save)
     parts = train(monkeypatch, weights, tar, tmp_path / "parts", "--steps", 7, *arguments, "--resume")
     assert "resumed from step 4" in capsys.readouterr().out
     changing = ("samples_per_s", "memory_gb")
@@ -153,9 +154,10 @@ def test_held_out_losses(monkeypatch, weights, tar, tmp_path, capsys):
     assert losses[0] == losses[1] and sum("val_loss" in r for r in runs[1]) == 2
     assert runs[1][-1]["val_cap_loss"] < runs[1][2]["val_cap_loss"] and "step 4: val_loss" in capsys.readouterr().out
     with monkeypatch.context() as noted:
-        draws = noting(noted, train_uas, "draw_pictures")
+        noise = noting(noted, MiniGPT5, "sample_noise")
         train(noted, weights, tar, tmp_path / "drops", "--steps", 1, "--val", held_out)
-    assert [drop_rate for (_, _, drop_rate, *_), _ in draws] == [0.1, 0.0, 0.0]  # a step, and two batches held out
+    rates = [drop_rate for (_, _, _, drop_rate), _ in noise]  # of single pictures
+    assert rates == [0.1, 0.1, 0.0, 0.0, 0.0, 0.0]  # a step's batch, and two batches held out
     with pytest.raises(ValueError, match="no such tar"):
         train(monkeypatch, weights, tar, tmp_path / "none", "--val", tmp_path / "none.tar")
     broken = write_tar(tmp_path / "broken.tar", {"a.png": b"<html>", "a.txt": b"a"})
@@ -208,10 +210,10 @@ def test_switches(monkeypatch, weights, tar, tmp_path):
 
 
 def test_switches_reach_the_losses(monkeypatch, weights, tar, tmp_path):
-    draws, losses = noting(monkeypatch, train_uas, "draw_pictures"), noting(monkeypatch, MiniGPT5, "losses")
+    noise, losses = noting(monkeypatch, MiniGPT5, "sample_noise"), noting(monkeypatch, MiniGPT5, "losses")
     train(monkeypatch, weights, tar, tmp_path / "off", "--steps", 1, "--no-cfg", "--min-snr-gamma", 0)
     train(monkeypatch, weights, tar, tmp_path / "on", "--steps", 1)
-    assert [drop_rate for (_, _, drop_rate, *_), _ in draws] == [0, 0.1]
+    assert [drop_rate for (_, _, _, drop_rate), _ in noise] == [0, 0, 0.1, 0.1]
     assert [options["min_snr_gamma"] for _, options in losses] == [0, 5]
 
 

@@ -22,6 +22,7 @@ from minigpt5 import MiniGPT5
 from published.checkpoints import checkpoint_folders, load_trained, save_trained
 from published.loading import WeightsError
 from published.parts import load_minigpt5
+from trainer import run as trainer_run
 from trainer.log import read_log
 
 
@@ -138,16 +139,16 @@ def test_resume_is_exact(monkeypatch, weights, data, uas, tmp_path, capsys, adap
     """Stopped after 2 of 4 steps, with LoRA's dropout, accumulation and a worker: the same as without the stop."""
     arguments = ("--uas", uas, "--steps", 4, "--accumulate", 2, "--save-every", 2, *adapter)
     whole = train(monkeypatch, weights, data, tmp_path / "whole", *arguments)
-    save = train_mls.save_checkpoint
+    save = trainer_run.save_checkpoint
 
-    def save_then_stop(out, step, *rest):
-        save(out, step, *rest)
+    def save_then_stop(out, *rest):
+        save(out, *rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_mls, "save_checkpoint", save_then_stop)
+    monkeypatch.setattr(trainer_run, "save_checkpoint", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         train(monkeypatch, weights, data, tmp_path / "parts", *arguments)
-    monkeypatch.setattr(train_mls, "save_checkpoint", save)
+    monkeypatch.setattr(trainer_run, "save_checkpoint", save)
     parts = train(monkeypatch, weights, data, tmp_path / "parts", *arguments, "--resume", "--workers", 1)
     assert "resumed from step 2" in capsys.readouterr().out
     losses = [[(r["step"], r["loss"], r["text_loss"], r.get("ldm_loss")) for r in log] for log in (whole, parts)]
@@ -175,12 +176,12 @@ def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
 
 
 def test_switches_reach_data_and_losses(monkeypatch, weights, data, tmp_path):
-    opened, draws = noting(monkeypatch, train_mls, "open_stories"), noting(monkeypatch, train_mls, "draw_pictures")
-    losses = noting(monkeypatch, MiniGPT5, "losses")
+    opened, losses = noting(monkeypatch, train_mls, "open_stories"), noting(monkeypatch, MiniGPT5, "losses")
+    noise = noting(monkeypatch, MiniGPT5, "sample_noise")
     switches = ("--no-cfg", "--min-snr-gamma", 0, "--blind-history", 0.25, "--tasks", "image=1")
     train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 1, *switches)
     assert [options["blind"] for _, options in opened] == [0.25]
-    assert [drop_rate for (_, _, drop_rate, *_), _ in draws] == [0]
+    assert [drop_rate for (_, _, _, drop_rate), _ in noise] == [0] * 3
     assert [options["min_snr_gamma"] for _, options in losses] == [0]
 
 

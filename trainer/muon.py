@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024): momentum, made orthogonal matrix by matrix: all singular values of a step are about 1.
+"""Muon (Jordan et al. 2024): each matrix steps along its momentum made orthogonal, with all singular values about 1.
 
-AdamW's step of a matrix is ruled by a few directions that every sample shares; here each direction moves alike, so that
-far fewer steps are needed where weights start from nothing. For embeddings, vectors and what reads or writes pixels,
-AdamW stays the better one.
+AdamW's step of a matrix is ruled by a few directions that all samples share. Here all directions move alike, so that
+matrices which start from random values need far fewer steps. AdamW remains better for embeddings, vectors and layers
+that read or write pixels.
 """
 
 import torch
@@ -10,15 +10,16 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """A convolution's kernel is a matrix of its output channels by all else. As with torch's fused optimisers, a step
-    with the attribute `found_inf`, a tensor, at 1 leaves everything as it was; gradients must be finite even then."""
+    """A convolution's kernel counts as a matrix with its output channels as rows. As with torch's fused optimisers, a
+    step leaves everything unchanged where the attribute `found_inf`, a tensor, is 1; gradients must be finite even
+    then."""
 
     def __init__(self, parameters, lr: float, momentum: float = 0.9):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
-        skipped = getattr(self, "found_inf", 0.0)  # 1: a gradient was not finite
+        skipped = getattr(self, "found_inf", 0.0)  # 1 where a gradient was not finite
         for group in self.param_groups:
             shapes = {}
             for parameter in group["params"]:
@@ -33,18 +34,18 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(averages, gradients)
                 ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
                 steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
-                # Entries of a tall matrix's orthogonal step are smaller: this makes them as large as a square one's.
+                # A tall matrix's orthogonal step has smaller entries; this makes them as large as a square matrix's.
                 size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
                 for parameter, update in zip(parameters, steps, strict=True):
                     parameter.add_((1 - skipped) * update.view_as(parameter), alpha=-size)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(N, R, C) -> about the nearest matrices with all singular values 1, by five Newton-Schulz iterations."""
+    """(N, R, C) -> the nearest matrices with all singular values 1, approximately, by five Newton-Schulz steps."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):  # coefficients of Jordan et al.
+    for _ in range(5):  # the coefficients are those of Jordan et al.
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.mT if tall else x

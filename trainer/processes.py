@@ -1,4 +1,4 @@
-"""One run in several processes, as torchrun starts them, each with a GPU: other samples in each, one step in all.
+"""One run in several processes, as torchrun starts them, each with a GPU: different samples in each, one step in all.
 
     torchrun --nproc-per-node 2 train_uas.py --weights weights --data 'cc3m-train-{0000..0575}.tar'
 
@@ -6,22 +6,21 @@
                                                         +-- mean, (trained parameters + 1,) -> the same step in both
     rank 1   samples B..2B-1   -> losses -> gradients --+
 
-Each process reads the frozen weights itself and steps its own copy of what trains, which stays equal as all start and
-step alike. A step sends one thing from GPU to GPU: the gradients of what trains, in one flat buffer. That buffer takes
-the place of DistributedDataParallel, which would send them in pieces during the backward pass: of use between slow
-machines, but harder to see through. The hosts exchange single numbers beside it.
-
-With --shard no process holds all frozen weights: `shard` leaves each a part of every layer. A layer is put together
-when its turn comes, forward and backward, and taken apart again, so all processes have to go through it together.
+Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
+of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU: the gradients of
+the trained parameters in one flat buffer. DistributedDataParallel would send them in pieces during the backward pass,
+which helps between slow machines but is harder to see through. The hosts exchange single numbers beside it.
 """
 
 import os
+import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,7 +32,7 @@ def one_line_peer_errors() -> Iterator[None]:
     """Where another process has ended, torch.distributed's RuntimeError becomes a ValueError of one line."""
     try:
         yield
-    except RuntimeError as error:  # gloo's; NCCL does not return, and torchrun ends the process
+    except RuntimeError as error:  # gloo raises it; NCCL does not return, and torchrun ends the process
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         sends = frame.f_globals.get("__name__", "").startswith("torch.distributed")
         if not sends or isinstance(error, torch.OutOfMemoryError):
@@ -42,19 +41,19 @@ def one_line_peer_errors() -> Iterator[None]:
 
 
 class World:
-    """This process as one of `size`: as torchrun's environment says, or alone. Only rank 0 prints and writes."""
+    """This process as one of `size`, as torchrun's environment says, or alone. Only rank 0 prints and writes."""
 
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             with one_line_peer_errors():
-                backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-                dist.init_process_group(backend, timeout=timedelta(hours=2))  # to index many tars takes rank 0 a while
+                dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
 
     def end(self) -> None:
-        """After the last exchange, in all ranks; not after an error in one, as NCCL would wait for the others."""
+        """To be called by all ranks after the last exchange, but not after an error: NCCL would wait for the others."""
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -67,7 +66,7 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any rank; from host to host, as `gather`, but quick enough for every step."""
+        """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
         votes = torch.tensor(int(flag))
         if self.size > 1:
             with one_line_peer_errors():
@@ -75,8 +74,8 @@ class World:
         return bool(votes)
 
     @contextmanager
-    def first(self) -> Iterator[None]:
-        """Rank 0 does what is inside before all others, who then find the files that it wrote."""
+    def rank_0_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before all others, which then find the files that it wrote."""
         if self.rank > 0:
             self.any(True)
         yield
@@ -85,11 +84,12 @@ class World:
 
 
 class Gradients:
-    """The gradients of `parameters` in one flat buffer, each `.grad` a view of it, with the loss behind them. One call
-    adds up the ranks', one tells whether all is finite, one clears them. What a step does not reach has gradient 0.
+    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. One
+    call averages it over the ranks, one tells whether all of it is finite, one clears it. A parameter that a step does
+    not reach has gradient 0.
 
-    Where something is not finite the optimisers step with `found_inf` 1, which makes them leave everything as it was.
-    No host looks at that number before a line of the log is due, so none waits for its GPU.
+    Where something is not finite, the optimisers step with `found_inf` 1, which makes them leave everything unchanged.
+    The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], optimizers: list[torch.optim.Optimizer], world: World):
@@ -99,7 +99,7 @@ class Gradients:
         self.flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
         for parameter, part in zip(parameters, self.flat[:-1].split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
-        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=self.flat.device)
+        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=self.flat.device)  # counts of skipped steps
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -111,7 +111,7 @@ class Gradients:
             self.flat /= self.world.size
             with one_line_peer_errors():
                 dist.all_reduce(self.flat)
-        # The norm is infinite too where a square is, which AdamW's second moment would never recover from.
+        # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
         finite = torch.linalg.vector_norm(self.flat).isfinite()
         found_inf = 1.0 - finite.float()
         self.flat.masked_fill_(~finite, 0.0)
@@ -124,39 +124,25 @@ class Gradients:
         self.longest = torch.maximum(self.longest, self.in_a_row)
 
 
-# ---- frozen weights in parts
+# ---- stopping
 
 
-class Layers(nn.Module):
-    """FSDP2 wants a module above the layers and would share out all that it finds under it: these, and nothing else."""
-
-    def __init__(self, layers: Iterable[nn.Module], forward: Callable):
-        super().__init__()
-        self.layers, self.forward = nn.ModuleList(layers), forward
-
-
-def shard(module: nn.Module, layers: Iterable[nn.Module], device: torch.device) -> None:
-    """Leave each process its part of the frozen `layers` of `module`, on `device`, and put all else of it there whole.
-
-    Each layer must be used by calling it. One inside another comes before it. They are moved to the device one by one,
-    so that a GPU need not hold them all at once. What is added to a layer later, such as LoRA's matrices, stays whole.
-    """
-    from torch.distributed.device_mesh import init_device_mesh  # which take longer to import than the rest of torch
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    root = Layers(layers, module.forward)
-    for layer in root.layers:
-        for parameter in layer.parameters():
-            parameter.data = parameter.data.contiguous()  # FSDP2 cuts no channels-last convolution
-        fully_shard(layer, mesh=mesh)
-    fully_shard(root, mesh=mesh)
-    module.to(device)
-    module.forward = partial(nn.Module.__call__, root)  # not `root`, which would become a part of the module
+@contextmanager
+def stop_signals() -> Iterator[list]:
+    """A list of the requests to stop (SIGTERM, Ctrl-C) that the process has received; they do not end it."""
+    received = []
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def weights_held(*modules: nn.Module) -> tuple[int, int]:
-    """Bytes of the modules' frozen weights on this process, and of all of them."""
-    frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
-    own = sum((p.to_local() if hasattr(p, "to_local") else p).nbytes for p in frozen)  # a DTensor has it
-    return own, sum(p.numel() * p.element_size() for p in frozen)
+def resume_command() -> str:
+    """The command that continues this run; of several machines, without the address at which they meet."""
+    start, local = [Path(sys.executable).name], int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if local:  # started by torchrun
+        start = ["torchrun", "--nnodes", str(int(os.environ["WORLD_SIZE"]) // local), "--nproc-per-node", str(local)]
+    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from runs import SCRIPTS, Run, prepare
 
 from published.checkpoints import checkpoint_folders
-from trainer import run as training
+from trainer import checkpoint
 from trainer.log import read_log
 
 LIMIT = 600.0  # seconds after which a run that should end by itself is given up
@@ -82,9 +82,9 @@ def live(run: Run, seconds: float = LIMIT, saves: int = 0) -> tuple[int, list[tu
 
 
 def whole_run(stage: str, out: Path, arguments: list[str]) -> Whole:
-    start, kept, training.KEEP = time.monotonic(), training.KEEP, 1000
+    start, kept, checkpoint.KEPT = time.monotonic(), checkpoint.KEPT, 1000
     run = Run(stage, out, [*arguments, "--workers", "0"])
-    training.KEEP = kept
+    checkpoint.KEPT = kept
     status, told = live(run)
     seconds = time.monotonic() - start
     if status:

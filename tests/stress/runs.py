@@ -19,13 +19,14 @@ import train_mls
 import train_uas
 from common.cli import run
 from miniature.world import write_pairs, write_stories
+from trainer import run as trainer_run
 
 SCRIPTS = {"uas": train_uas, "mls": train_mls}
 
 
 def prepare(folder: Path) -> dict[str, list[str]]:
-    """Random weights and drawn data in `folder`; the arguments of each stage: accumulation, rows sorted by length, two
-    optimisers, LoRA's dropout, and lines of the log that checkpoints come between."""
+    """Random weights and drawn data in `folder`; the arguments of each stage: accumulation, two optimisers,
+    LoRA's dropout, and lines of the log that checkpoints come between."""
     torch.set_num_threads(1)  # none is running yet that a fork would lose
     weights = write_random_weights(folder / "weights", small=True)
     write_pairs(folder / "pairs.tar", 10, 0, size=32)
@@ -75,7 +76,7 @@ class Run:
 
 def child(script, out: Path, arguments: list[str], environment: dict[str, str], told: int) -> None:
     """Be the process of a run, to its end; write to the pipe `told`."""
-    save = script.save_checkpoint
+    save = trainer_run.save_checkpoint
 
     def save_and_tell(*inputs):
         os.write(told, b"b")
@@ -85,7 +86,7 @@ def child(script, out: Path, arguments: list[str], environment: dict[str, str], 
     code = 1
     atexit._clear()  # the parent's: its folder is not ours to remove
     try:
-        script.save_checkpoint = save_and_tell
+        trainer_run.save_checkpoint = save_and_tell
         os.environ |= environment
         with open(out / f"printed-{environment.get('RANK', 0)}", "a", encoding="utf-8") as printed:
             os.dup2(printed.fileno(), 1)

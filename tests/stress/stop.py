@@ -63,7 +63,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="runs in all")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--shard", action="store_true", help="with the frozen weights in parts")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, times, good = Random(args.seed), [], 0
@@ -71,8 +70,7 @@ def main() -> None:
         arguments = prepare(Path(folder))
         for i in range(args.count):
             stage = list(arguments)[i % 2]
-            more = ["--shard"] if args.shard else []
-            seconds, wrong = stopped(stage, Path(folder) / f"run-{i}", arguments[stage] + more, rng, args.ranks)
+            seconds, wrong = stopped(stage, Path(folder) / f"run-{i}", arguments[stage], rng, args.ranks)
             times.append(seconds)
             good += not wrong
             print(f"{stage}, run {i + 1}: {seconds:.2f} s {wrong}", flush=True)

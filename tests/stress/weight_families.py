@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -31,7 +31,7 @@ from published.parts import (
 )
 from scheduler import SAMPLERS
 from tokenizer import Tokenizer
-from trainer import run as training
+from trainer.checkpoint import load_checkpoint, save_checkpoint
 
 GOLDEN = GOLDEN_TOKENIZERS.parent
 
@@ -57,7 +57,8 @@ def trained() -> tuple:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     folder = Path(tempfile.mkdtemp())
-    saved = training.save_checkpoint(folder, 7, model, [optimizer], {"data": {}}, "uas")
+    state, save = {"step": 7, "data": {}}, partial(model.save_trained, stage="uas")
+    saved = save_checkpoint(folder, state, model.trained_parameters(), [optimizer], save)
     contents = {path.name: path.read_bytes() for path in saved.iterdir()}
     shutil.rmtree(folder)
     return model, optimizer, contents, {name: p.detach().clone() for name, p in model.trained_parameters().items()}
@@ -131,7 +132,7 @@ def read_bad_run(what: str, rng: Random, folder: Path) -> str:
     else:
         name = rng.choice(("trained.safetensors", "optimizer.safetensors"))
         (newest / name).write_bytes(BAD_SAFETENSORS[what.removeprefix("a run's ")](rng, contents[name]))
-    state = training.load_checkpoint(folder, model, [optimizer])
+    state = load_checkpoint(folder, model.trained_parameters(), [optimizer], model.load_trained)
     require(isinstance(state["step"], int), f"step {state['step']!r}")
     for parameter in model.trained_parameters().values():
         for kind, tensor in optimizer.state.get(parameter, {}).items():

@@ -1,0 +1,73 @@
+"""Training steps that are compiled, or that save memory; both happen to a model from outside.
+
+torch.compile makes a graph for every shape that it meets, which takes a minute or more. So batches are padded to few
+shapes when they are made, and the losses are compiled in three parts, each of which depends on one length alone:
+
+    hidden_states     tokens of the sequences, T    minigpt5.collate(round_length=bucket_length)
+    text_loss         tokens of the targets, L      minigpt5.collate(round_target=bucket_length)
+    picture_losses    pictures of the batch, M      pad_pictures
+
+There are then as many graphs as lengths of each part, not as many as combinations of them.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from minigpt5 import Batch, MiniGPT5, Noise
+
+MAX_GRAPHS = 64  # of one part; torch's own limit is 8
+
+
+def bucket_length(length: int) -> int:
+    """The next of 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320 ..."""
+    step = 1 << max(4, length.bit_length() - 3)
+    return -(-length // step) * step
+
+
+def pad_pictures(
+    batch: Batch, noise: Noise, posterior: tuple[Tensor, Tensor] | None, multiple: int
+) -> tuple[Batch, Noise, tuple[Tensor, Tensor] | None]:
+    """The same with pictures of zeros after the last one, whose weight in the losses is 0, up to a multiple."""
+    M = len(batch.picture_rows)
+
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x, [0, 0] * (x.dim() - 1) + [0, -M % multiple])
+
+    pictures = {name: pad(x) for name, x in batch._asdict().items() if name.startswith("picture_")}
+    return batch._replace(**pictures), Noise(*map(pad, noise)), posterior and tuple(map(pad, posterior))
+
+
+def compile_losses(model: MiniGPT5) -> None:
+    """Compile the three parts of `MiniGPT5.losses`."""
+    torch._dynamo.config.cache_size_limit = MAX_GRAPHS
+    for name in ("hidden_states", "text_loss", "picture_losses"):
+        setattr(model, name, torch.compile(getattr(model, name), dynamic=False, fullgraph=True))
+
+
+def count_graphs() -> int:
+    """How many graphs torch.compile has made in this process. Once all lengths have occurred, it stays the same."""
+    from torch._dynamo.utils import counters  # takes a second to import
+
+    return counters["stats"]["unique_graphs"]
+
+
+def recompute(layer: Callable, *inputs, **options) -> Tensor:
+    """The layer's output, for whose gradients the layer is computed again: only its inputs are kept."""
+    if not torch.is_grad_enabled():
+        return layer(*inputs, **options)
+    return checkpoint(layer, *inputs, use_reentrant=False, **options)
+
+
+def checkpoint_gradients(model: MiniGPT5) -> None:
+    """Keep only each layer's input of the frozen networks that gradients pass through, and compute the layer again in
+    the backward pass (arXiv 1604.06174): the same gradients, with less memory and more work."""
+    unet = model.unet
+    blocks = [(b.resnets, b.attentions) for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
+    for layer in chain(model.llama.model.layers, *(layers for block in blocks for layers in block)):
+        layer.forward = partial(recompute, layer.forward)

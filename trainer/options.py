@@ -1,0 +1,62 @@
+"""The options that all training scripts have."""
+
+import argparse
+from pathlib import Path
+
+from common.cli import DTYPES, add_weights_option, parse
+
+MAX_VOKENS = 128  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
+COUNTS = "drawn batch_size accumulate max_nonfinite save_every log_every val_every val_batches vokens".split()  # noqa: SIM905
+RATES = ("lr", "output_lr", "mapper_lr", "adapter_lr", "muon")
+
+
+def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, batch_size: int) -> None:
+    add = parser.add_argument
+    add_weights_option(parser)
+    add("--out", type=Path, default=Path(out), help="folder of the run")
+    add("--resume", action="store_true", help="continue from the newest intact checkpoint in --out, if there is one")
+    add("--drawn", type=int, default=20_000, help="without --data: samples of the miniature's world to draw")
+    add("--epochs", type=float, default=epochs, help="passes over the data")
+    add("--steps", type=int, help="optimiser steps in all; overrides --epochs")
+    add("--batch-size", type=int, default=batch_size, help="samples of one forward pass, on each GPU")
+    add("--accumulate", type=int, default=1, help="forward passes of one optimiser step")
+    add("--warmup", type=int, default=1000, help="steps of linear warm-up of the learning rates")
+    add("--no-cfg", action="store_true", help="never drop the condition (an ablation of the paper)")
+    add("--no-ldm", action="store_true", help="train without L_LDM (an ablation of the paper)")
+    add("--min-snr-gamma", type=float, default=5.0,
+        help="weight L_LDM by min(SNR, gamma) / SNR, as released; 0: no weights, as in the paper")  # fmt: skip
+    add("--seed", type=int, default=0, help="of all random numbers of the run")
+    add("--workers", type=int, default=4, help="processes that read pictures; 0: the main process reads them")
+    add("--max-bad", type=float, default=0.01,
+        help="stop when a larger share of the samples is broken, of 1,000 samples at least")  # fmt: skip
+    add("--max-nonfinite", type=int, default=20,
+        help="stop when so many steps in a row were skipped because they were not finite")  # fmt: skip
+    add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step always has one")
+    add("--sample-every", type=int, default=1000, help="steps between samples.png and losses.png; 0: never")
+    add("--val", nargs="+", metavar="DATA", help="held-out data, whose losses are logged as val_loss and so on")
+    add("--val-every", type=int, default=1000, help="steps between held-out losses; the last step always has them")
+    add("--val-batches", type=int, default=20, help="held-out batches on each GPU, over which the losses are means")
+    add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, each with means over these steps")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
+    add("--gradient-checkpointing", action="store_true", help="compute frozen layers twice, which saves memory")
+
+
+def read_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
+    """The command line, with the defaults that the weights have for `command`, and checked."""
+    args = parse(parser, command)
+
+    def check(is_right: bool, message: str) -> None:
+        if not is_right:
+            parser.error(message)
+
+    for name in COUNTS:
+        check(getattr(args, name, 1) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    for name in RATES:
+        check((getattr(args, name, None) or 0) >= 0, f"--{name.replace('_', '-')} must be at least 0")
+    check(0 <= args.max_bad <= 1, "--max-bad must be from 0 to 1")
+    check(args.epochs > 0 and args.warmup >= 0, "--epochs must be above 0, --warmup at least 0")
+    check(args.steps is None or args.steps >= 1, "--steps must be at least 1")
+    check(getattr(args, "vokens", 1) <= MAX_VOKENS, f"--vokens must be at most {MAX_VOKENS}")
+    return args
