@@ -149,7 +149,7 @@ class Run:
         self.losses_of = losses_of
         for note in [*data.dataset.notes, *(held_out.dataset.notes if held_out else ())]:
             print(note)
-        self.total = total_steps(self.args, data.dataset_size(), self.world.size)
+        self.total = total_steps(self.args, len(data.dataset), self.world.size)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.rates = [(group, group["lr"]) for group in groups]
         self.gradients = Gradients((p for group in groups for p in group["params"]), optimizers, self.world)
