@@ -275,7 +275,7 @@ class Run:
         numbers each time. A signal, once `received`, breaks them off."""
         args, held_out, meter = self.args, self.held_out, Meter()
         start, was_training = held_out.state_dict(), self.model.training
-        one_pass = -(-held_out.dataset_size() // (args.batch_size * self.world.size))
+        one_pass = -(-len(held_out.dataset) // (args.batch_size * self.world.size))
         self.model.eval()
         # Compiled losses keep what gradients need: without it they would have to be compiled once more.
         with closing(held_out), torch.set_grad_enabled(self.compiled):
