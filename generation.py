@@ -25,9 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.images import to_image
 from llama import KVCache, Llama
-from minigpt5 import MiniGPT5, dtype_of, expand_placeholders, send
+from minigpt5 import MiniGPT5, dtype_of
 from qformer import preprocess_input
-from scheduler import SAMPLERS
+from scheduler import SAMPLERS, NoiseSchedule
 
 MAX_PICTURES = 8  # of an answer, as far as its positions are concerned
 Segments = list[str | Image.Image]  # an answer: text and pictures in turn
@@ -49,11 +49,16 @@ class Sampling:
     compile: bool = False  # torch.compile the token step, the UNet and the decoder
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_picture_options(parser: argparse.ArgumentParser, against: str) -> None:
     add = parser.add_argument
     add("--steps", type=int, default=Sampling.steps, help="denoising steps of a picture")
-    add("--guidance", type=float, default=Sampling.guidance, help="guidance against the zero-voken condition; 1: off")
+    add("--guidance", type=float, default=Sampling.guidance, help=f"guidance against {against}; 1: off")
     add("--sampler", choices=sorted(SAMPLERS), default=Sampling.sampler, help="diffusion sampler")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_picture_options(parser, against="the zero-voken condition")
     add("--temperature", type=float, default=Sampling.temperature, help="of the words; 0: always the likeliest")
     add("--top-p", type=float, default=Sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
     penalty = "on words that the answer has said already; 1: off"
@@ -63,12 +68,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The options as a Sampling. ValueError for values out of range."""
-    if not 0 < args.top_p <= 1 or args.temperature < 0 or args.repetition_penalty <= 0:
+    """The options that were added as a Sampling. ValueError for values out of range."""
+    given = {name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__}
+    sampling = Sampling(**given)
+    if not 0 < sampling.top_p <= 1 or sampling.temperature < 0 or sampling.repetition_penalty <= 0:
         raise ValueError("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
-    if min(args.max_new_tokens, args.steps) < 1:
+    if min(sampling.max_new_tokens, sampling.steps) < 1:
         raise ValueError("--max-new-tokens and --steps are at least 1")
-    return Sampling(**{name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__})
+    return sampling
 
 
 # ---- prompts
@@ -76,8 +83,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 def prompt_ids(model: MiniGPT5, prompt: str) -> list[int]:
     """Token ids of <s> and the prompt; each <ImageHere> is repeated for the query embeddings of its picture."""
-    tokenizer = model.tokenizer
-    return [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(prompt), model.queries)]
+    return [model.tokenizer.bos_id, *model.tokenizer.encode(prompt, model.queries)]
 
 
 def room_after(model: MiniGPT5, ids: list[int]) -> int:
@@ -117,13 +123,22 @@ def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tu
     return ids, mask
 
 
+def read(model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, pixels: Tensor | None = None) -> Tensor:
+    """ids and mask (B, T), which continue what the cache holds -> hidden states (B, T, D)."""
+    return model.llama(model.embed(ids, pixels), mask, cache)
+
+
+def pick(model: MiniGPT5, hidden: Tensor, said: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
+    """States (B, D) that predict the next tokens -> their ids (B,)."""
+    return pick_tokens(model.vokens.logits(model.llama, hidden), said, chances, sampling)
+
+
 def next_token(
     model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, said: Tensor, chances: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """Feeds one token of each sequence: ids and mask (B, 1) -> the state (B, D) that predicts the next token, and the
-    next ids (B,)."""
-    hidden = model.llama(model.embed(ids), mask, cache)[:, 0]
-    return hidden, pick_tokens(model.vokens.logits(model.llama, hidden), said, chances, sampling)
+    """`read` and `pick` for one token of each sequence: the step that is compiled."""
+    hidden = read(model, cache, ids, mask)[:, 0]
+    return hidden, pick(model, hidden, said, chances, sampling)
 
 
 @dataclass
@@ -155,13 +170,14 @@ def say(
     """
     tokenizer, device = model.tokenizer, model.device
     vokens, N = tokenizer.voken_ids, len(tokenizer.voken_ids)
-    positions, longest = model.llama.config.max_position_embeddings, max(map(len, prompts))
-    if room_after(model, max(prompts, key=len)) < N:
-        raise ValueError(f"the prompt has {longest} tokens, room is for {positions - N - model.virtual_tokens}")
-    starts, more = [model.virtual_tokens + len(ids) for ids in prompts], sampling.max_new_tokens + MAX_PICTURES * N
-    answers = [Answer(used, min(used + more, positions)) for used in starts]
+    rooms, longest = [room_after(model, ids) for ids in prompts], max(map(len, prompts))
+    if min(rooms) < N:
+        raise ValueError(f"the prompt has {longest} tokens, room is for {min(rooms) + longest - N}")
+    limits = [min(room, sampling.max_new_tokens + MAX_PICTURES * N) for room in rooms]
+    positions = model.llama.config.max_position_embeddings
+    answers = [Answer(positions - room, positions - room + more) for room, more in zip(rooms, limits, strict=True)]
 
-    cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling)
+    cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling, device)
     step = compiled_next_token if sampling.compile else next_token
     chances = torch.zeros(sampling.max_new_tokens, len(prompts), device=device)
     if sampling.temperature:  # at 0 no random number is used up, so that a picture's noise is the generator's first
@@ -173,8 +189,8 @@ def say(
     ids, mask = pad_right(prompts, tokenizer.eos_id, device)
     batch = torch.arange(len(prompts), device=device)
     one_each = torch.ones(len(prompts), 1, dtype=torch.long, device=device)  # the mask of one token a sequence
-    hidden = model.llama(model.embed(ids, pixels), mask, cache)[batch, mask.sum(1) - 1]  # (B, D)
-    picked = pick_tokens(model.vokens.logits(model.llama, hidden), said, chances[0], sampling)  # (B,)
+    hidden = read(model, cache, ids, mask, pixels)[batch, mask.sum(1) - 1]  # (B, D)
+    picked = pick(model, hidden, said, chances[0], sampling)  # (B,)
     if sampling.force_image:
         picked = torch.full_like(picked, vokens[0])
     for position in range(1, sampling.max_new_tokens + 1):
@@ -200,13 +216,13 @@ def say(
         if not with_picture:
             hidden, picked = step(model, cache, ids, mask, said, chances[position], sampling)
             continue
-        following = model.llama(model.embed(ids), mask, cache)  # (B, N, D)
+        following = read(model, cache, ids, mask)  # (B, N, D)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
             answers[i].features.append(torch.cat([hidden[i : i + 1], following[i, : N - 1]]).float())
         if last:
             break
         hidden = following[batch, (mask.sum(1) - 1).clamp(min=0)]
-        picked = pick_tokens(model.vokens.logits(model.llama, hidden), said, chances[position], sampling)
+        picked = pick(model, hidden, said, chances[position], sampling)
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
     return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
 
@@ -218,26 +234,32 @@ def say(
 def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor) -> Tensor:
     """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1].
 
-    Classifier-free guidance: each step predicts the noise for the features and for zeros in their place, and goes
-    `guidance` times as far from the second to the first.
+    The unconditional branch of classifier-free guidance has zeros in the place of the features.
     """
-    guided, dtype = sampling.guidance != 1, dtype_of(model.unet)
-    unet, decode = model.unet, model.vae.decode
+    unet, decode, zeros = model.unet, model.vae.decode, torch.zeros_like(features)
     if sampling.compile:
         unet, decode = compiled(unet, replayed=True), compiled(decode)
-    if guided:
-        features = torch.cat([torch.zeros_like(features), features])
-    conditioning = model.mapper(features).to(dtype)  # (M or 2 M, S, Dc)
-    sampler = SAMPLERS[sampling.sampler](model.schedule, sampling.steps)
-    latents = send(latents, model.device)
+    guided = sampling.guidance != 1
+    conditioning = model.mapper(torch.cat([zeros, features]) if guided else features)  # (2 M or M, S, Dc)
+    latents = latents.to(conditioning.device)
+    return decode(denoise(unet, model.schedule, latents, conditioning, sampling)).float()
+
+
+def denoise(
+    unet: Callable, schedule: NoiseSchedule, latents: Tensor, conditioning: Tensor, sampling: Sampling
+) -> Tensor:
+    """Noise (M, C, h, w) -> latents. conditioning: (M, S, Dc), or with guidance (2 M, S, Dc), the unconditional ones
+    first: each step then goes `guidance` times as far from the unconditional prediction to the other one."""
+    sampler = SAMPLERS[sampling.sampler](schedule, sampling.steps)
+    guided = len(conditioning) > len(latents)
     for index, timestep in enumerate(sampler.timesteps):
         x = torch.cat([latents, latents] if guided else [latents])
-        prediction = unet(x.to(dtype), timestep, conditioning).to(torch.float32, copy=True)
+        prediction = unet(x, timestep, conditioning).to(torch.float32, copy=True)  # a CUDA graph overwrites its output
         if guided:
             without, given = prediction.chunk(2)
             prediction = without + sampling.guidance * (given - without)
         latents = sampler.step(prediction, index, latents)
-    return decode(latents).float()
+    return latents
 
 
 # ---- both
@@ -324,13 +346,13 @@ def lasting_cache(llama: Llama, batch: int, slots: int, device: torch.device) ->
     return cache
 
 
-def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling) -> KVCache:
+def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling, device: torch.device) -> KVCache:
     """An empty key-value cache, or one that holds the prefix of prefix tuning."""
     if sampling.compile:  # every size is compiled, so sizes are 256, 512, 1024 ... slots
-        cache = lasting_cache(model.llama, batch, max(256, 1 << (slots - 1).bit_length()), model.device)
+        cache = lasting_cache(model.llama, batch, max(256, 1 << (slots - 1).bit_length()), device)
         cache.lengths.zero_()
     else:
-        cache = KVCache(model.llama.config, batch, slots, dtype_of(model.llama), model.device)
+        cache = KVCache(model.llama.config, batch, slots, dtype_of(model.llama), device)
     if model.prefix:
         model.prefix.fill(cache)
     return cache

@@ -76,11 +76,6 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def expand_placeholders(tokenizer: Tokenizer, ids: list[int], queries: int) -> list[int]:
-    """Repeats each image placeholder as often as a picture has query embeddings."""
-    return [i for token in ids for i in [token] * (queries if token == tokenizer.image_id else 1)]
-
-
 def collate(
     tokenizer: Tokenizer,
     pairs: list[tuple[str, str]],
@@ -99,8 +94,8 @@ def collate(
     ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
     sequences, labels, starts, pictures = [], [], [], []
     for row, (source, target) in enumerate(pairs):
-        source_ids = [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(source), queries)]
-        target_ids = expand_placeholders(tokenizer, tokenizer.encode(target), queries)
+        source_ids = [tokenizer.bos_id, *tokenizer.encode(source, queries)]
+        target_ids = tokenizer.encode(target, queries)
         source_ids = source_ids[: limit - len(target_ids)]
         sequences.append(source_ids + target_ids)
         labels.append([IGNORE] * len(source_ids) + [IGNORE if i in ignored else i for i in target_ids])
@@ -216,8 +211,7 @@ class MiniGPT5(nn.Module):
         """L_LDM (Eq. 3) of each picture (M,). The released code weights it by min(SNR, gamma) / SNR; with gamma 0 it is
         the paper's."""
         noisy = self.schedule.add_noise(latents, noise.noise, noise.timesteps)
-        dtype = dtype_of(self.unet)
-        predicted = self.unet(noisy.to(dtype), noise.timesteps, conditioning.to(dtype)).float()
+        predicted = self.unet(noisy, noise.timesteps, conditioning).float()
         target = self.schedule.target(latents, noise.noise, noise.timesteps)
         return self.schedule.snr_weight(noise.timesteps, gamma) * (predicted - target).square().mean((1, 2, 3))
 

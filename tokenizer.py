@@ -53,11 +53,13 @@ class Tokenizer:
         """`text` from outside with a space put into whatever would be read as a special token."""
         return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, image_tokens: int = 1) -> list[int]:
+        """Token ids of `text`. <ImageHere> is repeated `image_tokens` times: once for each of a picture's vectors."""
         ids = []
         for i, part in enumerate(self.pattern.split(text)):
             if i % 2:  # the odd parts are the separators
-                ids.append(self.special[part.strip()])
+                name = part.strip()
+                ids += [self.special[name]] * (image_tokens if name == "<ImageHere>" else 1)
             elif part:
                 ids += self.pieces.encode(part)
         return ids

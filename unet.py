@@ -260,10 +260,11 @@ class UNet(nn.Module):
 
     def forward(self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, encoder_hidden_states (B, S, D), the
-        conditioning -> (B, C, h, w): epsilon or v, as the schedule's prediction_type says. h and w are multiples of
-        2^(levels - 1).
+        conditioning -> (B, C, h, w) in the weights' dtype: epsilon or v, as the schedule's prediction_type says. h and
+        w are multiples of 2^(levels - 1).
         """
-        config = self.config
+        config, dtype = self.config, self.conv_in.weight.dtype
+        sample, encoder_hidden_states = sample.to(dtype), encoder_hidden_states.to(dtype)
         _, C, h, w = sample.shape
         factor = 2 ** (len(self.down_blocks) - 1)
         assert (C, h % factor, w % factor) == (config.in_channels, 0, 0), tuple(sample.shape)
@@ -271,7 +272,7 @@ class UNet(nn.Module):
         time = timestep_embedding(  # in float32 always: half precision cannot tell large timesteps apart
             timesteps.reshape(-1), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
         )
-        time = F.silu(self.time_embedding(time.to(sample.dtype)))  # (B or 1, 4 C0)
+        time = F.silu(self.time_embedding(time.to(dtype)))  # (B or 1, 4 C0)
 
         x = self.conv_in(sample)
         kept = [x]

@@ -46,14 +46,13 @@ from evaluation.cases import (
     unanswered,
     write_answer,
 )
-from miniature.painter import denoise
-from minigpt5 import MiniGPT5, dtype_of
+from generation import Sampling, add_picture_options, denoise, sampling_of
+from minigpt5 import MiniGPT5
 from prompts import TASKS
 from published.checkpoints import given_checkpoint
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import matched, read_json, save_safetensors
 from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
-from scheduler import SAMPLERS
 from tars.precomputed import fingerprint
 
 
@@ -82,11 +81,10 @@ class StableDiffusion(nn.Module):
         return self.text_encoder(self.tokenizer(texts)[0].to(self.device))
 
     @torch.inference_mode()
-    def paint(self, texts: list[str], latents: Tensor, sampler: str, steps: int, guidance: float) -> Tensor:
+    def paint(self, texts: list[str], latents: Tensor, sampling: Sampling) -> Tensor:
         """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
-        conditioning = self.encode([""] * len(texts) + texts).to(dtype_of(self.unet))
-        noise = latents.to(self.device)
-        latents = denoise(self.unet, self.schedule, conditioning, noise, sampler, steps, guidance)
+        conditioning = self.encode([""] * len(texts) + texts)
+        latents = denoise(self.unet, self.schedule, latents.to(self.device), conditioning, sampling)
         return self.vae.decode(latents).float()
 
     # ---- what a run saves and loads
@@ -148,13 +146,9 @@ def arguments() -> argparse.Namespace:
     add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")
-    add("--steps", type=int, default=50, help="denoising steps of a picture")
-    add("--guidance", type=float, default=7.5, help="guidance against the empty text; 1: off")
-    add("--sampler", choices=sorted(SAMPLERS), default="pndm")
+    add_picture_options(parser, against="the empty text")
     args = read_arguments(parser)
     check_case_options(parser, args)
-    if args.steps < 1:
-        parser.error("--steps is at least 1")
     return args
 
 
@@ -189,7 +183,7 @@ def main() -> None:
         if asked:
             latents = torch.cat([model.sample_latents(1, generator_of(args.seed, key)) for key, _, _ in asked])
             texts = [text for _, _, text in asked]
-            pixels = model.paint(texts, latents, args.sampler, args.steps, args.guidance)
+            pixels = model.paint(texts, latents, sampling_of(args))
             for (key, said, _), picture in zip(asked, pixels, strict=True):
                 write_answer(args.answers, key, [*([said] if said else []), to_image(picture)])
     print(f"{len(cases):,} cases are answered, see {args.answers}")

@@ -24,7 +24,6 @@ from miniature.facts import PLACES, Picture, pick, random_stream
 from miniature.tales import SEES, SHOWS
 from miniature.words import agrees, description, facts_in, some
 from miniature.world import sample_dialogue, sample_pair, sample_story
-from minigpt5 import expand_placeholders
 from prompts import (
     END,
     PICTURE_MARK,
@@ -175,7 +174,7 @@ def answer_ids(path: Path, seed: int, i: int) -> np.ndarray:
     """int16: where the answer begins and ends; the words of picture i; the ids of a question about it and of the
     answer, with a placeholder for each of the words."""
     tokenizer, row = tokenizer_at(path), look_document(random_stream(seed, i, LOOKS), seed, i, "train")
-    source = [tokenizer.bos_id, *expand_placeholders(tokenizer, tokenizer.encode(row.source), WORDS)]
+    source = [tokenizer.bos_id, *tokenizer.encode(row.source, WORDS)]
     ids = [*source, *tokenizer.encode(row.target), tokenizer.eos_id][:ANSWER_LENGTH]
     words = tokenizer.pieces.encode(picture_words(row.inputs[0]))
     padding = [tokenizer.eos_id] * (ANSWER_LENGTH - len(ids))

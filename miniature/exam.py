@@ -20,11 +20,10 @@ import torch
 from PIL import Image
 
 from common.images import draw_grid, to_image, to_tensor
-from generation import Sampling, answer, prompt_ids
+from generation import Sampling, answer, denoise, prompt_ids
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
 from miniature.paint import draw
-from miniature.painter import denoise
 from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import sample_pair
@@ -104,14 +103,13 @@ class Said(NamedTuple):
 def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
     """Drawn as Stable Diffusion alone does, which reads a prompt's padding too; no language model takes part."""
     options = {"dtype": torch.float32, "device": exam.device, "read_pictures": False, "read_captions": True}
-    model, s = load_minigpt5(exam.weights, None, **options).eval(), exam.sampling
+    model = load_minigpt5(exam.weights, None, **options).eval()
     pictures = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         conditioning = model.text_encoder(model.clip_tokenizer([""] * len(part) + part)[0].to(exam.device))
         noise = torch.cat([model.sample_latents(1, exam.generator(start + i)) for i in range(len(part))])
-        noise = noise.to(exam.device)
-        latents = denoise(model.unet, model.schedule, conditioning, noise, s.sampler, s.steps, s.guidance)
+        latents = denoise(model.unet, model.schedule, noise.to(exam.device), conditioning, exam.sampling)
         pictures += map(to_image, model.vae.decode(latents))
     return pictures
 

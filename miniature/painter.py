@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.files import write_json
+from generation import Sampling, denoise
 from miniature.autoencoder import judge_in, latent_set
 from miniature.facts import random_stream
 from miniature.judge import read, right_shares
@@ -20,7 +21,7 @@ from miniature.sets import training_pictures
 from miniature.world import sample_pair
 from minigpt5 import send
 from published.parts import load_text_encoder, load_vae
-from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
+from scheduler import NoiseSchedule, ScheduleConfig
 from unet import UNet, UNetConfig
 
 UNET_SIZES = UNetConfig(
@@ -39,19 +40,6 @@ SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
 DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
 DECIDING = 400, 950  # timesteps where it is decided what goes where: half of a batch is from these
 PROMPTS = 301  # purpose of the random streams
-
-
-@torch.no_grad()
-def denoise(
-    unet: UNet, schedule: NoiseSchedule, conditioning: Tensor, noise: Tensor, sampler: str, steps: int, guidance: float
-) -> Tensor:
-    """Noise (B, C, h, w) -> latents. conditioning (2 B, S, Dc): the empty caption's for each picture, then its own."""
-    solver, latents, dtype = SAMPLERS[sampler](schedule, steps), noise, conditioning.dtype
-    for index, timestep in enumerate(solver.timesteps):
-        both = unet(torch.cat([latents, latents]).to(dtype), timestep, conditioning).to(torch.float32, copy=True)
-        without, given = both.chunk(2)
-        latents = solver.step(without + guidance * (given - without), index, latents)
-    return latents
 
 
 class DiffusionRecipe(Recipe):
@@ -104,7 +92,8 @@ class DiffusionRecipe(Recipe):
             return {}
         conditioning = self.text_encoder(self.tokenizer([""] * len(self.prompts) + self.prompts)[0].to(self.device))
         noise = torch.randn(len(self.prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
-        latents = denoise(modules["unet"], self.schedule, conditioning, noise.to(self.device), "dpm", 16, 3.0)
+        sampling = Sampling(sampler="dpm", steps=16, guidance=3.0)
+        latents = denoise(modules["unet"], self.schedule, noise.to(self.device), conditioning, sampling)
         found = right_shares(read(self.judge, self.vae.decode(latents)), self.wanted)
         return {f"{name}_right": value for name, value in found.items()}
 

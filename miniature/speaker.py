@@ -32,7 +32,6 @@ from miniature.documents import (
 from miniature.recipe import Recipe, Setup, reset, write_part, write_tensors
 from miniature.sets import held_out_pictures, training_pictures, training_set
 from miniature.world import sample_pair
-from minigpt5 import expand_placeholders
 from prompts import Example, Turn, dialog_source
 from published.parts import load_llama
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
@@ -199,7 +198,7 @@ class CaptionerRecipe(Recipe):
 
     def captions(self, modules: nn.ModuleDict) -> list[str]:
         """What the language model says of the tested pictures."""
-        question = expand_placeholders(self.tokenizer, self.tokenizer.encode(QUESTION), WORDS)
+        question = self.tokenizer.encode(QUESTION, WORDS)
         row, texts = torch.tensor([self.tokenizer.bos_id, *question], device=self.device), []
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)

@@ -66,7 +66,7 @@ def test_draws_as_the_exam_does():
     measured = exam.Exam(MINIATURE, None, torch.device("cpu"), sampling, 2, 0)
     model = StableDiffusion(MINIATURE, torch.float32).eval()
     latents = torch.cat([model.sample_latents(1, measured.generator(i)) for i in range(2)])
-    ours = [to_tensor(to_image(p)) for p in model.paint(texts, latents, "dpm", 3, 3.0)]
+    ours = [to_tensor(to_image(p)) for p in model.paint(texts, latents, Sampling(sampler="dpm", steps=3, guidance=3.0))]
     theirs = [to_tensor(picture) for picture in exam.text_to_pictures(measured, texts)]
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).abs().max() <= 1 / 255
