@@ -209,7 +209,7 @@ class NoReading(TorchDispatchMode):
 @pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
 def test_no_value_is_read_in_a_step(weights, adapter):
     model = open_model(weights, adapter)
-    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), fused=True), Meter(4)
+    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), fused=True), Meter()
     samples = texts(0, 4)
     rows = collate(model.tokenizer, samples, model.queries)
     captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
@@ -229,7 +229,7 @@ def test_no_value_is_read_in_a_step(weights, adapter):
 def test_no_waiting_on_a_gpu(weights):
     device = torch.device("cuda", torch.cuda.current_device())
     model = load_minigpt5(weights, device=device, read_pictures=False, read_captions=True)
-    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), fused=True), Meter(4)
+    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), fused=True), Meter()
     samples, empty = texts(0, 4), model.encode_captions([""])
 
     def step():
@@ -291,7 +291,7 @@ def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
     model.schedule.to(meta)
     if adapter:
         model.add_adapters(**{adapter: {}})
-    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), foreach=True), Meter(4)
+    optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), foreach=True), Meter()
     samples = [(f"{words} <ImageHere>", target) for words, target in texts(0, 4)]
     with OneDevice():
         rows = collate(model.tokenizer, samples, model.queries).to(meta)
