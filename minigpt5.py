@@ -42,8 +42,8 @@ class Batch(NamedTuple):
     """Token sequences, padded on the right, and the places of their output pictures."""
 
     ids: Tensor  # (B, T)
-    labels: Tensor  # (B, T), IGNORE where nothing is learned
     targets: Tensor  # (B, L) positions of the target's tokens, and of padding after a shorter target
+    labels: Tensor  # (B, L) what L_text learns there, IGNORE where it learns nothing
     picture_rows: Tensor  # (M,) the sequence that each output picture belongs to
     picture_starts: Tensor  # (M,) the position that predicts its [IMG0]
     picture_weights: Tensor  # (M,) its weight in the mean over pictures: 1 / M, or 0 for padding
@@ -88,8 +88,9 @@ def collate(
 
     Source and target are tokenised separately, so each begins with sentencepiece's leading space. A source that is too
     long is cut at its end. Of the target, L_text learns all tokens but [IMG1]..[IMGN-2]: [IMG0] says that a picture
-    belongs here, and [IMGN-1] is where text goes on. `round_length` and `round_target` may round T and L up, so that a
-    compiled step meets few shapes. T is at least the longest source plus L (see `MiniGPT5.hidden_states`).
+    belongs here, and [IMGN-1] is where text goes on. T holds the longest source and the longest target together (see
+    `MiniGPT5.hidden_states`). `round_length` and `round_target` may round T and L up, so that a compiled step meets few
+    shapes.
     """
     ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
     sequences, labels, starts, pictures = [], [], [], []
@@ -98,16 +99,16 @@ def collate(
         target_ids = tokenizer.encode(target, queries)
         source_ids = source_ids[: limit - len(target_ids)]
         sequences.append(source_ids + target_ids)
-        labels.append([IGNORE] * len(source_ids) + [IGNORE if i in ignored else i for i in target_ids])
+        labels.append([IGNORE if i in ignored else i for i in target_ids])
         starts.append(len(source_ids))
-        pictures += [(row, at - 1) for at, label in enumerate(labels[-1]) if label == tokenizer.voken_ids[0]]
-    L = round_target(max(len(ids) - start for ids, start in zip(sequences, starts, strict=True)))
-    T = round_length(max(starts) + L)
+        pictures += [(row, len(source_ids) + k - 1) for k, i in enumerate(target_ids) if i == tokenizer.voken_ids[0]]
+    longest = max(map(len, labels))
+    T, L = round_length(max(starts) + longest), round_target(longest)
     ids = torch.tensor([ids + [tokenizer.eos_id] * (T - len(ids)) for ids in sequences])
-    labels = torch.tensor([label + [IGNORE] * (T - len(label)) for label in labels])
-    targets = torch.tensor(starts)[:, None] + torch.arange(L)
+    labels = torch.tensor([label + [IGNORE] * (L - len(label)) for label in labels])
+    targets = (torch.tensor(starts)[:, None] + torch.arange(L)).clamp(max=T - 1)
     rows, before = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2).unbind(1)
-    return Batch(ids, labels, targets, rows, before, torch.full((len(rows),), 1 / max(1, len(rows))))
+    return Batch(ids, targets, labels, rows, before, torch.full((len(rows),), 1 / max(1, len(rows))))
 
 
 @torch.no_grad()
@@ -257,7 +258,7 @@ class MiniGPT5(nn.Module):
         """
         hidden = self.hidden_states(self.embed(batch.ids, inputs), batch.targets)  # (B, T, D)
         predicting = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels.gather(1, batch.targets))
+        text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels)
         losses = {"loss": text_weight * text_loss, "text_loss": text_loss}
         if noise is not None:
             features = self.voken_features(hidden, batch.picture_rows, batch.picture_starts)  # (M, N, D)

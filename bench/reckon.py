@@ -121,7 +121,7 @@ def step_of(model: MiniGPT5, batch: int, tokens: int, captioned: bool) -> Callab
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
     ends = torch.zeros(batch, target, dtype=torch.long, device="meta")
     which = torch.zeros(batch, dtype=torch.long, device="meta")
-    rows = Batch(ids, torch.full_like(ids, IGNORE), ends, which, which, torch.ones(batch, device="meta"))
+    rows = Batch(ids, ends, torch.full_like(ends, IGNORE), which, which, torch.ones(batch, device="meta"))
     size, width = model.unet.config.sample_size, model.unet.config.cross_attention_dim
     latents = torch.zeros(batch, model.unet.config.in_channels, size, size, device="meta")
     draws = Noise(which.bool(), latents, latents, which)

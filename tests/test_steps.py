@@ -84,6 +84,14 @@ def test_long_sources_are_cut_and_targets_are_not(weights):
     assert rows.ids.tolist() == [source_ids + target_ids]
 
 
+def test_long_sequences_are_not_padded_beyond_the_limit(weights):
+    """Where the target's length is rounded up, too: its padding then has no positions of its own, and no labels."""
+    tokenizer = load_minigpt5(weights, read_pictures=False).tokenizer
+    batch = collate(tokenizer, [("a word " * 5000, VOKENS)], 1, bucket_length, bucket_length)
+    assert batch.ids.shape[1] == 2048 and batch.targets.max() == 2047
+    assert batch.targets.shape == batch.labels.shape and (batch.labels >= 0).sum() == len(tokenizer.encode(VOKENS)) - 6
+
+
 def test_each_place_has_random_numbers_of_its_own():
     places = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
     assert len({step_generator(*place).initial_seed() for place in places}) == 4
