@@ -56,9 +56,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.command == "precompute":
-        options = {"captions": not args.no_captions, "batch_size": args.batch_size, "workers": args.workers}
-        options |= {"dtype": DTYPES[args.dtype], "store": args.store, "device": pick_device(args.device)}
-        precompute.precompute_all(args.sources, args.out, args.weights, **options)
+        options = {"weights": args.weights, "captions": not args.no_captions, "dtype": DTYPES[args.dtype]}
+        options |= {"store": args.store, "device": pick_device(args.device)}
+        precompute.precompute_all(args.sources, args.out, args.batch_size, args.workers, **options)
         return
     options = {"max_words": args.max_words} if args.command == "mmdialog" else {}
     report = datasets.convert(args.command, args.sources, args.out, workers=args.workers, **options)

@@ -23,9 +23,8 @@ from PIL import Image
 from prompts import UAS_REQUESTS, clean_caption, uas_texts
 from tars import batches as batches_module
 from tars import index as tars
-from tars.batches import SAMPLE, Batches, Broken, describe, epoch_order, random_bits
+from tars.batches import SAMPLE, Batches, Broken, PairData, describe, epoch_order, random_bits
 from tars.index import DIALOG, expand, read_index
-from tars.pairs import PairData, open_pairs
 from vae import preprocess_output
 
 HERE = Path(__file__).resolve().parent
@@ -437,7 +436,7 @@ def test_real_tar(tmp_path):
     if not path.exists():
         pytest.skip("the CC3M sample tar is missing")
     copy = shutil.copy(path, tmp_path)  # the index is written beside it
-    batches = open_pairs([copy], partial(preprocess_output, size=64), 2)
+    batches = Batches(PairData([copy], partial(preprocess_output, size=64)), 2)
     batch = next(batches)
     assert sorted(batch["keys"]) == ["000007775", "000009256"] and batch["pixels"].shape == (2, 3, 64, 64)
     assert len(batches.dataset) == 2 and not batches.bad

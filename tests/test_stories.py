@@ -21,11 +21,10 @@ from prompts import DIALOG_SYSTEM, STORY_SYSTEM, TASKS, Example, Turn, history_s
 from qformer import preprocess_input
 from tars import index as tars
 from tars import stories
-from tars.batches import Batches, Broken
+from tars.batches import Batches, Broken, PairData
 from tars.datasets import convert
 from tars.index import Member
-from tars.pairs import PairData
-from tars.stories import StoryData, open_stories
+from tars.stories import StoryData
 from tokenizer import Tokenizer
 from vae import preprocess_output
 
@@ -276,9 +275,9 @@ def test_task_weights(tmp_path, tokenizer):
     assert len(data) == 1 + 2 * 3  # two tasks of three steps, and the first one's picture
     for step in range(3):
         draws = [data.choose(np.random.PCG64(i)) for i in range(4000)]
-        drawn = Counter(data.find(1 + 2 * step + n, draw[0])[2:] for draw in draws for n in range(2))
+        drawn = Counter(data.turn_and_task(tars.STORY, 1 + 2 * step + n, draw[0]) for draw in draws for n in range(2))
         assert set(drawn) == {(step + 1, "image"), (step + 1, "text")} and 5880 < drawn[step + 1, "image"] < 6120
-    assert {data.find(0, data.choose(np.random.PCG64(i))[0])[2:] for i in range(100)} == {(0, "image")}
+    assert {data.turn_and_task(tars.STORY, 0, data.choose(np.random.PCG64(i))[0]) for i in range(100)} == {(0, "image")}
     edges = [
         stories.pick_task(dict(zip(TASKS, (2, 1, 1), strict=True)), place)
         for place in (0, 0.49, 0.5, 0.74, 0.75, 1 - 2**-53)
@@ -422,7 +421,7 @@ def test_resume_goes_on_exactly(data, workers):
 def test_the_miniatures_tars(tmp_path, tokenizer):
     write_stories(tmp_path / "s.tar", 3, 0, size=16)
     write_dialogues(tmp_path / "d.tar", 3, 0, size=16)
-    batches = open_stories([str(tmp_path)], tokenizer, 8, small_input, small_output, batch_size=4)
+    batches = Batches(StoryData(tars.expand([str(tmp_path)]), tokenizer, 8, small_input, small_output), 4)
     items = 0
     for name in ("s", "d"):
         with tarfile.open(tmp_path / f"{name}.tar") as tar:
@@ -435,8 +434,6 @@ def test_the_miniatures_tars(tmp_path, tokenizer):
         assert int((rows.ids == tokenizer.image_id).sum()) == 8 * inputs and len(rows.picture_rows) == outputs
     assert not batches.bad and batches.seen == items
     assert (tmp_path / "s.tar.index.npz").exists()
-    with pytest.raises(ValueError, match="download them first"):
-        open_stories(["https://host/a.tar"], tokenizer, 8, small_input, small_output, batch_size=1)
 
 
 def test_the_published_samples(tmp_path, tokenizer):

@@ -27,9 +27,8 @@ from minigpt5 import collate
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from tars import index as tars
-from tars.batches import Broken
+from tars.batches import Batches, Broken, PairData
 from tars.index import Unusable, decode, read_index
-from tars.pairs import PairData, open_pairs
 from tars.precomputed import Precomputed, marker_bytes, read_marker
 from tars.stories import StoryData
 from tokenizer import Tokenizer
@@ -110,7 +109,7 @@ def read_pairs(path: Path, exact: bool, given: Precomputed | None = None) -> str
 
 
 def tars_batches(path: Path, given: Precomputed | None):
-    return open_pairs([str(path)], small, 2, given) if given else open_pairs([str(path)], small, 2)
+    return Batches(PairData([str(path)], small, given) if given else PairData([str(path)], small), 2)
 
 
 def matches(caption: str, pixels: torch.Tensor) -> None:
