@@ -1,10 +1,5 @@
 """The published data sets into tars, and tars of pictures and captions into tars of precomputed tensors.
 
-    python -m tars vist train.story-in-sequence.json images/train --out vist-train.tar
-    python -m tars mmdialog train/train_conversations.txt --out mmdialog-train.tar
-    python -m tars cc3m cc3m_train.tsv --out cc3m-train.tar
-    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out precomputed
-
 `python -m tars COMMAND --help` has the options.
 """
 

@@ -29,7 +29,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,21 +62,19 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # ---- items
 
 
-class Broken(NamedTuple):
-    """A sample that cannot be used; `reason` is a short name to count it under."""
-
-    key: str
-    reason: str
-
-
 def describe(bad: dict[str, int]) -> str:
     """Counts by reason in words, the most frequent first."""
     return ", ".join(f"{count:,} {reason}" for reason, count in Counter(bad).most_common()) or "none"
 
 
 class TarData(Dataset):
-    """Tars as one list of items. A subclass says how an item is read (`read_item`) and how batches are made of samples
-    (`collate`), and what is an item, if that is not a sample of a tar.
+    """Tars as one list of items. What these are, a subclass says:
+
+    count_items(index)                         how many items each sample of a tar has, at least one
+    choose(bits)                               what is random about the sample at a position; an item that takes the
+                                               place of a broken one keeps it
+    read_item(key, read, kind, item, choice)   an item of a sample, which is a PAIR, STORY or DIALOG; raises Unusable
+    collate(samples)                           a batch
 
     Holds no open file, so it may be forked and pickled. `notes` says which tars are damaged. ValueError for a tar that
     cannot be read and where there is no item at all. With several ranks on a machine let one build it first: the others
@@ -100,7 +97,7 @@ class TarData(Dataset):
     def __len__(self) -> int:
         return int(self.tar_ends[-1])
 
-    def __getitem__(self, i: int) -> dict | Broken:
+    def __getitem__(self, i: int) -> dict | str:
         return self.sample(i, None)
 
     def digest(self) -> str:
@@ -108,12 +105,7 @@ class TarData(Dataset):
         return hashlib.sha256(b"".join(index.keys.tobytes() + b"\n" for index in self.indices)).hexdigest()[:16]
 
     def count_items(self, index: TarIndex) -> np.ndarray:
-        """How many items each sample of a tar has, at least one."""
         return np.ones(len(index.table), np.int64)
-
-    def choose(self, bits: np.random.PCG64) -> object:
-        """What is random about the sample at a position; the item that takes a broken one's place keeps it."""
-        raise NotImplementedError
 
     def find(self, i: int) -> tuple[int, int, int]:
         """Item -> (tar, sample of that tar, item of that sample)."""
@@ -122,22 +114,15 @@ class TarData(Dataset):
         row = int(np.searchsorted(self.ends[tar], i, side="right"))
         return tar, row, i - (int(self.ends[tar][row - 1]) if row else 0)
 
-    def sample(self, i: int, choice: object) -> dict | Broken:
-        """Item i as a sample; a broken one is a `Broken`, never an exception."""
+    def sample(self, i: int, choice: object) -> dict | str:
+        """Item i as a sample; for a broken one a short reason to count it under, never an exception."""
         tar, row, item = self.find(i)
         index = self.indices[tar]
         key, read = index.key(row), partial(read_member, self.tars[tar], index.table[row])
         try:
             return self.read_item(key, read, index.kinds[row], item, choice)
         except Unusable as error:
-            return Broken(key, str(error))
-
-    def read_item(self, key: str, read: Reader, kind: int, item: int, choice: object) -> dict:
-        """A sample, of which `kind` is PAIR, STORY or DIALOG. Raises Unusable."""
-        raise NotImplementedError
-
-    def collate(self, samples: list[dict]) -> dict:
-        raise NotImplementedError
+            return str(error)
 
 
 class PairData(TarData):
@@ -196,8 +181,8 @@ class FullBatches(Dataset):
             sample = self.data.sample(item, choice)
             if position < n:
                 seen += 1
-                bad.update([sample.reason] if isinstance(sample, Broken) else [])
-            while isinstance(sample, Broken):
+                bad.update([sample] if isinstance(sample, str) else [])
+            while isinstance(sample, str):
                 tries += 1
                 if tries > MAX_TRIES:
                     return {"error": self.no_sample(), "bad": dict(bad), "seen": seen}
@@ -209,7 +194,7 @@ class FullBatches(Dataset):
     def no_sample(self) -> str:
         choice = self.data.choose(random_bits(SAMPLE, self.seed, 0))
         samples = (self.data.sample(i, choice) for i in range(min(len(self.data), MAX_TRIES)))
-        bad = Counter(sample.reason for sample in samples if isinstance(sample, Broken))
+        bad = Counter(sample for sample in samples if isinstance(sample, str))
         return f"no usable {self.data.unit} in {self.data.name}: {describe(bad)}"
 
 

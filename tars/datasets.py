@@ -30,6 +30,7 @@ from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, decode, max_byte
 from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
+Job = Callable[[str], Sample]  # makes the sample of a key, or raises Unusable
 PICTURE_ENDINGS = tuple(ending for ending, member in ENDINGS.items() if member == Member.PICTURE)
 
 
@@ -41,8 +42,8 @@ def find_picture(folders: list[Path], name: str) -> Path | None:
     return next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
 
 
-def read_picture(path: Path | None) -> bytes:
-    """The bytes of a picture that can be decoded. Raises Unusable."""
+def read_picture(path: Path | None) -> tuple[str, bytes]:
+    """The ending and the bytes of a picture that can be decoded. Raises Unusable."""
     if path is None:
         raise Unusable("missing picture")
     try:
@@ -52,12 +53,8 @@ def read_picture(path: Path | None) -> bytes:
     except OSError:
         raise Unusable("picture not readable") from None
     decode(content)
-    return content
-
-
-def ending_of(path: Path) -> str:
     ending = path.suffix.lower().removeprefix(".")
-    return ending if ending in PICTURE_ENDINGS else "jpg"
+    return ending if ending in PICTURE_ENDINGS else "jpg", content
 
 
 def interleaved(key: str, kind: str, name: str, turns: Iterable[tuple[str, list[Path | None]]]) -> Sample:
@@ -67,9 +64,9 @@ def interleaved(key: str, kind: str, name: str, turns: Iterable[tuple[str, list[
         for text, paths in turns:
             if len(pictures) + len(paths) > MAX_PICTURES:
                 raise Unusable("too many pictures")
-            contents = [read_picture(path) for path in paths]
-            names = [f"{key}.{i}.{ending_of(path)}" for i, path in enumerate(paths, len(pictures))]
-            pictures += zip(names, contents, strict=True)
+            added = [read_picture(path) for path in paths]
+            names = [f"{key}.{i}.{ending}" for i, (ending, _) in enumerate(added, len(pictures))]
+            pictures += [(name, content) for name, (_, content) in zip(names, added, strict=True)]
             written.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
     except Unusable as error:
         cut = str(error)
@@ -85,7 +82,7 @@ RAW_FIELDS = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # of a 
 CLEANED_FIELDS = ("sequence_index", "caption", "image_id")
 
 
-def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[Callable[[str], Sample]]:
+def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[Job]:
     """The stories of the raw and of the cleaned form.
 
     Of the raw form's two texts this takes `text`: in lower case, with spaces around punctuation, names as [male],
@@ -150,7 +147,7 @@ def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], 
 # ---- MMDialog
 
 
-def mmdialog_jobs(files: list[Path], folders: list[Path], max_words: int) -> Iterator[Callable[[str], Sample]]:
+def mmdialog_jobs(files: list[Path], folders: list[Path], max_words: int) -> Iterator[Job]:
     for path in files:
         read = partial(read_turn, folders=folders or [path.parent], max_words=max_words)
         with open(path, "rb") as file:
@@ -192,7 +189,7 @@ def mmdialog_sample(key: str, line: bytes, read: Callable[[object], tuple[str, l
 # ---- CC3M
 
 
-def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Callable[[str], Sample]]:
+def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Job]:
     """Lines of caption and picture; a first line that says "caption" names the columns."""
     caption, picture = 0, 1
     with open(tsv, "rb") as file:
@@ -209,7 +206,7 @@ def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Callable[[str], Sample]
                 yield partial(cc3m_sample, caption=None, picture=None, source=f"line {number + 1}")
 
 
-def folder_jobs(folder: Path) -> Iterator[Callable[[str], Sample]]:
+def folder_jobs(folder: Path) -> Iterator[Job]:
     """KEY.jpg with KEY.txt."""
     for root, folders, names in os.walk(folder):
         folders.sort()
@@ -234,32 +231,32 @@ def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: s
         raise Unusable("caption not UTF-8") from None
     if len(caption) > max_bytes(Member.TEXT):
         raise Unusable("too large")
-    content, about = read_picture(picture), json.dumps({"source": source}).encode()
-    members = [(f"{key}.{ending_of(picture)}", content), (f"{key}.txt", caption), (f"{key}.json", about)]
-    return Sample(members, {"pairs": 1})
+    ending, content = read_picture(picture)
+    about = json.dumps({"source": source}).encode()
+    return Sample([(f"{key}.{ending}", content), (f"{key}.txt", caption), (f"{key}.json", about)], {"pairs": 1})
 
 
 # ---- the tar
 
 
-def in_order(calls: Iterable[Callable], workers: int) -> Iterator:
-    """The results of the calls in their order. Threads work a few calls ahead: Pillow decodes without Python's lock."""
+def attempt(job: Job, key: str) -> Sample | str:
+    """The sample, or the reason why there is none."""
+    try:
+        return job(key)
+    except Unusable as error:
+        return str(error)
+
+
+def make_samples(jobs: Iterable[Job], workers: int) -> Iterator[Sample | str]:
+    """In the order of the jobs. Threads work a few jobs ahead: Pillow decodes without Python's lock."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
-        for call in calls:
-            waiting.append(pool.submit(call))
+        for number, job in enumerate(jobs):
+            waiting.append(pool.submit(attempt, job, f"{number:09d}"))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def attempt(job: Callable[[str], Sample], number: int) -> Sample | str:
-    """The sample that a job makes under a key, or the reason why it makes none."""
-    try:
-        return job(f"{number:09d}")
-    except Unusable as error:
-        return str(error)
 
 
 def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, workers: int = 1) -> Report:
@@ -280,4 +277,4 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
         jobs = chain.from_iterable(tsv_jobs(path, folders or [path.parent]) for path in files)
     else:
         jobs = chain.from_iterable(map(folder_jobs, folders))
-    return write_samples(in_order((partial(attempt, job, n) for n, job in enumerate(jobs)), workers), out)
+    return write_samples(make_samples(jobs, workers), out)

@@ -46,12 +46,8 @@ class Member(IntEnum):
 PAIR, STORY, DIALOG = range(3)  # what a sample is; a pair is whatever has no turns
 ENDINGS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), Member.PICTURE)
 ENDINGS |= {"txt": Member.TEXT, "json": Member.JSON, "safetensors": Member.TENSORS}
-NAME = re.compile(
-    r"((?:.*/)?[^/.]+)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL
-)  # key, number below MAX_PICTURES, ending
+NAME = re.compile(r"((?:.*/)?[^/.]+)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL)  # key, number of a picture, ending
 MAX_BYTES = {Member.PICTURE: 64 << 20, Member.TEXT: 64 << 10, Member.JSON: 1 << 20, Member.TENSORS: 128 << 20}
-
-
 Reader = Callable[[int], bytes | None]  # a `Member` of one sample -> its bytes, None where it has none
 
 
@@ -223,10 +219,9 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
             with open_tar(file) as tar:
                 try:
                     for key, member, header in walk(tar):
-                        row = places.setdefault(key, [-1] * 2 * Member.NUMBERED)
-                        row += [-1] * (2 * member + 2 - len(row))
-                        repeated += row[2 * member] >= 0
-                        row[2 * member : 2 * member + 2] = header.offset_data, header.size
+                        members = places.setdefault(key, {})
+                        repeated += member in members
+                        members[member] = header.offset_data, header.size
                         if member == Member.JSON and header.size <= max_bytes(member):
                             turns[key] = count_turns(tar.extractfile(header).read())
                 except tarfile.TarError as error:
@@ -236,13 +231,14 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     if repeated:
         notes.append(f"{repeated:,} members that their sample already had; the last counts")
     keys = [key.encode("utf-8", UNDECODABLE) for key in places]
-    table = np.full((len(places), max(map(len, places.values()), default=2 * Member.NUMBERED)), -1, np.int64)
-    for i, row in enumerate(places.values()):
-        table[i, : len(row)] = row
+    count = max([Member.NUMBERED, *(member + 1 for members in places.values() for member in members)])
+    table = np.full((len(places), count, 2), -1, np.int64)
+    for i, members in enumerate(places.values()):
+        table[i, list(members)] = list(members.values())
     kinds_and_turns = np.array([turns.get(key, (PAIR, 0)) for key in places], np.int64).reshape(-1, 2)
     return TarIndex(
         stamp,
-        table,
+        table.reshape(len(places), 2 * count),
         kinds_and_turns[:, 0],
         kinds_and_turns[:, 1],
         np.frombuffer(b"".join(keys), np.uint8),

@@ -33,7 +33,7 @@ from minigpt5 import dtype_of, encode_captions
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
-from tars.batches import Broken, PairData, TarData
+from tars.batches import PairData, TarData
 from tars.index import Member, Reader, Unusable, decode, expand, read_index
 from tars.precomputed import MARKER, Precomputed, fingerprint, identity, marker_bytes, read_marker
 from tars.stories import read_turns
@@ -67,7 +67,7 @@ class WholeStories(TarData):
 class Encoders:
     """The frozen parts that a kind of tar needs, and what they make of pictures and captions."""
 
-    def __init__(self, weights: Path, captions: bool, dtype: torch.dtype | None, store: str, device, stories: bool):
+    def __init__(self, stories: bool, captions: bool, weights: Path, dtype: torch.dtype | None, store: str, device):
         language, painting = frozen_dtypes(weights, dtype, device)
         sd = weights / "stable-diffusion"
         self.device, self.store, self.size = device, STORE[store], picture_size(weights)
@@ -113,8 +113,8 @@ class Encoders:
 def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     pairs = PairData([tar], partial(preprocess_output, size=encoders.size))
     for samples in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=list):
-        yield from (sample.reason for sample in samples if isinstance(sample, Broken))
-        good = [sample for sample in samples if not isinstance(sample, Broken)]
+        yield from (sample for sample in samples if isinstance(sample, str))
+        good = [sample for sample in samples if not isinstance(sample, str)]
         if not good:
             continue
         tensors = {"moments": encoders.moments(torch.stack([sample["pixels"] for sample in good]))}
@@ -130,8 +130,8 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
     side = encoders.image_encoder.vision_model.config.image_size
     stories = WholeStories(tar, partial(preprocess_input, size=side), partial(preprocess_output, size=encoders.size))
     for story in DataLoader(stories, batch_size=None, num_workers=workers):
-        if isinstance(story, Broken):
-            yield story.reason
+        if isinstance(story, str):
+            yield story
             continue
         tensors, numbers, key = {}, story["numbers"], story["key"]
         if numbers:
@@ -173,7 +173,6 @@ def precompute_all(sources: list[str], out: Path, batch_size: int, workers: int,
     load_encoders = lru_cache(maxsize=1)(partial(Encoders, **options))  # tars of a kind follow one another
     for tar in tars:
         made = folder / Path(tar).name if folder else out
-        report = (
-            precompute(tar, made, load_encoders, batch_size, workers) or "there already, of the same source and weights"
-        )
+        report = precompute(tar, made, load_encoders, batch_size, workers)
+        report = report or "there already, of the same source and weights"
         print(f"{report}\n{made}: {made.stat().st_size:,} bytes", flush=True)

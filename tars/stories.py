@@ -22,6 +22,7 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
 
 import json
 from collections.abc import Callable
+from itertools import takewhile
 
 import numpy as np
 from torch.utils.data import default_collate
@@ -125,7 +126,7 @@ class StoryData(TarData):
         super().__init__(tars)
 
     def count_items(self, index: TarIndex) -> np.ndarray:
-        """How many items each sample of a tar has: at least one, so that a broken one is met and counted."""
+        """At least one, so that a broken sample is met and counted."""
         steps = self.items_of_first_step + self.items_per_step * (index.turns - 1)
         return np.maximum(np.where(index.kinds == STORY, steps, index.turns - 1), 1)
 
@@ -181,18 +182,14 @@ class StoryData(TarData):
             return dialog_example(before[first:], turn, k, vokens)
 
         oldest = history_start(k) if kind == "dialog" else 0
-        fitting = since(oldest)
-        if self.tokens(fitting) <= self.limit:
-            return fitting
-        fitting = None
-        for first in reversed(range(oldest + 1, k)):  # few steps, even if there are ten thousand turns
-            example = since(first)
-            if self.tokens(example) > self.limit:
-                break
-            fitting = example
-        if fitting is None:
+        whole = since(oldest)
+        if self.tokens(whole) <= self.limit:
+            return whole
+        longer = map(since, reversed(range(oldest + 1, k)))  # ends after few, even if there are ten thousand turns
+        fitting = list(takewhile(lambda example: self.tokens(example) <= self.limit, longer))
+        if not fitting:
             raise Unusable("too long")
-        return fitting
+        return fitting[-1]
 
     def tokens(self, example: Example) -> int:
         """The length of the token sequence that minigpt5.collate makes: <s>, source, target. Of an example that is far

@@ -258,7 +258,7 @@ def test_any_number_of_threads_writes_the_same_tar(tmp_path, vist):
 
 def test_pictures_are_read_a_few_samples_ahead():
     started = []
-    results = datasets.in_order((lambda i=i: started.append(i) or i for i in range(1000)), workers=3)
+    results = datasets.make_samples((lambda key, i=i: started.append(i) or i for i in range(1000)), workers=3)
     for wanted in range(1000):
         assert next(results) == wanted and len(started) <= wanted + 8
 

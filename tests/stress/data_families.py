@@ -27,7 +27,7 @@ from minigpt5 import collate
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from tars import index as tars
-from tars.batches import Batches, Broken, PairData
+from tars.batches import Batches, PairData
 from tars.index import Unusable, decode, read_index
 from tars.precomputed import Precomputed, marker_bytes, read_marker
 from tars.stories import StoryData
@@ -94,16 +94,16 @@ def merge(*outcomes: str) -> str:
 
 
 def outcome_of(data, samples: list) -> str:
-    return "skipped" if data.notes or any(isinstance(found, Broken) for found in samples) else "used"
+    return "skipped" if data.notes or any(isinstance(found, str) for found in samples) else "used"
 
 
 def read_pairs(path: Path, exact: bool, given: Precomputed | None = None) -> str:
     data = PairData([str(path)], small, given) if given else PairData([str(path)], small)
     samples = [data[i] for i in range(min(len(data), 2 * COUNT))]
     for found in samples:
-        if exact and not isinstance(found, Broken) and found["key"][0] == "0":
+        if exact and not isinstance(found, str) and found["key"][0] == "0":
             matches(found["caption"], found["pixels"])
-    if not all(isinstance(found, Broken) for found in samples):
+    if not all(isinstance(found, str) for found in samples):
         next(tars_batches(path, given))
     return outcome_of(data, samples)
 
@@ -124,7 +124,7 @@ def read_stories(path: Path) -> str:
     data = StoryData([str(path)], tokenizer(), QUERIES, small, small, limit=256)
     items = range(len(data)) if len(data) < 20 else (0, len(data) // 2, len(data) - 1)
     samples = [data.sample(i, (n % 16 * 2**60, n)) for n, i in enumerate(items, 1)]
-    good = [found for found in samples if not isinstance(found, Broken)]
+    good = [found for found in samples if not isinstance(found, str)]
     if good:
         fits_together(data.collate(good))
     return outcome_of(data, samples)
@@ -240,7 +240,7 @@ def read_caption(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Pat
     words = member("x.txt", raw) if rng.random() < 0.5 else member("x.json", as_json)
     (folder / "x.tar").write_bytes(whole([member("x.png", picture(1)), words]))
     found = PairData([str(folder / "x.tar")], small)[0]
-    if isinstance(found, Broken):
+    if isinstance(found, str):
         return "skipped"
     no_injection([uas_texts(tokenizer().plain(found["caption"]), 8, rng.choice((None, 3)))], 0, 8)
     ids, mask = clip_tokenizer()([found["caption"]])
