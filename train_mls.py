@@ -29,9 +29,10 @@ from prompts import SPEAKERS, TASKS
 from published.checkpoints import find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
+from tars.batches import Batches
 from tars.index import expand
 from tars.precomputed import find_precomputed
-from tars.stories import checked_weights, open_stories
+from tars.stories import StoryData, checked_weights
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview
 from trainer.options import add_run_options, read_run_options
@@ -102,9 +103,10 @@ def main() -> None:
     # ---- data, as far as the model needs them
     size = picture_size(args.weights)
     with run.world.rank_0_first():
-        data = args.data or run.draw_data(write_stories, size)
-    precomputed = find_precomputed(expand(data + (args.val or [])), args.weights)
-    is_precomputed = "queries" in precomputed
+        tars = expand(args.data or run.draw_data(write_stories, size))
+    held_out_tars = expand(args.val) if args.val else []
+    precomputed = find_precomputed(tars + held_out_tars, args.weights)
+    is_precomputed = "queries" in precomputed.shapes
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
 
     # ---- model, of which the adapter, the voken rows and the mapper's transformer train
@@ -134,8 +136,8 @@ def main() -> None:
     # ---- batches
     side = None if is_precomputed else model.image_encoder.vision_model.config.image_size
     limit = min(args.max_tokens, model.llama.config.max_position_embeddings - model.virtual_tokens)
-    open_data = partial(
-        open_stories,
+    open_stories = partial(
+        StoryData,
         tokenizer=model.tokenizer,
         queries=model.queries,
         to_input=partial(preprocess_input, size=side),  # input pictures are cropped, as released
@@ -144,10 +146,10 @@ def main() -> None:
         weights=args.tasks,
         precomputed=precomputed,
         blind=args.blind_history,
-        **run.data_options,
     )
     with run.world.rank_0_first():  # it writes the tars' indices for the other ranks
-        batches, held_out = open_data(data), open_data(args.val) if args.val else None
+        batches = Batches(open_stories(tars), **run.data_options)
+        held_out = Batches(open_stories(held_out_tars), **run.data_options) if held_out_tars else None
 
     # ---- optimiser
     adapter = [p for name, p in trained.items() if "lora_" in name or "prefix_" in name]

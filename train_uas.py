@@ -24,9 +24,7 @@ from miniature.world import write_pairs
 from minigpt5 import collate
 from prompts import uas_texts
 from published.parts import load_minigpt5, picture_size
-from tars.index import expand
-from tars.pairs import open_pairs
-from tars.precomputed import find_precomputed
+from tars.batches import open_pairs
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
@@ -63,13 +61,12 @@ def main() -> None:
     size = picture_size(args.weights)
     with run.world.rank_0_first():  # it draws the pictures, and writes the tars' indices for the other ranks
         data = args.data or run.draw_data(write_pairs, size)
-        precomputed = find_precomputed(expand(data + (args.val or [])), args.weights)
         to_output = partial(preprocess_output, size=size)
-        batches = open_pairs(data, to_output, precomputed=precomputed, **run.data_options)
-        held_out = open_pairs(args.val, to_output, precomputed=precomputed, **run.data_options) if args.val else None
+        batches, held_out = open_pairs(data, args.val, args.weights, to_output, **run.data_options)
+    precomputed = batches.dataset.precomputed
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
-    pictures = "moments" if "moments" in precomputed else "pixels"
-    captions = "encoding" if "encoding" in precomputed else "captions"
+    pictures = "moments" if "moments" in precomputed.shapes else "pixels"
+    captions = "encoding" if "encoding" in precomputed.shapes else "captions"
 
     # ---- model, of which the voken rows and the mapper train
     encodes_captions = captions == "captions" and not args.no_cap

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from bench.common import CLOCKS, Report, in_turn, parser, rows_of, start
 from common.cli import read_arguments, run
-from tars.pairs import open_pairs
+from tars.batches import Batches, PairData
 from vae import preprocess_output
 
 BATCH = 8
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(report: Report, what: str, work: Callable, tar: Path, contents: list[bytes], webdataset, args) -> None:
     kilobytes = round(sum(map(len, contents)) / len(contents) / 1000)
     more = {"work": 1, "unit": "pictures/s", "batch": BATCH, "kilobytes": kilobytes}
-    ours = {workers: open_pairs([str(tar)], work, BATCH, workers=workers) for workers in args.workers}
+    ours = {workers: Batches(PairData([str(tar)], work), BATCH, workers=workers) for workers in args.workers}
     for workers, batches in ours.items():
         clock = "wall" if workers else args.clock
         timers = {"ours": partial(through, batches, workers, clock, len(contents))}

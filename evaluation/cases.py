@@ -42,8 +42,7 @@ from minigpt5 import MiniGPT5
 from prompts import TASKS, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
 from published.loading import read_json
 from tars.batches import describe
-from tars.index import Member, Unusable, decode, expand, read_index, read_member
-from tars.pairs import read_caption
+from tars.index import Member, Unusable, decode, expand, read_caption, read_index, read_member
 from tars.stories import read_turns
 
 CONTEXTS = {  # what of the steps before a story's step is told
@@ -162,10 +161,7 @@ def facts_of(label: object) -> Picture | None:
 
 def pictures_of(case: Case, members: tuple[int, ...]) -> list[Image.Image]:
     """Raises Unusable."""
-    try:
-        return [decode(case.read(member)) for member in members]
-    except OSError:
-        raise Unusable("tar not readable") from None
+    return [decode(case.read(member)) for member in members]
 
 
 def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[list[int], list[Image.Image]]:

@@ -1,10 +1,5 @@
 """The published data sets into tars, and tars of pictures and captions into tars of precomputed tensors.
 
-    python -m tars vist train.story-in-sequence.json images/train --out vist-train.tar
-    python -m tars mmdialog train/train_conversations.txt --out mmdialog-train.tar
-    python -m tars cc3m cc3m_train.tsv --out cc3m-train.tar
-    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out precomputed
-
 `python -m tars COMMAND --help` has the options.
 """
 
@@ -56,9 +51,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     if args.command == "precompute":
-        options = {"captions": not args.no_captions, "batch_size": args.batch_size, "workers": args.workers}
-        options |= {"dtype": DTYPES[args.dtype], "store": args.store, "device": pick_device(args.device)}
-        precompute.precompute_all(args.sources, args.out, args.weights, **options)
+        options = {"weights": args.weights, "captions": not args.no_captions, "dtype": DTYPES[args.dtype]}
+        options |= {"store": args.store, "device": pick_device(args.device)}
+        precompute.precompute_all(args.sources, args.out, args.batch_size, args.workers, **options)
         return
     options = {"max_words": args.max_words} if args.command == "mmdialog" else {}
     report = datasets.convert(args.command, args.sources, args.out, workers=args.workers, **options)

@@ -1,4 +1,14 @@
-"""The order of training, and batches that any number of processes make alike and that resume exactly.
+"""Tars as training data: captions and pictures for stage 1, the order of training, and its exact resumption.
+
+    batches, held_out = open_pairs(["cc3m-train-{0000..0575}.tar"], None, weights,
+                                   partial(vae.preprocess_output, size=512), batch_size=48)
+    batch = next(batches)
+
+    batch["pixels"]        (B, 3, size, size) uint8. Of precomputed tars instead "moments" (B, 2, C, h, w)
+                           and perhaps "encoding" (B, S, Dc): see precomputed.py
+    batch["captions"]      B strings, cleaned; batch["keys"] beside them
+    batch["instructions"]  B times None or the number of a request phrasing, for `prompts.uas_texts`
+    batch["bad"]           Counter of the reasons of broken samples met for the first time
 
 The order is one endless sequence of positions, epoch after epoch, each epoch a permutation of all items; at every step
 the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten items:
@@ -10,22 +20,24 @@ Another item takes the place of a broken one; (seed, position) says which. So ev
 (seed, position) alone: it is the same for any number of workers, ranks stay in step, and one number is enough to
 resume, even with another number of ranks. The price: a good item is seen twice for each broken one.
 
-The items are those of a `TarData`: pairs in pairs.py, turns of stories and dialogues in stories.py.
+An item is a pair here, a turn of a story or dialogue in stories.py. The released code also flips pictures at random.
 """
 
 import hashlib
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from tars.index import TarIndex, read_index
+from prompts import UAS_REQUESTS, clean_caption
+from tars.index import Member, Reader, TarIndex, Unusable, decode, expand, read_caption, read_index, read_member
+from tars.precomputed import NOTHING, Precomputed, find_precomputed, read_tensors
 
 MIN_COUNTED = 1000  # max_bad is a share of at least so many samples: two broken pairs of four need not stop a trial
 MAX_TRIES = 1000  # broken samples in a row after which the data count as unusable
@@ -50,20 +62,19 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 # ---- items
 
 
-class Broken(NamedTuple):
-    """A sample that cannot be used; `reason` is a short name to count it under."""
-
-    key: str
-    reason: str
-
-
 def describe(bad: dict[str, int]) -> str:
     """Counts by reason in words, the most frequent first."""
     return ", ".join(f"{count:,} {reason}" for reason, count in Counter(bad).most_common()) or "none"
 
 
 class TarData(Dataset):
-    """Tars as one list of items; subclasses say what an item is and how batches are made of them.
+    """Tars as one list of items. What these are, a subclass says:
+
+    count_items(index)                         how many items each sample of a tar has, at least one
+    choose(bits)                               what is random about the sample at a position; an item that takes the
+                                               place of a broken one keeps it
+    read_item(key, read, kind, item, choice)   an item of a sample, which is a PAIR, STORY or DIALOG; raises Unusable
+    collate(samples)                           a batch
 
     Holds no open file, so it may be forked and pickled. `notes` says which tars are damaged. ValueError for a tar that
     cannot be read and where there is no item at all. With several ranks on a machine let one build it first: the others
@@ -75,7 +86,8 @@ class TarData(Dataset):
     def __init__(self, tars: list[str]):
         self.tars = list(tars)
         self.indices = [read_index(tar) for tar in tqdm(self.tars, "index", leave=False, delay=2, unit="tar")]
-        self.ends = np.cumsum([self.items(index) for index in self.indices])
+        self.ends = [np.cumsum(self.count_items(index)) for index in self.indices]  # of each sample's items in its tar
+        self.tar_ends = np.cumsum([ends[-1] if len(ends) else 0 for ends in self.ends])
         self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
         if not len(self):
             raise ValueError(f"{self.name}: no picture, caption or JSON in it")
@@ -83,32 +95,72 @@ class TarData(Dataset):
         self.notes = [f"{tar}: {note}" for tar, note in zip(self.tars, notes, strict=True) if note]
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.tar_ends[-1])
+
+    def __getitem__(self, i: int) -> dict | str:
+        return self.sample(i, None)
 
     def digest(self) -> str:
         """A hash of the samples' keys in their order, by which a resumed run knows its data."""
         return hashlib.sha256(b"".join(index.keys.tobytes() + b"\n" for index in self.indices)).hexdigest()[:16]
 
-    def place(self, i: int) -> tuple[int, int]:
-        """Item -> (tar, item in that tar)."""
-        tar = int(np.searchsorted(self.ends, i, side="right"))
-        return tar, i - int(self.ends[tar - 1] if tar else 0)
+    def count_items(self, index: TarIndex) -> np.ndarray:
+        return np.ones(len(index.table), np.int64)
 
-    def items(self, index: TarIndex) -> int:
-        """How many items a tar has."""
-        raise NotImplementedError
+    def find(self, i: int) -> tuple[int, int, int]:
+        """Item -> (tar, sample of that tar, item of that sample)."""
+        tar = int(np.searchsorted(self.tar_ends, i, side="right"))
+        i -= int(self.tar_ends[tar - 1]) if tar else 0
+        row = int(np.searchsorted(self.ends[tar], i, side="right"))
+        return tar, row, i - (int(self.ends[tar][row - 1]) if row else 0)
 
-    def choose(self, bits: np.random.PCG64) -> object:
-        """What is random about the sample at a position; the item that takes a broken one's place keeps it."""
-        raise NotImplementedError
+    def sample(self, i: int, choice: object) -> dict | str:
+        """Item i as a sample; for a broken one a short reason to count it under, never an exception."""
+        tar, row, item = self.find(i)
+        index = self.indices[tar]
+        key, read = index.key(row), partial(read_member, self.tars[tar], index.table[row])
+        try:
+            return self.read_item(key, read, index.kinds[row], item, choice)
+        except Unusable as error:
+            return str(error)
 
-    def sample(self, i: int, choice: object) -> dict | Broken:
-        """Item i as a sample; a broken one is a `Broken`, never an exception."""
-        raise NotImplementedError
+
+class PairData(TarData):
+    """Pairs as samples {"key", "caption", "pixels", "instruction"}.
+
+    transform: RGB picture -> tensor, as vae.preprocess_output. precomputed: tensors that take the place of "pixels".
+    """
+
+    unit = "pair"
+
+    def __init__(self, tars: list[str], transform: Callable, precomputed: Precomputed = NOTHING):
+        super().__init__(tars)
+        self.transform, self.precomputed = transform, precomputed
+
+    def choose(self, bits: np.random.PCG64) -> int | None:
+        """One sample in 100 becomes an instruction, in one of the phrasings."""
+        chosen, phrase = bits.random_raw() % 100 == 0, bits.random_raw() % len(UAS_REQUESTS)
+        return phrase if chosen else None
+
+    def read_item(self, key: str, read: Reader, kind: int, item: int, choice: int | None) -> dict:
+        if self.precomputed.shapes:
+            tensors = read_tensors(read(Member.TENSORS), self.precomputed, self.precomputed.shapes)
+        else:
+            tensors = {"pixels": self.transform(decode(read(Member.PICTURE)))}
+        caption = clean_caption(read_caption(read))
+        if not caption:
+            raise Unusable("empty caption")
+        return {"key": key, "caption": caption, "instruction": choice, **tensors}
 
     def collate(self, samples: list[dict]) -> dict:
-        """Samples -> batch."""
-        raise NotImplementedError
+        """default_collate stacks in the memory that a worker shares with the main process: no second copy."""
+        names = [name for name in ("pixels", "moments", "encoding") if name in samples[0]]
+        return {
+            "captions": [sample["caption"] for sample in samples],
+            "keys": [sample["key"] for sample in samples],
+            "instructions": [sample["instruction"] for sample in samples],
+            **{name: default_collate([sample[name] for sample in samples]) for name in names},
+        }
 
 
 # ---- batches
@@ -129,8 +181,8 @@ class FullBatches(Dataset):
             sample = self.data.sample(item, choice)
             if position < n:
                 seen += 1
-                bad.update([sample.reason] if isinstance(sample, Broken) else [])
-            while isinstance(sample, Broken):
+                bad.update([sample] if isinstance(sample, str) else [])
+            while isinstance(sample, str):
                 tries += 1
                 if tries > MAX_TRIES:
                     return {"error": self.no_sample(), "bad": dict(bad), "seen": seen}
@@ -142,7 +194,7 @@ class FullBatches(Dataset):
     def no_sample(self) -> str:
         choice = self.data.choose(random_bits(SAMPLE, self.seed, 0))
         samples = (self.data.sample(i, choice) for i in range(min(len(self.data), MAX_TRIES)))
-        bad = Counter(sample.reason for sample in samples if isinstance(sample, Broken))
+        bad = Counter(sample for sample in samples if isinstance(sample, str))
         return f"no usable {self.data.unit} in {self.data.name}: {describe(bad)}"
 
 
@@ -228,3 +280,17 @@ class Batches:
         self.bad = Counter(state["bad"] if self.rank == 0 else {})
         self.seen = state["seen"] if self.rank == 0 else 0
         self.position = state["epoch"] * len(self.dataset) + state["position"]
+
+
+def open_pairs(
+    data: list[str], held_out: list[str] | None, weights: Path, transform: Callable, **options
+) -> tuple[Batches, Batches | None]:
+    """What the user named (see `tars.index.expand`) -> its batches, and those of the held-out data, if any. All of it
+    is precomputed alike, or none; `dataset.precomputed` says how. `options` are those of `Batches`."""
+    tars, others = expand(data), expand(held_out) if held_out else []
+    precomputed = find_precomputed(tars + others, weights)
+
+    def open_batches(part: list[str]) -> Batches:
+        return Batches(PairData(part, transform, precomputed), **options)
+
+    return open_batches(tars), open_batches(others) if others else None

@@ -9,7 +9,7 @@
     source                            tar                                             read by
     a story of five steps             KEY.json, KEY.0.jpg .. KEY.4.jpg                stories.py
     a dialogue of two or more turns   KEY.json, KEY.0.jpg ... as many as it has       stories.py
-    a caption and its picture         KEY.jpg, KEY.txt, KEY.json with its source      pairs.py
+    a caption and its picture         KEY.jpg, KEY.txt, KEY.json with its source      batches.py
 
 KEY is the sample's number in its source. Every picture is decoded once, to see that it can be, then copied byte for
 byte. Few samples are in memory at a time, and the tar does not depend on the number of threads.
@@ -21,13 +21,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
+from common.files import read_json
 from prompts import clean_caption
 from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, decode, max_bytes
 from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
+Job = Callable[[str], Sample]  # makes the sample of a key, or raises Unusable
 PICTURE_ENDINGS = tuple(ending for ending, member in ENDINGS.items() if member == Member.PICTURE)
 
 
@@ -39,8 +42,8 @@ def find_picture(folders: list[Path], name: str) -> Path | None:
     return next((folder / name for folder in folders if os.path.isfile(folder / name)), None)
 
 
-def read_picture(path: Path | None) -> bytes:
-    """The bytes of a picture that can be decoded. Raises Unusable."""
+def read_picture(path: Path | None) -> tuple[str, bytes]:
+    """The ending and the bytes of a picture that can be decoded. Raises Unusable."""
     if path is None:
         raise Unusable("missing picture")
     try:
@@ -50,76 +53,57 @@ def read_picture(path: Path | None) -> bytes:
     except OSError:
         raise Unusable("picture not readable") from None
     decode(content)
-    return content
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
-
-
-def ending_of(path: Path) -> str:
     ending = path.suffix.lower().removeprefix(".")
-    return ending if ending in PICTURE_ENDINGS else "jpg"
+    return ending if ending in PICTURE_ENDINGS else "jpg", content
 
 
-class Interleaved:
-    """An interleaved sample that grows turn by turn."""
-
-    def __init__(self, key: str, kind: str, name: str):
-        self.key, self.about, self.turns, self.pictures = key, {"kind": kind, "id": name}, [], []
-
-    def add(self, text: str, paths: list[Path | None]) -> None:
-        """Add a turn. Raises Unusable, and then the sample stays as it was."""
-        if len(self.pictures) + len(paths) > MAX_PICTURES:
-            raise Unusable("too many pictures")
-        added = [(path, read_picture(path)) for path in paths]
-        names = [f"{self.key}.{i}.{ending_of(path)}" for i, (path, _) in enumerate(added, len(self.pictures))]
-        self.pictures += [(name, content) for name, (_, content) in zip(names, added, strict=True)]
-        self.turns.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
-
-    def sample(self, unit: str, cut: str | None = None) -> Sample:
-        content = json.dumps({**self.about, "turns": self.turns}).encode()
-        counts = {unit: 1, "turns": len(self.turns), "pictures": len(self.pictures)}
-        return Sample([(f"{self.key}.json", content), *self.pictures], counts, cut)
+def interleaved(key: str, kind: str, name: str, turns: Iterable[tuple[str, list[Path | None]]]) -> Sample:
+    """Texts with their pictures, up to the first turn that cannot be used: then `cut` of the sample says why."""
+    written, pictures, cut = [], [], None
+    try:
+        for text, paths in turns:
+            if len(pictures) + len(paths) > MAX_PICTURES:
+                raise Unusable("too many pictures")
+            added = [read_picture(path) for path in paths]
+            names = [f"{key}.{i}.{ending}" for i, (ending, _) in enumerate(added, len(pictures))]
+            pictures += [(name, content) for name, (_, content) in zip(names, added, strict=True)]
+            written.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
+    except Unusable as error:
+        cut = str(error)
+    content = json.dumps({"kind": kind, "id": name, "turns": written}).encode()
+    unit = "stories" if kind == "story" else "dialogues"
+    counts = {unit: 1, "turns": len(written), "pictures": len(pictures)}
+    return Sample([(f"{key}.json", content), *pictures], counts, cut)
 
 
 # ---- VIST
 
-RAW_NAMES = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # of a step's order, text and picture
-CLEANED_NAMES = ("sequence_index", "caption", "image_id")
+RAW_FIELDS = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # of a step's order, text and picture
+CLEANED_FIELDS = ("sequence_index", "caption", "image_id")
 
 
-def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[tuple]:
-    """(name, steps) of the stories of the raw and of the cleaned form; a step is (order, text, picture), or None.
+def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[Job]:
+    """The stories of the raw and of the cleaned form.
 
     Of the raw form's two texts this takes `text`: in lower case, with spaces around punctuation, names as [male],
     [location] ... The released cleaned files hold it, so the released checkpoint learned from it.
     """
     for file in files:
-        content = read_json(file)
+        content, roots = read_json(file), folders or [file.parent]
         if isinstance(content.get("annotations"), list):
-            stories, names = raw_stories(content["annotations"]), RAW_NAMES
-            places = {path.stem: path for folder in folders or [file.parent] for path in walk_pictures(folder)}
+            stories, fields = raw_stories(content["annotations"]), RAW_FIELDS
+            places = {path.stem: path for folder in roots for path in walk_pictures(folder)}
         elif content and all(isinstance(steps, list) for steps in content.values()):
-            stories, names = content, CLEANED_NAMES
+            stories, fields = content, CLEANED_FIELDS
             beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
             if beside == file:
                 raise ValueError(f"{file}: should be called X_cleaned.json, with X_image_mapping.json beside it")
             mapping = read_json(beside)
-            roots = folders or [file.parent]
             places = {i: find_picture(roots, name) for i, name in mapping.items() if isinstance(name, str)}
         else:
             raise ValueError(f"{file}: neither the raw form of VIST (annotations) nor the cleaned one (stories by id)")
         for name, steps in stories.items():
-            yield name, [vist_step(step, names, places) for step in steps]
+            yield partial(vist_sample, name=name, steps=steps, fields=fields, places=places)
 
 
 def raw_stories(annotations: list) -> dict[str, list]:
@@ -133,68 +117,48 @@ def raw_stories(annotations: list) -> dict[str, list]:
     return stories
 
 
-def vist_step(step: object, names: tuple[str, str, str], places: dict[str, Path]) -> tuple | None:
-    order, text, picture = (step.get(name) for name in names) if isinstance(step, dict) else (None, None, None)
-    if type(order) is not int or not isinstance(text, str) or not isinstance(picture, str | int):
-        return None
-    return order, text, places.get(str(picture))
-
-
 def walk_pictures(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
         folders.sort()
         yield from (Path(root, name) for name in sorted(names) if name.lower().rpartition(".")[2] in PICTURE_ENDINGS)
 
 
-def vist_sample(key: str, name: str, steps: list[tuple | None]) -> Sample:
+def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], places: dict[str, Path]) -> Sample:
     """A whole story in the order that its teller gave the pictures. Raises Unusable."""
-    if None in steps:
-        raise Unusable("broken annotation")
-    if len(steps) != STEPS:
-        raise Unusable("fewer than five steps" if len(steps) < STEPS else "more than five steps")
-    if len({order for order, _, _ in steps}) < STEPS:
+    told = []
+    for step in steps:
+        order, text, picture = map(step.get, fields) if isinstance(step, dict) else (None, None, None)
+        if type(order) is not int or not isinstance(text, str) or not isinstance(picture, str | int):
+            raise Unusable("broken annotation")
+        told.append((order, text, places.get(str(picture))))
+    if len(told) != STEPS:
+        raise Unusable("fewer than five steps" if len(told) < STEPS else "more than five steps")
+    if len({order for order, _, _ in told}) < STEPS:
         raise Unusable("order not clear")
-    if not all(text.strip() for _, text, _ in steps):
+    if not all(text.strip() for _, text, _ in told):
         raise Unusable("empty text")
-    story = Interleaved(key, "story", name)
-    for _, text, path in sorted(steps, key=lambda step: step[0]):
-        story.add(text, [path])
-    return story.sample("stories")
+    told.sort(key=lambda step: step[0])
+    story = interleaved(key, "story", name, ((text, [path]) for _, text, path in told))
+    if story.cut:
+        raise Unusable(story.cut)
+    return story
 
 
 # ---- MMDialog
 
 
-def mmdialog_jobs(files: list[Path], folders: list[Path], max_words: int) -> Iterator[tuple]:
+def mmdialog_jobs(files: list[Path], folders: list[Path], max_words: int) -> Iterator[Job]:
     for path in files:
+        read = partial(read_turn, folders=folders or [path.parent], max_words=max_words)
         with open(path, "rb") as file:
-            yield from ((line, folders or [path.parent], max_words) for line in file if line.strip())
+            yield from (partial(mmdialog_sample, line=line, read=read) for line in file if line.strip())
 
 
-def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) -> Sample:
-    """A dialogue up to its first turn that cannot be used, or that has more than `max_words` words (0: any number).
+def read_turn(turn: object, folders: list[Path], max_words: int) -> tuple[str, list[Path | None]]:
+    """The text and the pictures of a turn of at most `max_words` words (0: any number). Raises Unusable.
 
-    White space separates words; the released code allows 50 tokens, until March 2024 20 words. Raises Unusable where
-    not even two turns are left.
+    White space separates words; the released code allows 50 tokens, until March 2024 20 words.
     """
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    if not isinstance(content, dict) or not isinstance(content.get("conversation"), list):
-        raise Unusable("no conversation")
-    dialog, cut = Interleaved(key, "dialog", str(content.get("conversation_id", ""))), None
-    try:
-        for turn in content["conversation"]:
-            add_turn(dialog, turn, folders, max_words)
-    except Unusable as error:
-        cut = str(error)
-    if len(dialog.turns) < 2:
-        raise Unusable(f"{cut} in the first two turns" if cut else "fewer than two turns")
-    return dialog.sample("dialogues", cut)
-
-
-def add_turn(dialog: Interleaved, turn: object, folders: list[Path], max_words: int) -> None:
     try:
         text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
         media = [str(part["__MEDIA__"]) for part in turn["turn"] if "__MEDIA__" in part]
@@ -204,37 +168,46 @@ def add_turn(dialog: Interleaved, turn: object, folders: list[Path], max_words: 
         raise Unusable("empty text")
     if max_words and len(text.split()) > max_words:
         raise Unusable("long turn")
-    dialog.add(text, [find_picture(folders, f"{name}.jpg") for name in media])
+    return text, [find_picture(folders, f"{name}.jpg") for name in media]
+
+
+def mmdialog_sample(key: str, line: bytes, read: Callable[[object], tuple[str, list[Path | None]]]) -> Sample:
+    """A dialogue up to its first turn that cannot be used. Raises Unusable where not even two turns are left."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        raise Unusable("broken JSON") from None
+    if not isinstance(content, dict) or not isinstance(content.get("conversation"), list):
+        raise Unusable("no conversation")
+    name = str(content.get("conversation_id", ""))
+    dialogue = interleaved(key, "dialog", name, map(read, content["conversation"]))
+    if dialogue.counts["turns"] < 2:
+        raise Unusable(f"{dialogue.cut} in the first two turns" if dialogue.cut else "fewer than two turns")
+    return dialogue
 
 
 # ---- CC3M
 
 
-def cc3m_jobs(files: list[Path], folders: list[Path]) -> Iterator[tuple]:
-    """(caption, picture, source), the caption as bytes. Without a tsv file the folders' own pairs."""
-    for path in files:
-        yield from tsv_jobs(path, folders or [path.parent])
-    for folder in [] if files else folders:
-        yield from folder_jobs(folder)
-
-
-def tsv_jobs(path: Path, folders: list[Path]) -> Iterator[tuple]:
+def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Job]:
     """Lines of caption and picture; a first line that says "caption" names the columns."""
     caption, picture = 0, 1
-    with open(path, "rb") as file:
+    with open(tsv, "rb") as file:
         for number, line in enumerate(file):
             cells = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\t")
             if number == 0 and b"caption" in cells and len(cells) > 1:
                 caption = cells.index(b"caption")
                 picture = cells.index(b"image_path") if b"image_path" in cells else int(caption == 0)
             elif max(caption, picture) < len(cells):
-                name = os.fsdecode(cells[picture])
-                yield cells[caption], find_picture(folders, name), name
+                source = os.fsdecode(cells[picture])
+                path = find_picture(folders, source)
+                yield partial(cc3m_sample, caption=cells[caption], picture=path, source=source)
             elif line.strip():
-                yield None, None, f"line {number + 1}"
+                yield partial(cc3m_sample, caption=None, picture=None, source=f"line {number + 1}")
 
 
-def folder_jobs(folder: Path) -> Iterator[tuple]:
+def folder_jobs(folder: Path) -> Iterator[Job]:
+    """KEY.jpg with KEY.txt."""
     for root, folders, names in os.walk(folder):
         folders.sort()
         paths = map(Path, sorted(names, reverse=True))
@@ -243,11 +216,12 @@ def folder_jobs(folder: Path) -> Iterator[tuple]:
         for stem in sorted(pictures.keys() | texts):
             caption = Path(root, f"{stem}.txt").read_bytes() if stem in texts else None
             picture = Path(root, pictures[stem]) if stem in pictures else None
-            yield caption, picture, os.path.relpath(Path(root, stem), folder)
+            source = os.path.relpath(Path(root, stem), folder)
+            yield partial(cc3m_sample, caption=caption, picture=picture, source=source)
 
 
 def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: str) -> Sample:
-    """A pair with its caption as it was: pairs.py cleans it in reading. Raises Unusable."""
+    """A pair with its caption as it was: batches.py cleans it in reading. Raises Unusable."""
     if caption is None:
         raise Unusable("no caption")
     try:
@@ -257,38 +231,32 @@ def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: s
         raise Unusable("caption not UTF-8") from None
     if len(caption) > max_bytes(Member.TEXT):
         raise Unusable("too large")
-    content, about = read_picture(picture), json.dumps({"source": source}).encode()
-    members = [(f"{key}.{ending_of(picture)}", content), (f"{key}.txt", caption), (f"{key}.json", about)]
-    return Sample(members, {"pairs": 1})
+    ending, content = read_picture(picture)
+    about = json.dumps({"source": source}).encode()
+    return Sample([(f"{key}.{ending}", content), (f"{key}.txt", caption), (f"{key}.json", about)], {"pairs": 1})
 
 
 # ---- the tar
 
 
-def attempt(make: Callable, number: int, job: tuple) -> Sample | str:
-    """The sample of a job, or the reason why there is none."""
+def attempt(job: Job, key: str) -> Sample | str:
+    """The sample, or the reason why there is none."""
     try:
-        return make(f"{number:09d}", *job)
+        return job(key)
     except Unusable as error:
         return str(error)
 
 
-def in_order(calls: Iterable[Callable], workers: int) -> Iterator:
-    """The results of the calls in their order. Threads work a few calls ahead: Pillow decodes without Python's lock."""
+def make_samples(jobs: Iterable[Job], workers: int) -> Iterator[Sample | str]:
+    """In the order of the jobs. Threads work a few jobs ahead: Pillow decodes without Python's lock."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
-        for call in calls:
-            waiting.append(pool.submit(call))
+        for number, job in enumerate(jobs):
+            waiting.append(pool.submit(attempt, job, f"{number:09d}"))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def write_tar(jobs: Iterator[tuple], make: Callable, out: Path, workers: int = 1) -> Report:
-    """make(key, *job) of every job into a tar."""
-    calls = (partial(attempt, make, number, job) for number, job in enumerate(jobs))
-    return write_samples(in_order(calls, workers), out)
 
 
 def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, workers: int = 1) -> Report:
@@ -302,7 +270,11 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
         what = "story-in-sequence.json or cleaned.json" if kind == "vist" else "conversations.txt"
         raise ValueError(f"{sources[0]} is a folder: name the {what} file too")
     if kind == "vist":
-        return write_tar(vist_jobs(files, folders), vist_sample, out, workers)
-    if kind == "mmdialog":
-        return write_tar(mmdialog_jobs(files, folders, max_words), mmdialog_sample, out, workers)
-    return write_tar(cc3m_jobs(files, folders), cc3m_sample, out, workers)
+        jobs = vist_jobs(files, folders)
+    elif kind == "mmdialog":
+        jobs = mmdialog_jobs(files, folders, max_words)
+    elif files:
+        jobs = chain.from_iterable(tsv_jobs(path, folders or [path.parent]) for path in files)
+    else:
+        jobs = chain.from_iterable(map(folder_jobs, folders))
+    return write_samples(make_samples(jobs, workers), out)

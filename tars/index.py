@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
@@ -32,7 +32,7 @@ CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars
 INDEX_VERSION = 5
 UNDECODABLE = "surrogateescape"  # keeps member names that are not UTF-8 different from each other
 MAX_TARS = 100_000  # of one brace list
-MAX_PICTURES = 100  # of a story or dialogue
+MAX_PICTURES = 100  # of a story or dialogue: NAME has numbers of two digits
 MAX_MEMBER_BYTES, MAX_HEADER_BYTES = 64 << 30, 16 << 10  # of any member, and of a header that extends the next one
 MAX_END_BYTES = 1 << 20  # of the zeros that a tar may end with
 
@@ -46,7 +46,9 @@ class Member(IntEnum):
 PAIR, STORY, DIALOG = range(3)  # what a sample is; a pair is whatever has no turns
 ENDINGS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), Member.PICTURE)
 ENDINGS |= {"txt": Member.TEXT, "json": Member.JSON, "safetensors": Member.TENSORS}
+NAME = re.compile(r"((?:.*/)?[^/.]+)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL)  # key, number of a picture, ending
 MAX_BYTES = {Member.PICTURE: 64 << 20, Member.TEXT: 64 << 10, Member.JSON: 1 << 20, Member.TENSORS: 128 << 20}
+Reader = Callable[[int], bytes | None]  # a `Member` of one sample -> its bytes, None where it has none
 
 
 class Unusable(Exception):
@@ -108,15 +110,12 @@ def tars_of(item: str) -> list[str]:
 
 def member_of(name: str) -> tuple[str, int] | None:
     """Member name -> (key, member), None for one that is no part of a sample."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    number, dot, last = extension.partition(".")
-    member = ENDINGS.get((last if dot else extension).lower())
-    if dot and (member != Member.PICTURE or not re.fullmatch("0|[1-9][0-9]?", number)):  # below MAX_PICTURES
-        member = None
-    elif dot:
-        member = Member.NUMBERED + int(number)
-    return (folder + slash + stem, member) if stem and member is not None else None
+    found = NAME.fullmatch(name)
+    key, number, ending = found.groups() if found else (None, None, "")
+    member = ENDINGS.get(ending.lower())
+    if member is None or (number and member != Member.PICTURE):
+        return None
+    return key, Member.NUMBERED + int(number) if number else member
 
 
 def max_bytes(member: int) -> int:
@@ -159,7 +158,8 @@ def open_tar(file: BinaryIO) -> tarfile.TarFile:
 
 
 def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
-    """(key, member, header) of the regular members that count, in order. Raises ReadError at a damaged header."""
+    """(key, member, header) of the regular members that count, in order. Raises ReadError at a damaged header, and
+    after the last one where the tar does not end: tarfile stops at the first block of zeros, or without one."""
     last = -1
     while header := tar.next():
         if header.offset <= last or not 0 <= header.size <= MAX_MEMBER_BYTES:  # an extended header may change the size
@@ -170,10 +170,6 @@ def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
         place = member_of(header.name)
         if place and header.isreg():
             yield *place, header
-
-
-def check_end(tar: tarfile.TarFile) -> None:
-    """After `walk`: tarfile ends at the first block of zeros, or without one. ReadError if that was not the end."""
     if tar.fileobj.tell() == tar.offset:
         raise tarfile.ReadError("no end mark")
     rest = tar.fileobj.read(MAX_END_BYTES)
@@ -223,13 +219,11 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
             with open_tar(file) as tar:
                 try:
                     for key, member, header in walk(tar):
-                        row = places.setdefault(key, [-1] * 2 * Member.NUMBERED)
-                        row += [-1] * (2 * member + 2 - len(row))
-                        repeated += row[2 * member] >= 0
-                        row[2 * member : 2 * member + 2] = header.offset_data, header.size
+                        members = places.setdefault(key, {})
+                        repeated += member in members
+                        members[member] = header.offset_data, header.size
                         if member == Member.JSON and header.size <= max_bytes(member):
                             turns[key] = count_turns(tar.extractfile(header).read())
-                    check_end(tar)
                 except tarfile.TarError as error:
                     notes.append(f"cut short or damaged after {len(places):,} samples ({error})")
     except (OSError, tarfile.TarError) as error:
@@ -237,13 +231,14 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     if repeated:
         notes.append(f"{repeated:,} members that their sample already had; the last counts")
     keys = [key.encode("utf-8", UNDECODABLE) for key in places]
-    table = np.full((len(places), max(map(len, places.values()), default=2 * Member.NUMBERED)), -1, np.int64)
-    for i, row in enumerate(places.values()):
-        table[i, : len(row)] = row
+    count = max([Member.NUMBERED, *(member + 1 for members in places.values() for member in members)])
+    table = np.full((len(places), count, 2), -1, np.int64)
+    for i, members in enumerate(places.values()):
+        table[i, list(members)] = list(members.values())
     kinds_and_turns = np.array([turns.get(key, (PAIR, 0)) for key in places], np.int64).reshape(-1, 2)
     return TarIndex(
         stamp,
-        table,
+        table.reshape(len(places), 2 * count),
         kinds_and_turns[:, 0],
         kinds_and_turns[:, 1],
         np.frombuffer(b"".join(keys), np.uint8),
@@ -299,7 +294,7 @@ def read_index(path: str) -> TarIndex:
 
 
 def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
-    """The bytes of one member of the sample that is `row` of a table, None where it has none. Raises Unusable, OSError.
+    """The bytes of one member of the sample that is `row` of a table, None where it has none. Raises Unusable.
 
     Opens the tar each time (some 20 us): open files could run out, and would be shared between forked workers.
     """
@@ -308,9 +303,12 @@ def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
         return None
     if size > max_bytes(member):
         raise Unusable("too large")
-    with open(path, "rb") as file:
-        file.seek(offset)
-        content = file.read(size)
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError:
+        raise Unusable("tar not readable") from None
     if len(content) < size:
         raise Unusable("truncated tar")
     return content
@@ -324,3 +322,21 @@ def decode(content: bytes | None) -> Image.Image:
         return read_image(content)
     except ImageError as error:
         raise Unusable(error.reason) from None
+
+
+def read_caption(read: Reader) -> str:
+    """The caption of KEY.txt, else that in KEY.json, as it is. Raises Unusable."""
+    text = read(Member.TEXT)
+    try:
+        if text is not None:
+            return text.decode("utf-8-sig")
+        content = json.loads(read(Member.JSON) or b"{}")
+        if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
+            raise Unusable("no caption")
+        if len(content["caption"].encode()) > max_bytes(Member.TEXT):  # encode() fails at half an emoji, "\\ud83d"
+            raise Unusable("too large")
+    except UnicodeError:
+        raise Unusable("caption not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise Unusable("broken JSON") from None
+    return content["caption"]

@@ -18,6 +18,7 @@ source but for the rounding. precomputed.py has the format.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -25,16 +26,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from common.cli import make_folder
 from minigpt5 import dtype_of, encode_captions
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
-from tars.batches import Broken
-from tars.index import Member, Unusable, decode, expand, read_index, read_member
-from tars.pairs import PairData
+from tars.batches import PairData, TarData
+from tars.index import Member, Reader, Unusable, decode, expand, read_index
 from tars.precomputed import MARKER, Precomputed, fingerprint, identity, marker_bytes, read_marker
 from tars.stories import read_turns
 from tars.writer import Report, Sample, write_samples
@@ -43,31 +43,22 @@ from vae import preprocess_output, to_pixels
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
-class WholeStories(Dataset):
+class WholeStories(TarData):
     """The stories and dialogues of a tar, each whole: {"key", "json", "numbers" of its n pictures, "inputs" and
     "outputs" (n, 3, H, W), "cut": why a picture is missing, or None}."""
 
     def __init__(self, tar: str, to_input: Callable, to_output: Callable):
-        self.tar, self.index, self.to_input, self.to_output = tar, read_index(tar), to_input, to_output
+        super().__init__([tar])
+        self.to_input, self.to_output = to_input, to_output
 
-    def __len__(self) -> int:
-        return len(self.index.table)
-
-    def __getitem__(self, i: int) -> dict | Broken:
-        key, read = self.index.key(i), partial(read_member, self.tar, self.index.table[i])
-        images, cut = {}, None
-        try:
-            content = read(Member.JSON)
-            _, turns = read_turns(content, key, str)
-            for member in sorted({member for turn in turns for member in turn.pictures}):
-                try:
-                    images[member - Member.NUMBERED] = decode(read(member))
-                except Unusable as error:
-                    cut = str(error)
-        except Unusable as error:
-            return Broken(key, str(error))
-        except OSError:
-            return Broken(key, "tar not readable")
+    def read_item(self, key: str, read: Reader, kind: int, item: int, choice: None) -> dict:
+        images, cut, content = {}, None, read(Member.JSON)
+        _, turns = read_turns(content, key, str)
+        for member in sorted({member for turn in turns for member in turn.pictures}):
+            try:
+                images[member - Member.NUMBERED] = decode(read(member))
+            except Unusable as error:
+                cut = str(error)
         inputs, outputs = ([to(image) for image in images.values()] for to in (self.to_input, self.to_output))
         pixels = {"inputs": torch.stack(inputs), "outputs": torch.stack(outputs)} if images else {}
         return {"key": key, "json": content, "numbers": list(images), "cut": cut, **pixels}
@@ -76,7 +67,7 @@ class WholeStories(Dataset):
 class Encoders:
     """The frozen parts that a kind of tar needs, and what they make of pictures and captions."""
 
-    def __init__(self, weights: Path, stories: bool, captions: bool, dtype: torch.dtype | None, device, store: str):
+    def __init__(self, stories: bool, captions: bool, weights: Path, dtype: torch.dtype | None, store: str, device):
         language, painting = frozen_dtypes(weights, dtype, device)
         sd = weights / "stable-diffusion"
         self.device, self.store, self.size = device, STORE[store], picture_size(weights)
@@ -119,38 +110,28 @@ class Encoders:
         return self.stored(encode_captions(self.text_encoder, self.tokenizer, captions))
 
 
-load_encoders = lru_cache(maxsize=1)(Encoders)  # the tars of a data set follow one another
-
-
-def split_broken(pairs: PairData, samples: list[dict | Broken]) -> tuple[list[str], dict]:
-    """The reasons of the broken samples, and the others as one batch, {} where there is none."""
-    good = [sample for sample in samples if not isinstance(sample, Broken)]
-    reasons = [sample.reason for sample in samples if isinstance(sample, Broken)]
-    return reasons, pairs.collate(good) if good else {}
-
-
 def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     pairs = PairData([tar], partial(preprocess_output, size=encoders.size))
-    loader = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=partial(split_broken, pairs))
-    for reasons, good in loader:
-        yield from reasons
+    for samples in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=list):
+        yield from (sample for sample in samples if isinstance(sample, str))
+        good = [sample for sample in samples if not isinstance(sample, str)]
         if not good:
             continue
-        captions = good["captions"]
-        tensors = {"moments": encoders.moments(good["pixels"])}
+        tensors = {"moments": encoders.moments(torch.stack([sample["pixels"] for sample in good]))}
         if encoders.empty_caption is not None:
-            tensors["encoding"] = encoders.encodings(captions)
-        for i, (key, caption) in enumerate(zip(good["keys"], captions, strict=True)):
+            tensors["encoding"] = encoders.encodings([sample["caption"] for sample in good])
+        for i, sample in enumerate(good):
+            key, caption = sample["key"], sample["caption"].encode()
             content = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
-            yield Sample([(f"{key}.txt", caption.encode()), (f"{key}.safetensors", content)], {"pairs": 1})
+            yield Sample([(f"{key}.txt", caption), (f"{key}.safetensors", content)], {"pairs": 1})
 
 
 def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     side = encoders.image_encoder.vision_model.config.image_size
     stories = WholeStories(tar, partial(preprocess_input, size=side), partial(preprocess_output, size=encoders.size))
     for story in DataLoader(stories, batch_size=None, num_workers=workers):
-        if isinstance(story, Broken):
-            yield story.reason
+        if isinstance(story, str):
+            yield story
             continue
         tensors, numbers, key = {}, story["numbers"], story["key"]
         if numbers:
@@ -162,48 +143,36 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
         yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)}, story["cut"])
 
 
-def is_made(tar: Path, precomputed: Precomputed) -> bool:
-    """Whether a tar holds these tensors already, of the same source, and is not cut short."""
-    try:
-        made_alike = read_marker(str(tar))[:4] == precomputed[:4]  # the fifth, a tensor, follows from these
-        return made_alike and not read_index(str(tar)).note.size
-    except ValueError:  # no marker, or no tar, that could be read
-        return False
-
-
 def precompute(
-    tar: str,
-    out: Path,
-    weights: Path,
-    dtype: torch.dtype | None = None,
-    store: str = "fp16",
-    captions: bool = True,
-    batch_size: int = 16,
-    workers: int = 0,
-    device: str | torch.device = "cpu",
+    tar: str, out: Path, load_encoders: Callable[[bool], Encoders], batch_size: int, workers: int
 ) -> Report | None:
     """The tensors of one tar into another; None if that is there already, of the same source, weights and options."""
     index = read_index(tar)
     if out.exists() and out.samefile(tar):
         raise ValueError(f"--out {out} is the source")
     stories = bool(index.turns.any())
-    encoders = load_encoders(weights, stories, captions, dtype, device, store)
+    encoders = load_encoders(stories)
     precomputed = encoders.precomputed._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
-    if out.is_file() and is_made(out, precomputed):
-        return None
+    with suppress(ValueError):  # of `out`, if it is no tar, or one whose marker cannot be read
+        made_alike = read_marker(str(out))[:4] == precomputed[:4]  # the fifth, a tensor, follows from these
+        if made_alike and not read_index(str(out)).note.size:  # and it is not cut short
+            return None
     first = Sample([(MARKER, marker_bytes(precomputed))], {})
     samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
     return write_samples(chain([first], samples), out, 1 + len(index.table))
 
 
-def precompute_all(sources: list[str], out: Path, weights: Path, **options) -> None:
-    """Each tar that the user named (see `tars.index.expand`) into `out`, of several a folder, with a report of each."""
+def precompute_all(sources: list[str], out: Path, batch_size: int, workers: int, **options) -> None:
+    """Each tar that the user named (see `tars.index.expand`) into `out`, of several a folder, with a report of each.
+    `options` are those of `Encoders`."""
     tars = expand(sources)
     folder = make_folder(out) if len(tars) > 1 or out.is_dir() else None
     names = Counter(Path(tar).name for tar in tars)
     if folder and (twice := [name for name, count in names.items() if count > 1]):
         raise ValueError(f"--out {out}: two sources are named {twice[0]}, give each a folder of its own")
+    load_encoders = lru_cache(maxsize=1)(partial(Encoders, **options))  # tars of a kind follow one another
     for tar in tars:
         made = folder / Path(tar).name if folder else out
-        report = precompute(tar, made, weights, **options) or "there already, of the same source and weights"
+        report = precompute(tar, made, load_encoders, batch_size, workers)
+        report = report or "there already, of the same source and weights"
         print(f"{report}\n{made}: {made.stat().st_size:,} bytes", flush=True)

@@ -39,9 +39,6 @@ class Precomputed(NamedTuple):
     made_of: str = ""  # the fingerprint of the source
     empty_caption: Tensor | None = None  # (1, S, Dc)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.made_with
-
 
 NOTHING = Precomputed({}, {})
 

@@ -8,29 +8,28 @@ The items of the order (batches.py) are every turn of a dialogue but the first, 
 the first step as an image alone: 13 items of five steps. An epoch meets each once. Where the tasks have weights,
 (seed, position) chooses the step's task.
 
-    batches = open_stories(["vist-train.tar"], tokenizer, 32, partial(qformer.preprocess_input, size=224),
-                           partial(vae.preprocess_output, size=512), batch_size=32)
-    batch = next(batches)
+    data = StoryData(["vist-train.tar"], tokenizer, 32, partial(qformer.preprocess_input, size=224),
+                     partial(vae.preprocess_output, size=512))
+    batch = next(Batches(data, batch_size=32))
 
     batch["pairs"]          B (source, target), made for minigpt5.collate
     batch["inputs"]         (P, 3, H, W) of all <ImageHere> of the batch, in order of samples; None where there is none
     batch["outputs"]        (M, 3, H, W) of all vokens of the batch, in order of samples; None where there is none
                             of precomputed tars (P, Q, D) and (M, 2, C, h, w), see precomputed.py
     batch["tasks"]          B names of tasks; batch["keys"] beside them, KEY.k
-    batch["bad"]            as in pairs.py
+    batch["bad"]            as in batches.py
 """
 
 import json
 from collections.abc import Callable
-from functools import partial
+from itertools import takewhile
 
 import numpy as np
-import torch
 from torch.utils.data import default_collate
 
 from prompts import TASKS, Example, Turn, dialog_example, history_start, one_line, story_example
-from tars.batches import Batches, Broken, TarData
-from tars.index import STORY, Member, TarIndex, Unusable, decode, expand, member_of, read_member
+from tars.batches import TarData
+from tars.index import STORY, Member, Reader, TarIndex, Unusable, decode, member_of
 from tars.precomputed import NOTHING, Precomputed, read_tensors
 
 MAX_PIECE_LENGTH = 16  # characters of a token, as sentencepiece models are trained
@@ -125,66 +124,46 @@ class StoryData(TarData):
         self.items_per_step = len(self.weights)
         self.items_of_first_step = int("image" in self.weights)
         super().__init__(tars)
-        self.sample_ends = [np.cumsum(self.items_of_samples(index)) for index in self.indices]
 
-    def items_of_samples(self, index: TarIndex) -> np.ndarray:
-        """How many items each sample of a tar has: at least one, so that a broken one is met and counted."""
+    def count_items(self, index: TarIndex) -> np.ndarray:
+        """At least one, so that a broken sample is met and counted."""
         steps = self.items_of_first_step + self.items_per_step * (index.turns - 1)
         return np.maximum(np.where(index.kinds == STORY, steps, index.turns - 1), 1)
-
-    def items(self, index: TarIndex) -> int:
-        return int(self.items_of_samples(index).sum())
 
     def choose(self, bits: np.random.PCG64) -> tuple[int, int]:
         """The task and the phrasing, each as 64 random bits."""
         task, phrase = bits.random_raw(2)
         return int(task), int(phrase)
 
-    def find(self, i: int, task_bits: int) -> tuple[int, int, int, str]:
-        """Item -> (tar, row in its table, turn, task)."""
-        tar, at = self.place(i)
-        ends = self.sample_ends[tar]
-        row = int(np.searchsorted(ends, at, side="right"))
-        at -= int(ends[row - 1]) if row else 0
-        if self.indices[tar].kinds[row] != STORY:
-            return tar, row, at + 1, "reply"
-        if at < self.items_of_first_step:
-            return tar, row, 0, "image"
-        step, nth = divmod(at - self.items_of_first_step, self.items_per_step)
+    def turn_and_task(self, kind: int, item: int, task_bits: int) -> tuple[int, str]:
+        """Which turn an item of a sample is, and its task."""
+        if kind != STORY:
+            return item + 1, "reply"
+        if item < self.items_of_first_step:
+            return 0, "image"
+        step, nth = divmod(item - self.items_of_first_step, self.items_per_step)
         # The items of a step share the interval [0, 1), so that with equal weights each task comes once.
-        task = pick_task(self.weights, (nth + uniform(task_bits)) / self.items_per_step)
-        return tar, row, step + 1, task
+        return step + 1, pick_task(self.weights, (nth + uniform(task_bits)) / self.items_per_step)
 
-    def sample(self, i: int, choice: tuple[int, int]) -> dict | Broken:
+    def read_item(self, key: str, read: Reader, kind: int, item: int, choice: tuple[int, int]) -> dict:
         """{"key", "task", "source", "target", "inputs", "outputs"}, the last two lists of tensors."""
         task_bits, phrase = choice
-        tar, row, k, task = self.find(i, task_bits)
-        index = self.indices[tar]
-        key, read = index.key(row), partial(read_member, self.tars[tar], index.table[row])
-        try:
-            kind, turns = read_turns(read(Member.JSON), key, self.tokenizer.plain)
-            if k >= len(turns) or (kind == "dialog") != (task == "reply"):
-                raise Unusable("tar and index differ")
-            example = self.fit(kind, turns[: k + 1], task, phrase)
-            inputs, outputs = self.pictures(read, example)
-        except Unusable as error:
-            return Broken(key, str(error))
-        except OSError:
-            return Broken(key, "tar not readable")
-        texts = {"key": f"{key}.{k}", "task": task, "source": example.source, "target": example.target}
-        return {**texts, "inputs": inputs, "outputs": outputs}
-
-    def pictures(
-        self, read: Callable[[int], bytes | None], example: Example
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The example's inputs and outputs, or what was precomputed of them. Raises Unusable, OSError."""
-        if "moments" in self.precomputed:
+        k, task = self.turn_and_task(kind, item, task_bits)
+        kind_now, turns = read_turns(read(Member.JSON), key, self.tokenizer.plain)
+        if k >= len(turns) or (kind_now == "story") != (kind == STORY):
+            raise Unusable("tar and index differ")
+        example = self.fit(kind_now, turns[: k + 1], task, phrase)
+        if self.precomputed.shapes:
             inputs = [f"{member - Member.NUMBERED}.queries" for member in example.inputs]
             outputs = [f"{member - Member.NUMBERED}.moments" for member in example.outputs]
             tensors = read_tensors(read(Member.TENSORS), self.precomputed, inputs + outputs)
-            return [tensors[name] for name in inputs], [tensors[name] for name in outputs]
-        inputs = [self.to_input(decode(read(member))) for member in example.inputs]
-        return inputs, [self.to_output(decode(read(member))) for member in example.outputs]
+            pictures = {"inputs": [tensors[name] for name in inputs], "outputs": [tensors[name] for name in outputs]}
+        else:
+            pictures = {
+                "inputs": [self.to_input(decode(read(member))) for member in example.inputs],
+                "outputs": [self.to_output(decode(read(member))) for member in example.outputs],
+            }
+        return {"key": f"{key}.{k}", "task": task, "source": example.source, "target": example.target, **pictures}
 
     def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
         """The last of `turns` with as much of its history as has room. Raises Unusable."""
@@ -203,18 +182,14 @@ class StoryData(TarData):
             return dialog_example(before[first:], turn, k, vokens)
 
         oldest = history_start(k) if kind == "dialog" else 0
-        fitting = since(oldest)
-        if self.tokens(fitting) <= self.limit:
-            return fitting
-        fitting = None
-        for first in reversed(range(oldest + 1, k)):  # few steps, even if there are ten thousand turns
-            example = since(first)
-            if self.tokens(example) > self.limit:
-                break
-            fitting = example
-        if fitting is None:
+        whole = since(oldest)
+        if self.tokens(whole) <= self.limit:
+            return whole
+        longer = map(since, reversed(range(oldest + 1, k)))  # ends after few, even if there are ten thousand turns
+        fitting = list(takewhile(lambda example: self.tokens(example) <= self.limit, longer))
+        if not fitting:
             raise Unusable("too long")
-        return fitting
+        return fitting[-1]
 
     def tokens(self, example: Example) -> int:
         """The length of the token sequence that minigpt5.collate makes: <s>, source, target. Of an example that is far
@@ -235,22 +210,3 @@ class StoryData(TarData):
             "inputs": default_collate(inputs) if inputs else None,
             "outputs": default_collate(outputs) if outputs else None,
         }
-
-
-def open_stories(
-    data: list[str],
-    tokenizer,
-    queries: int,
-    to_input: Callable,
-    to_output: Callable,
-    batch_size: int,
-    limit: int = 2048,
-    weights: dict[str, float] | None = None,
-    precomputed: Precomputed = NOTHING,
-    blind: float = 0.0,
-    **options,
-) -> Batches:
-    """What the user named (see `tars.index.expand`) -> its batches. `options` are those of `Batches`, the other
-    arguments StoryData's."""
-    stories = StoryData(expand(data), tokenizer, queries, to_input, to_output, limit, weights, precomputed, blind)
-    return Batches(stories, batch_size, **options)

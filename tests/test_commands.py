@@ -25,7 +25,7 @@ from common.cli import run
 from minigpt5 import MiniGPT5
 from prompts import UAS_REQUESTS
 from published.checkpoints import checkpoint_folders, find_checkpoint
-from tars.pairs import PairData
+from tars.batches import PairData
 from trainer import run as trainer_run
 from trainer.log import read_log
 from trainer.run import learning_rate_factor, total_steps

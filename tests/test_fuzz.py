@@ -23,8 +23,8 @@ from llama import LlamaConfig
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError, read_config, tensor_files
 from tars import index as tars
+from tars.batches import PairData
 from tars.index import read_index
-from tars.pairs import PairData
 
 FUZZ = Path(__file__).resolve().parent / "stress" / "fuzz.py"
 GOLDEN = Path(__file__).parent / "golden" / "tokenizer"

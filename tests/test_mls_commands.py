@@ -176,7 +176,7 @@ def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
 
 
 def test_switches_reach_data_and_losses(monkeypatch, weights, data, tmp_path):
-    opened, losses = noting(monkeypatch, train_mls, "open_stories"), noting(monkeypatch, MiniGPT5, "losses")
+    opened, losses = noting(monkeypatch, train_mls, "StoryData"), noting(monkeypatch, MiniGPT5, "losses")
     noise = noting(monkeypatch, MiniGPT5, "sample_noise")
     switches = ("--no-cfg", "--min-snr-gamma", 0, "--blind-history", 0.25, "--tasks", "image=1")
     train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 1, *switches)

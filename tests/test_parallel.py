@@ -29,8 +29,7 @@ from common.cli import run
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
 from published.checkpoints import checkpoint_folders
-from tars.batches import Batches
-from tars.pairs import PairData
+from tars.batches import Batches, PairData
 from trainer.log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]

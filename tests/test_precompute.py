@@ -19,8 +19,8 @@ from common.images import read_image
 from miniature.world import write_dialogues, write_stories
 from published import parts
 from tars import __main__ as command
+from tars import batches as tars_batches
 from tars import index as tars
-from tars import pairs as tars_pairs
 from tars import precompute
 from tars import stories as tars_stories
 from tars.precomputed import MARKER, find_precomputed, fingerprint, identity, read_marker
@@ -32,7 +32,6 @@ ALONE = ("--workers", 0)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "CACHE", tmp_path / "cache")
-    precompute.load_encoders.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +96,7 @@ def test_stage1_is_the_same(monkeypatch, weights, sources, tmp_path, store, tole
     expected = train_uas(monkeypatch, weights, sources / "pairs.tar", tmp_path / "a", *steps)
     tar = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "x.tar", "--store", store, "--batch-size", 4)
     encoder = vae.VAE.encode
-    forbid(monkeypatch, (tars_pairs, "decode"), (vae.VAE, "encode"), (parts, "load_text_encoder"))
+    forbid(monkeypatch, (tars_batches, "decode"), (vae.VAE, "encode"), (parts, "load_text_encoder"))
     same_losses(train_uas(monkeypatch, weights, tar, tmp_path / "b", *steps), expected, tolerance)
     assert (tmp_path / "b" / "samples.png").stat().st_size > 0
     monkeypatch.setattr(vae.VAE, "encode", encoder)
@@ -122,7 +121,7 @@ def test_stage2_is_the_same(monkeypatch, weights, sources, tmp_path, store, tole
 
 def test_captions_may_be_left_out(monkeypatch, weights, sources, tmp_path):
     tar = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "x.tar", "--no-captions", "--store", "fp32")
-    assert "encoding" not in find_precomputed([str(tar)], weights)
+    assert "encoding" not in find_precomputed([str(tar)], weights).shapes
     expected = train_uas(monkeypatch, weights, sources / "pairs.tar", tmp_path / "a", "--steps", 2)
     same_losses(train_uas(monkeypatch, weights, tar, tmp_path / "b", "--steps", 2), expected, 1e-6)
 
@@ -144,7 +143,7 @@ def test_a_tar_of_pairs(monkeypatch, weights, tmp_path, capsys):
         "encoding": ((77, 32), torch.float16),
     }
     pixels = vae.to_pixels(vae.preprocess_output(read_image(pairs(1)["00000.png"]), 32))
-    mean, logvar = vae.load_vae(weights / "stable-diffusion/vae").encode(pixels[None])
+    mean, logvar = parts.load_vae(weights / "stable-diffusion/vae").encode(pixels[None])
     assert_close(tensors["moments"].float(), torch.cat([mean, logvar]), 1e-3, "moments")
     marker = read_marker(str(tar))
     assert set(marker.made_with) == {"moments", "encoding"} and marker.empty_caption.shape == (1, 77, 32)

@@ -258,7 +258,7 @@ def test_any_number_of_threads_writes_the_same_tar(tmp_path, vist):
 
 def test_pictures_are_read_a_few_samples_ahead():
     started = []
-    results = datasets.in_order((lambda i=i: started.append(i) or i for i in range(1000)), workers=3)
+    results = datasets.make_samples((lambda key, i=i: started.append(i) or i for i in range(1000)), workers=3)
     for wanted in range(1000):
         assert next(results) == wanted and len(started) <= wanted + 8
 
@@ -270,7 +270,7 @@ def test_there_is_no_half_tar(tmp_path, vist, monkeypatch):
     with pytest.raises(ValueError, match=r"nothing to keep, .* 6 missing picture") as error:
         convert("vist", [vist, tmp_path / "empty"], out)
     assert "\n" not in str(error.value)
-    monkeypatch.setattr(datasets.Interleaved, "sample", lambda *_: 1 / 0)
+    monkeypatch.setattr(datasets, "interleaved", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert("vist", [vist, tmp_path / "images"], out)
     assert out.read_bytes() == b"earlier" and not list(tmp_path.glob(".*"))

@@ -112,7 +112,7 @@ class Run:
 
     @property
     def data_options(self) -> dict:
-        """The options of `tars.pairs.Batches` that the command line and the processes determine."""
+        """The options of `tars.batches.Batches` that the command line and the processes determine."""
         options = {name: getattr(self.args, name) for name in ("batch_size", "seed", "workers", "max_bad")}
         return options | {"rank": self.world.rank, "world_size": self.world.size}
 

@@ -27,9 +27,8 @@ from minigpt5 import collate
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from tars import index as tars
-from tars.batches import Broken
+from tars.batches import Batches, PairData
 from tars.index import Unusable, decode, read_index
-from tars.pairs import PairData, open_pairs
 from tars.precomputed import Precomputed, marker_bytes, read_marker
 from tars.stories import StoryData
 from tokenizer import Tokenizer
@@ -95,22 +94,22 @@ def merge(*outcomes: str) -> str:
 
 
 def outcome_of(data, samples: list) -> str:
-    return "skipped" if data.notes or any(isinstance(found, Broken) for found in samples) else "used"
+    return "skipped" if data.notes or any(isinstance(found, str) for found in samples) else "used"
 
 
 def read_pairs(path: Path, exact: bool, given: Precomputed | None = None) -> str:
     data = PairData([str(path)], small, given) if given else PairData([str(path)], small)
     samples = [data[i] for i in range(min(len(data), 2 * COUNT))]
     for found in samples:
-        if exact and not isinstance(found, Broken) and found["key"][0] == "0":
+        if exact and not isinstance(found, str) and found["key"][0] == "0":
             matches(found["caption"], found["pixels"])
-    if not all(isinstance(found, Broken) for found in samples):
+    if not all(isinstance(found, str) for found in samples):
         next(tars_batches(path, given))
     return outcome_of(data, samples)
 
 
 def tars_batches(path: Path, given: Precomputed | None):
-    return open_pairs([str(path)], small, 2, given) if given else open_pairs([str(path)], small, 2)
+    return Batches(PairData([str(path)], small, given) if given else PairData([str(path)], small), 2)
 
 
 def matches(caption: str, pixels: torch.Tensor) -> None:
@@ -125,7 +124,7 @@ def read_stories(path: Path) -> str:
     data = StoryData([str(path)], tokenizer(), QUERIES, small, small, limit=256)
     items = range(len(data)) if len(data) < 20 else (0, len(data) // 2, len(data) - 1)
     samples = [data.sample(i, (n % 16 * 2**60, n)) for n, i in enumerate(items, 1)]
-    good = [found for found in samples if not isinstance(found, Broken)]
+    good = [found for found in samples if not isinstance(found, str)]
     if good:
         fits_together(data.collate(good))
     return outcome_of(data, samples)
@@ -241,7 +240,7 @@ def read_caption(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Pat
     words = member("x.txt", raw) if rng.random() < 0.5 else member("x.json", as_json)
     (folder / "x.tar").write_bytes(whole([member("x.png", picture(1)), words]))
     found = PairData([str(folder / "x.tar")], small)[0]
-    if isinstance(found, Broken):
+    if isinstance(found, str):
         return "skipped"
     no_injection([uas_texts(tokenizer().plain(found["caption"]), 8, rng.choice((None, 3)))], 0, 8)
     ids, mask = clip_tokenizer()([found["caption"]])
