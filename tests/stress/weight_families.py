@@ -16,7 +16,7 @@ from data_families import require, void
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
-from published.checkpoints import checkpoint_adapters, find_checkpoint, load_trained
+from published.checkpoints import find_checkpoint, load_trained, open_checkpoint, save_trained
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import read_tensors
 from published.loading import fill, shapes_only, tensor_files
@@ -57,7 +57,7 @@ def trained() -> tuple:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     folder = Path(tempfile.mkdtemp())
-    state, save = {"step": 7, "data": {}}, partial(model.save_trained, stage="uas")
+    state, save = {"step": 7, "data": {}}, partial(save_trained, model, stage="uas")
     saved = save_checkpoint(folder, state, model.trained_parameters(), [optimizer], save)
     contents = {path.name: path.read_bytes() for path in saved.iterdir()}
     shutil.rmtree(folder)
@@ -106,7 +106,7 @@ def read_bad_checkpoint(what: str, rng: Random, folder: Path) -> str:
     require(find_checkpoint(path) == path, "not found")
     load_minigpt5(weights(), path, read_pictures=False)
     require(what in MAY_LOAD, "loaded in spite of that")
-    adapters = checkpoint_adapters(path)
+    adapters = open_checkpoint(path).adapters
     require(adapters["lora"]["rank"] == 2 and 0 < adapters["lora"]["alpha"] < 1e6, f"{adapters}")
     load_trained(model, path)
     for name, parameter in model.trained_parameters().items():
@@ -132,7 +132,7 @@ def read_bad_run(what: str, rng: Random, folder: Path) -> str:
     else:
         name = rng.choice(("trained.safetensors", "optimizer.safetensors"))
         (newest / name).write_bytes(BAD_SAFETENSORS[what.removeprefix("a run's ")](rng, contents[name]))
-    state = load_checkpoint(folder, model.trained_parameters(), [optimizer], model.load_trained)
+    state = load_checkpoint(folder, model.trained_parameters(), [optimizer], partial(load_trained, model))
     require(isinstance(state["step"], int), f"step {state['step']!r}")
     for parameter in model.trained_parameters().values():
         for kind, tensor in optimizer.state.get(parameter, {}).items():
