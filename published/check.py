@@ -12,7 +12,7 @@ from published.checkpoints import open_checkpoint, with_file_below
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import readable
 from published.fetch import KNOWN, sha256
-from published.loading import WeightsError, matched, tensor_files, tensor_slices
+from published.loading import WeightsError, matched, tensor_slices
 from published.parts import (
     load_image_encoder,
     load_llama,
@@ -61,7 +61,8 @@ def check(root: Path, hashes: bool = False) -> list[str]:
         except ValueError as error:
             found += getattr(error, "problems", [str(error)])
         for place in places:
-            files = files_of(place)
+            files = [place] if place.suffix else sorted(place.glob("*.safetensors"))
+            files = [file for file in files if file.is_file()]
             for file in files:
                 published, problem = compared(file, root, hashes)
                 found += problem
@@ -76,13 +77,6 @@ def check(root: Path, hashes: bool = False) -> list[str]:
     if not trained:
         print("minigpt5/ holds no checkpoint: train_uas.py writes one, `published fetch` gets the released ones")
     return problems + mismatches(loaded)
-
-
-def files_of(place: Path) -> list[Path]:
-    try:
-        return [file for file in ([place] if place.suffix else tensor_files(place)) if file.is_file()]
-    except WeightsError:  # the loader reports it
-        return []
 
 
 def dtypes(path: Path) -> str:

@@ -13,7 +13,6 @@ hold is taken from there. Every number that sizes the model to be built is check
 
 import re
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,9 +82,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if matrices:
         rank = rows_of(tensors, matrices[0], range(1, 1025), path)
         targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
-        alpha = 0.0
-        with suppress(ValueError):
+        try:
             alpha = float(metadata.get("lora_alpha", 2 * rank))
+        except ValueError:
+            alpha = 0.0
         if not 0 < alpha < 1e6:
             raise WeightsError(f"{path}: lora_alpha cannot be {metadata['lora_alpha']!r:.80}")
         adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
@@ -137,9 +137,9 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
     for name, tensor in matched(trained, files, NO_TABLES, first_wins=True).items():
         trained[name].copy_(tensor)  # in place: an optimiser may hold these
     for file in reversed(files):
-        held = tensor_slices(file)
-        for key in held.keys() & set(TABLES):
-            model.tables[key] = load_table(model, file, key, held[key])
+        for key, tensor in open_checkpoint(file).tensors.items():
+            if key in TABLES:
+                model.tables[key] = load_table(model, file, key, tensor)
     model.system = checkpoint.metadata.get("system")
 
 

@@ -73,7 +73,7 @@ def can_be_mapped(path: Path) -> bool:
 
 def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> int:
     """Write the file, print its size, return the number of bytes of its tensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     save_safetensors(tensors, path, metadata)
     print(f"wrote {path}: {len(tensors)} tensors, {readable(path.stat().st_size)}")
@@ -83,14 +83,6 @@ def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[st
 def readable(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
-
-KINDS = (  # of files: a tensor that only such a file holds, in the order in which they are converted
-    ("vicuna", r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight"),
-    ("minigpt4", r"llama_proj\.weight"),
-    ("blip2", r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*"),
-    ("uas", r"model\.llama_model\.model\.embed_tokens\.weight"),
-    ("mls", r"model\.llama_model\.base_model\..*\.lora_A\..*"),
-)
 
 BLIP2_NAMES = (  # LAVIS -> transformers, applied one after the other; transformers' own names pass through
     (r"^visual_encoder\.", ""),
@@ -124,17 +116,17 @@ def convert(files: list[Path], out: Path, config: Path | None = None, dtype: tor
     groups: dict[str, list[Path]] = {}
     for path in weight_files(files):
         names = read_tensors(path)
-        kind = next((kind for kind, pattern in KINDS if any(re.fullmatch(pattern, name) for name in names)), None)
+        kind = next((pattern for pattern in KINDS if any(re.fullmatch(pattern, name) for name in names)), None)
         if kind is None:
             some = ", ".join(sorted(names)[:3]) or "no tensor"
             raise WeightsError(f"{path}: not a file that MiniGPT-5 is made of (it holds {some})")
         groups.setdefault(kind, []).append(path)
-    for kind, _ in KINDS:
-        if kind in groups:
-            try:
-                CONVERTERS[kind](groups[kind], out, config, dtype)
-            except KeyError as error:
-                raise WeightsError(f"{groups[kind][0]}: tensor {error.args[0]} is missing") from None
+    for kind, convert_files in KINDS.items():
+        try:
+            if kind in groups:
+                convert_files(groups[kind], out, config, dtype)
+        except KeyError as error:
+            raise WeightsError(f"{groups[kind][0]}: tensor {error.args[0]} is missing") from None
 
 
 def weight_files(files: list[Path]) -> Iterator[Path]:
@@ -257,18 +249,16 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
     """
     for path in paths:
         tensors = {our_name(key, TRAINED_NAMES): value[:] for key, value in read_tensors(path).items()}
-        stage = "uas" if "t2i_decoder_prompt" in tensors else "mls"
-        first = out / "minigpt5" / STAGE_1
-        if stage == "mls":
-            if not first.is_file():
+        metadata, target = {"format": "minigpt5", "source": path.name, "stage": "uas"}, out / "minigpt5" / STAGE_1
+        if "t2i_decoder_prompt" not in tensors:
+            if not target.is_file():
                 raise WeightsError(f"{path}: stage 2 continues stage 1, whose checkpoint must be converted first")
-            wanted = ("fc.", "t2i_decoder_prompt")
-            tensors |= {name: value[:] for name, value in read_tensors(first).items() if name.startswith(wanted)}
-        metadata = {"format": "minigpt5", "stage": stage, "source": path.name}
-        if stage == "mls":
-            metadata["lora_alpha"] = "16"
+            frozen = ("fc.", "t2i_decoder_prompt")
+            tensors |= {name: value[:] for name, value in tensor_slices(target).items() if name.startswith(frozen)}
+            metadata |= {"stage": "mls", "lora_alpha": "16"}
             if path.stem in RELEASED_SYSTEMS:
                 metadata["system"] = RELEASED_SYSTEMS[path.stem]
+            target = target.with_name(f"mls-{path.stem.removeprefix('stage2_')}.safetensors")
         for name, vokens in zip(TABLES, ("vokens.input", "vokens.output"), strict=True):
             table, published = tensors.pop(name), vicuna_table(out, name)
             rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder
@@ -282,8 +272,7 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
         for name in tensors:
             if not re.match(known, name) and name not in TABLES:
                 raise WeightsError(f"{path}: tensor {name} is unexpected")
-        name = "uas" if stage == "uas" else "mls-" + re.sub("^stage2_", "", path.stem)
-        save(tensors, out / "minigpt5" / f"{name}.safetensors", dtype, metadata)
+        save(tensors, target, dtype, metadata)
 
 
 def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
@@ -298,7 +287,6 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
         same -= {"vokens.input", "vokens.output"}
         if same - set(TABLES):  # without tables alone, the file would still hold all that trains, and stand alone
             tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
-    make_folder(out.parent)
     save(tensors, out, None, opened.metadata)
 
 
@@ -310,10 +298,10 @@ def vicuna_table(out: Path, name: str) -> Tensor | None:
     return None if table is None else table[: Tokenizer(folder / "tokenizer.model").base_vocabulary]
 
 
-CONVERTERS = {
-    "vicuna": convert_vicuna,
-    "blip2": convert_blip2,
-    "minigpt4": convert_projection,
-    "uas": convert_trained,
-    "mls": convert_trained,
+KINDS = {  # a tensor that only such a file holds: what converts it. Stage 1 comes before stage 2, which continues it
+    r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight": convert_vicuna,
+    r"llama_proj\.weight": convert_projection,
+    r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*": convert_blip2,
+    r"model\.llama_model\.model\.embed_tokens\.weight": convert_trained,
+    r"model\.llama_model\.base_model\..*\.lora_A\..*": convert_trained,
 }

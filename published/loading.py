@@ -3,7 +3,7 @@
 Every part of the stack loads in the same way (parts.py):
 
     config = read_config(UNetConfig, folder / "config.json")
-    unet = load(lambda: UNet(config), folder / "config.json", tensor_files(folder), dtype=torch.bfloat16)
+    unet = load(partial(UNet, config), folder, dtype=torch.bfloat16)
 
 The module is built without memory, and the memory-mapped tensors become its parameters. A module's attribute paths are
 the published names, so this is `load_state_dict(strict, assign)`: a frozen weight whose dtype and layout already fit is
@@ -14,8 +14,7 @@ table of `Names` says which. All errors are `WeightsError`: one line that names 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
@@ -29,6 +28,7 @@ from common.files import written_whole
 
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1000  # of any number in a config.json, of a number of layers: building has to end
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that weights may have, as safetensors names them
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")  # without a folder: an index must not lead out of its own
 
 # (pattern, replacement) of published tensor names, applied one after the other; a name is left out where it is None.
 Names = Iterable[tuple[str, str | None]]
@@ -50,18 +50,6 @@ class Uninitialised(TorchFunctionMode):
         if is_random or getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def shapes_only(config: Path | str = "config") -> Iterator[None]:
-    """Modules built inside have shapes but no memory. They are not initialised either: on the meta device that would
-    still cost a second, since torch imports its compiler for it. A WeightsError about sizes that no module can have
-    names the file `config`."""
-    try:
-        with torch.device("meta"), Uninitialised():
-            yield
-    except (ArithmeticError, RuntimeError, ValueError) as error:
-        raise WeightsError(f"{config}: no model has these sizes ({str(error).splitlines()[0]})") from None
 
 
 def read_json(path: Path) -> dict:
@@ -124,18 +112,14 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
         raise WeightsError(f"{folder}: no such folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(map(is_shard, weight_map.values())):
+        shards = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):
             raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
         return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
     files = sorted(f for f in folder.glob("*.safetensors") if len(f.suffixes) == 1)
     if not files:
         raise WeightsError(f"{folder}: no .safetensors file")
     return files
-
-
-def is_shard(name: object) -> bool:
-    """Whether `name` is a file name without a folder: an index of unknown origin must not lead out of its folder."""
-    return isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", name) is not None
 
 
 def open_safetensors(path: Path):
@@ -194,7 +178,7 @@ def matched(
             else:
                 found[name] = tensor[:].view(expected)
             seen[name] = path
-    where = files[0] if len(files) == 1 else files[0].parent if files else "no file"
+    where = files[0] if len(files) == 1 else files[0].parent
     missing = [name for name in wanted if name not in seen]
     problems += [f"{where}: tensor {name} {tuple(wanted[name].shape)} is missing" for name in missing]
     if problems:
@@ -203,19 +187,30 @@ def matched(
     return found
 
 
-def fill(
-    model: nn.Module,
-    files: Iterable[Path],
+def load(
+    build: Callable[[], nn.Module],
+    files: Path | list[Path],
     names: Names = (),
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     channels_last: bool = False,
 ) -> nn.Module:
-    """Make the tensors of `files` the parameters of the meta-device `model`, each cast and moved once. The model is
-    then frozen and in eval mode. `names` and errors are those of `matched`. `channels_last` stores convolutions, and
-    with them feature maps, as (B, h, w, C), which makes them faster and the reshaping for attention free. (Not so on a
-    GPU without torch.compile, where group normalisation copies them to (B, C, h, w).)"""
-    files, wanted, state = list(files), model.state_dict(), {}
+    """What `build` makes, with the tensors of `files`, or of the folder `files`, for parameters, each cast and moved
+    once. It is frozen and in eval mode. WeightsError for sizes that no module has, and as `matched` says.
+
+    `channels_last` stores convolutions, and with them feature maps, as (B, h, w, C), which makes them faster and the
+    reshaping for attention free. (Not so on a GPU without torch.compile, where group normalisation copies them to
+    (B, C, h, w).)
+    """
+    folder = files if isinstance(files, Path) else files[0].parent
+    try:
+        with torch.device("meta"), Uninitialised():  # to initialise costs a second even there: torch imports a compiler
+            model = build()
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{folder / 'config.json'}: no model has these sizes ({reason})") from None
+    files = tensor_files(files) if isinstance(files, Path) else files
+    wanted, state = model.state_dict(), {}
     found = matched(wanted, files, names)
     for name, tensor in found.items():
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
@@ -226,21 +221,6 @@ def fill(
         state |= {name: found[name] for name in views}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def load(
-    build: Callable[[], nn.Module],
-    config: Path,
-    files: Iterable[Path],
-    names: Names = (),
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    channels_last: bool = False,
-) -> nn.Module:
-    """What `build` makes of the sizes in the file `config`, filled with the tensors of `files`; see `fill`."""
-    with shapes_only(config):
-        module = build()
-    return fill(module, files, names, dtype, device, channels_last)
 
 
 def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

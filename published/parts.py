@@ -6,12 +6,13 @@
     weights/stable-diffusion/vae       load_vae             with the attention's old or new names
     .../text_encoder, .../scheduler    load_text_encoder, load_schedule
 
-A setting that would be computed wrongly without being noticed is refused. dtype None keeps the stored one.
-All errors are WeightsError or, from the parts, ValueError: one line that names the file.
+dtype None keeps the stored one. All errors are WeightsError or, from the tokenizer, ValueError: one line that names the
+file.
 """
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -62,16 +63,11 @@ PARTS = {
         {
             "use_linear_projection": (True,),  # a file without it means false (SD 1)
             "act_fn": ("silu", None),
-            "center_input_sample": (False, None),
-            "downsample_padding": (1, None),
             "freq_shift": (0, 1, None),
-            "mid_block_scale_factor": (1, None),
-            "only_cross_attention": (False, None),
-            "dual_cross_attention": (False, None),
-            "resnet_skip_time_act": (False, None),
-            "resnet_out_scale_factor": (1, None),
-            "time_embedding_act_fn": (None,),
-            "timestep_post_act": (None,),
+            **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), (1, None)),
+            **dict.fromkeys(("center_input_sample", "resnet_skip_time_act"), (False, None)),
+            **dict.fromkeys(("only_cross_attention", "dual_cross_attention"), (False, None)),
+            **dict.fromkeys(("time_embedding_act_fn", "timestep_post_act"), (None,)),
         },
         channels_last=True,
     ),
@@ -103,9 +99,7 @@ PARTS = {
             "steps_offset": (0, 1, None),
             "skip_prk_steps": (True, None),
             "trained_betas": (None,),
-            "clip_sample": (False, None),
-            "thresholding": (False, None),
-            "rescale_betas_zero_snr": (False, None),
+            **dict.fromkeys(("clip_sample", "thresholding", "rescale_betas_zero_snr"), (False, None)),
         },
     ),
 }
@@ -124,14 +118,9 @@ def config_of(part: str, path: Path):
 
 def load(part: str, folder: Path, dtype: DType, device: Device) -> nn.Module:
     """A part from its folder of config.json and *.safetensors."""
-    path, published = Path(folder) / "config.json", PARTS[part]
-    config, files = config_of(part, path), tensor_files(path.parent)
-
-    def build() -> nn.Module:
-        return published.module(config)
-
-    options = {"names": published.names, "channels_last": published.channels_last}
-    return with_fast_kernels(loading.load(build, path, files, dtype=dtype, device=device, **options))
+    published, folder = PARTS[part], Path(folder)
+    build = partial(published.module, config_of(part, folder / "config.json"))
+    return with_fast_kernels(loading.load(build, folder, published.names, dtype, device, published.channels_last))
 
 
 def with_fast_kernels(part: nn.Module) -> nn.Module:
@@ -157,13 +146,11 @@ def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu
     queries = read_config(QFormerConfig, path).num_query_tokens  # the one field at the file's top level
     qformer = replace(read_config(QFormerConfig, path, "qformer_config"), num_query_tokens=queries)
     matrix = tensor_slices(projection).get("llama_proj.weight")
-    llm_width = (matrix.get_shape() if matrix else None) or [4096]  # else loading says what is wrong with it
+    shape = matrix.get_shape() if matrix else []
+    llm_width = shape[0] if shape else 4096  # loading says that the matrix is missing
     files = [*tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens")), projection]
-
-    def build() -> ImageEncoder:
-        return ImageEncoder(vision, qformer, llm_width[0])
-
-    return with_fast_kernels(loading.load(build, path, files, BLIP2_UNUSED, dtype, device))
+    build = partial(ImageEncoder, vision, qformer, llm_width)
+    return with_fast_kernels(loading.load(build, files, BLIP2_UNUSED, dtype, device))
 
 
 def load_unet(folder: Path, dtype: DType = None, device: Device = "cpu") -> UNet:
@@ -200,7 +187,7 @@ def picture_size(weights: Path) -> int:
     return unet.sample_size * vae.downsampling
 
 
-def frozen_dtypes(weights: Path, dtype: torch.dtype | None, device: Device) -> tuple[torch.dtype, torch.dtype]:
+def frozen_dtypes(weights: Path, dtype: DType, device: Device) -> tuple[torch.dtype, torch.dtype]:
     """The dtype of the frozen parts that read (language model, image and text encoder), and of those that paint (UNet,
     autoencoder): `dtype`, where it is given.
 
@@ -241,7 +228,7 @@ def load_minigpt5(
     weights: Path,
     checkpoint: Path | None = None,
     vokens: int = 8,
-    dtype: torch.dtype | None = None,
+    dtype: DType = None,
     device: Device = "cpu",
     read_pictures: bool = True,
     read_captions: bool = False,
