@@ -34,6 +34,10 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6  # v1.5 has 1e-5
     rope_theta: float = 10000.0
 
+    def __post_init__(self):
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(f"hidden_size {self.hidden_size} is not {self.num_attention_heads} heads of even width")
+
 
 def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """positions (B, T) -> cos and sin (B, T, 1, Dh) in float32, each of the Dh/2 angles twice. The first half of the

@@ -31,7 +31,7 @@ from bench.common import Report, agree, alternate, exact_products, parser, rows_
 from common.cli import read_arguments, run
 from llama import History
 from published.clip_tokenizer import ClipTokenizer
-from published.parts import load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae, read_unet_config
+from published.parts import config_of, load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae
 
 BATCH = {"tiny": (2, 2), "miniature": (8, 8), "half": (4, 1), "full": (16, 8)}  # of words, of pictures
 PROMPT, VOKENS = 24, 8  # tokens of a caption and its picture
@@ -144,7 +144,7 @@ def vae(weights: Path, batch: int, dtype: torch.dtype, device: torch.device) -> 
     ours = load_vae(weights / "stable-diffusion" / "vae", dtype, device)
     peer = peers.peer_vae(weights, dtype, device)
     config, scale = ours.config, ours.config.scaling_factor
-    size = read_unet_config(weights / "stable-diffusion" / "unet" / "config.json").sample_size
+    size = config_of("unet", weights / "stable-diffusion" / "unet" / "config.json").sample_size
     side = size * config.downsampling
     pixels = normal(batch, 3, side, side).to(device, dtype)
     latents = normal(batch, config.latent_channels, size, size).to(device, dtype)

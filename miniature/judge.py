@@ -47,7 +47,7 @@ from miniature.facts import (
 from miniature.paint import draw
 from miniature.recipe import Recipe, Setup, normal, write_tensors
 from miniature.sets import held_out_pictures, to_pixels, training_set
-from published.loading import fill
+from published.loading import load
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
@@ -83,9 +83,7 @@ class Judge(nn.Module):
 
 
 def load_judge(path: Path = WEIGHTS, device: str | torch.device = "cpu") -> Judge:
-    with torch.device("meta"):
-        judge = Judge()
-    return fill(judge, [Path(path)], dtype=torch.float32, device=device)
+    return load(Judge, [Path(path)], dtype=torch.float32, device=device)
 
 
 # ---- what it says

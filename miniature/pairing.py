@@ -29,7 +29,7 @@ from miniature.paint import draw
 from miniature.recipe import Recipe, Setup, reset, write_tensors
 from miniature.sets import held_out_pictures, to_pixels, training_set
 from miniature.world import sample_dialogue, sample_pair, sample_story
-from published.loading import fill
+from published.loading import load
 from text_encoder import TextConfig, TextEncoder
 
 VIEWS, LENGTH = 12, 40  # learned views of a picture; words of a text, its end counted
@@ -78,9 +78,7 @@ class Pairing(nn.Module):
 
 def load_pairing(path: Path, device: str | torch.device = "cpu") -> Pairing:
     """Raises WeightsError."""
-    with torch.device("meta"):
-        pairing = Pairing()
-    return fill(pairing, [Path(path)], dtype=torch.float32, device=device)
+    return load(Pairing, [Path(path)], dtype=torch.float32, device=device)
 
 
 # ---- training

@@ -11,19 +11,21 @@ A file that does not hold all of what the model trains is laid over uas.safetens
 hold is taken from there. Every number that sizes the model to be built is checked before it is used.
 """
 
-from collections.abc import Iterable
-from contextlib import suppress
+import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from minigpt5 import MiniGPT5
-from published.loading import FLOATS, WeightsError, matched, open_safetensors, save_safetensors, stored
+from published.loading import FLOATS, WeightsError, matched, open_safetensors, save_safetensors, tensor_slices
 
 STAGE_1 = "uas.safetensors"
 STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # names of stage 2's files
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # Vicuna's input and output embedding
+NO_TABLES = tuple((f"^{re.escape(name)}$", None) for name in TABLES)
 
 
 # ---- finding them
@@ -63,26 +65,34 @@ def shipped_checkpoint(folder: Path, stage_2: tuple[str, ...]) -> Path | None:
 # ---- what they hold
 
 
-def checkpoint_contents(path: Path) -> tuple[dict[str, str], dict]:
-    """Metadata and {name: slice} of a checkpoint. WeightsError if it is none."""
-    with open_safetensors(path) as file:
-        metadata = file.metadata() or {}
-    tensors = {name: tensor for name, _, _, tensor in stored([path])}
+class Checkpoint(NamedTuple):
+    metadata: dict[str, str]
+    tensors: dict  # name -> slice, see `tensor_slices`
+    vokens: int
+    adapters: dict  # the options of `MiniGPT5.add_adapters` for the adapters that it holds
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The contents of a checkpoint, of which only the header is read. WeightsError if it is none."""
+    metadata, tensors = open_safetensors(path).metadata() or {}, tensor_slices(path)
     if "vokens.input" not in tensors:
         raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
-    rows_of(tensors, "vokens.input", range(2, 1025), path)
-    return metadata, tensors
-
-
-def file_below(path: Path, missing: Iterable[str]) -> Path | None:
-    """Stage 1's file, over which `path` is laid where the tensors `missing` are not in it. WeightsError if it is not
-    there. None if nothing is missing, and for stage 1's file itself."""
-    below, missing = path.with_name(STAGE_1), sorted(missing)
-    if not missing or path.name == STAGE_1:
-        return None
-    if not below.is_file():
-        raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
-    return below
+    vokens = rows_of(tensors, "vokens.input", range(2, 1025), path) - 1
+    matrices, adapters = [name for name in tensors if name.endswith(".lora_A.weight")], {}
+    if matrices:
+        rank = rows_of(tensors, matrices[0], range(1, 1025), path)
+        targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
+        try:
+            alpha = float(metadata.get("lora_alpha", 2 * rank))
+        except ValueError:
+            alpha = 0.0
+        if not 0 < alpha < 1e6:
+            raise WeightsError(f"{path}: lora_alpha cannot be {metadata['lora_alpha']!r:.80}")
+        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
+    if "prefix_encoder.embedding.weight" in tensors:
+        names = {"tokens": "prefix_encoder.embedding.weight", "hidden": "prefix_encoder.transform.0.weight"}
+        adapters["prefix"] = {size: rows_of(tensors, name, range(1, 1 << 14), path) for size, name in names.items()}
+    return Checkpoint(metadata, tensors, vokens, adapters)
 
 
 def rows_of(tensors: dict, name: str, allowed: range, path: Path) -> int:
@@ -94,24 +104,15 @@ def rows_of(tensors: dict, name: str, allowed: range, path: Path) -> int:
     return shape[0]
 
 
-def checkpoint_adapters(path: Path) -> dict:
-    """The options of `MiniGPT5.add_adapters` for the adapters that a checkpoint holds."""
-    metadata, tensors = checkpoint_contents(path)
-    matrices, adapters = [name for name in tensors if name.endswith(".lora_A.weight")], {}
-    if matrices:
-        rank = rows_of(tensors, matrices[0], range(1, 1025), path)
-        targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
-        alpha = 0.0
-        with suppress(ValueError):
-            alpha = float(metadata.get("lora_alpha", 2 * rank))
-        if not 0 < alpha < 1e6:
-            raise WeightsError(f"{path}: lora_alpha cannot be {metadata['lora_alpha']!r:.80}")
-        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
-    if "prefix_encoder.embedding.weight" in tensors:
-        names = [f"prefix_encoder.{name}.weight" for name in ("embedding", "transform.0")]
-        sizes = [rows_of(tensors, name, range(1, 1 << 14), path) for name in names]
-        adapters["prefix"] = dict(zip(("tokens", "hidden"), sizes, strict=True))
-    return adapters
+def with_file_below(path: Path, tensors: Collection[str], wanted: Collection[str]) -> list[Path]:
+    """The files that hold a checkpoint: `path`, and stage 1's, over which it is laid where `wanted` has more names than
+    its `tensors`. WeightsError if that file is not there."""
+    below, missing = path.with_name(STAGE_1), sorted(set(wanted) - set(tensors))
+    if not missing or path.name == STAGE_1:
+        return [path]
+    if not below.is_file():
+        raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
+    return [path, below]
 
 
 # ---- saving and loading
@@ -124,35 +125,29 @@ def save_trained(model: MiniGPT5, path: Path, stage: str) -> None:
     save_safetensors(model.trained_parameters() | model.tables, path, metadata)
 
 
+@torch.no_grad()
 def load_trained(model: MiniGPT5, path: Path) -> None:
     """Take a checkpoint's tensors; the model must have the adapters that it has.
 
     A released checkpoint may bring tables of its own: weight decay shrank the rows that are Vicuna's, and the released
     model runs with the shrunk ones. They replace Vicuna's, and `model.tables` keeps them for the next checkpoint.
     """
-    metadata, tensors = checkpoint_contents(path)
-    names = model.trained_parameters().keys()
-    missing = names - tensors.keys()
-    if below := file_below(path, missing):
-        load_tensors(model, below, missing)
-        names = names - missing
-    load_tensors(model, path, names)
-    model.system = metadata.get("system")
-
-
-@torch.no_grad()
-def load_tensors(model: MiniGPT5, path: Path, names: Iterable[str]) -> None:
-    """Take the trained parameters `names` from a checkpoint, and the tables that it holds."""
-    trained = model.trained_parameters()
-    ignored = (trained.keys() - set(names)) | set(TABLES)
-    wanted = {name: trained[name] for name in names}
-    for name, tensor in matched(wanted, [path], lambda key: None if key in ignored else key).items():
+    checkpoint, trained = open_checkpoint(path), model.trained_parameters()
+    files = with_file_below(path, checkpoint.tensors, trained)
+    for name, tensor in matched(trained, files, NO_TABLES, first_wins=True).items():
         trained[name].copy_(tensor)  # in place: an optimiser may hold these
-    _, tensors = checkpoint_contents(path)
-    for key in tensors.keys() & set(TABLES):
-        module, pieces = model.llama.get_submodule(key.removesuffix(".weight")), model.tokenizer.base_vocabulary
-        shape, dtype, width = tensors[key].get_shape(), tensors[key].get_dtype(), module.weight.shape[1]
-        if len(shape) != 2 or shape[0] < pieces or shape[1] != width or dtype not in FLOATS:
-            raise WeightsError(f"{path}: {key} {tuple(shape)} {dtype} is no table of {pieces} rows of width {width}")
-        table = tensors[key][:].to(module.weight.device, module.weight.dtype)
-        module.weight = model.tables[key] = nn.Parameter(table, requires_grad=False)
+    for file in reversed(files):
+        for key, tensor in open_checkpoint(file).tensors.items():
+            if key in TABLES:
+                model.tables[key] = load_table(model, file, key, tensor)
+    model.system = checkpoint.metadata.get("system")
+
+
+def load_table(model: MiniGPT5, path: Path, key: str, stored) -> nn.Parameter:
+    """Replace one of Vicuna's tables by the `stored` one of a checkpoint; returns the new one."""
+    module, pieces = model.llama.get_submodule(key.removesuffix(".weight")), model.tokenizer.base_vocabulary
+    shape, dtype, width = stored.get_shape(), stored.get_dtype(), module.weight.shape[1]
+    if len(shape) != 2 or shape[0] < pieces or shape[1] != width or dtype not in FLOATS:
+        raise WeightsError(f"{path}: {key} {tuple(shape)} {dtype} is no table of {pieces} rows of width {width}")
+    module.weight = nn.Parameter(stored[:].to(module.weight.device, module.weight.dtype), requires_grad=False)
+    return module.weight

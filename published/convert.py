@@ -29,9 +29,17 @@ from common.cli import make_folder
 from common.files import write_json
 from llama import Llama, LlamaConfig
 from prompts import RELEASED_SYSTEMS
-from published.checkpoints import STAGE_1, TABLES
-from published.loading import WeightsError, open_safetensors, read_config, read_json, save_safetensors, tensor_files
-from published.parts import BLIP2_UNUSED, llama_name
+from published.checkpoints import STAGE_1, TABLES, open_checkpoint
+from published.loading import (
+    WeightsError,
+    our_name,
+    read_config,
+    read_json,
+    save_safetensors,
+    tensor_files,
+    tensor_slices,
+)
+from published.parts import BLIP2_UNUSED, PARTS
 from tokenizer import Tokenizer
 
 
@@ -40,10 +48,9 @@ def read_tensors(path: Path) -> dict:
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
-        file = open_safetensors(path)
-        return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
+        return tensor_slices(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
     except Exception as error:  # a damaged pickle can raise anything
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"refused, unpickling would run {blocked[1]}" if blocked else "neither safetensors nor a PyTorch file"
@@ -56,9 +63,17 @@ def read_tensors(path: Path) -> dict:
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
 
 
+def can_be_mapped(path: Path) -> bool:
+    """Whether a pickle is a zip without compression, as torch.save makes it. One that was packed anew is read whole."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+
+
 def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> int:
     """Write the file, print its size, return the number of bytes of its tensors."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     save_safetensors(tensors, path, metadata)
     print(f"wrote {path}: {len(tensors)} tensors, {readable(path.stat().st_size)}")
@@ -68,14 +83,6 @@ def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[st
 def readable(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
-
-KINDS = (  # of files: a tensor that only such a file holds, in the order in which they are converted
-    ("vicuna", r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight"),
-    ("minigpt4", r"llama_proj\.weight"),
-    ("blip2", r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*"),
-    ("uas", r"model\.llama_model\.model\.embed_tokens\.weight"),
-    ("mls", r"model\.llama_model\.base_model\..*\.lora_A\..*"),
-)
 
 BLIP2_NAMES = (  # LAVIS -> transformers, applied one after the other; transformers' own names pass through
     (r"^visual_encoder\.", ""),
@@ -91,6 +98,15 @@ BLIP2_NAMES = (  # LAVIS -> transformers, applied one after the other; transform
     (r"^Qformer\.(bert\.)?", "qformer."),
     (r"attention\.self\.", "attention.attention."),
 )
+TRAINED_NAMES = (  # without the wrappers of Lightning and peft: Vicuna's
+    (r"^model\.llama_model\.", ""),
+    (r"^base_model\.model\.", ""),
+    (r"\.modules_to_save\.default\.", "."),
+    (r"\.default\.weight", ".weight"),
+)
+PROJECTION_NAMES = (  # without the buffers of its frozen parts, which MiniGPT-4's file holds, too
+    (r"^(Qformer|llama_model)\..*(position_ids|rotary_emb\.inv_freq)$", None),
+)
 EVA_BLOCKS = 39  # of the published file's 40: BLIP-2 uses the last but one's output
 
 
@@ -100,17 +116,17 @@ def convert(files: list[Path], out: Path, config: Path | None = None, dtype: tor
     groups: dict[str, list[Path]] = {}
     for path in weight_files(files):
         names = read_tensors(path)
-        kind = next((kind for kind, pattern in KINDS if any(re.fullmatch(pattern, name) for name in names)), None)
+        kind = next((pattern for pattern in KINDS if any(re.fullmatch(pattern, name) for name in names)), None)
         if kind is None:
             some = ", ".join(sorted(names)[:3]) or "no tensor"
             raise WeightsError(f"{path}: not a file that MiniGPT-5 is made of (it holds {some})")
         groups.setdefault(kind, []).append(path)
-    for kind, _ in KINDS:
-        if kind in groups:
-            try:
-                CONVERTERS[kind](groups[kind], out, config, dtype)
-            except KeyError as error:
-                raise WeightsError(f"{groups[kind][0]}: tensor {error.args[0]} is missing") from None
+    for kind, convert_files in KINDS.items():
+        try:
+            if kind in groups:
+                convert_files(groups[kind], out, config, dtype)
+        except KeyError as error:
+            raise WeightsError(f"{groups[kind][0]}: tensor {error.args[0]} is missing") from None
 
 
 def weight_files(files: list[Path]) -> Iterator[Path]:
@@ -128,11 +144,11 @@ def weight_files(files: list[Path]) -> Iterator[Path]:
 def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
     """Shards -> as many safetensors files and an index. One shard is in memory at a time."""
     source, folder = paths[0].parent, out / "vicuna"
-    config = config or source / "config.json"
+    config, names = config or source / "config.json", PARTS["llama"].names
     pieces = Tokenizer(source / "tokenizer.model").base_vocabulary
     with torch.device("meta"):
         expected = Llama(read_config(LlamaConfig, config)).state_dict()
-    where = {name: path for path in paths for name in map(llama_name, read_tensors(path)) if name}
+    where = {key: path for path in paths for key in read_tensors(path) if our_name(key, names)}
     for name in sorted(expected.keys() ^ where.keys()):
         problem = "unexpected" if name in where else "missing: all shards are converted together"
         raise WeightsError(f"{where.get(name, source)}: tensor {name} is {problem}")
@@ -140,7 +156,7 @@ def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: tor
     weight_map, size = {}, 0
     for i, path in enumerate(paths, 1):
         file = f"model-{i:05}-of-{len(paths):05}.safetensors"
-        tensors = {name: value[:] for name, value in read_tensors(path).items() if llama_name(name)}
+        tensors = {key: value[:] for key, value in read_tensors(path).items() if our_name(key, names)}
         for name in tensors.keys() & set(TABLES):
             if len(tensors[name]) < pieces:
                 raise WeightsError(f"{path}: {name} has {len(tensors[name])} rows for the tokenizer's {pieces} pieces")
@@ -160,8 +176,8 @@ def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torc
     tensors: dict[str, Tensor] = {}
     for path in paths:
         for key, value in read_tensors(path).items():
-            name = blip2_name(key)
-            if BLIP2_UNUSED.match(name):
+            name = our_name(key, (*BLIP2_NAMES, *BLIP2_UNUSED))
+            if name is None:
                 continue
             if not name.startswith(("vision_model.", "qformer.", "query_tokens")) or name in tensors:
                 raise WeightsError(f"{path}: tensor {key} is {'there twice' if name in tensors else 'unexpected'}")
@@ -185,12 +201,6 @@ def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torc
         if part:
             save(part, folder / file, dtype)
     write_json(folder / "config.json", values)
-
-
-def blip2_name(key: str) -> str:
-    for pattern, replacement in BLIP2_NAMES:
-        key = re.sub(pattern, replacement, key)
-    return key
 
 
 def blip2_config(tensors: dict[str, Tensor], values: dict) -> dict:
@@ -226,9 +236,7 @@ def published_heads(width: int, published_width: int, heads: int) -> int:
 
 
 def convert_projection(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
-    """As released, MiniGPT-4's file also holds the buffers of its frozen parts, which are left out."""
-    buffers = re.compile(r"(Qformer|llama_model)\..*(position_ids|rotary_emb\.inv_freq)")
-    tensors = {name: value[:] for name, value in read_tensors(paths[-1]).items() if not buffers.fullmatch(name)}
+    tensors = {key: value[:] for key, value in read_tensors(paths[-1]).items() if our_name(key, PROJECTION_NAMES)}
     if len(paths) > 1 or tensors.keys() != {"llama_proj.weight", "llama_proj.bias"}:
         raise WeightsError(f"{paths[-1]}: expected one file with llama_proj.weight and llama_proj.bias")
     save(tensors, out / "minigpt4" / "llama_proj.safetensors", dtype)
@@ -240,19 +248,17 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
     Stage 2 kept `fc` and `t2i_decoder_prompt` frozen and did not store them. They are taken from stage 1's file.
     """
     for path in paths:
-        tensors = {trained_name(key): value[:] for key, value in read_tensors(path).items()}
-        stage = "uas" if "t2i_decoder_prompt" in tensors else "mls"
-        first = out / "minigpt5" / STAGE_1
-        if stage == "mls":
-            if not first.is_file():
+        tensors = {our_name(key, TRAINED_NAMES): value[:] for key, value in read_tensors(path).items()}
+        metadata, target = {"format": "minigpt5", "source": path.name, "stage": "uas"}, out / "minigpt5" / STAGE_1
+        if "t2i_decoder_prompt" not in tensors:
+            if not target.is_file():
                 raise WeightsError(f"{path}: stage 2 continues stage 1, whose checkpoint must be converted first")
-            wanted = ("fc.", "t2i_decoder_prompt")
-            tensors |= {name: value[:] for name, value in read_tensors(first).items() if name.startswith(wanted)}
-        metadata = {"format": "minigpt5", "stage": stage, "source": path.name}
-        if stage == "mls":
-            metadata["lora_alpha"] = "16"
+            frozen = ("fc.", "t2i_decoder_prompt")
+            tensors |= {name: value[:] for name, value in tensor_slices(target).items() if name.startswith(frozen)}
+            metadata |= {"stage": "mls", "lora_alpha": "16"}
             if path.stem in RELEASED_SYSTEMS:
                 metadata["system"] = RELEASED_SYSTEMS[path.stem]
+            target = target.with_name(f"mls-{path.stem.removeprefix('stage2_')}.safetensors")
         for name, vokens in zip(TABLES, ("vokens.input", "vokens.output"), strict=True):
             table, published = tensors.pop(name), vicuna_table(out, name)
             rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder
@@ -266,31 +272,22 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
         for name in tensors:
             if not re.match(known, name) and name not in TABLES:
                 raise WeightsError(f"{path}: tensor {name} is unexpected")
-        name = "uas" if stage == "uas" else "mls-" + re.sub("^stage2_", "", path.stem)
-        save(tensors, out / "minigpt5" / f"{name}.safetensors", dtype, metadata)
+        save(tensors, target, dtype, metadata)
 
 
 def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
     already are left out: the file is then laid over it (checkpoints.py)."""
-    tensors = {name: tensor[:].to(dtype) for name, tensor in read_tensors(checkpoint).items()}
-    with open_safetensors(checkpoint) as file:
-        metadata = file.metadata() or {}
+    opened = open_checkpoint(checkpoint)
+    tensors = {name: tensor[:].to(dtype) for name, tensor in opened.tensors.items()}
     below = out.with_name(STAGE_1)
     if out.name != STAGE_1 and below.is_file():
-        first = read_tensors(below)
+        first = tensor_slices(below)
         same = {name for name in tensors if name in first and torch.equal(tensors[name], first[name][:].to(dtype))}
         same -= {"vokens.input", "vokens.output"}
         if same - set(TABLES):  # without tables alone, the file would still hold all that trains, and stand alone
             tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
-    make_folder(out.parent)
-    save(tensors, out, None, metadata)
-
-
-def trained_name(key: str) -> str:
-    """The name without the wrappers of Lightning and peft: Vicuna's."""
-    key = key.removeprefix("model.llama_model.").removeprefix("base_model.model.")
-    return key.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+    save(tensors, out, None, opened.metadata)
 
 
 def vicuna_table(out: Path, name: str) -> Tensor | None:
@@ -301,10 +298,10 @@ def vicuna_table(out: Path, name: str) -> Tensor | None:
     return None if table is None else table[: Tokenizer(folder / "tokenizer.model").base_vocabulary]
 
 
-CONVERTERS = {
-    "vicuna": convert_vicuna,
-    "blip2": convert_blip2,
-    "minigpt4": convert_projection,
-    "uas": convert_trained,
-    "mls": convert_trained,
+KINDS = {  # a tensor that only such a file holds: what converts it. Stage 1 comes before stage 2, which continues it
+    r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight": convert_vicuna,
+    r"llama_proj\.weight": convert_projection,
+    r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*": convert_blip2,
+    r"model\.llama_model\.model\.embed_tokens\.weight": convert_trained,
+    r"model\.llama_model\.base_model\..*\.lora_A\..*": convert_trained,
 }

@@ -3,20 +3,18 @@
 Every part of the stack loads in the same way (parts.py):
 
     config = read_config(UNetConfig, folder / "config.json")
-    with shapes_only(folder / "config.json"):
-        unet = UNet(config)                                # no memory
-    fill(unet, tensor_files(folder), dtype=torch.bfloat16)  # memory-mapped tensors become the parameters
+    unet = load(partial(UNet, config), folder, dtype=torch.bfloat16)
 
-A module's attribute paths are the published names, so filling is `load_state_dict(strict, assign)`: a frozen weight
-whose dtype and layout already fit is never copied, it stays a view of the file until something moves it to a GPU.
-All errors are `WeightsError` with a one-line message that names the file, the key and the shapes.
+The module is built without memory, and the memory-mapped tensors become its parameters. A module's attribute paths are
+the published names, so this is `load_state_dict(strict, assign)`: a frozen weight whose dtype and layout already fit is
+never copied, it stays a view of the file until something moves it to a GPU. Where a published file has other names, a
+table of `Names` says which. All errors are `WeightsError`: one line that names the file, the key and the shapes.
 """
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
@@ -30,6 +28,10 @@ from common.files import written_whole
 
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1000  # of any number in a config.json, of a number of layers: building has to end
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that weights may have, as safetensors names them
+SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")  # without a folder: an index must not lead out of its own
+
+# (pattern, replacement) of published tensor names, applied one after the other; a name is left out where it is None.
+Names = Iterable[tuple[str, str | None]]
 
 
 class WeightsError(ValueError):
@@ -50,18 +52,6 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@contextmanager
-def shapes_only(config: Path | str = "config") -> Iterator[None]:
-    """Modules built inside have shapes but no memory. They are not initialised either: on the meta device that would
-    still cost a second, since torch imports its compiler for it. A WeightsError about sizes that no module can have
-    names the file `config`."""
-    try:
-        with torch.device("meta"), Uninitialised():
-            yield
-    except (ArithmeticError, RuntimeError, ValueError) as error:
-        raise WeightsError(f"{config}: no model has these sizes ({str(error).splitlines()[0]})") from None
-
-
 def read_json(path: Path) -> dict:
     try:
         return read_object(path)
@@ -70,51 +60,48 @@ def read_json(path: Path) -> dict:
 
 
 def checked(value: object, default: object, name: str):
-    """`value` of a config.json as the type of `default`. WeightsError for another type or a size that no model has."""
+    """`value` of a config.json as the type of `default`. ValueError for another type or a size that no model has."""
     if isinstance(default, tuple):
         values = value if isinstance(value, list) else [value]  # one value stands for all levels
         if not 1 <= len(values) <= 16:
-            raise WeightsError(f"{name} should have 1 to 16 entries")
+            raise ValueError(f"{name} should have 1 to 16 entries")
         return tuple(checked(entry, default[0], name) for entry in values)
     if type(default) is float and type(value) is int and abs(value) <= MAX_SIZE:
         value = float(value)
     if type(value) is not type(default):
-        raise WeightsError(f"{name} should be {type(default).__name__}, found {value!r:.80}")
-    largest = MAX_LAYERS if "layers" in name.split()[-1] else MAX_SIZE
+        raise ValueError(f"{name} should be {type(default).__name__}, found {value!r:.80}")
+    largest = MAX_LAYERS if "layers" in name else MAX_SIZE
     smallest = {int: 0 if default in (0, 1) else 1, float: 1e-13}  # an offset may be 0, a size may not
     if type(value) in smallest and not smallest[type(value)] <= value <= largest:
-        raise WeightsError(f"{name} cannot be {value!r:.80}")
+        raise ValueError(f"{name} cannot be {value!r:.80}")
     return value
 
 
-def read_config(cls, path: Path, *nested: str):
+def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | None = None):
     """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it.
 
-    Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the
-    published model's value: published files leave defaults out. WeightsError for other types and impossible sizes.
+    Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the published
+    model's value: published files leave defaults out. WeightsError for another type, an impossible size, and a setting
+    that has none of its `supported` values, among which None stands for one that is left out.
     """
     values = read_json(path)
-    for key in nested:
-        values = values.get(key) or {}
-        if not isinstance(values, dict):
-            raise WeightsError(f"{path}: {key} should be an object, found {values!r:.80}")
-    fields = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
-    config = cls(**{f.name: checked(values[f.name], f.default, f"{path}: {f.name}") for f in fields})
-    heads = getattr(config, "num_attention_heads", 1)
-    if getattr(config, "hidden_size", heads) % heads:
-        raise WeightsError(f"{path}: hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
+    try:
+        for name, allowed in (supported or {}).items():
+            if values.get(name) not in allowed:
+                known = " or ".join(repr(value) for value in allowed if value is not None) or "null"
+                raise ValueError(f"{name} {values.get(name)!r:.80} is not supported, only {known}")
+        for key in nested:
+            values = values.get(key) or {}
+            if not isinstance(values, dict):
+                raise ValueError(f"{key} should be an object, found {values!r:.80}")
+        given = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
+        config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
+        heads = getattr(config, "num_attention_heads", 1)
+        if getattr(config, "hidden_size", heads) % heads:
+            raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
     return config
-
-
-def check_settings(path: Path, supported: dict[str, tuple]) -> dict:
-    """A published config.json. WeightsError for a setting that has none of its `supported` values. None stands for a
-    setting that the file leaves out."""
-    published = read_json(path)
-    for name, values in supported.items():
-        if published.get(name) not in values:
-            known = " or ".join(repr(value) for value in values if value is not None) or "null"
-            raise WeightsError(f"{path}: {name} {published.get(name)!r:.80} is not supported, only {known}")
-    return published
 
 
 def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
@@ -125,18 +112,14 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
         raise WeightsError(f"{folder}: no such folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(map(is_shard, weight_map.values())):
+        shards = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):
             raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
         return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
     files = sorted(f for f in folder.glob("*.safetensors") if len(f.suffixes) == 1)
     if not files:
         raise WeightsError(f"{folder}: no .safetensors file")
     return files
-
-
-def is_shard(name: object) -> bool:
-    """Whether `name` is a file name without a folder: an index of unknown origin must not lead out of its folder."""
-    return isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", name) is not None
 
 
 def open_safetensors(path: Path):
@@ -149,79 +132,92 @@ def open_safetensors(path: Path):
         raise WeightsError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def stored(files: Iterable[Path], rename: Callable[[str], str | None] | None = None) -> Iterator[tuple]:
-    """(our name, published name, file, slice) for every stored tensor that `rename` keeps (None drops a tensor).
-
-    A slice has get_shape() and get_dtype() without reading any tensor data, and slice[:] is the memory-mapped tensor.
-    """
-    for path in files:
-        with open_safetensors(path) as file:
-            for key in file.keys():  # noqa: SIM118, a file is no dictionary
-                name = rename(key) if rename else key
-                if name is not None:
-                    yield name, key, path, file.get_slice(key)
+def tensor_slices(path: Path) -> dict:
+    """Published name -> slice of every tensor in a safetensors file. A slice has get_shape() and get_dtype() without
+    reading any tensor data, and slice[:] is the memory-mapped tensor."""
+    file = open_safetensors(path)
+    return {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, a file is no dictionary
 
 
-def compare(wanted: dict[str, torch.Tensor], files: Iterable[Path], rename: Callable | None = None) -> list[str]:
-    """How `files` and the tensors `wanted` differ, one line for each tensor that is unexpected, there twice, missing or
-    of another shape or dtype."""
-    expected = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    problems, seen = [], {}
-    files = list(files)
-    for name, key, path, tensor in stored(files, rename):
-        if name not in expected:
-            problems.append(f"{path}: unexpected tensor {key}")
-        elif name in seen:
-            problems.append(f"{path}: {key} is already in {seen[name]}")
-        elif tuple(tensor.get_shape()) != expected[name]:
-            problems.append(f"{path}: {key} has shape {tuple(tensor.get_shape())}, expected {expected[name]}")
-        elif tensor.get_dtype() not in FLOATS:
-            problems.append(f"{path}: {key} has dtype {tensor.get_dtype()}, expected {', '.join(FLOATS)}")
-        seen[name] = path
-    where = files[0] if len(files) == 1 else files[0].parent if files else "no file"
-    problems += [f"{where}: tensor {name} {shape} is missing" for name, shape in expected.items() if name not in seen]
-    return problems
+def our_name(key: str, names: Names) -> str | None:
+    """The name that a published tensor has here; None where it is left out."""
+    for pattern, replacement in names:
+        if replacement is not None:
+            key = re.sub(pattern, replacement, key)
+        elif re.search(pattern, key):
+            return None
+    return key
 
 
 def matched(
-    wanted: dict[str, torch.Tensor], files: Iterable[Path], rename: Callable[[str], str | None] | None = None
+    wanted: dict[str, torch.Tensor], files: Iterable[Path], names: Names = (), first_wins: bool = False
 ) -> dict[str, torch.Tensor]:
     """The tensors of `files` under the names of `wanted`, memory-mapped.
 
-    `rename` maps a published key to ours, or to None where it is left out. WeightsError for any other difference
-    between the names and shapes: it says the first one and how many more there are.
+    WeightsError where a tensor is unexpected, there twice, missing or of another shape or dtype: it says the first
+    problem and how many more there are. Where `first_wins`, a tensor may be in several files, and the first one's
+    counts. A linear layer may be stored as a 1x1 convolution.
     """
+    found, seen, problems = {}, {}, []
     files = list(files)
-    problems = compare(wanted, files, rename)
+    for path in files:
+        for key, tensor in tensor_slices(path).items():
+            name = our_name(key, names)
+            if name is None or (first_wins and name in seen):
+                continue
+            shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+            expected = tuple(wanted[name].shape) if name in wanted else None
+            if expected is None:
+                problems.append(f"{path}: unexpected tensor {key}")
+            elif name in seen:
+                problems.append(f"{path}: {key} is already in {seen[name]}")
+            elif shape != expected and shape != (*expected, 1, 1):
+                problems.append(f"{path}: {key} has shape {shape}, expected {expected}")
+            elif dtype not in FLOATS:
+                problems.append(f"{path}: {key} has dtype {dtype}, expected {', '.join(FLOATS)}")
+            else:
+                found[name] = tensor[:].view(expected)
+            seen[name] = path
+    where = files[0] if len(files) == 1 else files[0].parent
+    missing = [name for name in wanted if name not in seen]
+    problems += [f"{where}: tensor {name} {tuple(wanted[name].shape)} is missing" for name in missing]
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise WeightsError(problems[0] + more, problems)
-    return {name: tensor[:] for name, _, _, tensor in stored(files, rename)}
+    return found
 
 
-def fill(
-    model: nn.Module,
-    files: Iterable[Path],
-    rename: Callable[[str], str | None] | None = None,
+def load(
+    build: Callable[[], nn.Module],
+    files: Path | list[Path],
+    names: Names = (),
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     channels_last: bool = False,
 ) -> nn.Module:
-    """Make the tensors of `files` the parameters of the meta-device `model`, each cast and moved once. The model is
-    then frozen and in eval mode. `rename` and errors are those of `matched`. `channels_last` stores convolutions, and
-    with them feature maps, as (B, h, w, C), which makes them faster and the reshaping for attention free. (Not so on a
-    GPU without torch.compile, where group normalisation copies them to (B, C, h, w).)"""
+    """What `build` makes, with the tensors of `files`, or of the folder `files`, for parameters, each cast and moved
+    once. It is frozen and in eval mode. WeightsError for sizes that no module has, and as `matched` says.
 
-    def placed(tensor: torch.Tensor) -> torch.Tensor:
+    `channels_last` stores convolutions, and with them feature maps, as (B, h, w, C), which makes them faster and the
+    reshaping for attention free. (Not so on a GPU without torch.compile, where group normalisation copies them to
+    (B, C, h, w).)
+    """
+    folder = files if isinstance(files, Path) else files[0].parent
+    try:
+        with torch.device("meta"), Uninitialised():  # to initialise costs a second even there: torch imports a compiler
+            model = build()
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise WeightsError(f"{folder / 'config.json'}: no model has these sizes ({reason})") from None
+    files = tensor_files(files) if isinstance(files, Path) else files
+    wanted, state = model.state_dict(), {}
+    found = matched(wanted, files, names)
+    for name, tensor in found.items():
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
-        return tensor.to(device, dtype, memory_format=layout)
-
-    files, wanted = list(files), model.state_dict()
-    found = matched(wanted, files, rename)
-    state = {name: placed(tensor) for name, tensor in found.items()}
-    views = [name for name, tensor in found.items() if state[name] is tensor]
+        state[name] = tensor.to(device, dtype, memory_format=layout)
+    views = [name for name in found if state[name] is found[name]]
     if 0 < len(views) < len(found):  # map those anew: the first mapping keeps in memory what was read for the copies
-        found = matched(wanted, files, rename)
+        found = matched(wanted, files, names)
         state |= {name: found[name] for name in views}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)

@@ -24,8 +24,8 @@ from llama import KVCache
 from minigpt5 import MiniGPT5, Noise, collate
 from prompts import clean_caption
 from published.clip_tokenizer import ClipTokenizer
-from published.convert import convert, trained_name
-from published.loading import save_safetensors
+from published.convert import TRAINED_NAMES, convert
+from published.loading import our_name, save_safetensors
 from published.parts import load_image_encoder, load_llama, load_minigpt5, load_text_encoder, load_unet, load_vae
 from qformer import preprocess_input
 from scheduler import PNDM
@@ -424,7 +424,7 @@ def l2_close(ours, expected, name):
 
 def gradient_of(parameters, published):
     """Our gradient of a published parameter, and whether its record has the new rows alone."""
-    name = trained_name(published)
+    name = our_name(published, TRAINED_NAMES)
     rows = {"model.embed_tokens.weight": "vokens.input", "lm_head.weight": "vokens.output"}.get(name)
     return parameters[rows or name.replace("model.prefix_encoder", "prefix_encoder")].grad, rows is not None
 
@@ -489,11 +489,11 @@ def test_stage2_conversion(golden):
     tables = {"model.embed_tokens.weight": ("vokens.input", model.llama.model.embed_tokens)}
     tables["lm_head.weight"] = ("vokens.output", model.llama.lm_head)
     for name, tensor in published.items():
-        rows, table = tables.get(trained_name(name), (None, None))
+        rows, table = tables.get(our_name(name, TRAINED_NAMES), (None, None))
         if rows:
             assert torch.equal(ours[rows], tensor[base:]) and torch.equal(table.weight[:base], tensor[:base])
         else:
-            assert torch.equal(ours[trained_name(name)], tensor), name
+            assert torch.equal(ours[our_name(name, TRAINED_NAMES)], tensor), name
     from_first = [n for n in ours if n.startswith(("fc.", "t2i_decoder_prompt"))]
     assert len(from_first) == 5 and all(torch.equal(ours[n], first[n]) for n in from_first)
     assert len(ours) == len(published) + len(from_first)

@@ -1,11 +1,13 @@
 """The voken feature mapper against torch.nn.Transformer."""
 
+from functools import partial
+
 import torch
 from helpers import assert_close, randomise, shapes
 from torch import nn
 
 from mapper import VokenMapper
-from published.loading import fill, save_safetensors
+from published.loading import load, save_safetensors
 
 
 class Reference(nn.Module):
@@ -27,9 +29,7 @@ class Reference(nn.Module):
 def test_forward_and_gradients(tmp_path):
     reference = randomise(Reference(48, 32), scale=0.3)
     save_safetensors(reference.state_dict(), tmp_path / "mapper.safetensors")
-    with torch.device("meta"):
-        ours = VokenMapper(48, 32, 77)
-    fill(ours, [tmp_path / "mapper.safetensors"]).requires_grad_(True)
+    ours = load(partial(VokenMapper, 48, 32, 77), tmp_path).requires_grad_(True)
     features = torch.randn(3, 8, 48, generator=torch.Generator().manual_seed(1))
     features[1] = 0  # the unconditional branch
     towards = torch.randn(3, 77, 32, generator=torch.Generator().manual_seed(2))

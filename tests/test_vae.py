@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from published.loading import WeightsError
-from published.parts import VAE_OLD_NAMES, load_vae
+from published.parts import load_vae
 from vae import VAE, VAEConfig, preprocess_output, to_pixels
 
 diffusers = pytest.importorskip("diffusers")
@@ -47,6 +47,9 @@ CASES = {
         "scaling_factor": 0.7,
     },
 }
+
+
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
 
 def randomise(model: torch.nn.Module) -> None:
@@ -119,7 +122,7 @@ def test_other_published_forms(old_names, as_convolution, tmp_path):
     for name, tensor in load_file(path).items():
         if ".attentions." in name and tensor.ndim == 2 and as_convolution:
             tensor = tensor[:, :, None, None].contiguous()
-        for old, new in VAE_OLD_NAMES.items():
+        for new, old in OLD_NAMES.items():
             name = name.replace(new, old) if old_names else name
         tensors[name] = tensor
     assert any(".proj_attn." in name for name in tensors) == old_names

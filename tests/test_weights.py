@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,14 +28,14 @@ from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
 
 from common import cli
-from minigpt5 import MiniGPT5
 from published import __main__ as weights
 from published import check, fetch
-from published.convert import blip2_name
-from published.loading import fill
+from published.convert import BLIP2_NAMES
+from published.loading import load, our_name
 from published.parts import load_image_encoder, load_minigpt5
 from unet import UNetConfig
 
+VICUNA_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 UNET = "stable-diffusion/unet/diffusion_pytorch_model.safetensors"
 
 
@@ -132,17 +133,23 @@ def test_check_finds_parts_that_do_not_go_together(folder, command):
 
 @pytest.mark.parametrize("change", [5, -5, None])
 def test_parts_of_other_sizes_are_not_put_together(folder, change):
-    """A projection for a wider, a narrower language model, or one that is no matrix; a tokenizer with more pieces."""
+    """A projection for a wider, a narrower language model, or one that is no matrix."""
     path = folder / "minigpt4" / "llama_proj.safetensors"
     tensors = load_file(path)
     rows = tensors["llama_proj.weight"].shape[0] + (change or 0)
     shapes = {"llama_proj.weight": (rows, tensors["llama_proj.weight"].shape[1]), "llama_proj.bias": (rows,)}
     save_file({name: torch.zeros(shape if change else ()) for name, shape in shapes.items()}, path)
-    with pytest.raises(ValueError, match="llama_proj"):
+    said = f"vicuna do not go together: width {rows} and 64" if change else "llama_proj"
+    with pytest.raises(ValueError, match=said):
         load_minigpt5(folder)
-    llama = SimpleNamespace(config=SimpleNamespace(hidden_size=8, vocab_size=100))
-    with pytest.raises(ValueError, match="has 101 pieces, but the language model 100"):
-        MiniGPT5(SimpleNamespace(base_vocabulary=101, voken_ids=[101]), llama, None, None, None, 77)
+
+
+def test_a_tokenizer_with_more_pieces_than_embeddings(folder):
+    config = folder / "vicuna" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 500}))
+    change(folder / "vicuna" / "model.safetensors", lambda t: t.update({name: t[name][:500] for name in VICUNA_TABLES}))
+    with pytest.raises(ValueError, match="vicuna tokenizer and vicuna do not go together: vocabulary 512 and 500"):
+        load_minigpt5(folder)
 
 
 def test_check_finds_sizes_that_do_not_go_together():
@@ -416,6 +423,19 @@ def test_convert_refuses_what_it_does_not_know(tmp_path, command):
     assert not (tmp_path / "ran").exists()
 
 
+def test_convert_reads_a_zip_that_was_packed_again(tmp_path, command):
+    """A compressed member cannot be mapped into memory."""
+    packed = tmp_path / "stage1.ckpt"
+    source = zipfile.ZipFile(GOLDEN / "stage1.ckpt")
+    with source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for name in source.namelist():
+            zipped.writestr(name, source.read(name))
+    for path, out in ((packed, "a"), (GOLDEN / "stage1.ckpt", "b")):
+        assert command("convert", path, "--out", tmp_path / out)[0] == 0
+    one, other = (tensors_of(tmp_path / out / "minigpt5" / "uas.safetensors") for out in "ab")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_convert_reads_the_older_pickle_format(tmp_path, command):
     torch.save({"model": golden("minigpt4_proj")}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert command("convert", tmp_path / "old.pth", "--out", tmp_path / "w")[0] == 0
@@ -553,13 +573,14 @@ def test_what_is_copied_does_not_stay_in_memory_twice(tmp_path):
             1024 * int(maps[k].split()[1]) for i in starts for k in range(i, i + 5) if maps[k].startswith("Rss:")
         )
 
-    with torch.device("meta"):
-        model = torch.nn.Sequential(torch.nn.Conv2d(size, size, 3, bias=False), torch.nn.Linear(size, size, bias=False))
-    fill(model, [path], channels_last=True)
+    def build():
+        return torch.nn.Sequential(torch.nn.Conv2d(size, size, 3, bias=False), torch.nn.Linear(size, size, bias=False))
+
+    model = load(build, [path], channels_last=True)
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last) and resident() < 1 << 20
     assert torch.equal(model[1].weight, load_file(path)["1.weight"]) and resident() >= model[1].weight.nbytes
 
 
 def test_names_of_transformers_pass_through(random_folder):
     for name in tensors_of(random_folder / "blip2" / "model.safetensors"):
-        assert blip2_name(name) == name
+        assert our_name(name, BLIP2_NAMES) == name

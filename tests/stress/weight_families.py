@@ -16,10 +16,10 @@ from data_families import require, void
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
-from published.checkpoints import checkpoint_adapters, find_checkpoint, load_trained, save_trained
+from published.checkpoints import find_checkpoint, load_trained, open_checkpoint, save_trained
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import read_tensors
-from published.loading import fill, shapes_only, tensor_files
+from published.loading import load
 from published.parts import (
     load_image_encoder,
     load_llama,
@@ -87,9 +87,8 @@ def read_bad_module(what: str, rng: Random, folder: Path) -> str:
     good = {"weight": torch.randn(4, 6), "bias": torch.randn(4)}
     path = folder / "model.safetensors"
     path.write_bytes(BAD_SAFETENSORS[what](rng, safetensors.torch.save(good)))
-    with shapes_only():
-        layer = torch.nn.Linear(6, 4)
-    fill(layer, [path], dtype=rng.choice((None, torch.float32, torch.bfloat16)))
+    dtype = rng.choice((None, torch.float32, torch.bfloat16))
+    layer = load(partial(torch.nn.Linear, 6, 4), [path], dtype=dtype)
     require(what in MAY_LOAD, "loaded in spite of that")
     require(all(p.is_floating_point() for p in layer.parameters()), "whole numbers as weights")
     expected = good["bias"] + good["weight"].sum(1)
@@ -106,7 +105,7 @@ def read_bad_checkpoint(what: str, rng: Random, folder: Path) -> str:
     require(find_checkpoint(path) == path, "not found")
     load_minigpt5(weights(), path, read_pictures=False)
     require(what in MAY_LOAD, "loaded in spite of that")
-    adapters = checkpoint_adapters(path)
+    adapters = open_checkpoint(path).adapters
     require(adapters["lora"]["rank"] == 2 and 0 < adapters["lora"]["alpha"] < 1e6, f"{adapters}")
     load_trained(model, path)
     for name, parameter in model.trained_parameters().items():
@@ -163,9 +162,7 @@ def read_bad_shards(rng: Random, folder: Path) -> str:
     weight_map = rng.choice((good, outside, {"weight": "/etc/passwd"}, {"weight": "x" * 5000}, {"weight": ""}, *odd))
     index = rng.choice(({"weight_map": weight_map}, {"weight_map": weight_map}, {"weight_map": weight_map}, {}))
     (folder / "a.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with shapes_only():
-        layer = torch.nn.Linear(6, 4)
-    fill(layer, tensor_files(folder))
+    load(partial(torch.nn.Linear, 6, 4), folder)
     require(weight_map is good, f"loaded with {weight_map}")
     return "used"
 
