@@ -36,13 +36,11 @@ from evaluation.cases import (
     SETTINGS,
     Case,
     add_case_options,
-    check_case_options,
     check_settings,
-    digest,
     generator_of,
+    given_cases,
     open_answers,
     read_answer,
-    read_cases,
     unanswered,
     write_answer,
 )
@@ -97,12 +95,9 @@ class StableDiffusion(nn.Module):
     def save_trained(self, path: Path, stage: str) -> None:
         save_safetensors(self.trained_parameters(), path, {"format": "stable-diffusion", "stage": stage})
 
-    @torch.no_grad()
     def load_trained(self, path: Path) -> None:
         """In place: an optimiser may hold the parameters. Raises WeightsError."""
-        trained = self.trained_parameters()
-        for name, tensor in matched(trained, [path]).items():
-            trained[name].copy_(tensor)
+        self.unet.load_state_dict(matched(self.trained_parameters(), [path]))
 
 
 # ---- what is drawn
@@ -152,7 +147,6 @@ def arguments() -> argparse.Namespace:
     add("--guidance", type=float, default=7.5, help="guidance against the empty text; 1: off")
     add("--sampler", choices=sorted(SAMPLERS), default="pndm")
     args = read_arguments(parser)
-    check_case_options(parser, args)
     if args.steps < 1:
         parser.error("--steps is at least 1")
     return args
@@ -161,8 +155,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device = pick_device(args.device)
-    cases, _ = read_cases(args.data, args.task, args.last)
-    data, cases = digest(cases), cases[: args.n or None]
+    cases, _, data = given_cases(args)
     if args.words and not args.words.is_dir():
         raise ValueError(f"{args.words}: no such folder of answers")
     if args.words:
