@@ -17,7 +17,6 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
@@ -27,7 +26,8 @@ from common.cli import run
 from miniature.facts import Picture, random_stream
 from miniature.words import caption
 from miniature.world import as_json, write_tar
-from tars.index import Member, read_index, read_member
+from tars.index import Member, Unusable, read_index, read_member
+from tars.stories import read_turns
 
 MARK = "picture:"
 DESCRIBED = 501  # purpose of the random streams
@@ -43,8 +43,6 @@ def in_words(turns: list[dict], key: str) -> list[dict]:
     """Turns of a dialogue's JSON with the captions of their pictures. ValueError for a picture of unknown facts."""
     rng, told = random_stream(0, zlib.crc32(key.encode()), DESCRIBED), []
     for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("text"), str):
-            raise ValueError(f"{key}: a turn without text")
         text = turn["text"]
         if turn.get("image"):
             try:
@@ -58,14 +56,14 @@ def in_words(turns: list[dict], key: str) -> list[dict]:
 def members(tar: str) -> Iterator[tuple[str, bytes]]:
     index = read_index(tar)
     for row in range(len(index.table)):
-        key, read = index.key(row), partial(read_member, tar, index.table[row])
+        key, content = index.key(row), read_member(tar, index.table[row], Member.JSON)
         try:
-            sample = json.loads(read(Member.JSON) or b"{}")
-        except ValueError:
-            raise ValueError(f"{tar}: {key} has broken JSON") from None
-        if not isinstance(sample, dict) or sample.get("kind") != "dialog" or not isinstance(sample.get("turns"), list):
+            kind, _ = read_turns(content, key, str)  # checks the form
+        except Unusable as error:
+            raise ValueError(f"{tar}: {key}: {error}") from None
+        if kind != "dialog":
             raise ValueError(f"{tar}: {key} is no dialogue")
-        yield f"{key}.json", as_json({"kind": "dialog", "turns": in_words(sample["turns"], key)})
+        yield f"{key}.json", as_json({"kind": "dialog", "turns": in_words(json.loads(content)["turns"], key)})
 
 
 def main() -> None:

@@ -36,13 +36,11 @@ from evaluation.cases import (
     SETTINGS,
     Case,
     add_case_options,
-    check_case_options,
     check_settings,
-    digest,
     generator_of,
+    given_cases,
     open_answers,
     read_answer,
-    read_cases,
     unanswered,
     write_answer,
 )
@@ -95,12 +93,9 @@ class StableDiffusion(nn.Module):
     def save_trained(self, path: Path, stage: str) -> None:
         save_safetensors(self.trained_parameters(), path, {"format": "stable-diffusion", "stage": stage})
 
-    @torch.no_grad()
     def load_trained(self, path: Path) -> None:
         """In place: an optimiser may hold the parameters. Raises WeightsError."""
-        trained = self.trained_parameters()
-        for name, tensor in matched(trained, [path]).items():
-            trained[name].copy_(tensor)
+        self.unet.load_state_dict(matched(self.trained_parameters(), [path]))
 
 
 # ---- what is drawn
@@ -147,16 +142,13 @@ def arguments() -> argparse.Namespace:
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")
     add_picture_options(parser, against="the empty text")
-    args = read_arguments(parser)
-    check_case_options(parser, args)
-    return args
+    return read_arguments(parser)
 
 
 def main() -> None:
     args = arguments()
-    device = pick_device(args.device)
-    cases, _ = read_cases(args.data, args.task, args.last)
-    data, cases = digest(cases), cases[: args.n or None]
+    device, sampling = pick_device(args.device), sampling_of(args)
+    cases, _, data = given_cases(args)
     if args.words and not args.words.is_dir():
         raise ValueError(f"{args.words}: no such folder of answers")
     if args.words:
@@ -183,7 +175,7 @@ def main() -> None:
         if asked:
             latents = torch.cat([model.sample_latents(1, generator_of(args.seed, key)) for key, _, _ in asked])
             texts = [text for _, _, text in asked]
-            pixels = model.paint(texts, latents, sampling_of(args))
+            pixels = model.paint(texts, latents, sampling)
             for (key, said, _), picture in zip(asked, pixels, strict=True):
                 write_answer(args.answers, key, [*([said] if said else []), to_image(picture)])
     print(f"{len(cases):,} cases are answered, see {args.answers}")

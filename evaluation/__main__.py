@@ -43,14 +43,12 @@ from evaluation.cases import (
     CONTEXTS,
     Case,
     add_case_options,
-    check_case_options,
     check_settings,
-    digest,
     generate,
+    given_cases,
     open_answers,
     pictures_of,
     read_answer,
-    read_cases,
 )
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
@@ -148,7 +146,6 @@ def arguments() -> argparse.Namespace:
         add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
     add_sampling_options(parser)
     args = parse(parser, "evaluate")
-    check_case_options(parser, args)
     if not args.out or args.out.suffix != ".json":
         parser.error("--out is needed, with the ending .json")
     args.sampling = sampling_of(args)
@@ -164,11 +161,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device = pick_device(args.device)
-    cases, bad = read_cases(args.data, args.task, args.last)
+    cases, bad, data = given_cases(args)
     if args.context != "both" and cases[0].task not in TASKS:
         raise ValueError("--context is for stories, this data has none")
-    settings = {"task": cases[0].task, "context": args.context, "data": digest(cases)}
-    cases = cases[: args.n or None]
+    settings = {"task": cases[0].task, "context": args.context, "data": data}
     make_folder(args.out.parent)
     if not args.scores_only:
         settings |= ask(args, cases, device, settings)

@@ -35,11 +35,10 @@ from common.cli import DTYPES, add_weights_option, make_folder
 from common.files import write_json
 from common.images import ImageError, read_image, save_image
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
-from miniature.exam import spoken
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
-from prompts import TASKS, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
+from prompts import TASKS, Example, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
 from published.loading import read_json
 from tars.batches import describe
 from tars.index import Member, Unusable, decode, expand, read_caption, read_index, read_member
@@ -67,13 +66,6 @@ def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> No
     add("--batch-size", type=int, default=16, help="cases answered at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
-
-
-def check_case_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if not args.data:
-        parser.error("--data is needed")
-    if args.batch_size < 1 or args.n < 0:
-        parser.error("--batch-size is at least 1, --n at least 0")
 
 
 class Case(NamedTuple):
@@ -117,6 +109,17 @@ def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Coun
     if twice:
         raise ValueError(f"{name}: {len(twice):,} keys come twice, {twice[0]} among them")
     return cases, bad
+
+
+def given_cases(args: argparse.Namespace) -> tuple[list[Case], Counter, str]:
+    """The first --n cases, how many samples cannot be used, and the digest of all cases. ValueError for options out of
+    range, too."""
+    if not args.data:
+        raise ValueError("--data is needed")
+    if args.batch_size < 1 or args.n < 0:
+        raise ValueError("--batch-size is at least 1, --n at least 0")
+    cases, bad = read_cases(args.data, args.task, args.last)
+    return cases[: args.n or None], bad, digest(cases)
 
 
 def digest(cases: list[Case]) -> str:
@@ -169,14 +172,11 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[lis
     oldest turns, but never the last one, are left out. Raises Unusable where that is not enough."""
     tokenizer, k = model.tokenizer, len(case.before)
     turn = Turn(tokenizer.plain(case.turn.text), case.turn.pictures)
-    if case.task == "caption":
-        ids = prompt_ids(model, uas_texts(turn.text)[0])
-        if room_after(model, ids) < room:
-            raise Unusable("prompt too long")
-        return ids, []
     before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
     for first in range(history_start(k) if case.task == "reply" else 0, max(len(before), 1)):
-        if case.task == "reply":
+        if case.task == "caption":
+            row = Example(uas_texts(turn.text)[0], "")
+        elif case.task == "reply":
             row = dialog_example(before[first:], turn, k, "", model.system)
         else:
             row = story_example(before[first:], turn, case.task, 0, "", model.system)
@@ -232,6 +232,20 @@ def read_answer(folder: Path, key: str) -> Answer | None:
         else:
             raise ValueError(f"{path}: segments should be a list of texts and images")
     return Answer(spoken(segments), tuple(lost), content.get("unusable"))
+
+
+def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
+    """Without what the language model says from <Img> on: where it has no voken to say, a frozen one may go on with
+    words for the picture, which are no text of the answer."""
+    kept, ended = [], False
+    for segment in segments:
+        if isinstance(segment, str):
+            text, mark, _ = segment.partition("<Img>")
+            kept += [text.strip()] if text.strip() and not ended else []
+            ended = ended or bool(mark)
+        else:
+            kept.append(segment)
+    return kept
 
 
 def open_answers(folder: Path, settings: dict) -> None:

@@ -1,7 +1,5 @@
 """What is compared with what for every metric of `python -m evaluation`; METRICS is the list.
 
-    METRICS["clip-i"].compute(bench, outcomes) -> figure      of what was said and drawn in answer to the cases
-
 An `Outcome` holds no pictures, only what the networks of `scorers.py` saw in them. The arithmetic is in `metrics.py`.
 How a picture that did not come counts: in `python -m evaluation`'s head.
 """
@@ -125,10 +123,8 @@ def truth(bench: Bench, outcomes: list[Outcome]) -> float:
 
 def sentence_similarity(bench: Bench, outcomes: list[Outcome]) -> float:
     outcomes = [outcome for outcome in outcomes if outcome.case.words]
-    said, known = (
-        encode(bench, "sbert", texts)
-        for texts in ([outcome.text for outcome in outcomes], [outcome.case.words for outcome in outcomes])
-    )
+    said = encode(bench, "sbert", [outcome.text for outcome in outcomes])
+    known = encode(bench, "sbert", [outcome.case.words for outcome in outcomes])
     pairs = zip(outcomes, cosine(said, known).tolist(), strict=True)
     return mean([value if outcome.text else 0.0 for outcome, value in pairs])
 

@@ -1,16 +1,6 @@
 """The arithmetic of the paper's tables (section 4): texts, features and probabilities in, figures out.
 
-    function               takes                                        is called
-    corpus_bleu            words of answers and of references           BLEU-1, BLEU-2
-    rouge_l                the same, one answer at a time               ROUGE-L, as a mean
-    frechet_distance       features (n, D) and (m, D)                   FID, where Inception made them
-    inception_score        probabilities (n, K)                         IS
-    cosine                 features (n, D) and (n, D)                   CLIP-I, CLIP-T, S-BERT, HPS v2, as a mean
-    relevance_by_modality  the turns of a dialogue                      MM-Relevance, as the released code has it
-    relevance_in_order     the parts of a turn                          MM-Relevance, as MMDialog has it
-
-No network is here and nothing is loaded: `scorers.py` makes features, `comparisons.py` says what is compared with
-what.
+`scorers.py` makes the features, `comparisons.py` says what is compared with what.
 
 Left out: BLEU's smoothing and several references. The released code hands whole strings to nltk, so that its BLEU
 counts characters; the paper's table says words, and so does this.

@@ -1,6 +1,6 @@
 """The networks that metrics look through: each makes features of pictures or texts, for `metrics.py` to compare.
 
-    network     its weights, by path                       library                 sees pictures as    reads texts as
+    network     its weights, by path                       library                 sees n pictures as  reads n texts as
     inception   weights-inception-2015-12-05-6726825d.pth  torch-fidelity          (n, 2048) (n, 1008)
     clip        folder of openai/clip-vit-large-patch14    transformers            (n, D)              (n, D)
     hps         HPS_v2_compressed.pt                       open_clip, ViT-H-14     (n, D)              (n, D)
@@ -11,8 +11,6 @@
 
 The released code takes CLIP ViT-L/14, for MM-Relevance ViT-B/32. The libraries are those of `pip install -e '.[eval]'`.
 Nothing is downloaded: what is not where the command line says ends in `Unavailable`, one line that says why.
-
-n pictures or texts, D width of a feature.
 """
 
 import os

@@ -77,7 +77,7 @@ class Page:
         line = np.stack([x, heights], 1)
         self.shape(np.concatenate([line, [(65, 65), (-1, 65)]]), top, bottom)
         if edge:
-            ImageDraw.Draw(self.image).line(self.points(line), fill=self.tone(edge), width=round(0.7 * self.scale))
+            self.stroke(line, edge, 0.7)
 
     def spot(self, x, y, rx, ry, colour, lit=False):
         box = self.points([(x - rx, y - ry), (x + rx, y + ry)])
@@ -311,12 +311,8 @@ PAINTERS = {"sea": sea, "meadow": meadow, "snow": snow, "city": city, "desert": 
 
 
 @lru_cache(maxsize=1024)
-def painted(scene: str, time: str, variant: int, size: int) -> Image.Image:
+def background(scene: str, time: str, variant: int, size: int) -> Image.Image:
+    """RGB, size x size; kept, so copy before drawing on it."""
     page = Page(size, scene, time, np.random.default_rng([variant, list(PAINTERS).index(scene)]))
     PAINTERS[scene](page)
     return page.image.reduce(SUPERSAMPLE)
-
-
-def background(scene: str, time: str, jitter: int, size: int) -> Image.Image:
-    """RGB, size x size; kept, so copy before drawing on it."""
-    return painted(scene, time, jitter % VARIANTS, size)

@@ -8,9 +8,6 @@ picture's facts where the stages have a picture (ten words in a fixed order) or 
 
 So the language model learns to retell a picture from ten vectors, which the captioner will put there, and by the end
 of a text to know what its picture has to show.
-
-    language_ids    (2, LENGTH)                    whole documents, one after the other; how much each token counts
-    answer_ids        (2 + WORDS + ANSWER_LENGTH,)   a question about a picture and the answer
 """
 
 from functools import lru_cache
@@ -161,7 +158,7 @@ def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list
 
 
 def language_ids(path: Path, seed: int, split: str, i: int) -> np.ndarray:
-    """Whole documents, each with </s> after it, up to LENGTH; the last one is cut off. Ids, then weights."""
+    """int16 (2, LENGTH): whole documents, each with </s> after it, the last one cut off. Ids, then weights."""
     tokenizer, tokens, number = tokenizer_at(path), [], LENGTH * i  # no sequence can hold so many documents
     while len(tokens) < LENGTH:
         rng = random_stream(seed, number, ORDERS)
@@ -171,8 +168,8 @@ def language_ids(path: Path, seed: int, split: str, i: int) -> np.ndarray:
 
 
 def answer_ids(path: Path, seed: int, i: int) -> np.ndarray:
-    """int16: where the answer begins and ends; the words of picture i; the ids of a question about it and of the
-    answer, with a placeholder for each of the words."""
+    """int16 (2 + WORDS + ANSWER_LENGTH,): where the answer begins and ends; the words of picture i; the ids of a
+    question about it and of the answer, with a placeholder for each of the words."""
     tokenizer, row = tokenizer_at(path), look_document(random_stream(seed, i, LOOKS), seed, i, "train")
     source = [tokenizer.bos_id, *tokenizer.encode(row.source, WORDS)]
     ids = [*source, *tokenizer.encode(row.target), tokenizer.eos_id][:ANSWER_LENGTH]

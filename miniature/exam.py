@@ -1,10 +1,5 @@
 """What `score.py` measures with: the weights, questions in batches, and the shares of facts that come out right.
 
-    text_to_pictures    prompts -> pictures, through the frozen text encoder: "zero-shot Stable Diffusion"
-    ask                 sources and their pictures -> words and a picture, as `generation.answer` gives them
-    look                pictures -> the facts that the judge sees
-    right_shares        facts seen, facts wanted -> the share that is right, of each attribute
-
 Prompt i starts from the same noise whichever way its picture is made. Words are decoded greedily.
 """
 
@@ -19,8 +14,10 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from baselines.stable_diffusion import StableDiffusion
 from common.images import draw_grid, to_image, to_tensor
-from generation import Sampling, answer, denoise, prompt_ids
+from evaluation.cases import spoken
+from generation import Sampling, answer, prompt_ids
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
 from miniature.paint import draw
@@ -101,16 +98,13 @@ class Said(NamedTuple):
 
 @torch.no_grad()
 def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
-    """Drawn as Stable Diffusion alone does, which reads a prompt's padding too; no language model takes part."""
-    options = {"dtype": torch.float32, "device": exam.device, "read_pictures": False, "read_captions": True}
-    model = load_minigpt5(exam.weights, None, **options).eval()
+    """Drawn by Stable Diffusion alone; no language model takes part."""
+    model = StableDiffusion(exam.weights, torch.float32, exam.device).eval()
     pictures = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
-        conditioning = model.text_encoder(model.clip_tokenizer([""] * len(part) + part)[0].to(exam.device))
         noise = torch.cat([model.sample_latents(1, exam.generator(start + i)) for i in range(len(part))])
-        latents = denoise(model.unet, model.schedule, noise.to(exam.device), conditioning, exam.sampling)
-        pictures += map(to_image, model.vae.decode(latents))
+        pictures += map(to_image, model.paint(part, noise, exam.sampling))
     return pictures
 
 
@@ -128,20 +122,6 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
             words = " ".join(s for s in spoken(segments) if isinstance(s, str))
             said.append(Said(words, next((s for s in segments if not isinstance(s, str)), None)))
     return said
-
-
-def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
-    """Without what the language model says from <Img> on: where it has no voken to say, a frozen one may go on with
-    words for the picture, which are no text of the answer."""
-    kept, ended = [], False
-    for segment in segments:
-        if isinstance(segment, str):
-            text, mark, _ = segment.partition("<Img>")
-            kept += [text.strip()] if text.strip() and not ended else []
-            ended = ended or bool(mark)
-        else:
-            kept.append(segment)
-    return kept
 
 
 # ---- what came out right

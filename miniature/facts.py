@@ -2,16 +2,7 @@
 
 A picture is a scene at a time of day with one or two things in it. A thing has a kind, a colour, a size and a place.
 Nothing else about a picture is a fact: the shape of the hills, the side a cat looks to and a pixel or two of shift
-come from the jitter seed that `paint.draw` takes.
-
-| fact     | values | note                                                                   |
-| -------- | ------ | ---------------------------------------------------------------------- |
-| scene    | 6      | each has some of land, water and sky                                   |
-| time     | 3      | changes the background alone: things keep their colour                 |
-| kind     | 12     | at home on land, on water or in the sky; only drawn where that exists  |
-| colour   | 8      |                                                                        |
-| size     | 2      | big is about one and a half times as wide as small                     |
-| place    | 3      | two things never share one                                             |
+come from the jitter seed that `paint.draw` takes. The time changes the background alone: things keep their colour.
 """
 
 from dataclasses import asdict, dataclass
@@ -97,13 +88,7 @@ def fits(things: tuple[Thing, ...], scene: str) -> bool:
     return columns == 2 or (columns == 1 and (apart_in_height or "small" in (one.size, two.size)))
 
 
-def triples(split: str) -> list[tuple[str, str, str]]:
-    """Every (kind, colour, scene) of a split."""
-    every = product(KINDS, COLOURS, SCENES)
-    return [t for t in every if home(t[0], t[2]) and held_out(*t) == (split == "held-out")]
-
-
-TRIPLES = {split: triples(split) for split in SPLITS}
+HELD_OUT = [(k, c, s) for k, c, s in product(KINDS, COLOURS, SCENES) if home(k, s) and held_out(k, c, s)]
 COLOURS_FOR = {(k, s): [c for c in COLOURS if not held_out(k, c, s)] for k, s in product(KINDS, SCENES)}
 KINDS_IN = {scene: [kind for kind in KINDS if home(kind, scene)] for scene in SCENES}
 
@@ -129,7 +114,7 @@ def sample_picture(rng: np.random.Generator, split: str = "train", count: int | 
     "train" never holds a held-out combination; in "held-out" the first thing (a twin: both) always is one.
     """
     if split == "held-out":
-        kind, colour, scene = pick(rng, TRIPLES[split])
+        kind, colour, scene = pick(rng, HELD_OUT)
         hero = Thing(kind, colour, pick(rng, SIZES), pick(rng, PLACES))
     elif split == "train":
         scene = pick(rng, list(SCENES))

@@ -1,9 +1,5 @@
 """The judge: reads off a picture of the miniature world what is in it. Tests and experiments count with it.
 
-    judge = load_judge()
-    seen = read(judge, pixels)                   # a Picture of facts for each of (B, 3, 64, 64) in [-1, 1]
-    right(seen[0], wanted)                       # {"scene": True, ..., "all": False}
-
 A small convolutional network looks at six slots, left, middle and right in the sky and on the ground, and says of each
 which kind of thing is there, if any, and its colour and size; and of the whole picture scene, time and the number of
 things (3 means more than two). Where the number and the slots do not agree, something unclear is there, an extra or a
@@ -114,18 +110,14 @@ def right(seen: Picture, wanted: Picture) -> dict[str, bool]:
     The things are matched so that most of their facts agree. Where one is missing, doubled or extra, everything about
     things is wrong.
     """
-
-    def agreement(things: tuple[Thing, ...]) -> dict[str, bool]:
-        pairs = list(zip(things, wanted.things, strict=True))
-        names = ("kind", "colour", "size", "place")
-        return {n: all(getattr(b, n) in (None, getattr(a, n)) for a, b in pairs) for n in names}
-
     count = len(seen.things) == len(wanted.things)
-    orders = (
-        [agreement(order) for order in permutations(seen.things)] if count else [dict.fromkeys(ATTRIBUTES[3:], False)]
-    )
+    of_things = dict.fromkeys(("kind", "colour", "size", "place"), False)
+    for order in permutations(seen.things) if count else ():
+        pairs = list(zip(order, wanted.things, strict=True))
+        agrees = {n: all(getattr(b, n) in (None, getattr(a, n)) for a, b in pairs) for n in of_things}
+        of_things = max(of_things, agrees, key=lambda agrees: sum(agrees.values()))
     of_picture = {name: getattr(wanted, name) in (None, getattr(seen, name)) for name in ("scene", "time")}
-    result = of_picture | {"count": count} | max(orders, key=lambda order: sum(order.values()))
+    result = of_picture | {"count": count} | of_things
     return result | {"all": all(result.values())}
 
 
@@ -219,7 +211,8 @@ def worsen(pixels: Tensor, blur: float, noise: Tensor) -> Tensor:
 
 
 class JudgeRecipe(Recipe):
-    name, batch_sizes, lr, matrix_lr, hold = "judge", (1024, 32), 2e-3, 0.02, 1000
+    name, batch_sizes, budgets = "judge", (1024, 32), (1, 15)
+    lr, matrix_lr, hold = 2e-3, 0.02, 1000
 
     def __init__(self, setup: Setup):
         super().__init__(setup)

@@ -11,10 +11,9 @@ A thing is a list of parts in its own square, x and y from -1 to 1, y downwards.
 import numpy as np
 from PIL import Image, ImageDraw
 
-from miniature.backdrop import background
+from miniature.backdrop import SUPERSAMPLE, VARIANTS, background
 from miniature.facts import PLACES, Picture, Thing, home
 
-SUPERSAMPLE = 4
 RADIUS = {"small": 8.0, "big": 12.2}  # page units; an autoencoder with cells of 8 must keep the small ones
 CENTRE = {"left": 14.0, "middle": 32.0, "right": 50.0}
 SKY_LEVEL = 17.5  # centre of things in the sky
@@ -129,16 +128,7 @@ def normals(points):
     return 2 * total / np.maximum((total**2).sum(1, keepdims=True), 1.2)  # 1.2: no spikes at sharp corners
 
 
-def face(x, y, s):
-    """Two eyes and a smile."""
-    smile = [(x + s * 0.36 * np.sin(a), y + s * (0.16 + 0.24 * np.cos(a))) for a in np.linspace(-1.1, 1.1, 7)]
-    return [
-        ("ink", 0, oval(x - s * 0.42, y, s * 0.15, s * 0.2, 12)),
-        ("ink", 0, oval(x + s * 0.42, y, s * 0.15, s * 0.2, 12)),
-        ("ink", 0, ribbon(smile, s * 0.13)),
-    ]
-
-
+SMILE = [(0.2376 * np.sin(a), 0.1456 + 0.1584 * np.cos(a)) for a in np.linspace(-1.1, 1.1, 7)]
 CAT_HEAD = poly(-0.58, -1.04, -0.22, -0.78, 0.22, -0.78, 0.58, -1.04, 0.68, -0.34, 0.4, 0.06, -0.4, 0.06, -0.68, -0.34)
 BIRD_BODY = poly(-0.86, -0.5, -0.3, -0.56, 0.1, -0.12, 0.66, 0.12, 0.5, 0.5, -0.1, 0.76, -0.7, 0.56, -0.94, 0.0)
 BALLOON_SKIN = poly(-0.5, -1.06, 0.5, -1.06, 0.84, -0.62, 0.72, 0, 0.26, 0.52, -0.26, 0.52, -0.72, 0, -0.84, -0.62)
@@ -203,7 +193,9 @@ SHAPES = {
         ("light", 0, rounded(poly(0.0, -0.86, 0.2, -0.36, 0.0, -0.26, -0.24, -0.34), 1)),
         ("blush", 0, oval(-0.46, 0.2, 0.13, 0.09, 10)),
         ("blush", 0, oval(0.46, 0.2, 0.13, 0.09, 10)),
-        *face(0, 0.04, 0.66),
+        ("ink", 0, oval(-0.2772, 0.04, 0.099, 0.132, 12)),
+        ("ink", 0, oval(0.2772, 0.04, 0.099, 0.132, 12)),
+        ("ink", 0, ribbon(SMILE, 0.0858)),
     ],
     "flower": [
         ("leaf", 1, ribbon([(0.02, 0.1), (0.05, 0.5), (0.0, 0.98)], 0.15)),
@@ -341,7 +333,7 @@ def draw(picture: Picture, jitter: int, size: int = 64) -> Image.Image:
     for thing in picture.things:
         if home(thing.kind, picture.scene) is None:
             raise ValueError(f"there is no place for a {thing.kind} in the scene {picture.scene}")
-    page = background(picture.scene, picture.time, jitter, size).copy()
+    page = background(picture.scene, picture.time, jitter % VARIANTS, size).copy()
     depth = {"sky": 0, "land": 1, "water": 2}
     for thing in sorted(picture.things, key=lambda t: (depth[home(t.kind, picture.scene)], t.size)):  # "big" first
         put(page, thing, picture.scene, picture.time, jitter)

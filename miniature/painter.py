@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import write_json
 from generation import Sampling, denoise
-from miniature.autoencoder import judge_in, latent_set
+from miniature.autoencoder import latent_set
 from miniature.facts import random_stream
-from miniature.judge import read, right_shares
+from miniature.judge import load_judge, read, right_shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
-from miniature.recipe import Recipe, Setup, normal, write_part
+from miniature.recipe import Recipe, Setup, normal, write_part, write_settings
 from miniature.sets import training_pictures
 from miniature.world import sample_pair
 from minigpt5 import send
@@ -43,7 +42,8 @@ PROMPTS = 301  # purpose of the random streams
 
 
 class DiffusionRecipe(Recipe):
-    name, batch_sizes, lr, matrix_lr, hold = "diffusion", (1024, 64), 1e-3, 0.01, 1000
+    name, batch_sizes, budgets = "diffusion", (1024, 64), (10, 600)
+    lr, matrix_lr, hold = 1e-3, 0.01, 1000
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -56,7 +56,7 @@ class DiffusionRecipe(Recipe):
         self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(setup, folder / "tokenizer")
         self.empty = self.tokenizer([""])[0].to(setup.device)
         self.latents = latent_set(setup, self.vae, training_pictures(setup))
-        self.judge = judge_in(setup.weights, setup.device)
+        self.judge = load_judge(setup.weights / "judge.safetensors", setup.device)
         self.wanted = [sample_pair(setup.seed, i, "held-out", 1)[0] for i in range(min(64, setup.tested))]
         streams = (random_stream(setup.seed, i, PROMPTS) for i in range(len(self.wanted)))
         self.prompts = [full_caption(picture, rng) for picture, rng in zip(self.wanted, streams, strict=True)]
@@ -88,8 +88,6 @@ class DiffusionRecipe(Recipe):
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """Shares of one-thing prompts, with all facts named, drawn right, always from the same noise."""
-        if self.judge is None:
-            return {}
         conditioning = self.text_encoder(self.tokenizer([""] * len(self.prompts) + self.prompts)[0].to(self.device))
         noise = torch.randn(len(self.prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
         sampling = Sampling(sampler="dpm", steps=16, guidance=3.0)
@@ -98,24 +96,6 @@ class DiffusionRecipe(Recipe):
         return {f"{name}_right": value for name, value in found.items()}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        folder = weights / "stable-diffusion"
-        unet = {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"}
-        write_part(folder / "unet", "diffusion_pytorch_model", modules["unet"], unet | asdict(UNET_SIZES))
-        write_json(
-            folder / "scheduler" / "scheduler_config.json",
-            {"_class_name": "PNDMScheduler", "trained_betas": None, "clip_sample": False} | asdict(SCHEDULE),
-        )
-        write_json(
-            folder / "model_index.json",
-            {
-                "_class_name": "StableDiffusionPipeline",
-                "feature_extractor": [None, None],
-                "safety_checker": [None, None],
-                "requires_safety_checker": False,
-                "scheduler": ["diffusers", "PNDMScheduler"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-            },
-        )
+        write_part(weights, "stable-diffusion/unet", "diffusion_pytorch_model", modules["unet"], asdict(UNET_SIZES))
+        write_settings(weights, "stable-diffusion/scheduler/scheduler_config.json", asdict(SCHEDULE))
+        write_settings(weights, "stable-diffusion/model_index.json", {})

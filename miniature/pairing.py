@@ -1,9 +1,5 @@
 """The pairing: pictures and texts of the miniature world in one space, as CLIP has them for photographs.
 
-    pairing = load_pairing(path)
-    pairing.see(pixels)          # (B, 3, 64, 64) in [-1, 1] -> (B, 128), length 1
-    pairing.read(texts)          # B texts -> (B, 128), length 1: cosines say how well picture and text go together
-
 Two small networks learn by CLIP's loss (Radford et al. 2021), with the other pictures and texts of the batch as what
 does not go together. Half of the pairs are captions, half are steps of stories and turns of dialogues, of which many
 ("it drifts to the right.") tell little of their picture. It measures what MiniGPT-5 makes and trains no part of it.
@@ -63,6 +59,7 @@ class Pairing(nn.Module):
         self.scale = nn.Parameter(torch.tensor([2.5]))  # of the cosines in the loss, as a logarithm
 
     def see(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 64, 64) in [-1, 1] -> (B, 128), length 1."""
         x = self.features(pixels).flatten(2)  # (B, D, L)
         views = torch.einsum("bdl,kl->bkd", x, self.look.softmax(-1)).flatten(1)  # (B, K * D)
         return F.normalize(self.picture_projection(views), dim=-1)
@@ -106,7 +103,8 @@ def paired_text(seed: int, i: int) -> np.ndarray:
 
 
 class PairingRecipe(Recipe):
-    name, batch_sizes, lr, matrix_lr, hold = "pairing", (1024, 128), 2e-3, 0.01, 1000
+    name, batch_sizes, budgets = "pairing", (1024, 128), (1, 15)
+    lr, matrix_lr, hold = 2e-3, 0.01, 1000
 
     def __init__(self, setup: Setup):
         super().__init__(setup)

@@ -1,6 +1,6 @@
 """Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world.
 
-    python miniature/pretrain.py --weights runs/weights             # all parts, as long as MINUTES says
+    python miniature/pretrain.py --weights runs/weights             # all parts, each for its recipe's minutes
     python miniature/pretrain.py --weights runs/weights --parts vae judge --minutes 60
     python miniature/pretrain.py --weights runs/weights --parts vae --minutes 0     # write what there is so far
     python miniature/pretrain.py --parts pairing                    # what does not ship, beside what does
@@ -12,20 +12,14 @@ Parts, in the order in which they need one another:
 | judge     | judge.safetensors                            | to read every fact off a picture; measures the others |
 | pairing   | pairing.safetensors                          | which picture a text goes with; measures as CLIP does |
 | vae       | stable-diffusion/vae                         | to draw pictures again from their latents             |
-| decoder   | stable-diffusion/vae, its decoder            | the same, its latents as they are                     |
 | text      | stable-diffusion/text_encoder, tokenizer     | to read the facts off captions                        |
 | diffusion | stable-diffusion/unet, scheduler             | to draw what captions say, in the latents             |
 | language  | vicuna                                       | captions, stories, conversations                      |
 | captioner | blip2, minigpt4                              | to put a picture into words for the language model    |
 
-Each part has a budget of training time. After a stop it resumes from its newest checkpoint (weights, averaged weights,
-optimiser, step). All random numbers of a step come from (seed, step), so that a run in pieces equals one in one piece.
-When its time is up, the part's averaged weights are written to `--weights`, in the published layout and 16 bit.
-
-A part's folder in `--out`:
-
-    checkpoint.pt             the newest, written whole under another name and then renamed
-    log.jsonl losses.png      losses and figures on held-out samples
+Each part has a budget of training time. After a stop it resumes from its newest checkpoint. All random numbers of a
+step come from (seed, step), so that a run in pieces equals one in one piece. When its time is up, the part's averaged
+weights are written to `--weights`, in the published layout and 16 bit.
 """
 
 import argparse
@@ -42,34 +36,22 @@ from torch import nn
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import can_compile, make_folder, pick_device, read_arguments, run
-from common.files import write_file, written_whole
-from miniature.autoencoder import AutoencoderRecipe, DecoderRecipe
+from common.cli import MINIATURE, can_compile, make_folder, pick_device, read_arguments, run
+from common.files import written_whole
+from miniature.autoencoder import AutoencoderRecipe
 from miniature.judge import JudgeRecipe
 from miniature.painter import DiffusionRecipe
 from miniature.pairing import PairingRecipe
 from miniature.reader import TextRecipe
-from miniature.recipe import Recipe, Setup
+from miniature.recipe import Recipe, Setup, write_settings
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from trainer.log import append_log, cut_log, plot_losses, read_log
 from trainer.muon import Muon
 from trainer.processes import stop_signals
 from trainer.run import step_generator
 
-RECIPES = (JudgeRecipe, PairingRecipe, AutoencoderRecipe, DecoderRecipe)
-RECIPES += (TextRecipe, DiffusionRecipe, LanguageRecipe, CaptionerRecipe)
+RECIPES = (JudgeRecipe, PairingRecipe, AutoencoderRecipe, TextRecipe, DiffusionRecipe, LanguageRecipe, CaptionerRecipe)
 PARTS = {recipe.name: recipe for recipe in RECIPES}
-MINUTES = {  # of training, on a GPU and on a CPU
-    "judge": (1, 15),
-    "pairing": (1, 15),
-    "vae": (4, 200),
-    "decoder": (2, 120),
-    "text": (1, 15),
-    "diffusion": (10, 600),
-    "language": (3, 60),
-    "captioner": (2, 60),
-}
-SHIPPED = Path(__file__).resolve().parent / "weights"
 WARMUP = 100  # steps
 SAVE_SECONDS = 300  # between two checkpoints, each with a line of the log
 EMA_GAMMA = 9  # of a power-function average (Karras et al. 2024): its mean age is an 11th of the steps so far
@@ -82,8 +64,7 @@ OUTER = re.compile(r"embed|lm_head|conv_in\b|conv_out\b|query_tokens|look\b")  #
 def optimizers_of(recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices, others = [], []
     for name, parameter in recipe.modules.named_parameters():
-        if parameter.requires_grad:
-            (matrices if parameter.dim() > 1 and not OUTER.search(name) else others).append(parameter)
+        (matrices if parameter.dim() > 1 and not OUTER.search(name) else others).append(parameter)
     fused = others[0].device.type == "cuda"
     return [
         torch.optim.AdamW(others, recipe.lr, (0.9, 0.99), weight_decay=0.0, fused=fused),
@@ -119,9 +100,6 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
         return 0, 0.0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        frozen = {name: p for name, p in recipe.modules.named_parameters() if not p.requires_grad}
-        if not all(torch.equal(p.cpu(), state["modules"][name]) for name, p in frozen.items()):
-            raise ValueError("what it builds on was trained further since")
         recipe.modules.load_state_dict(state["modules"])
         averaged.load_state_dict(state["averaged"])
         for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
@@ -205,9 +183,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    add("--minutes", type=float, help="training time of each part, over all runs; default: MINUTES of this file")
+    add("--minutes", type=float, help="training time of each part, over all runs; default: its recipe's")
     add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, training sets")
-    add("--weights", type=Path, default=SHIPPED, help="where finished parts go, beside those that they build on; "
+    add("--weights", type=Path, default=MINIATURE, help="where finished parts go, beside those that they build on; "
         "needed but for --parts pairing")  # fmt: skip
     add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
@@ -216,7 +194,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = read_arguments(parser, argv)
     if args.pictures < 1 or args.workers < 1:
         parser.error("--pictures and --workers are at least 1")
-    if args.weights == SHIPPED and args.parts != ["pairing"]:
+    if args.weights == MINIATURE and args.parts != ["pairing"]:
         parser.error("--weights is needed: finished parts would go over the shipped ones")
     return args
 
@@ -225,17 +203,15 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
-    settings = Path("minigpt5") / "config.json"  # the defaults of the commands that use the weights
-    if not (args.weights / settings).exists():
-        write_file(args.weights / settings, (SHIPPED / settings).read_bytes())
+    if not (args.weights / "minigpt5" / "config.json").exists():  # the defaults of the commands that use the weights
+        write_settings(args.weights, "minigpt5/config.json", {})
     setup = Setup(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
     for part, recipe_class in PARTS.items():
         if part not in args.parts:
             continue
         torch.manual_seed(args.seed)
         recipe = recipe_class(setup)
-        minutes = MINUTES[part][device.type == "cpu"] if args.minutes is None else args.minutes
-        averaged = train(recipe, setup, minutes)
+        averaged = train(recipe, setup, recipe.minutes if args.minutes is None else args.minutes)
         if averaged is None:
             return
         recipe.export(averaged, args.weights)

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.files import write_json, write_text
+from common.cli import MINIATURE
+from common.files import write_file, write_json, write_text
 from miniature.facts import Picture, random_stream
 from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
 from miniature.recipe import Recipe, Setup, reset, write_part
@@ -81,15 +82,9 @@ def write_clip_tokenizer(folder: Path, seed: int) -> None:
     letters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]  # CLIP's spelling of the 256 bytes
     pairs = byte_pairs(words)
     tokens = [*letters, *(f"{x}</w>" for x in letters), *map("".join, pairs), "<|startoftext|>", "<|endoftext|>"]
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    special |= {"pad_token": "!"}
-    length = TEXT_SIZES.max_position_embeddings
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
-    write_json(folder / "special_tokens_map.json", special)
-    write_json(
-        folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": length} | special,
-    )
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        write_file(folder / name, (MINIATURE / "stable-diffusion" / "tokenizer" / name).read_bytes())
     # The last file: where it is, all are.
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
 
@@ -138,7 +133,8 @@ def caption_set(setup: Setup, folder: Path) -> Tensor:
 
 
 class TextRecipe(Recipe):
-    name, batch_sizes, lr, matrix_lr, hold = "text", (1024, 64), 2e-3, 0.02, 200
+    name, batch_sizes, budgets = "text", (1024, 64), (1, 15)
+    lr, matrix_lr, hold = 2e-3, 0.02, 200
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -180,16 +176,7 @@ class TextRecipe(Recipe):
         return {"read": right.all(-1).float().mean().item()}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        folder = weights / "stable-diffusion"
-        published = {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "bos_token_id": self.begin,
-            "eos_token_id": self.end,
-            "pad_token_id": 0,
-            "projection_dim": self.sizes.hidden_size,
-            "torch_dtype": "float16",
-        }
-        write_part(folder / "text_encoder", "model", modules["text_encoder"], published | asdict(self.sizes))
+        sizes = asdict(self.sizes) | {"bos_token_id": self.begin, "eos_token_id": self.end}
+        write_part(weights, "stable-diffusion/text_encoder", "model", modules["text_encoder"], sizes)
         for file in self.tokenizer_folder.iterdir():
-            write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
+            write_file(weights / "stable-diffusion" / "tokenizer" / file.name, file.read_bytes())

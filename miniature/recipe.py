@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.files import write_json
+from common.cli import MINIATURE
+from common.files import read_json, write_json
 from minigpt5 import send
 from published.loading import save_safetensors
 
@@ -34,13 +35,15 @@ class Recipe:
     name: str
     modules: nn.ModuleDict  # all that trains
     batch_sizes: tuple[int, int]  # on a GPU, on a CPU
+    budgets: tuple[int, int]  # minutes of training, on a GPU and on a CPU
     lr: float  # AdamW's, for norms, biases, embeddings and first and last layers
     matrix_lr: float  # Muon's, for all other matrices
     hold: int  # steps at the full rates, which then fall as 1 / sqrt(step)
 
     def __init__(self, setup: Setup):
         self.device, self.seed = setup.device, setup.seed
-        self.batch_size = self.batch_sizes[setup.device.type == "cpu"]
+        on_cpu = setup.device.type == "cpu"
+        self.batch_size, self.minutes = self.batch_sizes[on_cpu], self.budgets[on_cpu]
 
     def pick(self, length: int, generator: torch.Generator) -> Tensor:
         """A batch of places in a set of that length, on the device."""
@@ -79,7 +82,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_safetensors({name: tensor.half() for name, tensor in tensors.items()}, path)
 
 
-def write_part(folder: Path, stem: str, module: nn.Module, config: dict) -> None:
+def write_settings(weights: Path, place: str, values: dict) -> None:
+    """The JSON file `place` of the weights that ship, with `values` in it."""
+    write_json(weights / place, read_json(MINIATURE / place) | values)
+
+
+def write_part(weights: Path, folder: str, stem: str, module: nn.Module, sizes: dict) -> None:
     """A published folder: config.json and `stem`.safetensors in 16 bit."""
-    write_tensors(folder / f"{stem}.safetensors", module.state_dict())
-    write_json(folder / "config.json", config)
+    write_tensors(weights / folder / f"{stem}.safetensors", module.state_dict())
+    write_settings(weights, f"{folder}/config.json", sizes)

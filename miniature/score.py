@@ -13,15 +13,14 @@
 | dialogues | whether what a dialogue draws and says is right                                      |
 | stories   | the next step of a story, with and without its history; its own pictures fed back    |
 
-All samples are held out: the first thing's kind, colour and scene were never trained together (in stories and
-dialogues those of the first picture; a change of colour may lead back to ones that were). Figures are shares. A fact
-that a prompt does not name is not asked for: "named" is how many prompts name it, the other figures are of those. A
-prompt that gets no picture is wrong in everything; an extra or a doubled thing makes all that is said of things wrong.
+All samples are held out; in stories and dialogues, a change of colour may lead back to a combination that was trained.
+Figures are shares. "named" is how many prompts name a fact, the other figures are of those. A prompt that gets no
+picture is wrong in everything.
 """
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import count, groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +32,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
 from common.files import write_json
-from generation import Sampling
+from generation import add_sampling_options, sampling_of
 from miniature.documents import look_document
 from miniature.exam import (
     LONGEST,
@@ -57,7 +56,6 @@ from miniature.words import agrees, facts_in
 from miniature.world import sample_dialogue
 from prompts import UAS_REQUESTS, dialog_source, history_start, uas_texts
 from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
-from scheduler import SAMPLERS
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
@@ -147,25 +145,23 @@ def replies(exam: Exam) -> Figures:
 def dialogues(exam: Exam) -> Figures:
     """A picture is asked for: what the request names counts. It is changed ("make it red."): every fact counts. It is
     described: all is true, no thing left out. A question is answered: with the facts of the dialogue's own answer."""
-    turns, figures, pictures = turns_to_answer(exam), {}, {"asked for": [], "changed": []}
-    for reply in turns[True]:
-        if facts_in(reply.asked.text).scene:
-            pictures["asked for"].append(reply)
-        elif reply.pictures:  # else the picture to be changed is not heard of any more
-            pictures["changed"].append(reply)
-    for name, rows in pictures.items():
-        wanted = [reply.turn.picture if name == "changed" else facts_in(reply.asked.text) for reply in rows]
-        drawn = [said.picture for said in answers(exam, f"dialogues {name}", rows)]
-        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted)
+    turns, figures = turns_to_answer(exam), {}
+    wishes = [(reply, facts_in(reply.asked.text)) for reply in turns[True]]
+    new = [(reply, named) for reply, named in wishes if named.scene]
+    # Where there is no picture, the one to be changed is not heard of any more.
+    changed = [(reply, reply.turn.picture) for reply, named in wishes if not named.scene and reply.pictures]
+    for name, rows in {"asked for": new, "changed": changed}.items():
+        drawn = [said.picture for said in answers(exam, f"dialogues {name}", [reply for reply, _ in rows])]
+        right = right_shares(look(exam, drawn), [wanted for _, wanted in rows])
+        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right
     shown = [reply for reply in turns[False] if reply.asked.picture]
     about = [r for r in turns[False] if r.pictures and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]
     for name, rows in {"described": shown, "answered": about}.items():
-        told = [said.text for said in answers(exam, f"dialogues {name}", rows)]
-        if rows is shown:
-            fine = [no_error(facts_in(a), reply.asked.picture) for a, reply in zip(told, rows, strict=True)]
-        else:
-            fine = [same_answer(a, reply.turn.text) for a, reply in zip(told, rows, strict=True)]
+        fine = [
+            no_error(facts_in(said.text), r.asked.picture) if r.asked.picture else same_answer(said.text, r.turn.text)
+            for r, said in zip(rows, answers(exam, f"dialogues {name}", rows), strict=True)
+        ]
         figures[name] = {"samples": len(rows) / exam.n, "right": share(fine)}
     return figures
 
@@ -225,33 +221,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
     add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
     add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
-    add("--steps", type=int, default=20, help="denoising steps of a picture")
-    add("--guidance", type=float, default=3.0, help="against the empty condition; 1: off")
-    add("--sampler", choices=sorted(SAMPLERS), default="dpm")
+    add_sampling_options(parser)
+    parser.set_defaults(steps=20, guidance=3.0, sampler="dpm", max_new_tokens=LONGEST)
+    parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = read_arguments(parser, argv)
-    if args.steps < 1 or (args.n is not None and args.n < 1):
-        parser.error("--n and --steps are at least 1")
+    if args.n is not None and args.n < 1:
+        parser.error("--n is at least 1")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    sampling = Sampling(
-        temperature=0,
-        repetition_penalty=1.0,
-        max_new_tokens=LONGEST,
-        sampler=args.sampler,
-        steps=args.steps,
-        guidance=args.guidance,
-    )
+    sampling = sampling_of(args)
     sheets = make_folder(args.sheets) if args.sheets else None
     if args.out:
         make_folder(args.out.parent)
     exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
-    settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
+    settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint)

@@ -15,20 +15,21 @@ scene, hero and colour. Where a text says that the hero takes another colour, th
 import re
 from typing import NamedTuple
 
+from evaluation.cases import CONTEXTS as HISTORIES
 from miniature.exam import Exam, Figures, Said, ask, heard, look, means
 from miniature.facts import Picture, random_stream
 from miniature.judge import right_shares
 from miniature.tales import PARTS as PARTINGS
-from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
+from miniature.words import COLOUR_WORDS, NOUNS, agrees, choices, facts_in
 from miniature.world import sample_story
 from prompts import STORY_REQUESTS, Turn, story_example, story_source
 
 CHOICE = 402  # purpose of the random streams
-CONTEXTS = ("no history", "its texts", "texts and pictures")
+CONTEXTS = {"no history": HISTORIES["none"], "its texts": HISTORIES["texts"], "texts and pictures": HISTORIES["both"]}
 OWN_STEPS = 4
 
-LEAVES = re.compile("|".join(phrase.replace("{}", r"(?:(?!the\b)\w+ ){0,3}?\w+") for phrase in PARTINGS))
-COLOUR = "|".join(sorted((word for words in COLOUR_WORDS.values() for word in words), key=len, reverse=True))
+LEAVES = re.compile("|".join(phrase.replace("{}", r"(?:(?!the\b)\w+ ){0,3}?\w+") for phrase in choices(PARTINGS)))
+COLOUR = "|".join(sorted((word for words in COLOUR_WORDS.values() for word in choices(words)), key=len, reverse=True))
 RECOLOURED = re.compile(rf"\b(?:turns|becomes|is|makes (?:it|the(?: \w+)? \w+)) ({COLOUR})\b")
 
 
@@ -71,7 +72,7 @@ def tells_again(text: str, before: Picture) -> bool:
     is the same, or that there is "a boat" where there was one."""
     text = text.lower()
     told = facts_in(text)
-    kinds = "|".join(noun for thing in before.things for noun in NOUNS[thing.kind])
+    kinds = "|".join(noun for thing in before.things for noun in choices(NOUNS[thing.kind]))
     again = re.search(rf"\ban? (?:(?!the\b)\w+ )*?(?:{kinds})\b", text)
     return bool(told.scene or again) or (told.time is not None and told.time == before.time)
 
@@ -93,14 +94,8 @@ def kept(seen: Picture, story: Picture, colour: str) -> dict[str, bool]:
 # ---- figures
 
 
-def history(step: Step, context: str) -> list[Turn]:
-    if context == "no history":
-        return []
-    return [Turn(turn.text) for turn in step.before] if context == "its texts" else step.before
-
-
 def ask_steps(exam: Exam, steps: list[Step], task: str, context: str) -> list[Said]:
-    rows = [story_example(history(step, context), step.turn, task, 0, "") for step in steps]
+    rows = [story_example(CONTEXTS[context](step.before), step.turn, task, 0, "") for step in steps]
     return ask(exam, [row.source for row in rows], [row.inputs for row in rows])
 
 
@@ -113,9 +108,8 @@ def text_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, f
     for answer, step in zip(said, steps, strict=True):
         true = true_of(answer.text, step.wanted)
         change = true and not true_of(answer.text, step.last)
-        rows.append(
-            {"true": true, "tells the change": change, "goes on": change and not tells_again(answer.text, step.last)}
-        )
+        goes_on = change and not tells_again(answer.text, step.last)
+        rows.append({"true": true, "tells the change": change, "goes on": goes_on})
     return means(rows)
 
 

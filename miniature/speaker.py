@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import write_file, write_json
+from common.files import write_file
 from llama import KVCache, Llama, LlamaConfig
 from miniature.documents import (
     PIECES,
@@ -29,12 +29,13 @@ from miniature.documents import (
     tokenizer_at,
     train_tokenizer,
 )
-from miniature.recipe import Recipe, Setup, reset, write_part, write_tensors
+from miniature.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
 from miniature.sets import held_out_pictures, training_pictures, training_set
 from miniature.world import sample_pair
 from prompts import Example, Turn, dialog_source
 from published.parts import load_llama
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
+from tokenizer import Tokenizer
 
 LANGUAGE_SIZES = LlamaConfig(
     vocab_size=PIECES,
@@ -61,25 +62,27 @@ QFORMER_SIZES = QFormerConfig(
     encoder_hidden_size=128,
     num_query_tokens=WORDS,
 )
+LONGEST = 48  # tokens of a measured answer
 QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
 
 @torch.no_grad()
-def continue_prompts(llama: Llama, embeddings: Tensor, mask: Tensor, tokens: int) -> Tensor:
-    """The likeliest continuations of embedded prompts (B, T, D), padded on the left -> ids (B, tokens)."""
-    cache = KVCache(llama.config, len(mask), mask.shape[1] + tokens, embeddings.dtype, embeddings.device)
+def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, mask: Tensor) -> list[str]:
+    """Greedy answers to embedded prompts (B, T, D), padded on the left."""
+    cache = KVCache(llama.config, len(mask), mask.shape[1] + LONGEST, embeddings.dtype, embeddings.device)
     hidden, said = llama(embeddings, mask, cache), []
-    for _ in range(tokens):
+    for _ in range(LONGEST):
         said.append(llama.lm_head(hidden[:, -1:]).argmax(-1))  # (B, 1)
         hidden = llama(llama.model.embed_tokens(said[-1]), cache=cache)
-    return torch.cat(said, 1)
+    return [answer_text(tokenizer, ids) for ids in torch.cat(said, 1).tolist()]
 
 
 # ---- language model
 
 
 class LanguageRecipe(Recipe):
-    name, batch_sizes, lr, matrix_lr, hold = "language", (256, 16), 3e-3, 0.02, 300
+    name, batch_sizes, budgets = "language", (256, 16), (3, 60)
+    lr, matrix_lr, hold = 3e-3, 0.02, 300
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -116,8 +119,7 @@ class LanguageRecipe(Recipe):
         longest = max(map(len, lines))
         ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
-        said = continue_prompts(llama, llama.model.embed_tokens(ids), mask, 48)
-        return [answer_text(self.tokenizer, line) for line in said.tolist()]
+        return likeliest_answers(llama, self.tokenizer, llama.model.embed_tokens(ids), mask)
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
@@ -125,16 +127,7 @@ class LanguageRecipe(Recipe):
         return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        published = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "tie_word_embeddings": False,
-            "torch_dtype": "float16",
-        }
-        write_part(weights / "vicuna", "model", modules["llama"], published | asdict(LANGUAGE_SIZES))
+        write_part(weights, "vicuna", "model", modules["llama"], asdict(LANGUAGE_SIZES))
         write_file(weights / "vicuna" / "tokenizer.model", self.path.read_bytes())
 
 
@@ -146,7 +139,8 @@ class CaptionerRecipe(Recipe):
     vector is nearest to, and how near, which should be that of the word that the language model was trained with in its
     place. (How near, alone, teaches the scene and the time, and for very long nothing else.)"""
 
-    name, batch_sizes, lr, matrix_lr, hold = "captioner", (1024, 64), 1e-3, 0.005, 400
+    name, batch_sizes, budgets = "captioner", (1024, 64), (2, 60)
+    lr, matrix_lr, hold = 1e-3, 0.005, 400
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
@@ -203,8 +197,7 @@ class CaptionerRecipe(Recipe):
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)
             embeddings = self.embed(ids, modules["image_encoder"](self.pixels(part)))
-            said = continue_prompts(self.llama, embeddings, torch.ones_like(ids), 48)
-            texts += [answer_text(self.tokenizer, line) for line in said.tolist()]
+            texts += likeliest_answers(self.llama, self.tokenizer, embeddings, torch.ones_like(ids))
         return texts
 
     def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
@@ -217,10 +210,6 @@ class CaptionerRecipe(Recipe):
         write_tensors(weights / "minigpt4" / "llama_proj.safetensors", projection)
         others = {name: tensor for name, tensor in state.items() if name not in projection}
         write_tensors(weights / "blip2" / "model.safetensors", others)
-        published = {
-            "model_type": "blip-2",
-            "num_query_tokens": QFORMER_SIZES.num_query_tokens,
-            "vision_config": asdict(VISION_SIZES) | {"hidden_act": "gelu", "qkv_bias": True},
-            "qformer_config": asdict(QFORMER_SIZES) | {"hidden_act": "gelu"},
-        }
-        write_json(weights / "blip2" / "config.json", published)
+        sizes = {"vision_config": asdict(VISION_SIZES) | {"hidden_act": "gelu", "qkv_bias": True}}
+        sizes["qformer_config"] = asdict(QFORMER_SIZES) | {"hidden_act": "gelu"}
+        write_settings(weights, "blip2/config.json", sizes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from miniature.facts import COLOURS_FOR, KINDS, PLACES, Picture, Thing, fits, pick, sample_picture, sample_thing
+from miniature.facts import COLOURS_FOR, KINDS, PLACES, SIZES, Picture, Thing, fits, pick, sample_picture, sample_thing
 from miniature.words import (
     COLOUR_WORDS,
     NOUNS,
@@ -33,40 +33,38 @@ class Turn:
 
 
 MOVES = {  # kinds that go places, and how
-    "ball": choices("rolls | bounces | hops"),
-    "boat": choices("sails | drifts | glides"),
-    "fish": choices("swims | darts | paddles"),
-    "car": choices("drives | rolls | races"),
-    "star": choices("drifts | glides | wanders"),
-    "cat": choices("walks | runs | trots | tiptoes"),
-    "bird": choices("flies | flutters | soars"),
-    "balloon": choices("drifts | floats | is blown"),
-    "kite": choices("drifts | dances | swoops"),
+    "ball": "rolls | bounces | hops",
+    "boat": "sails | drifts | glides",
+    "fish": "swims | darts | paddles",
+    "car": "drives | rolls | races",
+    "star": "drifts | glides | wanders",
+    "cat": "walks | runs | trots | tiptoes",
+    "bird": "flies | flutters | soars",
+    "balloon": "drifts | floats | is blown",
+    "kite": "drifts | dances | swoops",
 }
 TOWARDS = {
-    "left": choices("to the left | over to the left | to the left side"),
-    "middle": choices("to the middle | to the centre | into the middle"),
-    "right": choices("to the right | over to the right | to the right side"),
+    "left": "to the left | over to the left | to the left side",
+    "middle": "to the middle | to the centre | into the middle",
+    "right": "to the right | over to the right | to the right side",
 }
-GROWS = choices("{} grows and becomes {} | {} gets bigger and bigger until it is {} | {} is {} now | suddenly {} is {}")
-SHRINKS = choices(
-    "{} shrinks and becomes {} | {} gets smaller and smaller until it is {} | {} is {} now | suddenly {} is {}"
-)
-TURNS_COLOUR = choices(
+GROWS = "{} grows and becomes {} | {} gets bigger and bigger until it is {} | {} is {} now | suddenly {} is {}"
+SHRINKS = "{} shrinks and becomes {} | {} gets smaller and smaller until it is {} | {} is {} now | suddenly {} is {}"
+TURNS_COLOUR = (
     "{} turns {} | {} becomes {} | now {} is {} | a painter comes and makes {} {} | as if by magic {} turns {}"
 )
-MEETS = choices(
-    "{hero} meets {other} {place} | then {other} comes along {place} | {other} appears {place} | {hero} makes friends "
-    "with {other} {place} | {other} {place} joins {hero}"
+MEETS = (
+    "{hero} meets {other} {place} | then {other} comes along {place} | {other} appears {place} | "
+    "{hero} makes friends with {other} {place} | {other} {place} joins {hero}"
 )
-PARTS = choices(
-    "the {} goes away | the {} says goodbye and disappears | then the {} is gone | the {} goes home | soon the {} has "
-    "to leave"
+PARTS = (
+    "the {} goes away | the {} says goodbye and disappears | then the {} is gone | the {} goes home | "
+    "soon the {} has to leave"
 )
 DAWNS = {
-    "sunset": choices("the sun sets | evening comes | the sun goes down | slowly it becomes evening | dusk arrives"),
-    "night": choices("night falls | it gets dark | the moon rises | the stars come out | night comes"),
-    "day": choices("the sun rises | morning comes | it is morning again | a new day begins"),
+    "sunset": "the sun sets | evening comes | the sun goes down | slowly it becomes evening | dusk arrives",
+    "night": "night falls | it gets dark | the moon rises | the stars come out | night comes",
+    "day": "the sun rises | morning comes | it is morning again | a new day begins",
 }
 NEXT_TIME = {"day": "sunset", "sunset": "night", "night": "day"}
 
@@ -83,35 +81,33 @@ def called(rng, picture: Picture, *adjectives: str) -> str:
     return " ".join(["the", *words, hero.kind])
 
 
-def with_hero(picture: Picture, **changed) -> Picture | None:
-    things = (replace(picture.things[0], **changed), *picture.things[1:])
-    return replace(picture, things=things) if fits(things, picture.scene) else None
+def change_hero(rng, picture: Picture, fact: str) -> tuple[str, Picture | None]:
+    """Another value of one of the hero's facts, and the picture with it; None where that does not fit."""
+    hero = picture.things[0]
+    values = {"place": PLACES, "size": SIZES, "colour": COLOURS_FOR[hero.kind, picture.scene]}[fact]
+    value = pick(rng, [value for value in values if value != getattr(hero, fact)])
+    things = (replace(hero, **{fact: value}), *picture.things[1:])
+    return value, replace(picture, things=things) if fits(things, picture.scene) else None
 
 
 def move(rng, picture):
-    hero = picture.things[0]
-    place = pick(rng, [place for place in PLACES if place != hero.place])
-    after = with_hero(picture, place=place)
-    if hero.kind not in MOVES or after is None:
+    kind, (place, after) = picture.things[0].kind, change_hero(rng, picture, "place")
+    if kind not in MOVES or after is None:
         return None
-    return f"{called(rng, picture, 'size', 'colour')} {some(rng, MOVES[hero.kind])} {some(rng, TOWARDS[place])}", after
+    return f"{called(rng, picture, 'size', 'colour')} {some(rng, MOVES[kind])} {some(rng, TOWARDS[place])}", after
 
 
 def resize(rng, picture):
-    size = "big" if picture.things[0].size == "small" else "small"
-    after = with_hero(picture, size=size)
+    size, after = change_hero(rng, picture, "size")
     if after is None:
         return None
-    return some(rng, GROWS if size == "big" else SHRINKS).format(
-        called(rng, picture, "colour"), some(rng, SIZE_WORDS[size])
-    ), after
+    form = some(rng, GROWS if size == "big" else SHRINKS)
+    return form.format(called(rng, picture, "colour"), some(rng, SIZE_WORDS[size])), after
 
 
 def recolour(rng, picture):
-    hero = picture.things[0]
-    colour = pick(rng, [c for c in COLOURS_FOR[hero.kind, picture.scene] if c != hero.colour])
-    sentence = some(rng, TURNS_COLOUR).format(called(rng, picture, "size"), some(rng, COLOUR_WORDS[colour]))
-    return sentence, with_hero(picture, colour=colour)
+    colour, after = change_hero(rng, picture, "colour")
+    return some(rng, TURNS_COLOUR).format(called(rng, picture, "size"), some(rng, COLOUR_WORDS[colour])), after
 
 
 def newcomer(rng, picture) -> Thing | None:
@@ -165,9 +161,7 @@ def cast(rng: np.random.Generator, split: str) -> Picture:
 def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     """Four or five steps, each one change after the step before it. The first thing is the hero."""
     picture = cast(rng, split)
-    opening = some(
-        rng, ["{}", "once upon a time there was {}", "this is the story of {}", "one fine time there was {}"]
-    )
+    opening = some(rng, "{} | once upon a time there was {} | this is the story of {} | one fine time there was {}")
     turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", picture)]
     last, length = None, 4 + int(rng.integers(2))
     changes, weights = list(CHANGES), list(CHANGES.values())
@@ -182,80 +176,82 @@ def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
 
 # ---- dialogues
 
-ASKS = choices(
+ASKS = (
     "can you draw {}? | please draw {}. | show me a picture of {}. | i would like to see {}. | could you paint {}? | "
-    "draw me {} please. | can i have a picture of {}? | please make a drawing of {}. | i want to see a picture of {}."
+    "draw me {} please. | can i have a picture of {}? | please make a drawing of {}. | "
+    "i want to see a picture of {}."
 )
-GIVES = choices(
-    "here it is. | sure, here you are. | of course, here is your picture. | here is {}. | with pleasure, here is {}. | "
-    "yes, look at this. | i drew {} for you."
+GIVES = (
+    "here it is. | sure, here you are. | of course, here is your picture. | here is {}. | "
+    "with pleasure, here is {}. | yes, look at this. | i drew {} for you."
 )
-MORE = choices(
-    "here it is. | done, have a look. | sure, like this? | of course, here you are. | no problem, look. | now it looks "
-    "like this."
+MORE = (
+    "here it is. | done, have a look. | sure, like this? | of course, here you are. | no problem, look. | "
+    "now it looks like this."
 )
-SHOWS = choices(
-    "look at my picture. | what do you see here? | i made this picture. what is in it? | please describe this "
-    "picture. | can you tell me what this is? | this is my new picture."
+SHOWS = (
+    "look at my picture. | what do you see here? | i made this picture. what is in it? | "
+    "please describe this picture. | can you tell me what this is? | this is my new picture."
 )
-SEES = choices("i see {}. | this is {}. | how nice, {}. | what a lovely picture of {}. | it shows {}.")
+SEES = "i see {}. | this is {}. | how nice, {}. | what a lovely picture of {}. | it shows {}."
 LIKES = [
-    choices("that is beautiful. | thank you, i am happy that you like it."),
-    choices("wow, how lovely. | thanks, it was fun to draw."),
-    choices("i love it. | i am glad to hear that."),
-    choices("what a nice picture. | thank you very much."),
-    choices("thank you so much. | you are welcome."),
-    choices("great, well done. | thanks, drawing is what i like best."),
-    choices("this is just what i wanted. | wonderful, i am glad."),
-    choices("thanks, goodbye. | goodbye, see you soon."),
+    "that is beautiful. | thank you, i am happy that you like it.",
+    "wow, how lovely. | thanks, it was fun to draw.",
+    "i love it. | i am glad to hear that.",
+    "what a nice picture. | thank you very much.",
+    "thank you so much. | you are welcome.",
+    "great, well done. | thanks, drawing is what i like best.",
+    "this is just what i wanted. | wonderful, i am glad.",
+    "thanks, goodbye. | goodbye, see you soon.",
 ]
 TALK = [
-    choices("hello, how are you? | hello, i am fine, thank you. and you?"),
-    choices("hi there. | hi, nice to meet you. what shall we do?"),
-    choices("good morning. | good morning, did you sleep well?"),
-    choices("who are you? | i am a little painter and i tell stories too."),
-    choices("what can you do? | i can talk with you, and i can draw when you ask me to."),
-    choices("what do you like best? | i like colours, and i like stories with a happy end."),
-    choices("are you tired? | no, i never sleep."),
-    choices("tell me a joke. | why did the fish blush? because it saw the ship without its sail."),
-    choices("i had a long week. | oh, then you should rest and drink some tea."),
-    choices("i am happy today. | that is good news, tell me why."),
-    choices("i am a little sad. | i am sorry. do you want to talk about it?"),
-    choices("what is your name? | i have no name, but you may give me one."),
-    choices("how old are you? | i am still very young."),
-    choices("do you have a friend? | yes, you are my friend."),
-    choices("what colours do you know? | i know red, orange, yellow, green, blue, purple, pink and white."),
-    choices("what comes after sunset? | after sunset comes the night."),
-    choices("when does the moon shine? | the moon shines at night."),
-    choices("when does the sun rise? | the sun rises in the morning."),
-    choices("where is it cold? | it is cold in the snow and high up in the mountains."),
-    choices("where is it hot and dry? | it is hot and dry in the desert."),
-    choices("which colour do you get from blue and yellow? | blue and yellow make green."),
-    choices("which colour do you get from red and white? | red and white make pink."),
-    choices("which colour do you get from red and yellow? | red and yellow make orange."),
-    choices("can you sing? | no, i cannot sing, but i can tell you a story."),
-    choices("what did you do today? | i looked at the clouds and thought of you."),
-    choices("i am going home now. | have a safe trip, see you soon."),
+    "hello, how are you? | hello, i am fine, thank you. and you?",
+    "hi there. | hi, nice to meet you. what shall we do?",
+    "good morning. | good morning, did you sleep well?",
+    "who are you? | i am a little painter and i tell stories too.",
+    "what can you do? | i can talk with you, and i can draw when you ask me to.",
+    "what do you like best? | i like colours, and i like stories with a happy end.",
+    "are you tired? | no, i never sleep.",
+    "tell me a joke. | why did the fish blush? because it saw the ship without its sail.",
+    "i had a long week. | oh, then you should rest and drink some tea.",
+    "i am happy today. | that is good news, tell me why.",
+    "i am a little sad. | i am sorry. do you want to talk about it?",
+    "what is your name? | i have no name, but you may give me one.",
+    "how old are you? | i am still very young.",
+    "do you have a friend? | yes, you are my friend.",
+    "what colours do you know? | i know red, orange, yellow, green, blue, purple, pink and white.",
+    "what comes after sunset? | after sunset comes the night.",
+    "when does the moon shine? | the moon shines at night.",
+    "when does the sun rise? | the sun rises in the morning.",
+    "where is it cold? | it is cold in the snow and high up in the mountains.",
+    "where is it hot and dry? | it is hot and dry in the desert.",
+    "which colour do you get from blue and yellow? | blue and yellow make green.",
+    "which colour do you get from red and white? | red and white make pink.",
+    "which colour do you get from red and yellow? | red and yellow make orange.",
+    "can you sing? | no, i cannot sing, but i can tell you a story.",
+    "what did you do today? | i looked at the clouds and thought of you.",
+    "i am going home now. | have a safe trip, see you soon.",
 ]
 ABOUT = {
-    "ball": choices("a ball is round and it rolls and bounces. | children play with balls."),
-    "house": choices("people live in houses. | a house has a roof, a door and a window."),
-    "tree": choices("a tree has leaves and roots. | trees give shade when it is hot."),
-    "boat": choices("a boat sails over the water. | the wind fills its sail and the boat moves on."),
-    "fish": choices("fish swim under water. | a fish has fins and no feet."),
-    "car": choices("a car has four wheels. | cars drive on the street."),
-    "star": choices("stars are far away suns. | stars shine when it is dark."),
-    "flower": choices("flowers smell sweet. | bees love flowers."),
-    "cat": choices("cats are soft and they love to sleep. | a cat says meow and catches mice."),
-    "bird": choices("birds have wings and feathers. | a bird builds a nest and sings."),
-    "balloon": choices("a balloon is full of air. | let go of a balloon and it flies away."),
-    "kite": choices("a kite needs wind and a long string. | children fly kites when it is windy."),
+    "ball": "a ball is round and it rolls and bounces. | children play with balls.",
+    "house": "people live in houses. | a house has a roof, a door and a window.",
+    "tree": "a tree has leaves and roots. | trees give shade when it is hot.",
+    "boat": "a boat sails over the water. | the wind fills its sail and the boat moves on.",
+    "fish": "fish swim under water. | a fish has fins and no feet.",
+    "car": "a car has four wheels. | cars drive on the street.",
+    "star": "stars are far away suns. | stars shine when it is dark.",
+    "flower": "flowers smell sweet. | bees love flowers.",
+    "cat": "cats are soft and they love to sleep. | a cat says meow and catches mice.",
+    "bird": "birds have wings and feathers. | a bird builds a nest and sings.",
+    "balloon": "a balloon is full of air. | let go of a balloon and it flies away.",
+    "kite": "a kite needs wind and a long string. | children fly kites when it is windy.",
 }
-ASKS_ABOUT = choices(
-    "tell me about {}. | what do you know about {}? | do you like {}? | what is special about {}? | can you tell me "
-    "something about {}?"
+ASKS_ABOUT = (
+    "tell me about {}. | what do you know about {}? | do you like {}? | what is special about {}? | "
+    "can you tell me something about {}?"
 )
-SMALL_TALK = {asked for asked, _ in TALK} | {form.format(plural(kind)) for form in ASKS_ABOUT for kind in KINDS}
+SMALL_TALK = {choices(talk)[0] for talk in TALK}
+SMALL_TALK |= {form.format(plural(kind)) for form in choices(ASKS_ABOUT) for kind in KINDS}
 
 
 def request(rng, split, picture):
@@ -278,7 +274,7 @@ def alter(rng, split, picture):
     told = None
     while told is None or told[1] is None:
         told = pick(rng, (wish_move, wish_size, wish_colour, wish_time, wish_more, wish_less))(rng, picture)
-    form = some(rng, ["{} please.", "please {}.", "can you {}?", "now {}.", "could you {}?"])
+    form = some(rng, "{} please. | please {}. | can you {}? | now {}. | could you {}?")
     return Turn(form.format(told[0])), Turn(some(rng, MORE), told[1])
 
 
@@ -287,27 +283,26 @@ def named(picture) -> str:
 
 
 def wish_move(rng, picture):
-    place = pick(rng, [place for place in PLACES if place != picture.things[0].place])
-    return f"move {named(picture)} {some(rng, TOWARDS[place])}", with_hero(picture, place=place)
+    place, after = change_hero(rng, picture, "place")
+    return f"move {named(picture)} {some(rng, TOWARDS[place])}", after
 
 
 def wish_size(rng, picture):
-    size = "big" if picture.things[0].size == "small" else "small"
-    word = some(rng, [*SIZE_WORDS[size], "bigger" if size == "big" else "smaller"])
-    return f"make {named(picture)} {word}", with_hero(picture, size=size)
+    size, after = change_hero(rng, picture, "size")
+    word = some(rng, f"{SIZE_WORDS[size]} | {'bigger' if size == 'big' else 'smaller'}")
+    return f"make {named(picture)} {word}", after
 
 
 def wish_colour(rng, picture):
-    hero = picture.things[0]
-    colour = pick(rng, [c for c in COLOURS_FOR[hero.kind, picture.scene] if c != hero.colour])
-    form = some(rng, ["make {} {}", "paint {} {}", "colour {} {}"])
-    return form.format(named(picture), some(rng, COLOUR_WORDS[colour])), with_hero(picture, colour=colour)
+    colour, after = change_hero(rng, picture, "colour")
+    form = some(rng, "make {} {} | paint {} {} | colour {} {}")
+    return form.format(named(picture), some(rng, COLOUR_WORDS[colour])), after
 
 
 def wish_time(rng, picture):
     time = pick(rng, [time for time in NEXT_TIME if time != picture.time])
     word = {"day": "day", "sunset": "evening", "night": "night"}[time]
-    return some(rng, ["make it {}", "turn it into {}", "let it be {}"]).format(word), replace(picture, time=time)
+    return some(rng, "make it {} | turn it into {} | let it be {}").format(word), replace(picture, time=time)
 
 
 def wish_more(rng, picture):
@@ -346,15 +341,13 @@ def question(rng, split, picture):
 
 
 def praise(rng, split, picture):
-    asked, answer = pick(rng, LIKES)
-    return Turn(asked), Turn(answer)
+    return tuple(map(Turn, choices(pick(rng, LIKES))))
 
 
 def talk(rng, split, picture):
     """Plain words: small talk, or something about a kind of thing."""
     if rng.random() < 0.5:
-        asked, answer = pick(rng, TALK)
-        return Turn(asked), Turn(answer)
+        return tuple(map(Turn, choices(pick(rng, TALK))))
     kind = pick(rng, list(KINDS))
     return Turn(some(rng, ASKS_ABOUT).format(plural(kind))), Turn(some(rng, ABOUT[kind]))
 

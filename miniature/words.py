@@ -4,10 +4,11 @@ Captions are written as cleaned CC3M captions are: lower case, no full stops. Co
 places of all things or of none, sizes too, but for "a boat that is small and red" (`SIZE_NAMED`, `PLACE_NAMED`); sunset
 and night always, day in about half of the captions: where no time is named, it is day.
 
-In every list of synonyms the first is the commonest.
+Synonyms stand in one text, "boat | sailboat | ship", the commonest first.
 """
 
 import re
+from itertools import permutations
 
 import numpy as np
 
@@ -18,134 +19,115 @@ SIZE_NAMED = 0.85  # not always, so that a prompt without a size ("a red boat at
 DAY_NAMED = 0.5
 
 
-def choices(text: str) -> list[str]:
-    """ "a | b" -> ["a", "b"]."""
-    return [phrase.strip() for phrase in text.split("|")]
-
-
 NOUNS = {
-    "ball": choices("ball | beach ball | toy ball | bouncy ball"),
-    "house": choices("house | cottage | hut"),
-    "tree": choices("tree | round tree | leafy tree"),
-    "boat": choices("boat | sailboat | sailing boat | ship"),
-    "fish": choices("fish"),
-    "car": choices("car | automobile | motor car"),
-    "star": choices("star | smiling star | twinkling star"),
-    "flower": choices("flower | blossom | daisy"),
-    "cat": choices("cat | kitty | pussycat"),
-    "bird": choices("bird | songbird | birdie"),
-    "balloon": choices("balloon | toy balloon | party balloon"),
-    "kite": choices("kite | paper kite"),
+    "ball": "ball | beach ball | toy ball | bouncy ball",
+    "house": "house | cottage | hut",
+    "tree": "tree | round tree | leafy tree",
+    "boat": "boat | sailboat | sailing boat | ship",
+    "fish": "fish",
+    "car": "car | automobile | motor car",
+    "star": "star | smiling star | twinkling star",
+    "flower": "flower | blossom | daisy",
+    "cat": "cat | kitty | pussycat",
+    "bird": "bird | songbird | birdie",
+    "balloon": "balloon | toy balloon | party balloon",
+    "kite": "kite | paper kite",
 }
-SIZE_WORDS = {"small": choices("small | little | tiny"), "big": choices("big | large | huge | giant | enormous")}
+SIZE_WORDS = {"small": "small | little | tiny", "big": "big | large | huge | giant | enormous"}
 COLOUR_WORDS = {
-    "red": choices("red | bright red | scarlet | crimson"),
-    "orange": choices("orange | bright orange | tangerine"),
-    "yellow": choices("yellow | bright yellow | golden | lemon yellow"),
-    "green": choices("green | bright green | emerald"),
-    "blue": choices("blue | bright blue | royal blue"),
-    "purple": choices("purple | violet | deep purple"),
-    "pink": choices("pink | rosy pink | pale pink"),
-    "white": choices("white | snow white | pure white"),
+    "red": "red | bright red | scarlet | crimson",
+    "orange": "orange | bright orange | tangerine",
+    "yellow": "yellow | bright yellow | golden | lemon yellow",
+    "green": "green | bright green | emerald",
+    "blue": "blue | bright blue | royal blue",
+    "purple": "purple | violet | deep purple",
+    "pink": "pink | rosy pink | pale pink",
+    "white": "white | snow white | pure white",
 }
 PLACE_PHRASES = {
-    "left": choices("on the left | on the left side | at the left | to the left | on the left hand side | at left"),
-    "middle": choices("in the middle | in the centre | in the center | at the centre | right in the middle"),
-    "right": choices(
-        "on the right | on the right side | at the right | to the right | on the right hand side | at right"
-    ),
+    "left": "on the left | on the left side | at the left | to the left | on the left hand side | at left",
+    "middle": "in the middle | in the centre | in the center | at the centre | right in the middle",
+    "right": "on the right | on the right side | at the right | to the right | on the right hand side | at right",
 }
 SCENE_NOUNS = {
-    "sea": choices("the sea | the ocean | the open sea | the wide ocean | the waves"),
-    "meadow": choices("the meadow | a grassy meadow | the field | a grassy field | the pasture"),
-    "snow": choices("the snow | a snowy field | the winter snow | a snowy land | a frozen land"),
-    "city": choices("the city | the town | the busy city | a busy town | the tall buildings"),
-    "desert": choices("the desert | the sandy desert | the sand dunes | a dry desert | the pyramids"),
-    "mountains": choices("the mountains | the high mountains | a mountain valley | the alps | the mountain peaks"),
+    "sea": "the sea | the ocean | the open sea | the wide ocean | the waves",
+    "meadow": "the meadow | a grassy meadow | the field | a grassy field | the pasture",
+    "snow": "the snow | a snowy field | the winter snow | a snowy land | a frozen land",
+    "city": "the city | the town | the busy city | a busy town | the tall buildings",
+    "desert": "the desert | the sandy desert | the sand dunes | a dry desert | the pyramids",
+    "mountains": "the mountains | the high mountains | a mountain valley | the alps | the mountain peaks",
 }
-SCENE_PHRASES = {
-    ("sea", "water"): choices("on the sea | on the ocean | at sea | on the waves | on the open sea | on a calm sea"),
-    ("sea", "sky"): choices(
-        "above the sea | over the sea | over the ocean | high above the waves | in the sky over the sea"
-    ),
-    ("sea", None): choices("at sea | at the sea | by the ocean | at the seaside"),
-    ("meadow", "land"): choices(
-        "in the meadow | on the grass | in the field | in a grassy field | on a meadow | in the pasture"
-    ),
-    ("meadow", "sky"): choices(
+SCENE_PHRASES = {  # by the scene, and by where the things are if all are at one level
+    "sea water": "on the sea | on the ocean | at sea | on the waves | on the open sea | on a calm sea",
+    "sea sky": "above the sea | over the sea | over the ocean | high above the waves | in the sky over the sea",
+    "sea": "at sea | at the sea | by the ocean | at the seaside",
+    "meadow land": "in the meadow | on the grass | in the field | in a grassy field | on a meadow | in the pasture",
+    "meadow sky": (
         "above the meadow | over the meadow | over the grass | high above the field | in the sky over the meadow"
     ),
-    ("meadow", None): choices("in the meadow | at the meadow | in the field | in a grassy land"),
-    ("snow", "land"): choices(
+    "meadow": "in the meadow | at the meadow | in the field | in a grassy land",
+    "snow land": (
         "in the snow | on the snow | in a snowy field | in the deep snow | in the winter snow | on the ice and snow"
     ),
-    ("snow", "sky"): choices(
-        "above the snow | over the snow | over a snowy field | high above the snow | in the winter sky"
-    ),
-    ("snow", None): choices("in the snow | in winter | in a snowy land | in a frosty land"),
-    ("city", "land"): choices(
-        "in the city | in the town | on the street | in front of the tall buildings | on a city street"
-    ),
-    ("city", "water"): choices("on the river in the city | on the city river | on the river | on the river in town"),
-    ("city", "sky"): choices(
-        "above the city | over the city | over the town | high above the buildings | in the sky over town"
-    ),
-    ("city", None): choices("in the city | in the town | in town | downtown"),
-    ("desert", "land"): choices(
+    "snow sky": "above the snow | over the snow | over a snowy field | high above the snow | in the winter sky",
+    "snow": "in the snow | in winter | in a snowy land | in a frosty land",
+    "city land": "in the city | in the town | on the street | in front of the tall buildings | on a city street",
+    "city water": "on the river in the city | on the city river | on the river | on the river in town",
+    "city sky": "above the city | over the city | over the town | high above the buildings | in the sky over town",
+    "city": "in the city | in the town | in town | downtown",
+    "desert land": (
         "in the desert | on the sand | among the dunes | on the sand dunes | in the sandy desert | by the pyramids"
     ),
-    ("desert", "sky"): choices(
-        "above the desert | over the desert | over the dunes | high above the sand | over the pyramids"
+    "desert sky": "above the desert | over the desert | over the dunes | high above the sand | over the pyramids",
+    "desert": "in the desert | in the sandy desert | at the pyramids",
+    "mountains land": (
+        "in the mountains | at the foot of the mountains | below the peaks | by the lake | by the mountain lake | "
+        "in the valley"
     ),
-    ("desert", None): choices("in the desert | in the sandy desert | at the pyramids"),
-    ("mountains", "land"): choices(
-        "in the mountains | at the foot of the mountains | below the peaks | by the lake | by the "
-        "mountain lake | in the valley"
-    ),
-    ("mountains", "water"): choices(
+    "mountains water": (
         "on the lake in the mountains | on the mountain lake | on the lake | on the lake below the peaks"
     ),
-    ("mountains", "sky"): choices(
+    "mountains sky": (
         "above the mountains | over the mountains | over the peaks | high above the lake | in the mountain sky"
     ),
-    ("mountains", None): choices("in the mountains | in the alps | at the mountain lake"),
+    "mountains": "in the mountains | in the alps | at the mountain lake",
 }
 TIME_PHRASES = {
-    "day": choices(
-        "by day | during the day | in the daytime | in the sunshine | on a sunny day | in the morning | at noon | in "
-        "broad daylight"
+    "day": (
+        "by day | during the day | in the daytime | in the sunshine | on a sunny day | in the morning | at noon | "
+        "in broad daylight"
     ),
-    "sunset": choices(
-        "at sunset | at dusk | in the evening | at twilight | as the sun sets | as the sun goes down | in the "
-        "evening light | at sundown"
+    "sunset": (
+        "at sunset | at dusk | in the evening | at twilight | as the sun sets | as the sun goes down | "
+        "in the evening light | at sundown"
     ),
-    "night": choices(
-        "at night | in the dark | under the stars | by moonlight | under the moon | on a starry night | at midnight "
-        "| after dark | on a dark night"
+    "night": (
+        "at night | in the dark | under the stars | by moonlight | under the moon | on a starry night | "
+        "at midnight | after dark | on a dark night"
     ),
 }
 TIME_CLAUSES = {
-    "day": choices("it is day | the sun is shining | it is a sunny day | it is morning"),
-    "sunset": choices("it is evening | the sun is setting | the sun is going down | it is sunset"),
-    "night": choices("it is night | the moon is out | the stars are out | it is dark"),
+    "day": "it is day | the sun is shining | it is a sunny day | it is morning",
+    "sunset": "it is evening | the sun is setting | the sun is going down | it is sunset",
+    "night": "it is night | the moon is out | the stars are out | it is dark",
 }
 VERBS = {  # base, third person, participle
-    "ball": choices("lie lies lying | rest rests resting"),
-    "house": choices("stand stands standing"),
-    "tree": choices("stand stands standing | grow grows growing"),
-    "boat": choices("sail sails sailing | float floats floating | drift drifts drifting"),
-    "fish": choices("swim swims swimming | splash splashes splashing"),
-    "car": choices("stand stands standing | wait waits waiting"),
-    "star": choices("shine shines shining | glow glows glowing | hang hangs hanging"),
-    "flower": choices("bloom blooms blooming | grow grows growing"),
-    "cat": choices("sit sits sitting | rest rests resting | wait waits waiting"),
-    "bird": choices("fly flies flying | glide glides gliding"),
-    "balloon": choices("float floats floating | hover hovers hovering"),
-    "kite": choices("fly flies flying | dance dances dancing"),
+    "ball": "lie lies lying | rest rests resting",
+    "house": "stand stands standing",
+    "tree": "stand stands standing | grow grows growing",
+    "boat": "sail sails sailing | float floats floating | drift drifts drifting",
+    "fish": "swim swims swimming | splash splashes splashing",
+    "car": "stand stands standing | wait waits waiting",
+    "star": "shine shines shining | glow glows glowing | hang hangs hanging",
+    "flower": "bloom blooms blooming | grow grows growing",
+    "cat": "sit sits sitting | rest rests resting | wait waits waiting",
+    "bird": "fly flies flying | glide glides gliding",
+    "balloon": "float floats floating | hover hovers hovering",
+    "kite": "fly flies flying | dance dances dancing",
 }
-PICTURES = choices(
-    "picture of | drawing of | painting of | illustration of | cartoon of | sketch of | picture book page with "
-    "| view of"
+PICTURES = (
+    "picture of | drawing of | painting of | illustration of | cartoon of | sketch of | picture book page with | "
+    "view of"
 )
 SIGNS = {  # words that give scene and time away, also in texts that the grammar did not write
     "sea": "sea ocean oceans wave waves seaside",
@@ -175,8 +157,14 @@ PHRASE_SIGNS = {
 # ---- words and phrases
 
 
-def some(rng: np.random.Generator, options: list[str]) -> str:
-    """The first option four times in ten, otherwise any."""
+def choices(phrases: str) -> list[str]:
+    """ "a | b" -> ["a", "b"]."""
+    return phrases.split(" | ")
+
+
+def some(rng: np.random.Generator, phrases: str) -> str:
+    """Of "a | b | c" the first four times in ten, otherwise any."""
+    options = choices(phrases)
     return options[0] if rng.random() < 0.4 else pick(rng, options)
 
 
@@ -212,7 +200,7 @@ def noun_phrase(rng, thing: Thing, sized: bool = True) -> str:
 def scene_phrase(rng, picture: Picture) -> str:
     """ "on the sea", "above the meadow", by where the things are; a fish is in the water, not on it."""
     levels = {home(thing.kind, picture.scene) for thing in picture.things}
-    phrase = some(rng, SCENE_PHRASES[picture.scene, levels.pop() if len(levels) == 1 else None])
+    phrase = some(rng, SCENE_PHRASES[f"{picture.scene} {levels.pop()}" if len(levels) == 1 else picture.scene])
     if picture.things and all(thing.kind == "fish" for thing in picture.things):
         phrase = re.sub(r"^on\b", "in", phrase)
     return phrase
@@ -237,9 +225,7 @@ def subject(rng, picture: Picture, placed: bool, sized: bool = True) -> tuple[st
     parts = [f"{noun_phrase(rng, t, sized)} {p * placed}".strip() for t, p in zip(things, places, strict=True)]
     if rng.random() < 0.4:
         parts.reverse()
-    return some(rng, choices("{} and {} | {} with {} | {} together with {} | {} beside {} | {} and also {}")).format(
-        *parts
-    ), ""
+    return some(rng, "{} and {} | {} with {} | {} together with {} | {} beside {} | {} and also {}").format(*parts), ""
 
 
 def tidy(text: str) -> str:
@@ -309,11 +295,11 @@ def build_lexicon() -> dict[str, tuple]:
     for name, words in SIGNS.items():
         lexicon |= dict.fromkeys(words.split(), ("time" if name in TIMES else "scene", name))
     for kind, nouns in NOUNS.items():
-        for noun in nouns:
+        for noun in choices(nouns):
             lexicon |= {plural(noun): ("kind", kind, 2), noun: ("kind", kind, 1)}
-    lexicon |= {word: ("size", size) for size in SIZES for word in SIZE_WORDS[size]}
-    lexicon |= {word: ("colour", colour) for colour in COLOURS for word in (*COLOUR_WORDS[colour], colour)}
-    lexicon |= {word: ("place", place) for place in PLACES for word in (place, *PLACE_PHRASES[place])}
+    lexicon |= {word: ("size", size) for size in SIZES for word in choices(SIZE_WORDS[size])}
+    lexicon |= {word: ("colour", colour) for colour in COLOURS for word in (*choices(COLOUR_WORDS[colour]), colour)}
+    lexicon |= {word: ("place", place) for place in PLACES for word in (place, *choices(PLACE_PHRASES[place]))}
     lexicon |= {"centre": ("place", "middle"), "center": ("place", "middle"), **PHRASE_SIGNS}
     return lexicon
 
@@ -368,12 +354,6 @@ def agrees(named: Picture, picture: Picture) -> bool:
     def true_of(thing: Thing, real: Thing) -> bool:
         return all(a in (None, b) for a, b in zip(vars(thing).values(), vars(real).values(), strict=True))
 
-    def matched(things, reals) -> bool:
-        if not things:
-            return True
-        return any(
-            true_of(things[0], real) and matched(things[1:], reals[:i] + reals[i + 1 :]) for i, real in enumerate(reals)
-        )
-
+    orders = permutations(picture.things, len(named.things))  # none where more things are named than there are
     right = named.scene in (None, picture.scene) and named.time in (None, picture.time)
-    return right and matched(named.things, picture.things)
+    return right and any(all(map(true_of, named.things, reals)) for reals in orders)

@@ -4,9 +4,7 @@
     python miniature/world.py stories --n 20000 --seed 1 --out stories.tar
     python miniature/world.py dialogues --n 20000 --seed 1 --out dialogues.tar --split held-out
 
-It stands in for CC3M, VIST and MMDialog when the miniature is trained. Parts: `facts.py` what can be in a picture and
-what is held out of training, `paint.py` and `backdrop.py` the drawing, `words.py` captions and their reader,
-`tales.py` stories and dialogues; here the tars, in the formats of the real data sets.
+It stands in for CC3M, VIST and MMDialog when the miniature is trained; the tars have the formats of these data sets.
 
 Sample i of a seed is always the same, whatever n: its generator is PCG64 seeded with (seed, i, purpose). The members
 of a tar carry no dates or owners, so that equal arguments give equal files.
@@ -23,10 +21,10 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
-
-import numpy as np
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,25 +39,21 @@ from miniature.words import caption
 PAIRS, STORIES, DIALOGUES = range(3)  # purposes of the random streams
 
 
-def new_jitter(rng: np.random.Generator) -> int:
-    return int(rng.integers(1 << 31))
-
-
 def sample_pair(seed: int, index: int, split: str = "train", things: int | None = None) -> tuple[Picture, str, int]:
     """Sample `index`: (picture, caption, jitter seed for `draw`)."""
     rng = random_stream(seed, index, PAIRS)
     picture = sample_picture(rng, split, things)
-    return picture, caption(picture, rng), new_jitter(rng)
+    return picture, caption(picture, rng), int(rng.integers(1 << 31))
 
 
 def sample_story(seed: int, index: int, split: str = "train") -> tuple[list[Turn], int]:
     rng = random_stream(seed, index, STORIES)
-    return story(rng, split), new_jitter(rng)
+    return story(rng, split), int(rng.integers(1 << 31))
 
 
 def sample_dialogue(seed: int, index: int, split: str = "train") -> tuple[list[Turn], int]:
     rng = random_stream(seed, index, DIALOGUES)
-    return dialogue(rng, split), new_jitter(rng)
+    return dialogue(rng, split), int(rng.integers(1 << 31))
 
 
 # ---- tars
@@ -83,39 +77,33 @@ def as_json(content: dict) -> bytes:
     return json.dumps(content).encode()
 
 
-def write_pairs(path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:
-    """`n` captioned pictures as CC3M's webdataset tars hold them."""
-
-    def members():
-        for i in range(n):
-            picture, text, jitter = sample_pair(seed, i, split)
-            yield f"{i:09d}.png", png(picture, jitter, size)
-            yield f"{i:09d}.txt", text.encode()
-            yield f"{i:09d}.json", as_json({"caption": text, "label": picture.label(), "jitter": jitter})
-
-    write_tar(path, members())
+def pair_members(key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
+    picture, text, jitter = sample_pair(seed, i, split)
+    yield f"{key}.png", png(picture, jitter, size)
+    yield f"{key}.txt", text.encode()
+    yield f"{key}.json", as_json({"caption": text, "label": picture.label(), "jitter": jitter})
 
 
-def interleaved(sample, kind: str, n: int, seed: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
-    for i in range(n):
-        turns, jitter = sample(seed, i, split)
-        names = [f"{i:09d}.{k}.png" if turn.picture else None for k, turn in enumerate(turns)]
-        told = [
-            {"text": turn.text, "image": name, "label": turn.picture.label() if turn.picture else None}
-            for turn, name in zip(turns, names, strict=True)
-        ]
-        yield f"{i:09d}.json", as_json({"kind": kind, "jitter": jitter, "turns": told})
-        yield from ((name, png(turn.picture, jitter, size)) for turn, name in zip(turns, names, strict=True) if name)
+def turn_members(kind: str, key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
+    turns, jitter = (sample_story if kind == "story" else sample_dialogue)(seed, i, split)
+    told, pictures = [], []
+    for k, turn in enumerate(turns):
+        told.append({"text": turn.text, "image": None, "label": None})
+        if turn.picture:
+            told[k] |= {"image": f"{key}.{k}.png", "label": turn.picture.label()}
+            pictures.append((f"{key}.{k}.png", png(turn.picture, jitter, size)))
+    yield f"{key}.json", as_json({"kind": kind, "jitter": jitter, "turns": told})
+    yield from pictures
 
 
-def write_stories(path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:
-    """`n` stories as an interleaved tar: every turn has a text and a picture."""
-    write_tar(path, interleaved(sample_story, "story", n, seed, split, size))
+def write_samples(members: Callable, path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:
+    """Write `n` samples into a tar; `members` gives the files of one."""
+    write_tar(path, chain.from_iterable(members(f"{i:09d}", seed, i, split, size) for i in range(n)))
 
 
-def write_dialogues(path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:
-    """`n` dialogues as an interleaved tar: even turns are the human's, odd ones the assistant's."""
-    write_tar(path, interleaved(sample_dialogue, "dialog", n, seed, split, size))
+write_pairs = partial(write_samples, pair_members)
+write_stories = partial(write_samples, partial(turn_members, "story"))
+write_dialogues = partial(write_samples, partial(turn_members, "dialog"))
 
 
 WRITERS = {"pairs": write_pairs, "stories": write_stories, "dialogues": write_dialogues}

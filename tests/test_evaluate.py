@@ -17,11 +17,10 @@ import generation
 from common.cli import run
 from evaluation import __main__ as evaluate
 from evaluation import cases, metrics, scorers
-from evaluation.cases import generator_of, read_answer, write_answer
+from evaluation.cases import generator_of, read_answer, spoken, write_answer
 from evaluation.comparisons import METRICS, Bench, Outcome, attributes, drawn
 from evaluation.metrics import Part
 from miniature import world
-from miniature.exam import spoken
 from miniature.judge import NOTHING, Judge
 from miniature.pairing import Pairing
 from prompts import Turn

@@ -287,7 +287,7 @@ def test_contexts(exam):
     for i, step in enumerate(steps):
         assert step.before[0].text == world.sample_story(exam.seed, i, "held-out")[0][0].text
     step = max(steps, key=lambda step: len(step.before))
-    none, texts, both = (score_stories.history(step, context) for context in score_stories.CONTEXTS)
+    none, texts, both = (context(step.before) for context in score_stories.CONTEXTS.values())
     assert none == [] and both == step.before and all(turn.pictures for turn in both)
     assert [turn.text for turn in texts] == [turn.text for turn in both] and not any(turn.pictures for turn in texts)
 
@@ -333,6 +333,7 @@ def test_words_for_a_picture_are_no_text(exam, monkeypatch):
     answers = [["it drifts. <Img>sea day small", "red</Img>"], ["hello.", Image.new("RGB", (64, 64)), "look."], []]
     monkeypatch.setattr(examining, "answer", lambda *_: answers)
     monkeypatch.setattr(Exam, "model", None)
+    monkeypatch.setattr(examining, "prompt_ids", lambda *_: [])
     said = examining.ask(exam, ["", "", ""])
     assert [answer.text for answer in said] == ["it drifts.", "hello. look.", ""]
     assert [answer.picture is None for answer in said] == [True, False, True]
