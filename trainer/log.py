@@ -22,7 +22,6 @@ from common.files import write_text
 from common.images import draw_grid, save_image, to_image
 from generation import Sampling, paint
 from minigpt5 import Batch, MiniGPT5, dtype_of, send
-from trainer.processes import World
 from vae import to_pixels
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
@@ -44,8 +43,8 @@ def sum_counts(counts: Iterable[dict]) -> dict:
 
 
 class Meter:
-    """Means of the losses since the last line of the log, over all ranks. Losses that are not finite are left out. No
-    value is read from the GPU before a line is due."""
+    """Sums of the losses since the last line of the log. Losses that are not finite are left out. No value is read from
+    the GPU before a line is due."""
 
     def __init__(self):
         self.sums, self.passes, self.steps, self.start = {}, {}, 0, time.perf_counter()
@@ -66,13 +65,8 @@ class Meter:
         kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
         self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
-    def flush(self, world: World) -> tuple[dict[str, float], float]:
-        """The means over all ranks and the steps per second since the last call; a new start."""
-        ranks = world.gather(self.state())
-        sums, passes = (sum_counts(rank[kind] for rank in ranks) for kind in ("sums", "passes"))
-        steps_per_second = self.steps / (time.perf_counter() - self.start)
-        self.__init__()
-        return {name: total / passes[name] for name, total in sums.items() if passes[name]}, steps_per_second
+    def steps_per_second(self) -> float:
+        return self.steps / (time.perf_counter() - self.start)
 
 
 # ---- log.jsonl

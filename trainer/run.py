@@ -231,12 +231,22 @@ class Run:
 
     # ---- after a step
 
+    def means(self, meter: Meter) -> dict[str, float]:
+        """The means over all ranks of the losses that were finite at least once."""
+        total = self.add_up(**meter.state())
+        return {name: value / total["passes"][name] for name, value in total["sums"].items() if total["passes"][name]}
+
+    def add_up(self, **counts: dict) -> dict[str, dict]:
+        """Counts of this rank by kind and name -> those of all ranks, added up."""
+        ranks = self.world.gather(counts)
+        return {kind: sum_counts(rank[kind] for rank in ranks) for kind in counts}
+
     def write_log(self, bar: tqdm) -> None:
-        losses, steps_per_second = self.meter.flush(self.world)
-        samples = self.world.size * self.args.batch_size * self.args.accumulate  # of a step
-        self.bad = sum_counts(self.world.gather(dict(self.data.bad)))
+        self.bad = self.add_up(bad=dict(self.data.bad))["bad"]
+        losses, samples_per_step = self.means(self.meter), self.world.size * self.args.batch_size * self.args.accumulate
         record = {"step": self.done, **losses, "lr": self.optimizers[0].param_groups[-1]["lr"]}
-        record |= {"samples_per_s": round(samples * steps_per_second, 3), "bad": self.bad}
+        record |= {"samples_per_s": round(samples_per_step * self.meter.steps_per_second(), 3), "bad": self.bad}
+        self.meter = Meter()
         record |= {"nonfinite": int(self.gradients.skipped), "memory_gb": round(peak_memory(self.device), 2)}
         record |= {"graphs": count_graphs()} if self.compiled else {}
         if self.world.rank == 0:
@@ -261,9 +271,8 @@ class Run:
 
     def save(self) -> None:
         """A checkpoint of the last step. All ranks take part, as each knows its own sums; rank 0 writes it."""
-        ranks = self.world.gather({**self.data.state_dict(), **self.meter.state()})
-        data = {**ranks[0], "seen": sum(rank["seen"] for rank in ranks)}
-        data |= {name: sum_counts(rank[name] for rank in ranks) for name in ("bad", "sums", "passes")}
+        data = {**self.data.state_dict(), **self.add_up(bad=dict(self.data.bad), **self.meter.state())}
+        data["seen"] = sum(self.world.gather(self.data.seen))
         state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped)}
         state["arguments"] = stored_arguments(self.args)
         if self.world.rank == 0:
@@ -285,7 +294,7 @@ class Run:
                     break
         self.model.train(was_training)
         held_out.load_state_dict(start)
-        record = {} if stopping else {f"val_{name}": value for name, value in meter.flush(self.world)[0].items()}
+        record = {} if stopping else {f"val_{name}": value for name, value in self.means(meter).items()}
         if record and self.world.rank == 0:
             append_log(self.log, {"step": self.done, **record})
             bar.write(f"step {self.done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
