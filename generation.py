@@ -13,7 +13,7 @@ D width of the language model, C latent channels, h w latent height and width.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import chain
@@ -96,6 +96,15 @@ def room_wanted(model: MiniGPT5, sampling: Sampling) -> int:
     half of all."""
     longest = sampling.max_new_tokens + len(model.tokenizer.voken_ids)
     return min(longest, model.llama.config.max_position_embeddings // 2)
+
+
+def fit(model: MiniGPT5, sampling: Sampling, prompts: Iterable[str]) -> tuple[int, list[int]]:
+    """The number and the token ids of the first prompt that leaves room for an answer, or else of the last one."""
+    for number, prompt in enumerate(prompts):
+        found = number, prompt_ids(model, prompt)
+        if room_after(model, found[1]) >= room_wanted(model, sampling):
+            break
+    return found
 
 
 # ---- words

@@ -24,16 +24,7 @@ from PIL import Image
 from common.cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
 from common.images import read_image
 from common.page import write_answer
-from generation import (
-    Sampling,
-    Segments,
-    add_sampling_options,
-    answer,
-    prompt_ids,
-    room_after,
-    room_wanted,
-    sampling_of,
-)
+from generation import Sampling, Segments, add_sampling_options, answer, fit, prompt_ids, sampling_of
 from minigpt5 import MiniGPT5
 from prompts import STORY_REQUESTS, Turn, clean_caption, dialog_source, history_start, one_line, story_source
 from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
@@ -116,11 +107,8 @@ class Conversation:
     def go_on(self, turns: list[Turn], heard: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:
         """The answer to the `source` of the turns `heard`; it becomes the turn after `turns`. The oldest turns are left
         out where they would leave too little room for it."""
-        wanted, ids = room_wanted(self.model, self.sampling), prompt_ids(self.model, source(heard))
-        while len(heard) > 1 and room_after(self.model, ids) < wanted:
-            heard = heard[1:]
-            ids = prompt_ids(self.model, source(heard))
-        segments = self.ask(ids, [picture for turn in heard for picture in turn.pictures])
+        first, ids = fit(self.model, self.sampling, (source(heard[k:]) for k in range(len(heard))))
+        segments = self.ask(ids, [picture for turn in heard[first:] for picture in turn.pictures])
         self.turns = [*turns, self.turn(*split(segments))]
         return segments
 

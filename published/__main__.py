@@ -6,13 +6,7 @@
     python -m published check weights/ --hash                # what is there, missing or not as published
     python -m published pack runs/mls/step-00001000/trained.safetensors --out weights/minigpt5/mls-story.safetensors
 
-The folder that they fill, which every loader reads (convert.py says how):
-
-    vicuna/            config.json tokenizer.model model-*.safetensors    Vicuna-7B under its own names
-    blip2/             config.json *.safetensors                          EVA-ViT-g and Q-Former, transformers' names
-    minigpt4/          llama_proj.safetensors                             MiniGPT-4's projection (D_llm, D_qformer)
-    stable-diffusion/  unet/ vae/ text_encoder/ tokenizer/ scheduler/     Stable Diffusion 2.1-base as published
-    minigpt5/          uas.safetensors mls-*.safetensors                  what MiniGPT-5 trained, our format
+docs/training.md shows the folder that they fill, which every loader reads.
 """
 
 import argparse

@@ -13,15 +13,7 @@ from published.clip_tokenizer import ClipTokenizer
 from published.convert import readable
 from published.fetch import KNOWN, sha256
 from published.loading import WeightsError, matched, tensor_slices
-from published.parts import (
-    load_image_encoder,
-    load_llama,
-    load_schedule,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    size_mismatches,
-)
+from published.parts import load, load_image_encoder, load_schedule, size_mismatches
 from tokenizer import Tokenizer
 from unet import UNetConfig
 
@@ -34,14 +26,14 @@ def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
     """(name, its folders and files, a function that loads it). On the meta device a loader reads headers only."""
     vicuna, sd = root / "vicuna", root / "stable-diffusion"
     pieces, projection = vicuna / "tokenizer.model", root / "minigpt4/llama_proj.safetensors"
-    clip = sd / "tokenizer"
+    clip, header = sd / "tokenizer", {"dtype": None, "device": "meta"}
     return [
-        ("vicuna", [vicuna], partial(load_llama, vicuna, device="meta")),
+        ("vicuna", [vicuna], partial(load, "llama", vicuna, **header)),
         ("vicuna tokenizer", [pieces], partial(Tokenizer, pieces)),
         ("image encoder", [root / "blip2", projection], partial(load_image_encoder, root, device="meta")),
-        ("unet", [sd / "unet"], partial(load_unet, sd / "unet", device="meta")),
-        ("vae", [sd / "vae"], partial(load_vae, sd / "vae", device="meta")),
-        ("text encoder", [sd / "text_encoder"], partial(load_text_encoder, sd / "text_encoder", device="meta")),
+        ("unet", [sd / "unet"], partial(load, "unet", sd / "unet", **header)),
+        ("vae", [sd / "vae"], partial(load, "vae", sd / "vae", **header)),
+        ("text encoder", [sd / "text_encoder"], partial(load, "text encoder", sd / "text_encoder", **header)),
         ("clip tokenizer", [clip / "vocab.json", clip / "merges.txt"], partial(ClipTokenizer, clip)),
         ("schedule", [sd / "scheduler/scheduler_config.json"], partial(load_schedule, sd / "scheduler")),
     ]
@@ -54,10 +46,10 @@ def check(root: Path, hashes: bool = False) -> list[str]:
         raise WeightsError(f"{root}: no such folder")
     rows, problems, loaded = [("part", "state", "file", "dtype", "size", "published")], [], {}
     trained = sorted((root / "minigpt5").glob("*.safetensors"))
-    for name, places, load in [*parts(root), *((f.stem, [f], partial(check_trained, f, loaded)) for f in trained)]:
+    for name, places, read in [*parts(root), *((f.stem, [f], partial(check_trained, f, loaded)) for f in trained)]:
         found, described = [], []
         try:
-            loaded[name] = load()
+            loaded[name] = read()
         except ValueError as error:
             found += getattr(error, "problems", [str(error)])
         for place in places:

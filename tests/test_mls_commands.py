@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import call, fails, noting, pairs, write_tar
 from test_commands import train as train_uas
 
+import generation
 import prompts
 import published.__main__ as weights_command
 import sample
@@ -236,7 +237,8 @@ def test_requests_of_a_story(monkeypatch, weights, tmp_path):
         forced.append(sampling.force_image)
         return [["so", picture]]
 
-    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
+    for module in (generation, sample):
+        monkeypatch.setattr(module, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", answer)
     ask(monkeypatch, weights, tmp_path, "--prompt", "a kite", "--turns", 2)
     first, second = heard
@@ -246,7 +248,7 @@ def test_requests_of_a_story(monkeypatch, weights, tmp_path):
 
 def test_long_story(monkeypatch, weights, tmp_path):
     """The oldest steps are left out where the positions would end, and what was told is kept after every step."""
-    monkeypatch.setattr(sample, "room_after", lambda model, prompt: 100 - 20 * prompt.count("<ImageHere>"))
+    monkeypatch.setattr(generation, "room_after", lambda model, prompt: 100 - 20 * prompt.count("<ImageHere>"))
     heard, told = [], []
 
     def answer(model, prompts, pictures, *rest):
@@ -256,7 +258,8 @@ def test_long_story(monkeypatch, weights, tmp_path):
         told.append(Image.new("RGB", (32, 32)))
         return [["it drifts.", told[-1]]]
 
-    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
+    for module in (generation, sample):
+        monkeypatch.setattr(module, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", answer)
     with pytest.raises(KeyboardInterrupt):
         ask(monkeypatch, weights, tmp_path, "--prompt", "a kite", "--turns", 9, "--max-new-tokens", 30)
@@ -354,7 +357,8 @@ def test_chat_forgets_what_has_no_answer(monkeypatch, weights, tmp_path):
             raise ValueError("no room")
         return [["so it is"]]
 
-    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
+    for module in (generation, sample):
+        monkeypatch.setattr(module, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nbad\nbye\n"))
     ask(monkeypatch, weights, tmp_path, "--chat")
@@ -364,9 +368,10 @@ def test_chat_forgets_what_has_no_answer(monkeypatch, weights, tmp_path):
 
 def test_chat_forgets_what_leaves_no_room(monkeypatch, weights, tmp_path):
     """A line that fills the positions is answered as far as they go; the next one is heard without it."""
-    monkeypatch.setattr(sample, "room_after", lambda model, prompt: 100 - 50 * prompt.count("long"))
+    monkeypatch.setattr(generation, "room_after", lambda model, prompt: 100 - 50 * prompt.count("long"))
     heard = []
-    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
+    for module in (generation, sample):
+        monkeypatch.setattr(module, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "so it is"]])
     monkeypatch.setattr(sys, "stdin", io.StringIO("long long\nhello\nand now?\n"))
     ask(monkeypatch, weights, tmp_path, "--chat", "--max-new-tokens", 30)
@@ -380,7 +385,8 @@ def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, wei
     metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
     save_file(tensors, tmp_path / "ours.safetensors", metadata)
     save_file(tensors, tmp_path / "released.safetensors", metadata | {"system": "Please go on."})
-    monkeypatch.setattr(sample, "prompt_ids", lambda model, prompt: prompt)
+    for module in (generation, sample):
+        monkeypatch.setattr(module, "prompt_ids", lambda model, prompt: prompt)
     monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "on it goes"]])
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     for name, sentences in (

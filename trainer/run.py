@@ -1,13 +1,4 @@
-"""What every training script needs around its own model and losses.
-
-    run = Run(args, "uas")               # folder, device, seed and processes
-    run.begin(model, optimizers, batches, held_out, losses_of)   # with --resume: where the last process stopped
-    for step in run.steps():             # sets the learning rates; afterwards logs, paints samples, saves, validates
-        for samples, place in run.batches(step):
-            losses = losses_of(samples, place)
-            run.backward(losses)
-        run.optimizer_step()
-    run.end()
+"""What every training script needs around its own model, losses and loop; train_uas.py shows its use.
 
 The run's folder holds log.jsonl, losses.png and samples.png (trainer/log.py), and checkpoints (trainer/checkpoint.py).
 """
