@@ -13,10 +13,9 @@ D width of the language model, C latent channels, h w latent height and width.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from itertools import chain
 
 import torch
 from PIL import Image
@@ -274,17 +273,16 @@ def denoise(
 # ---- both
 
 
-def segments_of(model: MiniGPT5, ids: list[int], pictures: list[Image.Image]) -> Segments:
-    """What was said, with a picture in the place of every [IMG0]; other special tokens are left out."""
+def segments_of(model: MiniGPT5, ids: list[int], pictures: Iterator[Image.Image]) -> Segments:
+    """What was said, with the next of the pictures in the place of every [IMG0]; other special tokens are left out."""
     tokenizer, segments, text = model.tokenizer, [], []
-    remaining = iter(pictures)
     for i in [*ids, tokenizer.eos_id]:
         if i not in (tokenizer.voken_ids[0], tokenizer.eos_id):
             text.append(i)
             continue
         words = tokenizer.decode(text, skip_special=True).strip().removesuffix("###").strip()
         segments += [words] if words else []
-        segments += [next(remaining)] if i == tokenizer.voken_ids[0] else []
+        segments += [next(pictures)] if i == tokenizer.voken_ids[0] else []
         text = []
     return segments
 
@@ -313,17 +311,15 @@ def answer(
         pixels = pixels.to(model.device, dtype_of(model.image_encoder))
     said = say(model, prompts, pixels, sampling, generators)
     counts = [len(features) for _, features in said]
-    painted = iter([])
+    painted = []
     if sum(counts):
         latents = [model.sample_latents(n, generator) for n, generator in zip(counts, generators, strict=True)]
         features, latents = torch.cat([features for _, features in said]), torch.cat(latents)
         at_once = 1 if sampling.compile else len(features)  # another number of pictures would be compiled anew
-        parts = zip(features.split(at_once), latents.split(at_once), strict=True)
-        painted = chain.from_iterable(paint(model, part, sampling, noise) for part, noise in parts)
-    return [
-        segments_of(model, ids, [to_image(next(painted)) for _ in range(n)])
-        for (ids, _), n in zip(said, counts, strict=True)
-    ]
+        for part, noise in zip(features.split(at_once), latents.split(at_once), strict=True):
+            painted += map(to_image, paint(model, part, sampling, noise))
+    remaining = iter(painted)
+    return [segments_of(model, ids, remaining) for ids, _ in said]
 
 
 # ---- torch.compile

@@ -121,11 +121,11 @@ def test_segments(model):
     image, last = tokenizer.voken_ids[0], tokenizer.voken_ids[-1]
     ids = [*tokenizer.encode("the kite"), image, *tokenizer.encode("it drifts"), image, *tokenizer.encode("###")]
     first, second = Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))
-    assert segments_of(model, ids, [first, second]) == ["the kite", first, "it drifts", second]
-    assert segments_of(model, [*tokenizer.encode("words ###")], []) == ["words"]
-    assert segments_of(model, [tokenizer.eos_id], []) == []
+    assert segments_of(model, ids, iter([first, second])) == ["the kite", first, "it drifts", second]
+    assert segments_of(model, [*tokenizer.encode("words ###")], iter(())) == ["words"]
+    assert segments_of(model, [tokenizer.eos_id], iter(())) == []
     if last != image:
-        assert segments_of(model, [last, *tokenizer.encode("stray vokens are left out")], []) == [
+        assert segments_of(model, [last, *tokenizer.encode("stray vokens are left out")], iter(())) == [
             "stray vokens are left out"
         ]
 
