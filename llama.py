@@ -68,7 +68,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]
+        self.batch = torch.arange(batch, device=device)[:, None]
         self.all_slots = self.slots = torch.arange(slots + 1, device=device)
         self.padding = slots
 
@@ -85,8 +85,8 @@ class KVCache:
     def update(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store key, value (B, T, H, Dh) at `positions` (B, T); returns what attention reads (B, S, H, Dh)."""
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.rows, positions] = key
-        values[self.rows, positions] = value
+        keys[self.batch, positions] = key
+        values[self.batch, positions] = value
         return keys[:, : len(self.slots)], values[:, : len(self.slots)]
 
 

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     ids: Tensor  # (B, T)
     targets: Tensor  # (B, L) positions of the target's tokens, and of padding after a shorter target
     labels: Tensor  # (B, L) what L_text learns there, IGNORE where it learns nothing
-    picture_rows: Tensor  # (M,) the sequence that each output picture belongs to
+    picture_sequences: Tensor  # (M,) the sequence that each output picture belongs to
     picture_starts: Tensor  # (M,) the position that predicts its [IMG0]
     picture_weights: Tensor  # (M,) its weight in the mean over pictures: 1 / M, or 0 for padding
 
@@ -107,8 +107,8 @@ def collate(
     ids = torch.tensor([ids + [tokenizer.eos_id] * (T - len(ids)) for ids in sequences])
     labels = torch.tensor([label + [IGNORE] * (L - len(label)) for label in labels])
     targets = (torch.tensor(starts)[:, None] + torch.arange(L)).clamp(max=T - 1)
-    rows, before = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2).unbind(1)
-    return Batch(ids, targets, labels, rows, before, torch.full((len(rows),), 1 / max(1, len(rows))))
+    owners, before = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2).unbind(1)
+    return Batch(ids, targets, labels, owners, before, torch.full((len(owners),), 1 / max(1, len(owners))))
 
 
 @torch.no_grad()
@@ -195,11 +195,11 @@ class MiniGPT5(nn.Module):
         target = self.llama(embeddings.gather(1, at), cache=history)  # (B, L, D)
         return F.pad(source, (0, 0, 0, L)).scatter(1, at, target)
 
-    def voken_features(self, hidden: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    def voken_features(self, hidden: Tensor, sequences: Tensor, starts: Tensor) -> Tensor:
         """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1], each one position before its voken.
         The last voken's own state is not used."""
         offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
-        return hidden[rows[:, None], starts[:, None] + offsets].float()
+        return hidden[sequences[:, None], starts[:, None] + offsets].float()
 
     # ---- 3.3: the losses
 
@@ -261,7 +261,7 @@ class MiniGPT5(nn.Module):
         text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels)
         losses = {"loss": text_weight * text_loss, "text_loss": text_loss}
         if noise is not None:
-            features = self.voken_features(hidden, batch.picture_rows, batch.picture_starts)  # (M, N, D)
+            features = self.voken_features(hidden, batch.picture_sequences, batch.picture_starts)  # (M, N, D)
             weights = batch.picture_weights
             losses |= self.picture_losses(features, noise, weights, posterior, captions, min_snr_gamma)
         for name, weight in (("ldm_loss", LDM_WEIGHT), ("cap_loss", CAP_WEIGHT)):

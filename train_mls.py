@@ -172,7 +172,7 @@ def main() -> None:
             if run.preview is None:
                 titles = [picture_title(*pair) for pair in samples["pairs"]]
                 run.preview = Preview(batch.to(run.device), samples["inputs"], samples["outputs"], titles)
-            noise = run.sample_noise(model, batch.picture_rows.tolist(), place)
+            noise = run.sample_noise(model, batch.picture_sequences.tolist(), place)
             posterior = None if args.no_ldm else model.encode_pictures(samples["outputs"])
             if run.compiled:
                 batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple)

@@ -64,7 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", required=True, help="stories of the drawn world")
-    add("--answers", nargs=2, type=Path, required=True, metavar="DIR", help="of `evaluate.py --task text+image --last`")
+    add(
+        "--answers",
+        nargs=2,
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="of `python -m evaluation --task text+image --last`",
+    )
     add("--n", type=int, default=0, help="the first so many stories; 0: all")
     add("--out", type=Path, required=True, metavar="FILE", help="shares as JSON")
     add_weights_option(parser)

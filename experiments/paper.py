@@ -153,7 +153,7 @@ def arguments() -> argparse.Namespace:
     add_weights_option(parser)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     for name in ("inception", "clip", "sbert", "meteor"):
-        add(f"--{name}", type=Path, metavar="PATH", help="as evaluate.py's; without it the miniature's own, or none")
+        add(f"--{name}", type=Path, metavar="PATH", help="as evaluation's; without it the miniature's own, or none")
     add("--list", action="store_true", help="print the jobs that are missing, run none")
     add("--report-only", action="store_true", help="run none")
     args = read_arguments(parser)

@@ -252,7 +252,7 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
         lines += [f"## {'Figure 4. Pictures' if part == 'figure4' else 'Pictures'}: {title}", ""]
         lines += [f"From top to bottom: {'; '.join(rows)}.", "", f"![{title}]({part}.png)", ""] if rows else [NONE, ""]
     lines += ["## Figure 3. HPS v2", "", "It measures what people prefer in photographs and paintings, and has no "
-              "counterpart in the drawn world; `evaluate.py --hps` computes it at full size.", ""]  # fmt: skip
+              "counterpart in the drawn world; `python -m evaluation --hps` computes it at full size.", ""]  # fmt: skip
     unknown = ", ".join(name for part, name in NAMES.items() if part not in published)
     lines += ["## The paper's own figures", "", published["source"], "", f"So there are none for: {unknown}.", ""]
     write_text(folder / "README.md", "\n".join(lines))

@@ -106,7 +106,7 @@ class Table(NamedTuple):
     rows: dict[str, str]  # label -> scoring
 
 
-METRICS = {  # the paper's name -> titles of evaluate.py, the published network's first; and whether more is better
+METRICS = {  # the paper's name -> titles of evaluation, the published network's first; and whether more is better
     "CLIP-I": (("CLIP-I", "image-image score, pairing"), True),
     "CLIP-T": (("CLIP-T", "image-text score, pairing"), True),
     "IS": (("IS", "Inception-style score, judge"), True),
@@ -181,7 +181,7 @@ class Options:
     batch_size: int = 32  # of stage 1; stage 2, whose rows are longer, takes half as many
     denoise: int = 20  # steps of a picture
     device: str = "auto"
-    networks: tuple[str, ...] = ()  # options of evaluate.py that name published networks
+    networks: tuple[str, ...] = ()  # options of evaluation that name published networks
 
     def steps_of(self, system: str) -> int:
         return max(1, round(SYSTEMS[system].share * self.steps))

@@ -303,10 +303,10 @@ class Stage:
     def run(self, run):
         """Losses of a recorded run, gradients in the model, and what passed through its modules."""
         record, model, rows = self.record, self.model, self.rows
-        drop = torch.zeros(len(rows.picture_rows), dtype=torch.bool)
+        drop = torch.zeros(len(rows.picture_sequences), dtype=torch.bool)
         drop[self.json["cfg_drop"][run.removesuffix("_nosnr")]] = True
         self.draws = Noise(drop, record["vae_noise"], record["noise"], record["timesteps"])
-        posterior = model.encode_pictures(record["output_image"][rows.picture_rows])
+        posterior = model.encode_pictures(record["output_image"][rows.picture_sequences])
         captions = None
         if "captions" in self.json:
             captions = (model.encode_captions(self.json["captions"]), model.encode_captions([""]))
@@ -344,7 +344,7 @@ def test_rows(golden, name):
         assert all(wrapped[i, :length].all() for i, length in enumerate(lengths))
         assert torch.equal(rows.ids[:, 1:], record["input_ids"])
     assert torch.equal(stage.positions(labels, wrapped.shape[1], -100), record["nodrop/llm_labels"])
-    where = torch.stack([rows.picture_rows, rows.picture_starts], dim=1)
+    where = torch.stack([rows.picture_sequences, rows.picture_starts], dim=1)
     assert torch.equal(where, record["nodrop/special_token_index"])
 
 
@@ -362,7 +362,7 @@ def test_uas_captions(golden):
 def test_vae(golden, name):
     stage = Stage(golden, name)
     record, vae = stage.record, stage.model.vae
-    mean, logvar = stage.model.encode_pictures(record["output_image"][stage.rows.picture_rows])
+    mean, logvar = stage.model.encode_pictures(record["output_image"][stage.rows.picture_sequences])
     record.compare("nodrop/vae_mean", mean, NETWORK)
     record.compare("nodrop/vae_logvar", logvar, NETWORK)
     if "vae_decode_of_mean0" in record:

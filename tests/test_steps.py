@@ -56,12 +56,12 @@ def losses_of(model, samples, seed: int = 0, padded: bool = False) -> dict:
     """As train_uas.py has them, or of a batch that is padded as stage 2's are where they are compiled."""
     round_length = bucket_length if padded else int
     batch = collate(model.tokenizer, samples, model.queries, round_length, round_length)
-    M = len(batch.picture_rows)
+    M = len(batch.picture_sequences)
     pixels = torch.rand(M, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     noise, posterior = model.sample_noise(M, step_generator(0, seed, 0)), model.encode_pictures(pixels)
     if padded:
         batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple=4)
-    captions = [samples[row][0] for row in batch.picture_rows.tolist()]
+    captions = [samples[row][0] for row in batch.picture_sequences.tolist()]
     encoded = model.encode_captions(captions), model.encode_captions([""])
     torch.manual_seed(seed)  # of the dropout
     return model.losses(batch, noise, posterior, encoded)
@@ -164,7 +164,7 @@ def test_a_stage_2_run_meets_few_shapes(weights):
     for seed in range(200):
         samples = texts(seed, 16, pictures=0.67)
         batch = collate(model.tokenizer, samples, model.queries, bucket_length, bucket_length)
-        M = len(batch.picture_rows)
+        M = len(batch.picture_sequences)
         noise, posterior = model.sample_noise(M, step_generator(0, seed, 0)), torch.zeros(2, M, 4, 16, 16).unbind()
         model.losses(*pad_pictures(batch, noise, posterior, multiple=2))
         unpadded = collate(model.tokenizer, samples, 8)

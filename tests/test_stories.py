@@ -181,7 +181,7 @@ def test_a_text_injects_nothing(tmp_path, tokenizer, kind):
         batch = data.collate([sample, data.sample(0, (0, 0))])
         rows = collate(tokenizer, batch["pairs"], 8)
         assert int((rows.ids == tokenizer.image_id).sum()) == 8 * len(batch["inputs"])
-        assert len(rows.picture_rows) == (2 if found else 0)
+        assert len(rows.picture_sequences) == (2 if found else 0)
 
 
 def test_other_samples_pictures_cannot_be_named(tmp_path, tokenizer):
@@ -235,7 +235,7 @@ def test_which_turns_are_items(tmp_path, tokenizer):
     assert batch["inputs"].shape[1:] == (3, 8, 8) and batch["outputs"].shape[1:] == (3, 16, 16)
     rows = collate(tokenizer, batch["pairs"], 8)
     assert int((rows.ids == tokenizer.image_id).sum()) == 8 * 15
-    assert rows.picture_rows.tolist() == [0, 1, 2, 3, 4, 5, 5, 7]
+    assert rows.picture_sequences.tolist() == [0, 1, 2, 3, 4, 5, 5, 7]
 
 
 def test_tasks(tmp_path, tokenizer):
@@ -431,7 +431,7 @@ def test_the_miniatures_tars(tmp_path, tokenizer):
     for batch in take(batches, -(-items // 4)):
         rows = collate(tokenizer, batch["pairs"], 8)
         inputs, outputs = (0 if p is None else len(p) for p in (batch["inputs"], batch["outputs"]))
-        assert int((rows.ids == tokenizer.image_id).sum()) == 8 * inputs and len(rows.picture_rows) == outputs
+        assert int((rows.ids == tokenizer.image_id).sum()) == 8 * inputs and len(rows.picture_sequences) == outputs
     assert not batches.bad and batches.seen == items
     assert (tmp_path / "s.tar.index.npz").exists()
 

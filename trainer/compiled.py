@@ -34,7 +34,7 @@ def pad_pictures(
     batch: Batch, noise: Noise, posterior: tuple[Tensor, Tensor] | None, multiple: int
 ) -> tuple[Batch, Noise, tuple[Tensor, Tensor] | None]:
     """The same with pictures of zeros after the last one, whose weight in the losses is 0, up to a multiple."""
-    M = len(batch.picture_rows)
+    M = len(batch.picture_sequences)
 
     def pad(x: Tensor) -> Tensor:
         return F.pad(x, [0, 0] * (x.dim() - 1) + [0, -M % multiple])

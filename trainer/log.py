@@ -149,7 +149,7 @@ def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     model.eval()
     embeddings = model.embed(batch.ids, preview.inputs)
     hidden = type(model).hidden_states(model, embeddings, batch.targets)  # not the compiled one: no further graph
-    features = model.voken_features(hidden, batch.picture_rows[:4], batch.picture_starts[:4])
+    features = model.voken_features(hidden, batch.picture_sequences[:4], batch.picture_starts[:4])
     latents = model.sample_latents(len(features), torch.Generator().manual_seed(0))
     painted = paint(model, features, Sampling(sampler="dpm", steps=20), latents)
     if pictures.dim() == 5:  # moments
@@ -158,5 +158,5 @@ def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     else:
         real = to_pixels(pictures[:4])
     model.train(was_training)
-    columns = zip(batch.picture_rows.tolist(), real, painted, strict=False)
+    columns = zip(batch.picture_sequences.tolist(), real, painted, strict=False)
     draw_grid([(captions[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)

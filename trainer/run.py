@@ -109,14 +109,14 @@ class Run:
 
     # ---- random numbers
 
-    def sample_noise(self, model: nn.Module, picture_rows: Iterable[int], place: Place) -> Noise:
+    def sample_noise(self, model: nn.Module, picture_sequences: Iterable[int], place: Place) -> Noise:
         """`model.sample_noise` for the pictures of a batch, sequence by sequence: a sample's random numbers are the
-        same on whichever rank and in whichever forward pass it comes. picture_rows: as in `minigpt5.Batch`, a list.
+        same on whichever rank and in whichever forward pass it comes. picture_sequences: `Batch`'s, as a list.
         Like dropout, conditions are dropped in training mode only."""
         drop_rate = DROP_RATE if model.training and not self.args.no_cfg else 0.0
         first = place.batch * self.args.batch_size
         noise = []
-        for row, pictures in Counter(picture_rows).items():
+        for row, pictures in Counter(picture_sequences).items():
             generator = step_generator(self.args.seed, place.step, first + row)
             noise.append(model.sample_noise(pictures, generator, drop_rate))
         return Noise(*map(torch.cat, zip(*noise, strict=True))).to(self.device)

@@ -135,7 +135,7 @@ def fits_together(batch: dict) -> None:
     rows = collate(tokenizer(), batch["pairs"], QUERIES, limit=256)
     inputs, outputs = (0 if batch[name] is None else len(batch[name]) for name in ("inputs", "outputs"))
     require((rows.ids == tokenizer().image_id).sum() == inputs * QUERIES, "placeholders and pictures differ in number")
-    require(len(rows.picture_rows) == outputs, "vokens and pictures differ in number")
+    require(len(rows.picture_sequences) == outputs, "vokens and pictures differ in number")
     require(sum((rows.ids == i).sum() for i in tokenizer().voken_ids) == 8 * outputs, "stray vokens")
 
 
