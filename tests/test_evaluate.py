@@ -356,7 +356,7 @@ def reader(positions: int) -> SimpleNamespace:
         virtual_tokens=0,
         system=None,
         llama=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions)),
-        tokenizer=SimpleNamespace(plain=str, encode=list, image_id=-1, bos_id="<s>"),
+        tokenizer=SimpleNamespace(plain=str, encode=lambda text, _: list(text), image_id=-1, bos_id="<s>"),
     )
 
 
