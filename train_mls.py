@@ -103,7 +103,7 @@ def main() -> None:
     # ---- data, as far as the model needs them
     size = picture_size(args.weights)
     with run.world.rank_0_first():
-        tars = expand(args.data or run.draw_data(write_stories, size))
+        tars = expand(args.data or run.draw_data("stories", write_stories, size))
     held_out_tars = expand(args.val) if args.val else []
     precomputed = find_precomputed(tars + held_out_tars, args.weights)
     is_precomputed = "queries" in precomputed.shapes

@@ -60,7 +60,7 @@ def main() -> None:
     # ---- data
     size = picture_size(args.weights)
     with run.world.rank_0_first():  # it draws the pictures, and writes the tars' indices for the other ranks
-        data = args.data or run.draw_data(write_pairs, size)
+        data = args.data or run.draw_data("pairs", write_pairs, size)
         to_output = partial(preprocess_output, size=size)
         batches, held_out = open_pairs(data, args.val, args.weights, to_output, **run.data_options)
     precomputed = batches.dataset.precomputed

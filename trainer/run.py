@@ -92,10 +92,10 @@ class Run:
 
     # ---- data
 
-    def draw_data(self, write: Callable[..., None], size: int) -> list[str]:
-        """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. `write`: one
-        of the writers of miniature.world; size: of the pictures."""
-        path = self.out / f"{write.__name__.removeprefix('write_')}-{self.args.drawn}-{self.args.seed}.tar"
+    def draw_data(self, kind: str, write: Callable[..., None], size: int) -> list[str]:
+        """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. kind: "pairs"
+        or "stories"; write: their writer in miniature.world; size: side of the pictures."""
+        path = self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
         if not path.exists():
             print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
             write(path, self.args.drawn, self.args.seed, size=size)
