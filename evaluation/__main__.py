@@ -126,7 +126,8 @@ def table(record: dict) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m evaluation", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add_case_options(parser, list(CONTEXTS))
     add("--out", type=Path, metavar="FILE", help="figures as JSON; FILE with the ending .md: a table")
