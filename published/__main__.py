@@ -24,8 +24,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    about = "Get, convert and check the published weights."
-    parser = argparse.ArgumentParser(prog="python -m published", description=about)
+    parser = argparse.ArgumentParser(prog="python -m published", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     dtype = {"choices": DTYPES, "help": "cast while converting; default: the stored dtype"}
     command = commands.add_parser("fetch", help="download, compare hashes, convert (about 40 GB are downloaded)")

@@ -6,7 +6,8 @@ from pathlib import Path
 from common.cli import DTYPES, add_weights_option, parse
 
 MAX_VOKENS = 128  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
-COUNTS = "drawn batch_size accumulate max_nonfinite save_every log_every val_every val_batches vokens".split()  # noqa: SIM905
+COUNTS = ("drawn", "batch_size", "accumulate", "max_nonfinite", "vokens", "val_batches")
+PERIODS = ("save_every", "log_every", "val_every")  # in steps
 RATES = ("lr", "output_lr", "mapper_lr", "adapter_lr", "muon")
 
 
@@ -51,7 +52,7 @@ def read_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.
         if not is_right:
             parser.error(message)
 
-    for name in COUNTS:
+    for name in COUNTS + PERIODS:
         check(getattr(args, name, 1) >= 1, f"--{name.replace('_', '-')} must be at least 1")
     for name in RATES:
         check((getattr(args, name, None) or 0) >= 0, f"--{name.replace('_', '-')} must be at least 0")
