@@ -14,7 +14,7 @@ D width of the language model, C latent channels, h w latent height and width.
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
 import torch
@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from common.images import to_image
 from llama import KVCache, Llama
 from minigpt5 import MiniGPT5, dtype_of
+from prompts import description_in
 from qformer import preprocess_input
 from scheduler import SAMPLERS, NoiseSchedule
 
@@ -42,6 +43,7 @@ class Sampling:
     repetition_penalty: float = 2.0
     max_new_tokens: int = 256
     force_image: bool = False  # begin with a picture
+    words_first: bool = False  # say what a picture shows, then draw that
     sampler: str = "pndm"
     steps: int = 50
     guidance: float = 7.5  # 1: no guidance
@@ -64,6 +66,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help=penalty)
     add("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer, in tokens")
     add("--force-image", action="store_true", help="begin every answer with a picture")
+    add("--words-first", action=argparse.BooleanOptionalAction, default=False, help="before a picture the language "
+        "model describes it, and the vokens are read after that description alone")  # fmt: skip
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -300,6 +304,8 @@ def answer(
     These are made square by white padding, as the released demo does for its users, or else by cropping, as in training
     and evaluation. ValueError where a prompt has not one <ImageHere> for each of its pictures.
     """
+    if sampling.words_first:
+        return answer_in_words_first(model, prompts, pictures, sampling, generators, pad)
     for ids, given in zip(prompts, pictures, strict=True):
         places = ids.count(model.tokenizer.image_id) // model.queries
         if places != len(given):
@@ -320,6 +326,33 @@ def answer(
             painted += map(to_image, paint(model, part, sampling, noise))
     remaining = iter(painted)
     return [segments_of(model, ids, remaining) for ids, _ in said]
+
+
+def answer_in_words_first(
+    model: MiniGPT5,
+    prompts: list[list[int]],
+    pictures: list[list[Image.Image]],
+    sampling: Sampling,
+    generators: list[torch.Generator],
+    pad: bool = True,
+) -> list[Segments]:
+    """`answer` where the language model first describes its picture, in brackets: "it turns blue. (a small blue ...)".
+    What the prompt leaves open is decided there. The vokens are then read after the description alone, as in stage 1
+    after a caption, and the description is kept in the picture's `info`."""
+    sampling = replace(sampling, words_first=False)
+    said = answer(model, prompts, pictures, sampling, generators, pad)
+    descriptions = [description_in(" ".join(s for s in segments if isinstance(s, str))) for segments in said]
+    with_picture = [i for i, description in enumerate(descriptions) if description]
+    if not with_picture:
+        return said
+    captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in with_picture]
+    alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)
+    drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture])
+    for i, (picture,) in zip(with_picture, drawn, strict=True):
+        picture.info["description"] = descriptions[i]
+        words = " ".join(s for s in said[i] if isinstance(s, str)).replace(f"({descriptions[i]})", "").strip()
+        said[i] = [words, picture] if words else [picture]
+    return said
 
 
 # ---- torch.compile

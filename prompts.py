@@ -16,8 +16,13 @@ A caption is cleaned by its reader and escaped when its prompt is made, since St
 nothing in it is special, reads it too. The functions here expect texts that are clean and escaped.
 """
 
+import json
 import re
+from difflib import get_close_matches
+from pathlib import Path
 from typing import NamedTuple
+
+from tokenizer import Tokenizer
 
 END = " ###"  # ends every answer
 SPEAKERS = ("###Human:", "###Assistant:")
@@ -40,6 +45,7 @@ MLS_SYSTEM = (
 )
 STORY_SYSTEM = MLS_SYSTEM + "Please look at the images and tell the story."
 DIALOG_SYSTEM = MLS_SYSTEM + "Please talk with me and show images where they fit."
+WORDS_FIRST_SYSTEM = "Put every picture into words first."
 RELEASED_SYSTEMS = {  # how every prompt began that the released stage 2 checkpoint of that name was trained on
     "stage2_vist": MLS_SYSTEM + "Please understanding images and generate story.",
     "stage2_mmdialog": MLS_SYSTEM + "Please generate conversation with appropriate image.",
@@ -60,10 +66,64 @@ def clean_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
 
 
+def plain_words(text: str) -> str:
+    """What somebody typed, as the miniature reads it: `clean_caption`, with straight quotes and no dashes."""
+    return clean_caption(
+        re.sub("[\u2012-\u2015]", " ", re.sub("[\u2018\u2019\u00b4`]", "'", re.sub("[\u201c-\u201f]", " ", text)))
+    )
+
+
+WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
+
+
+def words_in(text: str) -> list[str]:
+    return re.findall(WORD, plain_words(text))
+
+
+class Words:
+    """The words that a small model knows, `words.json` of its weights: for spelling, and to say what it does not know.
+    `unknown`: common words that it does not know; they are no slips of words that it knows."""
+
+    def __init__(self, known: list[str], unknown: list[str]):
+        self.known, self.unknown = known, {*unknown}
+
+    @classmethod
+    def of(cls, weights: Path) -> "Words":
+        """Those of a folder of weights; no words where it has no list of them."""
+        path = weights / "minigpt5" / "words.json"
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls([], [])
+
+    def meant(self, word: str) -> str | None:
+        """The known word that is written like this, perhaps with a slip; None if there is none."""
+        if word in self.known or len(word) < 3:
+            return word
+        swapped = [other for other in self.known if sorted(other) == sorted(word)]
+        near = swapped or get_close_matches(word, self.known, 3, 0.75)
+        return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
+
+    def spelled(self, text: str) -> str:
+        """A clean text with known words in the place of their slips."""
+        return re.sub(WORD, lambda match: self.meant(match[0]) or match[0], text)
+
+    def missing(self, text: str) -> list[str]:
+        return [word for word in dict.fromkeys(words_in(text)) if self.known and self.meant(word) is None]
+
+
 def one_line(text: str) -> str:
     """A turn's text on one line, in valid UTF-8, and without "###", which would end the turn."""
     text = text.encode("utf-8", "replace").decode()
     return re.sub("#(?=##)", "# ", " ".join(text.split()))
+
+
+# ---- words first
+
+DESCRIPTION = re.compile(r"\(([^()]+)\)")
+
+
+def description_in(text: str) -> str | None:
+    """The description of a picture that a text of the language model holds in brackets."""
+    found = DESCRIPTION.search(text)
+    return found and found[1].strip()
 
 
 # ---- stage 1
@@ -140,6 +200,34 @@ def dialog_example(before: list[Turn], turn: Turn, k: int, vokens: str, system: 
     return Example(
         dialog_source(before, k, system), with_pictures(turn, vokens) + END, pictures_of(before), turn.pictures
     )
+
+
+def turns_with_picture(turns: list[Turn], k: int) -> list[Turn]:
+    """What is read of the turns before turn k where pictures are put into words first: the previous exchange and the
+    human's turn as ever, and before them the exchange of the last picture where that is an older one."""
+    start = history_start(k)
+    pictured = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
+    first = pictured[-1] // 2 * 2 if pictured else start
+    return turns[first : first + 2] * (first < start) + turns[start:k]
+
+
+def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
+    """What is read of the turns before turn k of a chat."""
+    return turns_with_picture(turns, k) if words_first else turns[history_start(k) : k]
+
+
+def user_turn(tokenizer: Tokenizer, text: str, words: Words | None, pictures: tuple = ()) -> Turn:
+    """What somebody typed, clean and escaped; with `words`, in lower case, without punctuation and without slips."""
+    clean = words.spelled(plain_words(text)) if words else ""
+    return Turn(tokenizer.plain(clean or one_line(text)), pictures)
+
+
+def own_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:
+    """What the model said. Pictures that were put into words first are remembered by these words."""
+    described = [picture.info["description"] for picture in pictures if "description" in picture.info]
+    if described:
+        words, pictures = " ".join([words, *(f"({description})" for description in described)]).strip(), ()
+    return Turn(tokenizer.plain(one_line(words)), pictures)
 
 
 def history_start(k: int) -> int:

@@ -27,7 +27,8 @@ def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out:
         else:
             name = f"{len(columns)}.png"
             save_image(segment, out / name)
-            described.append({"image": name})
+            description = segment.info.get("description")
+            described.append({"image": name} | ({"description": description} if description else {}))
             columns.append((words, [segment]))
             words = ""
     if words and columns:  # words after the last picture stand below it, too
@@ -59,4 +60,6 @@ def paragraph(segment: str | Image.Image) -> str:
         return f"<p>{html.escape(segment)}</p>"
     buffer = io.BytesIO()
     segment.save(buffer, "PNG")
-    return f'<p><img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></p>'
+    alt = html.escape(segment.info.get("description", ""))
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<p><img alt="{alt}" title="{alt}" src="data:image/png;base64,{data}"></p>'

@@ -225,3 +225,26 @@ def test_places_and_pictures_must_agree(model):
         answer(model, ["no place"], [[noise_picture(0)]], Sampling(), generators(1))
     with pytest.raises(ValueError, match="the prompt has"):
         answer(model, ["word " * 3000], [[]], Sampling(), generators(1))
+
+
+def test_words_first(model, monkeypatch):
+    """The picture of a description is that of a bare caption with the same noise; other answers stay as they were."""
+    said = [["it sails.", "(a small boat)"], ["hello"], ["(a big [IMG0] boat)"]]
+    real, asked = generation.answer, []
+
+    def fake(model, prompts, *rest):
+        asked.append((prompts, rest))
+        return [list(segments) for segments in said] if len(asked) == 2 else real(model, prompts, *rest)
+
+    monkeypatch.setattr(generation, "answer", fake)
+    prompts, sampling = ["a", "b", "c"], Sampling(words_first=True, steps=2, sampler="ddim")
+    boat, hello, escaped = generation.answer(
+        model, [prompt_ids(model, p) for p in prompts], [[]] * 3, sampling, generators(3)
+    )
+    assert hello == ["hello"] and boat[0] == "it sails." and len(boat) == 2 and len(escaped) == 1
+    assert boat[1].info["description"] == "a small boat"
+    alone = Sampling(force_image=True, max_new_tokens=1, temperature=0, steps=2, sampler="ddim")
+    ((expected,),) = real(model, [prompt_ids(model, "a small boat")], [[]], alone, generators(1))
+    assert_close(to_tensor(boat[1]), to_tensor(expected), 1e-5)
+    assert len(asked[2][0]) == 2 and model.tokenizer.voken_ids[0] not in asked[2][0][1]
+    assert not asked[1][1][1].words_first
