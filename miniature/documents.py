@@ -10,6 +10,7 @@ So the language model learns to retell a picture from ten vectors, which the cap
 of a text to know what its picture has to show.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,8 +18,12 @@ import numpy as np
 import sentencepiece
 
 from common.files import written_whole
+from miniature.chats import bracketed, chat
+from miniature.descriptions import as_named, describe, from_left
 from miniature.facts import PLACES, Picture, pick, random_stream
 from miniature.tales import SEES, SHOWS
+from miniature.tales import Turn as ToldTurn
+from miniature.wishes import wish
 from miniature.words import agrees, description, facts_in, some
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from prompts import (
@@ -27,11 +32,14 @@ from prompts import (
     SPEAKERS,
     TASKS,
     UAS_REQUESTS,
+    WORDS_FIRST_SYSTEM,
     Example,
     Turn,
     dialog_example,
     history_start,
+    plain_words,
     story_example,
+    turns_with_picture,
     uas_texts,
 )
 from tokenizer import Tokenizer
@@ -41,6 +49,7 @@ TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training sequence
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
+ANSWER_WEIGHT = 4  # a word of an answer that puts a picture into words first
 TOLD_WEIGHT = 3  # a word of an answer in words to a picture counts as much
 ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
@@ -66,8 +75,9 @@ def shuffled_words(picture: Picture, rng: np.random.Generator) -> str:
 
 
 def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
-    """Stage 1; more instructions than there."""
+    """Stage 1; more instructions than there, and half of the captions are whole descriptions."""
     picture, text, _ = sample_pair(seed, i, split)
+    text = describe(picture) if rng.random() < 0.5 else text
     instruction = int(rng.integers(len(UAS_REQUESTS))) if rng.random() < 0.15 else None
     return Example(uas_texts(text, 0, instruction)[0], PICTURE_MARK + END, (), (picture,))
 
@@ -75,7 +85,8 @@ def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) ->
 def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """A picture is shown and described, in stage 2's form or in MiniGPT-4's."""
     picture = sample_pair(seed, i, split)[0]
-    question, answer = some(rng, SHOWS), some(rng, SEES).format(description(picture, rng, True, True))
+    told = describe(from_left(picture)) if rng.random() < 0.7 else description(picture, rng, True, True)
+    question, answer = some(rng, SHOWS), some(rng, SEES).format(told)
     if rng.random() < 0.6:
         return dialog_example([Turn(question, (picture,))], Turn(answer), 1, PICTURE_MARK)
     return Example(f"{SPEAKERS[0]} {PICTURE_MARK} {question} {SPEAKERS[1]}", answer + END, (picture,))
@@ -99,7 +110,63 @@ def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -
     return dialog_example(turns[history_start(k) : k], turns[k], k, PICTURE_MARK)
 
 
-MIXTURE = {caption_document: 0.25, look_document: 0.3, story_document: 0.225, dialogue_document: 0.225}
+def wish_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
+    """Words first: somebody wishes for a picture, and it is described before it is drawn."""
+    text, picture = wish(rng, split)
+    return dialog_example([Turn(text)], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
+
+
+def chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
+    """Words first: a turn of a chat."""
+    turns = turns_of(chat(rng, split))
+    k = 2 * int(rng.integers(len(turns) // 2)) + 1 if rng.random() < 0.3 else len(turns) - 1
+    return dialog_example(turns_with_picture(turns, k), turns[k], k, "", WORDS_FIRST_SYSTEM)
+
+
+def described_story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
+    """Words first: a step of a story. The steps before it have their pictures as descriptions, as pictures or not at
+    all; the first sentence may be what somebody typed."""
+    told = sample_story(seed, i, split)[0]
+    history, typed = rng.random(), rng.random() < 0.4
+    k, task = int(rng.integers(len(told))), pick(rng, TASKS)
+    texts = [plain_words(told[0].text) if typed else told[0].text, *(turn.text for turn in told[1:])]
+    first = as_named(told[0].picture, told[0].text)
+    if k == 0:
+        task = "image"
+        if rng.random() < 0.5:
+            texts[0], first = wish(rng, split)
+        told = [replace(told[0], picture=first)]
+    else:  # descriptions keep the order in which the first sentence names the things
+        order = [thing.kind for picture in (first, *(turn.picture for turn in told)) for thing in picture.things]
+        told = [in_order(turn, order) for turn in told]
+    before = []
+    for text, turn in zip(texts[:k], told[:k], strict=True):
+        if history < 0.4:
+            before.append(Turn(f"{text} {bracketed(turn.picture)}"))
+        else:
+            before.append(Turn(text, (turn.picture,) if history < 0.75 else ()))
+    picture, phrase = told[k].picture, int(rng.integers(6))
+    if task == "text":
+        return story_example(before, Turn(texts[k], (picture,)), task, phrase, "", WORDS_FIRST_SYSTEM)
+    row = story_example(before, Turn(texts[k]), task, phrase, "", WORDS_FIRST_SYSTEM)
+    answer = bracketed(picture) if task == "image" else f"{texts[k]} {bracketed(picture)}"
+    return row._replace(target=answer + END)
+
+
+def in_order(turn: ToldTurn, kinds: list[str]) -> ToldTurn:
+    things = tuple(sorted(turn.picture.things, key=lambda thing: kinds.index(thing.kind)))
+    return replace(turn, picture=replace(turn.picture, things=things))
+
+
+MIXTURE = {
+    caption_document: 0.1,
+    look_document: 0.12,
+    story_document: 0.06,
+    dialogue_document: 0.06,
+    wish_document: 0.26,
+    chat_document: 0.27,
+    described_story_document: 0.13,
+}
 
 
 def document(seed: int, i: int, split: str) -> Example:
@@ -143,7 +210,8 @@ def tokenizer_at(path: Path) -> Tokenizer:
 def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
     """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
     answer's in random order. The ids and how much each counts."""
-    told = TOLD_WEIGHT if row.inputs and not row.outputs else 1
+    told = ANSWER_WEIGHT if row.source.startswith(WORDS_FIRST_SYSTEM) else 1
+    told = TOLD_WEIGHT if row.inputs and not row.outputs else told
     weighted = [(picture_words(picture), 1) for picture in row.inputs]
     weighted += [(shuffled_words(picture, rng), PICTURE_WEIGHT) for picture in row.outputs]
     tokens, left = [(tokenizer.bos_id, 1)], iter(weighted)

@@ -175,6 +175,8 @@ def with_article(phrase: str) -> str:
 def plural(noun: str) -> str:
     if noun == "fish":
         return noun
+    if noun.endswith("ch"):
+        return noun + "es"
     return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
 
 
@@ -197,10 +199,15 @@ def noun_phrase(rng, thing: Thing, sized: bool = True) -> str:
     return with_article(f"{adjectives(rng, thing, sized)} {noun}")
 
 
+def home_level(picture: Picture) -> str:
+    """Where all things are, "land", "water" or "sky"; "" if they are not all at one level."""
+    levels = {home(thing.kind, picture.scene) for thing in picture.things}
+    return levels.pop() if len(levels) == 1 else ""
+
+
 def scene_phrase(rng, picture: Picture) -> str:
     """ "on the sea", "above the meadow", by where the things are; a fish is in the water, not on it."""
-    levels = {home(thing.kind, picture.scene) for thing in picture.things}
-    phrase = some(rng, SCENE_PHRASES[f"{picture.scene} {levels.pop()}" if len(levels) == 1 else picture.scene])
+    phrase = some(rng, SCENE_PHRASES[f"{picture.scene} {home_level(picture)}".rstrip()])
     if picture.things and all(thing.kind == "fish" for thing in picture.things):
         phrase = re.sub(r"^on\b", "in", phrase)
     return phrase

@@ -31,12 +31,13 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from common.cli import read_arguments, run
 from common.files import written_whole
+from miniature.descriptions import describe
 from miniature.facts import SPLITS, Picture, random_stream, sample_picture
 from miniature.paint import draw
 from miniature.tales import Turn, dialogue, story
 from miniature.words import caption
 
-PAIRS, STORIES, DIALOGUES = range(3)  # purposes of the random streams
+PAIRS, STORIES, DIALOGUES, DESCRIBED = range(4)  # purposes of the random streams
 
 
 def sample_pair(seed: int, index: int, split: str = "train", things: int | None = None) -> tuple[Picture, str, int]:
@@ -78,7 +79,9 @@ def as_json(content: dict) -> bytes:
 
 
 def pair_members(key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
+    """Half of the texts are captions as people write them, half are whole descriptions (`wishes.describe`)."""
     picture, text, jitter = sample_pair(seed, i, split)
+    text = describe(picture) if random_stream(seed, i, DESCRIBED).random() < 0.5 else text
     yield f"{key}.png", png(picture, jitter, size)
     yield f"{key}.txt", text.encode()
     yield f"{key}.json", as_json({"caption": text, "label": picture.label(), "jitter": jitter})

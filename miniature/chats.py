@@ -1,0 +1,349 @@
+"""Chats as people type them: wishes, changes of the last picture in few words, small talk and questions at any time.
+
+    hello                    hello, how nice to meet you.
+    a house in the city      (a big red house on the left in the city by day)
+    make it blue             (a big blue house on the left in the city by day)
+    thanks, now at night     (a big blue house on the left in the city at night)
+
+Every picture of the assistant stands as its description in brackets; so the next change starts from words. A picture
+that somebody shows is read as such.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from miniature import phrases
+from miniature.descriptions import describe, from_left
+from miniature.facts import (
+    COLOURS,
+    KINDS,
+    PLACES,
+    SCENES,
+    TIMES,
+    Picture,
+    Thing,
+    fits,
+    held_out,
+    pick,
+    random_stream,
+    sample_thing,
+)
+from miniature.tales import ABOUT, ASKS_ABOUT, LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast
+from miniature.wishes import (
+    SLIPS,
+    chance,
+    noun_of,
+    one_of,
+    place_words,
+    said,
+    scene_words,
+    thing_phrase,
+    time_words,
+    typed,
+    wish,
+)
+from miniature.words import COLOUR_WORDS, PLACE_PHRASES, SCENE_NOUNS, SIZE_WORDS, TIME_CLAUSES, choices, plural, some
+from prompts import plain_words, words_in
+
+WORDS = 203  # purpose of the random streams
+
+
+def changed_thing(picture: Picture, i: int, **facts) -> Picture | None:
+    """The picture with other facts of thing i; None where that does not fit or is held out."""
+    things = list(picture.things)
+    things[i] = replace(things[i], **facts)
+    thing = things[i]
+    if not fits(tuple(things), picture.scene) or held_out(thing.kind, thing.colour, picture.scene):
+        return None
+    return replace(picture, things=tuple(things))
+
+
+def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str] | None:
+    """One of the things and what it is called: "it" if it is the only one."""
+    i = int(rng.integers(len(picture.things)))
+    thing, alone = picture.things[i], len(picture.things) == 1
+    if alone and chance(rng, 0.7):
+        return i, pick(rng, ["it", "it", "it", "this", "that one"])
+    if not alone and picture.things[0].kind == picture.things[1].kind:
+        other = picture.things[1 - i]
+        facts = [fact for fact in ("colour", "size", "place") if getattr(thing, fact) != getattr(other, fact)]
+        fact = pick(rng, facts)
+        return i, f"the {getattr(thing, fact)} {pick(rng, ['one', thing.kind])}"
+    name = noun_of(rng, thing.kind) if chance(rng, 0.3) else thing.kind
+    return i, f"the {thing.colour + ' ' if chance(rng, 0.15) else ''}{name}"
+
+
+def wished(rng: np.random.Generator, order: str) -> str:
+    return one_of(rng, phrases.ORDERS).format(order)
+
+
+# ---- changes: each takes (rng, picture) to (what is typed, the new picture), or to None where that cannot be
+
+
+def recolour(rng, picture):
+    i, name = target(rng, picture)
+    colour = pick(rng, [c for c in COLOURS if c != picture.things[i].colour])
+    word = said(rng, COLOUR_WORDS[colour], phrases.MORE_COLOURS[colour])
+    after = changed_thing(picture, i, colour=colour)
+    alone = len(picture.things) == 1
+    orders = [f"make {name} {word}"] * 3 + [f"paint {name} {word}", f"colour {name} {word}", f"turn {name} {word}"]
+    orders += [f"change the colour of {name} to {word}", f"change {name} to {word}", f"let {name} be {word}"]
+    text = wished(rng, pick(rng, orders))
+    if alone and chance(rng, 0.4):
+        text = one_of(rng, phrases.RECOLOURS).format(word)
+    elif chance(rng, 0.15):
+        text = pick(rng, [f"{name} should be {word}", f"i want {name} to be {word}", f"can {name} be {word}?"])
+    return text, after
+
+
+def resize(rng, picture):
+    i, name = target(rng, picture)
+    size = "big" if picture.things[i].size == "small" else "small"
+    if chance(rng, 0.15):
+        size = picture.things[i].size  # "make it big" of what is big already
+    more = {"big": "bigger | larger | much bigger | a bit bigger", "small": "smaller | much smaller | a bit smaller"}[
+        size
+    ]
+    words = [said(rng, SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, more)]
+    if size == picture.things[i].size:
+        words = words[:1]
+    word = pick(rng, words)
+    after = changed_thing(picture, i, size=size)
+    text = wished(rng, pick(rng, [f"make {name} {word}"] * 3 + [f"draw {name} {word}", f"let {name} be {word}"]))
+    if len(picture.things) == 1 and chance(rng, 0.4):
+        text = one_of(rng, phrases.RESIZES).format(word)
+    if size != picture.things[i].size and chance(rng, 0.06):
+        text = f"{name} is too {picture.things[i].size}"
+    return text, after
+
+
+def move(rng, picture):
+    i, name = target(rng, picture)
+    place = pick(rng, [p for p in PLACES if p != picture.things[i].place])
+    after = changed_thing(picture, i, place=place)
+    if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
+        other = "right" if place == "left" else "left"
+        after = changed_thing(changed_thing(picture, 1 - i, place=other) or picture, i, place=place)
+    where = place_words(rng, place) if chance(rng, 0.6) else some(rng, TOWARDS[place])
+    text = wished(rng, f"{pick(rng, ['put', 'put', 'move', 'place', 'draw', 'shift', 'bring'])} {name} {where}")
+    if len(picture.things) == 1 and chance(rng, 0.3):
+        text = one_of(rng, phrases.MOVES_IT).format(where)
+    return text, after
+
+
+def swap(rng, picture):
+    if len(picture.things) == 1:
+        return None
+    one, two = picture.things
+    after = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
+    text = pick(
+        rng, ["swap them", "swap the two", "the other way round", "let them change places", "switch their places"]
+    )
+    return text, after if fits(after.things, picture.scene) else None
+
+
+def change_time(rng, picture):
+    time = pick(rng, [t for t in TIMES if t != picture.time])
+    when = time_words(rng, time)
+    word = pick(rng, {"day": ["day", "daytime", "morning"], "sunset": ["evening", "sunset"], "night": ["night"]}[time])
+    text = one_of(rng, phrases.RETIMES).format(when, word)
+    return text, replace(picture, time=time)
+
+
+def change_scene(rng, picture):
+    scene = pick(rng, [s for s in SCENES if s != picture.scene])
+    after = replace(picture, scene=scene)
+    if not fits(after.things, scene) or any(held_out(t.kind, t.colour, scene) for t in after.things):
+        return None
+    where = scene_words(rng, after, scene)
+    it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
+    text = one_of(rng, phrases.RESCENES).format(where, it, some(rng, SCENE_NOUNS[scene]))
+    return text, after
+
+
+def add(rng, picture):
+    """A second thing; what is open about it and where it stands is chosen so that it fits."""
+    if len(picture.things) == 2:
+        return None
+    first = picture.things[0]
+    other = sample_thing(rng, picture.scene)
+    if chance(rng, 0.1):
+        other = replace(other, kind=first.kind, colour=first.colour, size=first.size)
+    if first.place == "middle" and not fits((first, other), picture.scene):
+        first = replace(first, place=pick(rng, ["left", "right"]))  # makes room
+    named_place = chance(rng, 0.2)
+    if not named_place:
+        fitting = [replace(other, place=p, size=s) for p in PLACES for s in (other.size,) if p != first.place]
+        fitting = [o for o in fitting if fits((first, o), picture.scene)]
+        if not fitting:
+            return None
+        other = pick(rng, fitting)
+    if not fits((first, other), picture.scene) or held_out(other.kind, other.colour, picture.scene):
+        return None
+    named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
+    phrase = thing_phrase(rng, named)
+    if (other.kind, other.colour) == (first.kind, first.colour) and chance(rng, 0.8):
+        phrase = pick(
+            rng, ["another one", f"another {other.kind}", "one more", "a second one", f"one more {other.kind}"]
+        )
+        other = (
+            replace(other, size=first.size) if fits((first, replace(other, size=first.size)), picture.scene) else other
+        )
+    order = one_of(rng, phrases.ADDS).format(phrase)
+    if named_place:
+        order = f"{pick(rng, ['add', 'put', 'draw', 'place'])} {phrase} {place_words(rng, other.place)}"
+    text = wished(rng, order)
+    if not named_place and chance(rng, 0.3):
+        text = one_of(rng, phrases.ADDS_TOO).format(phrase)
+    return text, replace(picture, things=(first, other))
+
+
+def remove(rng, picture):
+    if len(picture.things) == 1:
+        return None
+    i, name = target(rng, picture)
+    if picture.things[0].kind != picture.things[1].kind and chance(rng, 0.1):
+        name = picture.things[i].kind
+        text = pick(rng, [f"no {name}", f"without {name}", f"only the {picture.things[1 - i].kind}"])
+    else:
+        text = wished(rng, one_of(rng, phrases.LESS).format(name))
+    return text, replace(picture, things=(picture.things[1 - i],))
+
+
+def exchange(rng, picture):
+    """Another kind in the place of a thing."""
+    i, name = target(rng, picture)
+    other = sample_thing(rng, picture.scene)
+    if any(other.kind == thing.kind for thing in picture.things):
+        return None
+    colour = chance(rng, 0.4)
+    after = changed_thing(picture, i, kind=other.kind, **({"colour": other.colour} if colour else {}))
+    phrase = thing_phrase(rng, Thing(other.kind, other.colour if colour else None))
+    text = pick(rng, [f"{phrase} instead of {name}", f"replace {name} with {phrase}", f"turn {name} into {phrase}"])
+    if len(picture.things) == 1 and chance(rng, 0.3):
+        text = pick(rng, [f"{phrase} instead", f"the same with {phrase}", f"no, {phrase}", f"make it {phrase}"])
+    return text, after
+
+
+def two_changes(rng, picture):
+    first = pick(rng, [recolour, resize, move])(rng, picture)
+    if first is None or first[1] is None:
+        return None
+    second = pick(rng, [change_time, change_scene])(rng, first[1])
+    if second is None or second[1] is None:
+        return None
+    where = pick(rng, ["and", "and", ","])
+    return f"{first[0].removesuffix('?').removesuffix(' please')} {where} {second[0].removeprefix('and ')}", second[1]
+
+
+def again(rng, picture):
+    return one_of(rng, phrases.AGAIN), picture
+
+
+CHANGES = {
+    recolour: 0.22, resize: 0.13, move: 0.14, change_time: 0.14, change_scene: 0.12, add: 0.2, remove: 0.14,
+    exchange: 0.06, two_changes: 0.05, swap: 0.02, again: 0.02,
+}  # fmt: skip
+
+
+def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
+    kinds, shares = list(CHANGES), np.array(list(CHANGES.values()))
+    while True:
+        made = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))](rng, picture)
+        if made is not None and made[1] is not None:
+            text = (
+                f"{one_of(rng, phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}{made[0]}"
+                if chance(rng, 0.12)
+                else made[0]
+            )
+            return text, made[1]
+
+
+# ---- questions and small talk, answered in words
+
+
+def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
+    i = int(rng.integers(len(picture.things)))
+    thing, kinds = picture.things[i], [thing.kind for thing in picture.things]
+    if len(set(kinds)) < len(kinds) or chance(rng, 0.25):
+        asked = (
+            "what do you see? | what is in the picture? | describe it | describe the picture | what is this? | "
+            "what did you draw? | tell me what you see"
+        )
+        return one_of(rng, asked), f"i see {describe(picture)}."
+    noun, absent = noun_of(rng, thing.kind), pick(rng, [kind for kind in KINDS if kind not in kinds])
+    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
+    return pick(
+        rng,
+        [
+            (f"what colour is the {noun}?", f"it is {thing.colour}."),
+            (f"which colour has the {noun}?", f"it is {thing.colour}."),
+            (f"where is the {noun}?", f"it is {choices(PLACE_PHRASES[thing.place])[0]}."),
+            (f"is the {noun} big or small?", f"it is {thing.size}."),
+            (f"how big is the {noun}?", f"it is {thing.size}."),
+            ("what time is it there?", f"{choices(TIME_CLAUSES[picture.time])[0]}."),
+            ("is it day or night?", f"{choices(TIME_CLAUSES[picture.time])[0]}."),
+            ("which place is this?", f"this is {choices(SCENE_NOUNS[picture.scene])[0]}."),
+            ("where is this?", f"this is {choices(SCENE_NOUNS[picture.scene])[0]}."),
+            ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
+            (f"is there a {absent} too?", f"no, there is no {absent}."),
+            (f"is there a {noun}?", f"yes, it is {choices(PLACE_PHRASES[thing.place])[0]}."),
+            (f"do you see the {noun}?", f"yes, it is {choices(PLACE_PHRASES[thing.place])[0]}."),
+        ],
+    )
+
+
+def small_talk(rng: np.random.Generator) -> tuple[str, str]:
+    what = rng.random()
+    if what < 0.15:
+        kind = pick(rng, list(KINDS))
+        return some(rng, ASKS_ABOUT).format(plural(kind)), some(rng, ABOUT[kind])
+    return tuple(choices(pick(rng, phrases.MORE_TALK if what < 0.6 else TALK if what < 0.85 else LIKES)))
+
+
+# ---- a chat
+
+
+def bracketed(picture: Picture) -> str:
+    return f"({describe(picture)})"
+
+
+def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -> list[Turn]:
+    """One to five exchanges. A picture is given with the human's turn alone; the assistant's are in brackets."""
+    turns, picture = [], None
+    for _ in range(1 + int(rng.integers(5))):
+        what = rng.random()
+        shown = None
+        if what < (0.25 if picture is None else 0.16):
+            asked, answer = small_talk(rng)
+        elif picture is None and what < 0.32:
+            asked, answer = change(rng, cast(rng, split))[0], phrases.NO_PICTURE
+            if not asked.startswith(("make", "put", "move", "remove", "paint")):
+                continue
+        elif what < (0.45 if picture is None else 0.2):
+            shown = picture = from_left(cast(rng, split))
+            asked, answer = some(rng, SHOWS), some(rng, SEES).format(describe(picture))
+        elif picture is not None and what < 0.32:
+            asked, answer = question(rng, picture)
+        elif picture is not None and what < 0.85:
+            text, picture = change(rng, picture)
+            asked, answer = text, bracketed(picture)
+        else:
+            asked, picture = wish(rng, split, slips)
+            answer = bracketed(picture)
+        turns += [Turn(plain_words(typed(rng, asked, slips)), shown), Turn(answer)]
+    return turns or chat(rng, split, slips)
+
+
+# ---- the words of this world
+
+
+def known_words(texts: int = 20_000) -> list[str]:
+    """Every word that wishes and chats are made of, but for the names of what this world does not have."""
+    words = set()
+    for i in range(texts):
+        rng = random_stream(0, i, WORDS)
+        lines = [turn.text for turn in chat(rng, slips=0.0)[::2]] if i % 2 else [wish(rng, slips=0.0)[0]]
+        words.update(word for line in lines for word in words_in(line))
+    return sorted(words - set(choices(phrases.STRANGERS)))

@@ -1,0 +1,236 @@
+"""The phrases that people's wishes and chats are made of (`wishes.py`, `chats.py`), beside the words of captions.
+
+Alternatives stand in one text, "boat | ship"; {} and {0}, {1} are filled in.
+"""
+
+# ---- wishes
+
+MORE_NOUNS = {
+    "ball": "football | soccer ball | rubber ball | round ball | basketball | sphere | tennis ball",
+    "house": "home | cabin | building | villa | farmhouse | barn | bungalow | lodge",
+    "tree": "oak | oak tree | pine | pine tree | apple tree | maple | birch | willow | palm tree | fir tree",
+    "boat": "yacht | sailing ship | vessel | dinghy | fishing boat | rowing boat | canoe | ferry | sail boat",
+    "fish": "goldfish | fishy | salmon | trout | carp | tuna",
+    "car": "auto | vehicle | sedan | sports car | race car | taxi | cab | van",
+    "star": "bright star | shooting star | shining star",
+    "flower": "rose | tulip | sunflower | lily | bloom | poppy | orchid | flower head",
+    "cat": "kitten | tomcat | feline | house cat | kitty cat | pussy cat",
+    "bird": "sparrow | seagull | gull | robin | eagle | dove | parrot | swallow | crow",
+    "balloon": "air balloon | hot air balloon | helium balloon | baloon",
+    "kite": "toy kite | flying kite | diamond kite | wind kite",
+}
+MORE_COLOURS = {
+    "red": "ruby | ruby red | cherry red | blood red | dark red | light red | reddish | fire red | tomato red",
+    "orange": "amber | dark orange | light orange | carrot orange | orangey | pumpkin orange",
+    "yellow": "gold | canary yellow | sunny yellow | light yellow | yellowish | mustard yellow | lemon",
+    "green": "dark green | light green | grass green | lime | lime green | olive | greenish | forest green",
+    "blue": "dark blue | light blue | sky blue | navy | navy blue | azure | cobalt | bluish | sapphire",
+    "purple": "lilac | lavender | dark purple | light purple | magenta | plum | mauve | purplish",
+    "pink": "rose pink | hot pink | rosy | light pink | pinkish | salmon pink | rose coloured",
+    "white": "snowy white | ivory | whitish | bright white | chalk white | milk white",
+}
+MORE_SIZES = {
+    "small": "wee | mini | miniature | very small | really small | quite small | teeny | teeny tiny | "
+    "very tiny | short",
+    "big": "gigantic | massive | great big | very big | very very big | really big | very large | tall | enormous | "
+    "super big | quite big",
+}
+MORE_PLACES = {
+    "left": "on the left side of the picture | at the left side | left | far left | to the left side | "
+    "on the very left",
+    "middle": "in the very middle | in the middle of the picture | in the center of the picture | middle | centered",
+    "right": "on the right side of the picture | at the right side | right | far right | to the right side | "
+    "on the very right",
+}
+SETTINGS = {  # nouns of a scene, and what follows "in the": people use them in lists and sentences
+    "sea": "sea | ocean | waves | water | open sea | blue sea | deep blue sea | deep sea | seaside | "
+    "open water | shore | "
+    "coast | seashore | pacific ocean | blue ocean | bay",
+    "meadow": "meadow | field | grass | green field | grassy field | pasture | green meadow | lawn | green grass | "
+    "countryside | grassland | flowery meadow | farmland | prairie",
+    "snow": "snow | winter | ice | white snow | deep snow | snowy field | snowy landscape | winter landscape | "
+    "frozen land | winter wonderland | cold snow | snowfield | arctic | snowy ground",
+    "city": "city | town | street | big city | busy street | downtown | road | city street | metropolis | "
+    "city centre | streets | tall buildings | skyscrapers | urban street | main street",
+    "desert": "desert | sand | dunes | sand dunes | hot desert | sahara | dry desert | yellow sand | sandy desert | "
+    "pyramids | egypt | hot sand | desert sand",
+    "mountains": "mountains | alps | mountain | peaks | valley | lake | high mountains | hills | mountain valley | "
+    "mountain lake | mountain range | snowy peaks | rocky mountains | highlands | himalayas",
+}
+MORE_SCENES = {
+    "sea": "out at sea | on the water | by the sea | in the sea | at the coast | in the ocean | in the waves | "
+    "near the sea | at the beach | above the water | under the sea | by the seaside | on the high seas",
+    "meadow": "in a meadow | on a green field | in the grass | on the lawn | in the countryside | over the grass | "
+    "on the meadow | in a field of grass | in a green meadow | over a meadow",
+    "snow": "in winter time | in the ice | on a snowy field | in wintertime | in a winter landscape | over the ice | "
+    "in the white snow | during winter | on a winter day | when it snows | on a snowy day | covered in snow",
+    "city": "in a city | in a big city | on the road | in the streets | in the street | in a town | "
+    "in the big city | "
+    "over the rooftops | between the buildings | in the city centre | above the skyscrapers | uptown",
+    "desert": "in a desert | in the sand | on a dune | in the dunes | in the sahara | in the hot desert | in egypt | "
+    "over the sand | near the pyramids | over a dune",
+    "mountains": "in the hills | by the mountains | near the mountains | on a mountain | up in the mountains | "
+    "in a valley | at the lake | high up in the alps | in front of the mountains | between the peaks | over a valley",
+}
+MORE_TIMES = {
+    "day": "at day | in daylight | at midday | on a bright day | in the afternoon | on a nice day | at daytime | "
+    "on a sunny morning | under the sun | in the sun | under a blue sky | in the bright sun",
+    "sunset": "in the twilight | in the late evening | at sun down | during sunset | at the end of the day | "
+    "in the evening sun | while the sun sets | when the sun goes down | with a sunset | in the sunset",
+    "night": "in the night | by night | at nighttime | in moonlight | in the moonlight | under a starry sky | "
+    "late at night | during the night | in the middle of the night | on a moonlit night | under the night sky",
+}
+TIME_NOUNS = {
+    "day": "day | daytime | daylight | sunny day | noon | morning | midday | sunshine | by day",
+    "sunset": "sunset | evening | dusk | twilight | sundown | at sunset",
+    "night": "night | night time | midnight | moonlight | moonlit night | dark night | at night | nighttime",
+}
+TIME_STARTS = {  # clauses before "a red boat sails ..."
+    "day": "the sun shines and | the sun is up and | it is day and | it is a bright day and | it is noon and",
+    "sunset": "the sun goes down and | the sun is setting and | it is evening and | the evening comes and | "
+    "the day ends and",
+    "night": "the moon shines and | the stars are out and | it is night and | it is dark and | "
+    "at night when it is dark | "
+    "the moon shines on | the moon is over | the moon hangs above",
+}
+REQUESTS = (
+    "draw {} | please draw {} | can you draw {}? | can you draw me {}? | draw me {} | paint {} | please paint {} | "
+    "show me {} | show me {}, please | please show me {} | show {} | i would like {} | i would like to see {} | "
+    "i would like a picture of {} | i'd like to see {} | i want {} | i want to see {} | i want a picture of {} | "
+    "make {} | make me {} | make a picture of {} | make an image of {} | make an image with {} | create {} | "
+    "create an image of {} | generate {} | generate an image of {} | generate a picture with {} | picture of {} | "
+    "a picture of {} | image of {} | an image of {} | a photo of {} | a drawing of {} | a painting of {} | "
+    "an illustration with {} | could you paint {}? | could you please draw {}? | could i have {}? | may i see {}? | "
+    "let me see {} | give me {} | give me a picture with {}, please | i need {} | i need a picture of {} | "
+    "what does {} look like? | imagine {} | think of {} | hi, please draw {} | hello, can you paint {} for me? | "
+    "{}, please | {} please | {} for my daughter | how about {}? | a scene with {} | sketch {} | render {} | "
+    "would you draw {}? | please make {} for me | once upon a time there was {} | there was once {} | "
+    "this is {} | here is {} | here we see {} | i see {} | i can see {} | we see {} | there you see {} | look, {} | "
+    "wow, {} | in this picture there is {} | the picture shows {} | an artwork of {} | a nice picture of {} | "
+    "a cartoon of {} | a beautiful drawing of {} | a view of {} | i dream of {} | my favourite is {} | just {} | "
+    "only {} | simply {} | ok, now {} | now {}"
+)
+FILLERS = (
+    "lonely | beautiful | cute | nice | pretty | lovely | funny | happy | old | new | shiny | sweet | "
+    "wonderful | sad | "
+    "single | quiet | friendly | fine | simple | colourful | magic | brave | fast | young | fluffy | wooden | cosy"
+)
+SKY = "in the sky | in the air | up in the sky | high in the sky | up in the air | flying high | overhead | high up"
+JOINS = (
+    "and | and | and | and | with | next to | beside | near | together with | plus | along with | close to | "
+    "and also | "
+    "by | as well as | alongside | and then"
+)
+LOOKS = (
+    "looks at | watches | sees | likes | meets | is next to | is beside | is close to | waits for | dreams of | "
+    "lies beside | stands next to | sits near | plays with | follows | waves to"
+)
+ABSENT = (
+    "but no {0} | without a {0} | without any {1} | and no {0} | with no {1} | but not a {0} | but there is no {0} | "
+    "and no {1} | no {1} please | not a {0}"
+)
+STRANGERS = (  # what this world does not have
+    "dog | horse | man | woman | girl | boy | robot | dragon | plane | train | bus | bicycle | bike | truck | "
+    "rocket | "
+    "castle | bridge | table | chair | apple | banana | cake | book | guitar | piano | mouse | rabbit | cow | pig | "
+    "sheep | lion | tiger | elephant | monkey | bear | penguin | dolphin | whale | shark | spider | snake | "
+    "frog | duck | "
+    "chicken | unicorn | ghost | king | queen | princess | knight | pirate | wizard | clown | doctor | astronaut | "
+    "umbrella | hat | shoe | phone | computer | lamp | clock | key | door | fence | tent | flag | drum | cup | "
+    "bottle | "
+    "pizza | hamburger | cheese | egg | carrot | mushroom | cactus | bush | rainbow | cloud | rain | volcano | "
+    "island | "
+    "helicopter | submarine | tractor | motorbike | skateboard | swing | statue | tower | church | windmill"
+)
+
+
+COUNTED = "two | two | two | a pair of | a couple of | 2 | twin | both | two identical | two equal"
+
+
+# ---- chats
+
+MORE_TALK = [
+    "hello | hello, how nice to meet you.",
+    "hi | hi, what shall i draw?",
+    "hey | hey, what shall i draw for you?",
+    "good evening | good evening, how are you?",
+    "how are you? | i am fine, thank you. and you?",
+    "i am fine | that is good to hear.",
+    "thank you | you are welcome.",
+    "thanks | you are welcome.",
+    "thanks a lot | you are very welcome.",
+    "ok | good, what shall i draw next?",
+    "yes | good.",
+    "no | all right.",
+    "nice | thank you, i am happy that you like it.",
+    "great | thanks, it was fun to draw.",
+    "cool | thank you.",
+    "that looks good | thank you, i am happy that you like it.",
+    "i like it | i am glad to hear that.",
+    "well done | thanks, drawing is what i like best.",
+    "not bad | thank you.",
+    "wonderful | thank you very much.",
+    "bye | goodbye, see you soon.",
+    "goodbye | goodbye, see you soon.",
+    "see you later | goodbye, see you soon.",
+    "what can you draw? | balls, houses, trees, boats, fish, cars, stars, flowers, cats, birds, balloons and kites.",
+    "what can i ask for? | balls, houses, trees, boats, fish, cars, stars, flowers, cats, birds, balloons and kites.",
+    "help | ask me for a picture, and then for changes to it.",
+    "are you a robot? | i am a little painter and i tell stories too.",
+    "who made you? | i was made from nothing, with many small pictures.",
+    "do you like me? | yes, you are my friend.",
+    "what is up? | not much, shall i draw something?",
+    "i am bored | shall i draw something for you?",
+    "it is raining here | then it is a good day for pictures.",
+    "is it late? | i have no clock, but you may ask me for a night.",
+]
+NO_PICTURE = "there is no picture yet. what shall i draw?"
+PRAISE = (
+    "nice | great | thanks | thank you | ok | good | cool | lovely | wow | beautiful | well done | i like it | perfect"
+)
+ORDERS = (
+    "{} please | please {} | can you {}? | now {} | could you {}? | {} | {} | {} | {} | and now {} | "
+    "i want you to {} | "
+    "then {} | {}, please | could you please {}? | ok, now {}"
+)
+LESS = (
+    "remove {} | take {} away | take away {} | delete {} | without {} | no {} | leave out {} | get rid of {} | "
+    "erase {} | drop {} | i don't want {} | {} should go | make {} disappear"
+)
+AGAIN = "again | once more | one more time | draw it again | the same again | another one | show it again"
+
+
+RECOLOURS = (
+    "in {0} | {0} | {0} please | in {0} please | {0} instead | but {0} | the same but {0} | the same in {0} | "
+    "another one, but {0} | another one in {0} | i want it {0} | i want a {0} one | no, a {0} one | now in {0} | "
+    "it should be {0} | could it be {0}? | what about {0}? | and in {0}? | rather {0} | now {0} | a {0} one | "
+    "can i have it in {0}? | make that {0} | i'd prefer {0} | it must be {0}"
+)
+RESIZES = (
+    "{0} | {0} please | {0}, please | but {0} | i want it {0} | the same but {0} | now {0} | can it be {0}? | "
+    "could it be {0}? | it should be {0} | a {0} one"
+)
+MOVES_IT = "{} | {} please | now {} | i want it {} | the same {} | more {} | it should be {}"
+RETIMES = (
+    "{0} | {0} please | now {0} | and {0}? | the same {0} | but {0} | what about {0}? | can you draw it {0}? | "
+    "show it {0} | and now {0} | let it be {1} | make it {1} | turn it into {1} | it should be {1} | "
+    "change it to {1} | "
+    "how does it look {0}? | i want it {0} | {0} instead | the same picture {0} | could it be {1}? | make it {0} | "
+    "draw the same {0} | how about {0}? | let {1} come"
+)
+RESCENES = (
+    "the same {0} | {0} | now {0} | {0} please | put {1} {0} | and {0}? | the same picture {0} | but {0} | "
+    "draw the same {0} | what about {0}? | show {1} {0} | move {1} {0} | i want {1} {0} | {0} instead | "
+    "take {1} to {2} | "
+    "how about {0}? | can you draw {1} {0}? | let it be {0} | change the place to {2} | now the same {0} | "
+    "could you put {1} {0}? | again, but {0} | place {1} {0}"
+)
+ADDS = (
+    "add {} | add {} | add {} | put {} into it | put {} there | draw {} too | draw {} next to it | "
+    "put {} beside it | "
+    "add {} to the picture | include {} | place {} next to it"
+)
+ADDS_TOO = (
+    "and {} | with {} | also {} | plus {} | and {} please | with {} too | and also {} | i want {} too | "
+    "now with {} | there should be {} too | {} too please | and {} next to it"
+)

@@ -1,0 +1,391 @@
+"""What people type when they want a picture, and the description that decides what they leave open.
+
+The captions of `words.py` are written by who sees the picture: they name most facts. Somebody who asks for a picture
+names few, in words of their own: "BOAT, sea, night", "can you draw me a purpel fish?", "a house but no car". `wish`
+samples a picture, and a text that names some of its facts in such a way.
+
+A fact that a wish leaves open is sampled, so that one wish has many pictures; two things whose places are open stand
+on the left and on the right.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from miniature import phrases
+from miniature.descriptions import as_named
+from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, home, pick, sample_picture
+from miniature.words import (
+    COLOUR_WORDS,
+    NOUNS,
+    PLACE_PHRASES,
+    SCENE_PHRASES,
+    SIZE_WORDS,
+    TIME_CLAUSES,
+    TIME_PHRASES,
+    caption,
+    choices,
+    facts_in,
+    home_level,
+    plural,
+    some,
+    tidy,
+    verb,
+    with_article,
+)
+from prompts import plain_words
+
+SLIPS = 0.05  # share of texts with slips of the fingers
+
+# ---- words
+
+
+def said(rng: np.random.Generator, common: str, more: str) -> str:
+    """A word of `common`, the first one most often, or of people's own."""
+    return some(rng, common) if rng.random() < 0.6 else one_of(rng, more)
+
+
+def one_of(rng: np.random.Generator, phrases: str) -> str:
+    """Any of "a | b | c"."""
+    return pick(rng, choices(phrases))
+
+
+def chance(rng: np.random.Generator, share: float) -> bool:
+    return rng.random() < share
+
+
+# ---- facts: which are named, and what becomes of the others
+
+
+def spread(rng: np.random.Generator, picture: Picture) -> Picture:
+    """The picture with its two things on the left and on the right."""
+    places = ("left", "right") if chance(rng, 0.5) else ("right", "left")
+    return replace(picture, things=tuple(replace(t, place=p) for t, p in zip(picture.things, places, strict=True)))
+
+
+def related(rng: np.random.Generator, split: str) -> Picture:
+    """Two things of one kind: the same but for colour or size, or alike in both."""
+    first = sample_picture(rng, split, 1)
+    hero, what = first.things[0], rng.random()
+    other = hero
+    if what < 0.35:
+        other = replace(hero, colour=pick(rng, COLOURS_FOR[hero.kind, first.scene]))
+    elif what < 0.5:
+        other = replace(hero, size="small" if hero.size == "big" else "big")
+    return spread(rng, replace(first, things=(hero, other)))
+
+
+def wanted_picture(rng: np.random.Generator, split: str) -> Picture:
+    """One thing in 55 %; two of one kind in a fifth of the others."""
+    if chance(rng, 0.55):
+        return sample_picture(rng, split, 1)
+    return related(rng, split) if chance(rng, 0.2) else sample_picture(rng, split, 2)
+
+
+# ---- phrases
+
+
+def adjectives_of(rng: np.random.Generator, named: Thing) -> list[str]:
+    words = []
+    if named.size:
+        words.append(said(rng, SIZE_WORDS[named.size], phrases.MORE_SIZES[named.size]))
+    if named.colour:
+        words.append(said(rng, COLOUR_WORDS[named.colour], phrases.MORE_COLOURS[named.colour]))
+    if len(words) == 2 and chance(rng, 0.12):
+        words.reverse()
+    if chance(rng, 0.1):
+        words.insert(0, some(rng, phrases.FILLERS))
+    return words
+
+
+def noun_of(rng: np.random.Generator, kind: str) -> str:
+    return said(rng, NOUNS[kind], phrases.MORE_NOUNS[kind])
+
+
+def thing_phrase(rng: np.random.Generator, named: Thing, bare: bool = False) -> str:
+    """ "a red boat", "one big cat", "a boat that is red"; `bare`: without an article."""
+    noun, words = noun_of(rng, named.kind), adjectives_of(rng, named)
+    if words and chance(rng, 0.06):
+        tail = " and ".join(words) if chance(rng, 0.7) else ", ".join(words)
+        phrase = (
+            f"{noun} {pick(rng, ['that is', 'which is', 'in', 'coloured'] if not named.size else ['that is'])} {tail}"
+        )
+    else:
+        phrase = " ".join([*words, noun])
+    if bare or chance(rng, 0.05):
+        return phrase
+    article = rng.random()
+    if article < 0.08:
+        return f"{pick(rng, ['one', 'the', 'my', 'this', 'some', 'our', 'a single'])} {phrase}"
+    return with_article(phrase)
+
+
+def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
+    if chance(rng, 0.45):
+        level = home_level(picture)
+        return some(rng, SCENE_PHRASES[f"{scene} {level}".strip()])
+    if chance(rng, 0.55):
+        return one_of(rng, phrases.MORE_SCENES[scene])
+    sky = all(home(thing.kind, scene) == "sky" for thing in picture.things)
+    before = ["over", "above", "in", "high over"] if sky else ["in", "on", "at", "by", "in the middle of"]
+    place = one_of(rng, phrases.SETTINGS[scene])
+    return f"{pick(rng, before)} {'' if place in ('downtown', 'egypt', 'winter') else 'the '}{place}"
+
+
+def time_words(rng: np.random.Generator, time: str) -> str:
+    return said(rng, TIME_PHRASES[time], phrases.MORE_TIMES[time])
+
+
+def place_words(rng: np.random.Generator, place: str) -> str:
+    return said(rng, PLACE_PHRASES[place], phrases.MORE_PLACES[place])
+
+
+# ---- one wish
+
+
+def wish(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -> tuple[str, Picture]:
+    """What somebody types, as the language model reads it (`prompts.plain_words`), and a picture that it wishes for.
+    `slips`: the share of texts with slips of the fingers."""
+    if chance(rng, 0.2):  # a caption: names most, in the words of captions
+        picture = sample_picture(rng, split)
+        text = caption(picture, rng)
+        if len(picture.things) == 2 and not any(thing.place for thing in facts_in(text).things):
+            picture = spread(rng, picture)
+        picture = as_named(picture, text)
+    else:
+        picture = wanted_picture(rng, split)
+        text, picture = asked_for(rng, picture)
+    return plain_words(typed(rng, text, slips)), picture
+
+
+def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
+    """A text in people's words; the picture, with two things side by side where the text says no places."""
+    colour, size, place = chance(rng, 0.7), chance(rng, 0.18), chance(rng, 0.14)
+    named = [
+        Thing(
+            t.kind,
+            t.colour if colour and chance(rng, 0.9) else None,
+            t.size if chance(rng, 0.85 if size else 0.06) else None,
+            t.place if place else None,
+        )
+        for t in picture.things
+    ]
+    if len(named) == 2 and named[0].kind == named[1].kind and chance(rng, 0.75):
+        place, named = False, [replace(thing, place=None) for thing in named]
+    scene = picture.scene if chance(rng, 0.68) else None
+    time = picture.time if chance(rng, 0.3) else None
+    if len(named) == 1:
+        text = one_thing(rng, picture, named[0], scene, time)
+    else:
+        relation = None if place else pick(rng, [None, None, None, "left", "right"])
+        if not place:
+            picture = spread(rng, picture)
+            if relation:  # the first thing stands on that side
+                swap = picture.things[0].place != relation
+                places = [t.place for t in picture.things][:: -1 if swap else 1]
+                things = tuple(replace(t, place=p) for t, p in zip(picture.things, places, strict=True))
+                picture = replace(picture, things=things)
+        text = two_things(rng, picture, named, scene, time, relation)
+    if chance(rng, 0.05):
+        kinds = {thing.kind for thing in picture.things}
+        absent = pick(rng, [kind for kind in KINDS if kind not in kinds])
+        text = f"{text} {one_of(rng, phrases.ABSENT).format(absent, plural(absent))}"
+    elif chance(rng, 0.06):
+        stranger = with_article(one_of(rng, phrases.STRANGERS))
+        text = (
+            f"{text} {pick(rng, ['and', 'with', 'next to', 'beside'])} {stranger}"
+            if chance(rng, 0.6)
+            else (f"{stranger} {pick(rng, ['and', 'with', 'next to'])} {text}")
+        )
+    if chance(rng, 0.3):
+        text = one_of(rng, phrases.REQUESTS).format(text)
+    return text, picture
+
+
+def ends(
+    rng: np.random.Generator, picture: Picture, scene: str | None, time: str | None, place: str | None
+) -> list[str]:
+    """Phrases of scene, time and place, those that are named, in any order, the scene first most often."""
+    parts = [scene_words(rng, picture, scene)] if scene else []
+    parts += [time_words(rng, time)] if time else []
+    if place:
+        parts.insert(int(rng.integers(len(parts) + 1)), place_words(rng, place))
+    if len(parts) > 1 and chance(rng, 0.25):
+        parts.reverse()
+    return parts
+
+
+def bare_list(rng: np.random.Generator, named: list[Thing], scene: str | None, time: str | None, places: bool) -> str:
+    """ "red boat, sea, night", "boat red sea", "cat snow"."""
+    comma = chance(rng, 0.6)
+    groups = []
+    for thing in named:
+        words = [*adjectives_of(rng, thing), noun_of(rng, thing.kind)]
+        if len(named) == 1 and chance(rng, 0.3):
+            words = [words[i] for i in rng.permutation(len(words))]
+        if places and thing.place:
+            words.append(place_words(rng, thing.place))
+        groups.append(" ".join(words))
+    around = [one_of(rng, phrases.SETTINGS[scene])] if scene else []
+    around += [one_of(rng, phrases.TIME_NOUNS[time])] if time else []
+    groups = [*around, *groups] if chance(rng, 0.25) else [*groups, *around]
+    return (", " if comma else " ").join(groups)
+
+
+def setting_first(rng: np.random.Generator, scene: str, time: str | None) -> str:
+    """ "a snowy landscape at night", "desert at night", "the sea at night"."""
+    place = one_of(rng, phrases.SETTINGS[scene])
+    place = pick(rng, [place, f"the {place}", with_article(place)])
+    return f"{place} {time_words(rng, time)}" if time else place
+
+
+def one_thing(rng: np.random.Generator, picture: Picture, named: Thing, scene: str | None, time: str | None) -> str:
+    kind, form = named.kind, rng.random()
+    tail = ends(rng, picture, scene, time, named.place)
+    sky = home(kind, picture.scene) == "sky"
+    if sky and chance(rng, 0.12):
+        tail.insert(0, one_of(rng, phrases.SKY))
+    end = " ".join(tail)
+    if form < 0.42:
+        return f"{thing_phrase(rng, named)} {end}"
+    if form < 0.52:
+        return bare_list(rng, [named], scene, time, True)
+    if form < 0.6 and scene:
+        link = pick(rng, ["with", "with", "and", ",", "where there is", "and in it", "with just", ":"])
+        up = f" {one_of(rng, phrases.SKY)}" if sky and chance(rng, 0.4) else ""
+        place = f" {place_words(rng, named.place)}" if named.place else ""
+        return f"{setting_first(rng, scene, time)} {link} {thing_phrase(rng, named)}{up}{place}"
+    if form < 0.68:
+        doing = verb(rng, kind, int(1 + rng.integers(2)))
+        return f"{thing_phrase(rng, named)} {doing} {end}"
+    if form < 0.76:
+        there = pick(rng, ["there is", "there's", "there was", "there stands", "we have", "i see", "it is"])
+        return f"{there} {thing_phrase(rng, named)} {end}"
+    if form < 0.84 and tail:
+        first, rest = tail[0], " ".join(tail[1:])
+        return f"{first}{',' if chance(rng, 0.3) else ''} {thing_phrase(rng, named)} {rest}"
+    if form < 0.88 and time:
+        start = pick(
+            rng, choices(phrases.TIME_STARTS[time]) + [f"{clause} and" for clause in choices(TIME_CLAUSES[time])]
+        )
+        place = " ".join(ends(rng, picture, scene, None, named.place))
+        if scene and chance(rng, 0.4):
+            return (
+                f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and {thing_phrase(rng, named)} "
+                f"{verb(rng, kind, 1)} {place_words(rng, named.place) if named.place else ''}"
+            )
+        return f"{start} {thing_phrase(rng, named)} {verb(rng, kind, 1)} {place}"
+    noun = noun_of(rng, kind)
+    which = pick(rng, ["the", "the", "my", "a", "this", "our"])
+    facts = adjectives_of(rng, named)
+    if not facts:
+        return f"{which} {noun} {pick(rng, ['is', verb(rng, kind, 1)])} {end}"
+    if form < 0.93:  # sentences: "the ball is blue. the ball is big. it is in the desert."
+        it = [f"{which} {noun}"] + [pick(rng, ["it", f"the {noun}"]) for _ in range(4)]
+        lines = [f"{who} is {fact}" for who, fact in zip(it, [*facts, *tail], strict=False)]
+        return ". ".join(lines) + "."
+    if form < 0.97:  # "my house is yellow and stands in a meadow"
+        return f"{which} {noun} is {' and '.join(facts)}{' and ' + verb(rng, kind, 1) + ' ' + end if tail else ''}"
+    several = [*facts, *tail]
+    listed = ", ".join(several[:-1]) + f" and {several[-1]}" if len(several) > 1 else several[0]
+    return f"a {noun} that is {listed}"
+
+
+def two_things(
+    rng: np.random.Generator,
+    picture: Picture,
+    named: list[Thing],
+    scene: str | None,
+    time: str | None,
+    relation: str | None,
+) -> str:
+    end = " ".join(ends(rng, picture, scene, time, None))
+    if named[0].kind == named[1].kind and not relation and chance(rng, 0.75):
+        return f"{same_kind(rng, named)} {end}"
+    first, second = (thing_phrase(rng, thing) for thing in named)
+    homes = [home(thing.kind, picture.scene) for thing in picture.things]
+    if relation:
+        side = pick(rng, ["to the {} of", "to the {} of", "{} of", "on the {} of", "on the {} side of"]).format(
+            relation
+        )
+        return f"{first} {pick(rng, ['', 'is', 'stands'])} {side} {second} {end}"
+    if named[0].place:
+        places = [place_words(rng, thing.place) for thing in named]
+        if chance(rng, 0.2):
+            return f"{places[0]} {first} and {places[1]} {second} {end}"
+        if chance(rng, 0.1):
+            return bare_list(rng, named, scene, time, True)
+        return f"{first} {places[0]} {pick(rng, ['and', ',', 'with'])} {second} {places[1]} {end}"
+    form = rng.random()
+    if form < 0.12 and homes[0] == "sky" != homes[1]:
+        doing = pick(rng, ["", verb(rng, named[0].kind, 2), verb(rng, named[0].kind, 1)])
+        return f"{first} {doing} {pick(rng, ['above', 'over', 'high above', 'high over'])} {second} {end}"
+    if form < 0.12 and homes[1] == "sky" != homes[0]:
+        return f"{first} {pick(rng, ['below', 'under', 'beneath', 'underneath'])} {second} {end}"
+    if form < 0.2:
+        return bare_list(rng, named, scene, time, False)
+    if form < 0.28:
+        return f"{first} {some(rng, phrases.LOOKS)} {second} {end}"
+    if form < 0.36 and scene:
+        link = pick(rng, ["with", "and", ",", "where there are"])
+        return f"{setting_first(rng, scene, time)} {link} {first} and {second}"
+    if form < 0.44 and homes[1] == "sky":
+        return f"{first} {end} {pick(rng, ['with', 'and'])} {second} {one_of(rng, phrases.SKY)}"
+    if form < 0.52 and end:
+        return f"{end} {pick(rng, ['', 'there are', 'there is', 'we see', 'are'])} {first} and {second}"
+    if form < 0.6:
+        return f"{pick(rng, ['there is', 'there are', 'i see'])} {first} and {second} {end}"
+    if form < 0.66 and end:
+        return f"{first} {end} {pick(rng, ['with', 'and', 'next to', 'beside'])} {second}"
+    return f"{first} {one_of(rng, phrases.JOINS)} {second} {end}"
+
+
+def same_kind(rng: np.random.Generator, named: list[Thing]) -> str:
+    """ "two red balls", "one red and one white flower", "a big and a small star"."""
+    one, two = named
+    noun = noun_of(rng, one.kind)
+    if (one.colour, one.size) == (two.colour, two.size):
+        words = " ".join(adjectives_of(rng, one))
+        if chance(rng, 0.15):
+            return f"{with_article(f'{words} {noun}'.strip())} and another {pick(rng, ['', words])} {noun}"
+        return f"{one_of(rng, phrases.COUNTED)} {words} {plural(noun)}"
+    facts = [" ".join(adjectives_of(rng, replace(thing))) for thing in named]
+    if not all(facts):
+        return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"
+    form = rng.random()
+    if form < 0.35:
+        return f"one {facts[0]} and one {facts[1]} {noun}"
+    if form < 0.65:
+        return f"{with_article(facts[0])} and {with_article(facts[1])} {noun}"
+    if form < 0.85:
+        return f"two {plural(noun)}, one {facts[0]} and one {facts[1]}"
+    return f"{with_article(facts[0])} {noun} and {with_article(facts[1])} one"
+
+
+# ---- slips of the fingers
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+def typo(rng: np.random.Generator, word: str) -> str:
+    """A letter swapped with the next, doubled, left out, or another one. The first letter mostly stays."""
+    i = int(rng.integers(1 if chance(rng, 0.85) else 0, len(word)))
+    slip = rng.random()
+    if slip < 0.3 and i + 1 < len(word):
+        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    if slip < 0.55:
+        return word[:i] + word[i + 1 :]
+    if slip < 0.75:
+        return word[:i] + word[i] + word[i:]
+    return word[:i] + pick(rng, ALPHABET) + word[i + (slip < 0.92) :]
+
+
+def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:
+    """The text with one or two slips, or in most cases without."""
+    words = text.split()
+    if chance(rng, slips):
+        for _ in range(1 + int(rng.integers(2))):
+            i = int(rng.integers(len(words)))
+            if len(words[i]) > 2 and words[i].isalpha():
+                words[i] = typo(rng, words[i])
+    return tidy(" ".join(words))

@@ -1,0 +1,189 @@
+"""What people type: wishes, chats, descriptions, and the words of the miniature's world."""
+
+import json
+
+import pytest
+
+from common.cli import MINIATURE
+from common.files import read_json
+from miniature.chats import bracketed, change, chat, known_words
+from miniature.descriptions import describe
+from miniature.documents import chat_document, described_story_document, wish_document
+from miniature.facts import fits, held_out, random_stream, sample_picture
+from miniature.phrases import STRANGERS
+from miniature.wishes import typed, wish
+from miniature.words import choices, facts_in
+from prompts import Turn, Words, description_in, own_turn, plain_words, turns_with_picture, user_turn
+from tokenizer import Tokenizer
+
+WORDS = Words.of(MINIATURE)
+TOKENIZER_FOLDER = MINIATURE / "vicuna"  # which has no words.json
+TOKENIZER = Tokenizer(TOKENIZER_FOLDER / "tokenizer.model")
+
+
+def pictures_of_training(n: int = 300):
+    for i in range(n):
+        yield wish(random_stream(1, i))[1]
+        yield from (facts_in(turn.text[1:-1]) for turn in chat(random_stream(2, i))[1::2] if turn.text[0] == "(")
+
+
+def same(one, two) -> bool:
+    return (one.scene, one.time) == (two.scene, two.time) and sorted(map(str, one.things)) == sorted(
+        map(str, two.things)
+    )
+
+
+def test_a_description_says_everything():
+    for i in range(300):
+        picture = sample_picture(random_stream(0, i), ("train", "held-out")[i % 2])
+        assert same(facts_in(describe(picture)), picture)
+        assert description_in(bracketed(picture)) == describe(picture)
+
+
+def test_described_pictures_can_be_drawn_and_are_not_held_out():
+    for picture in pictures_of_training():
+        assert fits(picture.things, picture.scene), picture
+        assert not any(held_out(thing.kind, thing.colour, picture.scene) for thing in picture.things), picture
+
+
+def test_wishes_name_things_of_their_picture():
+    """Of every kind, nouns that mean nothing else in any phrase: who reads one finds that kind in the picture."""
+    nouns = {"sphere": "ball", "cottage": "house", "villa": "house", "oak": "tree", "willow": "tree", "yacht": "boat"}
+    nouns |= {"goldfish": "fish", "trout": "fish", "sedan": "car", "taxi": "car", "tulip": "flower", "daisy": "flower"}
+    nouns |= {"kitty": "cat", "tomcat": "cat", "sparrow": "bird", "robin": "bird", "balloon": "balloon", "kite": "kite"}
+    found = set()
+    for i in range(2000):
+        text, picture = wish(random_stream(3, i), slips=0.0)
+        assert text == plain_words(text)
+        named = {nouns[word] for word in text.split() if word in nouns}
+        if not {"no", "not", "without"} & set(text.split()):
+            assert named <= {thing.kind for thing in picture.things}, (text, picture)
+            found |= named
+    assert len(found) == 11  # "star" has no such noun
+
+
+@pytest.mark.parametrize("kind", [wish_document, chat_document, described_story_document])
+def test_documents_put_pictures_into_words(kind):
+    rows = [kind(random_stream(4, i), 4, i, "train") for i in range(100)]
+    described = [description_in(row.target) for row in rows]
+    assert sum(map(bool, described)) >= 40
+    for row, description in zip(rows, described, strict=True):
+        assert not row.outputs and row.source.count("<ImageHere>") == len(row.inputs)
+        assert row.target.endswith(" ###")
+        assert description is None or describe(facts_in(description)) == description
+
+
+def test_a_change_changes():
+    kept = 0
+    for i in range(500):
+        rng = random_stream(5, i)
+        before = sample_picture(rng)
+        text, after = change(rng, before)
+        assert text and fits(after.things, after.scene)
+        kept += same(before, after)
+    assert kept < 50  # "again", and "make it big" of what is big
+
+
+def test_slips_change_little():
+    for i in range(200):
+        text = "a purple flower in the mountains"
+        slipped = typed(random_stream(6, i), text, 1.0)
+        assert abs(len(slipped) - len(text)) <= 2 and len(slipped.split()) == len(text.split())
+
+
+# ---- how they are read
+
+
+@pytest.mark.parametrize(
+    "typed_text, read",
+    [
+        ("A Red BOAT!!", "a red boat"),
+        ("\u201cit\u2019s\u201d  a\tboat \u2013 at sea", "it's a boat at sea"),
+        ("(hello) #1: ok?", "hello 1 ok?"),
+    ],
+)
+def test_plain_words(typed_text, read):
+    assert plain_words(typed_text) == read
+
+
+def test_what_somebody_types_is_never_a_description():
+    assert description_in(user_turn(TOKENIZER, "(a red boat)", Words([], [])).text) is None
+    assert user_turn(TOKENIZER, "!!!", WORDS).text == "!!!"
+    assert user_turn(TOKENIZER, "A Boat [IMG0]", None).text.startswith("A Boat [ IMG0]")
+
+
+def test_the_last_picture_is_always_read():
+    turns = [
+        Turn("a boat"),
+        Turn("(a small boat)"),
+        Turn("hello"),
+        Turn("hi"),
+        Turn("how are you?"),
+        Turn("fine"),
+        Turn("red"),
+    ]
+    assert turns_with_picture(turns, 7) == [*turns[0:2], *turns[4:7]]
+    assert turns_with_picture(turns[:5], 5) == [*turns[0:5]]
+    assert turns_with_picture(turns[:3], 3) == turns[:3]
+    assert turns_with_picture(turns[2:7], 5) == turns[4:7]
+    shown = [Turn("look", ("picture",)), *turns[3:6], Turn("make it red")]
+    assert turns_with_picture(shown, 5) == shown
+
+
+def test_own_pictures_are_remembered_by_their_words():
+    class Drawn:
+        def __init__(self, **info):
+            self.info = info
+
+    assert own_turn(TOKENIZER, "look", (Drawn(description="a boat"),)) == Turn("look (a boat)")
+    plain = Drawn()
+    assert own_turn(TOKENIZER, "look", (plain,)) == Turn("look", (plain,))
+
+
+# ---- the world's words
+
+
+def test_shipped_words_are_those_of_the_grammar():
+    shipped = read_json(MINIATURE / "minigpt5" / "words.json")
+    assert shipped == {"known": known_words(), "unknown": choices(STRANGERS)}
+
+
+@pytest.mark.parametrize(
+    "text, unknown",
+    [
+        ("a bule boat on the see", []),
+        ("A DOG and a horse in the snow!", ["dog", "horse"]),
+        ("a xylophone", ["xylophone"]),
+        ("", []),
+    ],
+)
+def test_unknown_words(text, unknown):
+    assert WORDS.missing(text) == unknown
+
+
+def test_slips_are_mended():
+    assert WORDS.spelled("a bule baot on teh see, a purpel kitee!") == "a blue boat on the see, a purple kite!"
+    assert WORDS.spelled("a horse and a xylophone") == "a horse and a xylophone"
+    mended = total = 0
+    for i in range(400):
+        text = wish(random_stream(7, i), slips=0.0)[0]
+        slipped = typed(random_stream(8, i), text, 1.0)
+        pairs = list(zip(text.split(), WORDS.spelled(slipped).split(), slipped.split(), strict=True))
+        wrong = [(a, b) for a, b, c in pairs if a != c and c not in WORDS.known and len(c) > 2]
+        mended, total = mended + sum(a == b for a, b in wrong), total + len(wrong)
+    assert mended > 0.8 * total > 200
+    assert Words.of(TOKENIZER_FOLDER).spelled("a bule boat") == "a bule boat"
+    assert Words.of(TOKENIZER_FOLDER).missing("a bule boat") == []
+
+
+def test_copies_of_the_peoples_files_can_be_read(tmp_path):
+    from miniature.score_people import FOLDER, read_chats, read_prompts
+
+    wishes, chats = read_prompts(FOLDER / "prompts.jsonl"), read_chats(FOLDER / "chats.jsonl")
+    assert {len(wish.wanted.things) for wish in wishes} == {1, 2} and len(chats) == 6
+    (tmp_path / "x.jsonl").write_text(json.dumps({"scene": None}) + "\n")
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: 'prompt' is missing"):
+        read_prompts(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text("\nno json\n")
+    with pytest.raises(ValueError, match=r"x.jsonl, line 2: not JSON"):
+        read_prompts(tmp_path / "x.jsonl")
