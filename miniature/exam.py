@@ -18,6 +18,7 @@ from baselines.stable_diffusion import StableDiffusion
 from common.images import draw_grid, to_image, to_tensor
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids
+from miniature.descriptions import describe
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
 from miniature.paint import draw
@@ -25,7 +26,7 @@ from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import sample_pair
 from minigpt5 import MiniGPT5
-from prompts import Turn
+from prompts import WORDS_FIRST_SYSTEM, Turn, Words, clean_caption, dialog_source, pictures_of, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
@@ -55,6 +56,14 @@ class Exam:
     @cached_property
     def model(self) -> MiniGPT5:
         return load_minigpt5(self.weights, self.checkpoint, dtype=torch.float32, device=self.device).eval()
+
+    @cached_property
+    def words(self) -> Words | None:
+        return Words.of(self.weights) if self.sampling.words_first else None
+
+    @property
+    def system(self) -> str | None:
+        return WORDS_FIRST_SYSTEM if self.sampling.words_first else None
 
     def generator(self, i: int) -> torch.Generator:
         """The random numbers of prompt i: its noise."""
@@ -86,6 +95,20 @@ def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]
 def heard(told: list[Told], jitter: int) -> list[Turn]:
     """Turns of a story or a dialogue as the language model reads them, their pictures drawn."""
     return [Turn(turn.text, (draw(turn.picture, jitter, SIDE),) if turn.picture else ()) for turn in told]
+
+
+def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
+    """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
+    if not exam.sampling.words_first:
+        return heard(told, jitter)
+    turns = [
+        user_turn(exam.model.tokenizer, turn.text, exam.words, pictures_of([t]))
+        for turn, t in zip(told, heard(told, jitter), strict=True)
+    ]
+    return [
+        Turn(f"{told[i].text} ({describe(told[i].picture)})" if told[i].picture else told[i].text) if i % 2 else turn
+        for i, turn in enumerate(turns)
+    ]
 
 
 # ---- ways to answers
@@ -122,6 +145,14 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
             words = " ".join(s for s in spoken(segments) if isinstance(s, str))
             said.append(Said(words, next((s for s in segments if not isinstance(s, str)), None)))
     return said
+
+
+def draw_prompts(exam: Exam, texts: list[str]) -> list[Said]:
+    """What sample.py answers to prompts: words first, to a chat's first turn, otherwise to stage 1's bare caption."""
+    tokenizer = exam.model.tokenizer
+    if not exam.sampling.words_first:
+        return ask(exam, [tokenizer.plain(clean_caption(text)) for text in texts])
+    return ask(exam, [dialog_source([user_turn(tokenizer, text, exam.words)], 1, exam.system) for text in texts])
 
 
 # ---- what came out right

@@ -6,6 +6,7 @@
 
 | part      | measures                                                                             |
 | --------- | ------------------------------------------------------------------------------------ |
+| people    | prompts and chats as people write them, drawn as `sample.py` does by default         |
 | prompts   | pictures drawn through the frozen text encoder: "zero-shot Stable Diffusion"         |
 | vokens    | the same prompts and noise through the language model, its vokens and the mapper     |
 | captions  | pictures that the language model describes                                           |
@@ -33,14 +34,14 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
 from common.files import write_json
 from generation import add_sampling_options, sampling_of
-from miniature.documents import look_document
 from miniature.exam import (
     LONGEST,
     Exam,
     Figures,
     Said,
     ask,
-    heard,
+    chat_turns,
+    draw_prompts,
     held_out_prompts,
     held_out_samples,
     look,
@@ -49,12 +50,13 @@ from miniature.exam import (
 )
 from miniature.facts import Picture, random_stream
 from miniature.judge import NOTHING, right_shares, share
+from miniature.score_people import FOLDER, people
 from miniature.score_stories import stories
-from miniature.tales import SMALL_TALK
+from miniature.tales import SHOWS, SMALL_TALK
 from miniature.tales import Turn as Told
-from miniature.words import agrees, facts_in
+from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue
-from prompts import UAS_REQUESTS, dialog_source, history_start, uas_texts
+from prompts import UAS_REQUESTS, chat_history, dialog_source, pictures_of, uas_texts, user_turn
 from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
@@ -77,11 +79,11 @@ def prompts(exam: Exam) -> Figures:
 
 
 def vokens(exam: Exam) -> Figures:
-    """A prompt is read as stage 1 reads it: the bare caption."""
+    """Words first, a prompt is the first turn of a chat; otherwise stage 1's bare caption."""
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
-        drawn = [said.picture for said in ask(exam, [uas_texts(text)[0] for text in texts])]
+        drawn = [said.picture for said in draw_prompts(exam, texts)]
         exam.sheet(f"vokens {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
@@ -92,11 +94,12 @@ def vokens(exam: Exam) -> Figures:
 
 
 def captions(exam: Exam) -> Figures:
-    """Questions and pictures in the forms of `documents.look_document`. A fact is right if it is said and true; "no
-    error": nothing that is said is wrong, and no thing is left out."""
+    """Pictures that somebody shows. A fact is right if it is said and true; "no error": nothing that is said is wrong,
+    and no thing is left out."""
     wanted, pictures = held_out_samples(exam)
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
-    sources = [look_document(rng, exam.seed, i, "held-out").source for i, rng in enumerate(streams)]
+    asked = [user_turn(exam.model.tokenizer, some(rng, SHOWS), exam.words, (None,)) for rng in streams]
+    sources = [dialog_source([turn], 1, exam.system) for turn in asked]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
     exam.sheet("captions", ((text, [picture]) for text, picture in zip(texts, pictures, strict=True)))
     told = [facts_in(text) for text in texts]
@@ -118,17 +121,28 @@ def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
     asked = {True: [], False: []}
     for i in count():
         told, jitter = sample_dialogue(exam.seed, i, "held-out")
+        turns = chat_turns(exam, told, jitter)
         for k in range(1, len(told), 2):
-            before = heard(told[history_start(k) : k], jitter)
-            pictures = tuple(picture for turn in before for picture in turn.pictures)
-            asked[told[k].picture is not None].append(Reply(dialog_source(before, k), pictures, *told[k - 1 : k + 1]))
+            before = chat_history(turns, k, exam.sampling.words_first)
+            source = dialog_source(before, k, exam.system)
+            asked[told[k].picture is not None].append(Reply(source, pictures_of(before), *told[k - 1 : k + 1]))
         if min(map(len, asked.values())) >= exam.n:
             return {wish: rows[: exam.n] for wish, rows in asked.items()}
 
 
+def has_picture(reply: Reply) -> bool:
+    """Whether a picture, or the description of one, is heard."""
+    return bool(reply.pictures) or "(" in reply.source
+
+
 def replies(exam: Exam) -> Figures:
     """Requests in stage 1's form, and the human's turns in dialogues."""
-    requests = [uas_texts(c, instruction=i % len(UAS_REQUESTS))[0] for i, c in enumerate(held_out_prompts(exam, 1)[0])]
+    captions, tokenizer = held_out_prompts(exam, 1)[0], exam.model.tokenizer
+    if exam.sampling.words_first:
+        asked = [f"{UAS_REQUESTS[i % len(UAS_REQUESTS)]} {caption}" for i, caption in enumerate(captions)]
+        requests = [dialog_source([user_turn(tokenizer, text, exam.words)], 1, exam.system) for text in asked]
+    else:
+        requests = [uas_texts(c, instruction=i % len(UAS_REQUESTS))[0] for i, c in enumerate(captions)]
     turns, figures = turns_to_answer(exam), {}
     for name, wish, rows in (
         ("a caption's picture is asked for", True, [(source, ()) for source in requests]),
@@ -149,13 +163,13 @@ def dialogues(exam: Exam) -> Figures:
     wishes = [(reply, facts_in(reply.asked.text)) for reply in turns[True]]
     new = [(reply, named) for reply, named in wishes if named.scene]
     # Where there is no picture, the one to be changed is not heard of any more.
-    changed = [(reply, reply.turn.picture) for reply, named in wishes if not named.scene and reply.pictures]
+    changed = [(reply, reply.turn.picture) for reply, named in wishes if not named.scene and has_picture(reply)]
     for name, rows in {"asked for": new, "changed": changed}.items():
         drawn = [said.picture for said in answers(exam, f"dialogues {name}", [reply for reply, _ in rows])]
         right = right_shares(look(exam, drawn), [wanted for _, wanted in rows])
         figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right
     shown = [reply for reply in turns[False] if reply.asked.picture]
-    about = [r for r in turns[False] if r.pictures and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
+    about = [r for r in turns[False] if has_picture(r) and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]
     for name, rows in {"described": shown, "answered": about}.items():
         fine = [
@@ -186,8 +200,8 @@ def answers(exam: Exam, name: str, rows: list[Reply]) -> list[Said]:
 
 # ---- the command
 
-PARTS = {part.__name__: part for part in (prompts, vokens, captions, replies, dialogues, stories)}
-NEED_CHECKPOINT = ("vokens", "replies", "dialogues", "stories")
+PARTS = {part.__name__: part for part in (people, prompts, vokens, captions, replies, dialogues, stories)}
+NEED_CHECKPOINT = ("people", "vokens", "replies", "dialogues", "stories")
 
 
 def tables(figures: Figures) -> str:
@@ -201,16 +215,20 @@ def tables(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def checkpoint_for(part: str, weights: Path, wanted: Path | None) -> Path | None:
-    """What `--checkpoint` names; without it stage 1's, for stories stage 2's if it is there."""
+def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: bool) -> Path | None:
+    """What `--checkpoint` names; without it stage 1's, for stories without words first stage 2's if it is there."""
     trained = weights / "minigpt5"
     if wanted:
         found = find_checkpoint(wanted) or find_checkpoint(trained / f"{wanted}.safetensors")
     else:
-        found = shipped_checkpoint(trained, STORY_FILES if part == "stories" else ())
+        found = shipped_checkpoint(trained, STORY_FILES if part == "stories" and not words_first else ())
     if found is None and (wanted or part in NEED_CHECKPOINT):
         raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")
     return found
+
+
+def seeds(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -221,8 +239,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
     add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
     add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
+    add("--prompts", type=Path, default=FOLDER / "prompts.jsonl", help="prompts of the part people")
+    add("--chats", type=Path, default=FOLDER / "chats.jsonl", help="chats of the part people")
+    add("--seeds", type=seeds, default=[0, 1, 2], help="of the part people; default: 0,1,2")
     add_sampling_options(parser)
-    parser.set_defaults(steps=20, guidance=3.0, sampler="dpm", max_new_tokens=LONGEST)
+    parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
@@ -243,9 +264,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:
-        checkpoint = checkpoint_for(part, args.weights, args.checkpoint)
+        checkpoint = checkpoint_for(part, args.weights, args.checkpoint, args.words_first)
         n = args.n or (STORIES if part == "stories" else SAMPLES)
-        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
+        options = (args.prompts, args.chats, args.seeds) if part == "people" else ()
+        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint), *options)
         record["samples"][part], record["checkpoints"][part] = n, checkpoint and checkpoint.name
         print(f"## {part}, {n} samples, in per cent\n\n{tables(figures)}", flush=True)
         if args.out:

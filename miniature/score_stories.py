@@ -22,7 +22,7 @@ from miniature.judge import right_shares
 from miniature.tales import PARTS as PARTINGS
 from miniature.words import COLOUR_WORDS, NOUNS, agrees, choices, facts_in
 from miniature.world import sample_story
-from prompts import STORY_REQUESTS, Turn, story_example, story_source
+from prompts import STORY_REQUESTS, Turn, own_turn, pictures_of, story_example, story_source
 
 CHOICE = 402  # purpose of the random streams
 CONTEXTS = {"no history": HISTORIES["none"], "its texts": HISTORIES["texts"], "texts and pictures": HISTORIES["both"]}
@@ -95,7 +95,7 @@ def kept(seen: Picture, story: Picture, colour: str) -> dict[str, bool]:
 
 
 def ask_steps(exam: Exam, steps: list[Step], task: str, context: str) -> list[Said]:
-    rows = [story_example(CONTEXTS[context](step.before), step.turn, task, 0, "") for step in steps]
+    rows = [story_example(CONTEXTS[context](step.before), step.turn, task, 0, "", exam.system) for step in steps]
     return ask(exam, [row.source for row in rows], [row.inputs for row in rows])
 
 
@@ -132,16 +132,17 @@ def own_story_figures(exam: Exam) -> Figures:
     tales, figures = [[] for _ in firsts], {}
     for step in range(1, OWN_STEPS + 1):
         if step == 1:
-            sources = [story_source([], STORY_REQUESTS["image"][0].format(first.text)) for first in firsts]
+            requests = [STORY_REQUESTS["image"][0].format(first.text) for first in firsts]
+            sources = [story_source([], request, exam.system) for request in requests]
         else:
-            sources = [story_source(tale, STORY_REQUESTS["text+image"][0]) for tale in tales]
-        said = ask(exam, sources, [tuple(picture for turn in tale for picture in turn.pictures) for tale in tales])
+            sources = [story_source(tale, STORY_REQUESTS["text+image"][0], exam.system) for tale in tales]
+        said = ask(exam, sources, [pictures_of(tale) for tale in tales])
         seen, rows = look(exam, [answer.picture for answer in said]), []
         for i, (first, tale, answer) in enumerate(zip(firsts, tales, said, strict=True)):
-            text = first.text if step == 1 else exam.model.tokenizer.plain(answer.text)
-            tale.append(Turn(text, (answer.picture,) if answer.picture else ()))
+            text = first.text if step == 1 else answer.text
+            tale.append(own_turn(exam.model.tokenizer, text, (answer.picture,) if answer.picture else ()))
             colours[i] = hero_colour(text, colours[i])
-            rows.append({"drawn": bool(tale[-1].pictures)} | kept(seen[i], first.picture, colours[i]))
+            rows.append({"drawn": answer.picture is not None} | kept(seen[i], first.picture, colours[i]))
         figures[f"own story, step {step}, kept"] = means(rows)
     for i, tale in enumerate(tales[:2], 1):
         exam.sheet(f"stories own {i}", ((turn.text, list(turn.pictures) or [None]) for turn in tale))

@@ -11,7 +11,18 @@ from PIL import Image
 
 from common.cli import run
 from generation import Sampling
-from miniature import autoencoder, documents, painter, pretrain, reader, score, score_stories, speaker, world
+from miniature import (
+    autoencoder,
+    documents,
+    painter,
+    pretrain,
+    reader,
+    score,
+    score_people,
+    score_stories,
+    speaker,
+    world,
+)
 from miniature import exam as examining
 from miniature.exam import Exam, Said
 from miniature.facts import Picture, Thing, random_stream
@@ -51,7 +62,7 @@ def weights(tmp_path_factory):
         with torch.no_grad():
             recipe.export(recipe.modules.eval(), shop.weights)
     patch.undo()
-    (shop.weights / "minigpt5").mkdir()
+    (shop.weights / "minigpt5").mkdir(exist_ok=True)
     model = load_minigpt5(shop.weights, None, read_pictures=False)
     save_trained(model, shop.weights / "minigpt5" / "uas.safetensors", "uas")
     model.add_adapters(lora={})
@@ -173,11 +184,11 @@ def test_vokens_beside_the_text_encoder(exam, draw, monkeypatch):
         picture, caption, _ = world.sample_pair(exam.seed, i, "held-out", things)
         facts[caption] = picture
 
-    def ask(exam, sources):
-        return [Said("", draw(facts[source]) if i % 2 else None) for i, source in enumerate(sources)]
+    def draw_prompts(exam, prompts):
+        return [Said("", draw(facts[prompt]) if i % 2 else None) for i, prompt in enumerate(prompts)]
 
     monkeypatch.setattr(score, "text_to_pictures", lambda exam, prompts: [draw(facts[prompt]) for prompt in prompts])
-    monkeypatch.setattr(score, "ask", ask)
+    monkeypatch.setattr(score, "draw_prompts", draw_prompts)
     through_text, through_vokens = score.prompts(exam), score.vokens(exam)
     for name in score.COUNTS:
         assert set(through_text[f"{name}, right"].values()) == {1.0}
@@ -397,20 +408,70 @@ def test_settings(tmp_path, monkeypatch):
     monkeypatch.setitem(score.PARTS, "prompts", lambda exam: exams.append(exam) or {})
     score.main(f"prompts --weights {tmp_path} --seed 5 --sampler ddim --steps 3 --guidance 2 --device cpu".split())
     assert exams[0].seed == 5
-    assert exams[0].sampling == replace(WORDS, max_new_tokens=score.LONGEST, sampler="ddim", steps=3, guidance=2.0)
+    assert exams[0].sampling == replace(
+        WORDS, max_new_tokens=score.LONGEST, sampler="ddim", steps=3, guidance=2.0, words_first=True
+    )
 
 
 def test_checkpoints(weights, tmp_path):
     trained = weights / "minigpt5"
     uas, mls = trained / "uas.safetensors", trained / "mls-story.safetensors"
-    assert score.checkpoint_for("vokens", weights, None) == uas
-    assert score.checkpoint_for("stories", weights, None) == mls
-    assert score.checkpoint_for("stories", weights, Path("uas")) == uas
-    assert score.checkpoint_for("vokens", weights, mls) == mls
-    assert score.checkpoint_for("prompts", tmp_path, None) is None
+    assert score.checkpoint_for("vokens", weights, None, False) == uas
+    assert score.checkpoint_for("stories", weights, None, False) == mls
+    assert score.checkpoint_for("stories", weights, None, True) == uas
+    assert score.checkpoint_for("stories", weights, Path("uas"), False) == uas
+    assert score.checkpoint_for("vokens", weights, mls, True) == mls
+    assert score.checkpoint_for("prompts", tmp_path, None, True) is None
     for part, wanted in (("stories", None), ("prompts", Path("poems"))):
         with pytest.raises(ValueError, match="no checkpoint"):
-            score.checkpoint_for(part, tmp_path, wanted)
+            score.checkpoint_for(part, tmp_path, wanted, True)
+
+
+def test_people(exam, draw, monkeypatch, tmp_path, capsys):
+    """Everything is drawn as the first seed's prompt wishes but for the balls, which come twice."""
+    lines = [
+        {"prompt": "a boat", "scene": None, "time": None, "things": [vars(Thing("boat"))]},
+        {"prompt": "a ball", "scene": "sea", "time": None, "things": [vars(Thing("ball"))]},
+        {"prompt": "a boat, a kite", "scene": None, "time": None, "things": [vars(Thing("boat")), vars(Thing("kite"))]},
+    ]
+    turns = [
+        {"say": "hello", "picture": False},
+        {"say": "a boat", "picture": True, **lines[0]},
+        {"say": "stop", "picture": True, **lines[0]},
+    ]
+    for name, rows in (("prompts", lines), ("chats", [{"turns": turns}, {"turns": turns[:1]}])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    heard = []
+
+    def ask(exam, sources, pictures=None):
+        heard.extend(sources)
+        said = []
+        for source in sources:
+            text = source.rpartition("###Human:")[2]
+            things = (
+                [Thing("boat")] * ("boat" in text)
+                + [Thing("kite")] * ("kite" in text)
+                + [Thing("ball")] * 2 * ("ball" in text)
+            )
+            picture = draw(Picture("sea", "day", tuple(things))) if things else None
+            if picture:
+                picture.info["description"] = "a thing"
+            said.append(Said("" if picture else "hi", picture))
+        return said
+
+    for module in (examining, score_people):
+        monkeypatch.setattr(module, "ask", ask)
+    monkeypatch.setattr(
+        score_people, "look", lambda exam, pictures: [p.info["facts"] if p else NOTHING for p in pictures]
+    )
+    monkeypatch.setattr(score_people, "sampling_of_sample", lambda weights: Sampling(words_first=True))
+    figures = score_people.people(exam, tmp_path / "prompts", tmp_path / "chats", [0, 1])
+    assert {name: row["all right"] for name, row in figures.items()} == pytest.approx(
+        {"prompts": 2 / 3, "one thing": 0.5, "two things": 1.0, "chat turns": 0.75, "of them pictures": 0.5}
+    )
+    assert figures["prompts"]["samples"] == 0.06
+    assert "seed 1: 'a ball': wrong count" in capsys.readouterr().out
+    assert any("(a thing)" in source and "stop" in source for source in heard)
 
 
 def test_tables():

@@ -1,0 +1,130 @@
+"""The part "people" of `score.py`: prompts and chats as people write them, with the facts that a right picture has.
+
+    prompts  {"prompt", "scene", "time", "things": [{"kind", "colour", "size", "place"}, ...]} a line
+    chats    {"turns": [{"say", "picture": true, "scene", "time", "things"} or {"say", "picture": false}, ...]} a line
+
+A fact that is null is left open: anything is right. The number of things is never open. A turn that calls for words is
+right if no picture comes. Everything is asked as `sample.py` would with its defaults, once with each seed; a chat goes
+on from what the model said and drew itself.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from common.files import read_json
+from generation import Sampling
+from miniature.exam import Exam, Figures, Said, ask, draw_prompts, look
+from miniature.facts import Picture
+from miniature.judge import right, share
+from prompts import chat_history, dialog_source, own_turn, pictures_of, user_turn
+
+FOLDER = Path(__file__).parent / "people"
+
+
+class Wish(NamedTuple):
+    """What is typed, and what a right picture shows; None: words are called for."""
+
+    text: str
+    wanted: Picture | None
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a JSONL file, each with its place for messages. ValueError where a line is none."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except ValueError:
+                raise ValueError(f"{place}: not JSON") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{place}: not an object")
+            yield place, value
+
+
+def wish_of(place: str, text_name: str, entry: dict) -> Wish:
+    try:
+        text, is_asked = entry[text_name], entry.get("picture", True)
+        return Wish(str(text), Picture.from_label(entry) if is_asked else None)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{place}: {error} is missing or no value for it") from None
+
+
+def read_prompts(path: Path) -> list[Wish]:
+    return [wish_of(place, "prompt", entry) for place, entry in read_lines(path)]
+
+
+def read_chats(path: Path) -> list[list[Wish]]:
+    return [[wish_of(place, "say", turn) for turn in entry["turns"]] for place, entry in read_lines(path)]
+
+
+def sampling_of_sample(weights: Path) -> Sampling:
+    """The defaults of sample.py with these weights."""
+    path = weights / "minigpt5" / "config.json"
+    suited = read_json(path).get("sample", {}) if path.is_file() else {}
+    return Sampling(**{name: value for name, value in suited.items() if name in Sampling.__dataclass_fields__})
+
+
+# ---- answers
+
+
+def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
+    """All chats side by side, turn after turn."""
+    tokenizer, words_first = exam.model.tokenizer, exam.sampling.words_first
+    turns, answers = [[] for _ in chats], [[] for _ in chats]
+    for number in range(max(map(len, chats))):
+        active = [i for i, chat in enumerate(chats) if number < len(chat)]
+        for i in active:
+            turns[i].append(user_turn(tokenizer, chats[i][number].text, exam.words))
+        k = 2 * number + 1
+        heard = [chat_history(turns[i], k, words_first) for i in active]
+        sources = [dialog_source(before, k, exam.system) for before in heard]
+        for i, said in zip(active, ask(exam, sources, [pictures_of(before) for before in heard]), strict=True):
+            turns[i].append(own_turn(tokenizer, said.text, (said.picture,) if said.picture else ()))
+            answers[i].append(said)
+    return answers
+
+
+# ---- figures
+
+
+def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
+    """Whether each answer is all right; what is wrong is printed."""
+    found = []
+    for wish, answer, seen in zip(wishes, said, look(exam, [answer.picture for answer in said]), strict=True):
+        if wish.wanted is None:
+            fine, seen_text = answer.picture is None, "a picture came"
+        else:
+            facts = right(seen, wish.wanted)
+            fine = facts["all"] and answer.picture is not None
+            seen_text = "wrong " + ", ".join(name for name, value in facts.items() if not value and name != "all")
+        found.append(fine)
+        if not fine:
+            told = answer.picture.info.get("description", "") if answer.picture else f"no picture: {answer.text}"
+            print(f"  seed {exam.seed}: {wish.text!r}: {seen_text} ({told})")
+    return found
+
+
+def people(exam: Exam, prompts: Path, chats: Path | None, seeds: list[int]) -> Figures:
+    """Shares that are all right. A chat's turn counts like any other, whatever came before it."""
+    exam = replace(exam, sampling=sampling_of_sample(exam.weights))
+    wishes, talks = read_prompts(prompts), read_chats(chats) if chats else []
+    drawn, turns = [], []
+    for seed in seeds:
+        exam = replace(exam, seed=seed)
+        said = draw_prompts(exam, [wish.text for wish in wishes])
+        drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
+        exam.sheet(f"people {seed}", ((w.text, [s.picture]) for w, s in zip(wishes, said, strict=True)))
+        if talks:
+            flat = [wish for chat in talks for wish in chat]
+            answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
+            turns += zip(flat, verdicts(exam, flat, answers), strict=True)
+    rows = {"prompts": [fine for _, fine in drawn]}
+    for name, count in (("one thing", 1), ("two things", 2)):
+        rows[name] = [fine for wish, fine in drawn if wish.wanted and len(wish.wanted.things) == count]
+    rows["chat turns"] = [fine for _, fine in turns]
+    rows["of them pictures"] = [fine for wish, fine in turns if wish.wanted]
+    return {name: {"all right": share(values), "samples": len(values) / 100} for name, values in rows.items() if values}
