@@ -14,6 +14,7 @@ to zero. The miniature has its own defaults, in WEIGHTS/minigpt5/config.json.
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from common.cli import run as run_command
 from miniature.world import write_pairs
 from minigpt5 import collate
 from prompts import uas_texts
+from published.checkpoints import given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from tars.batches import open_pairs
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
@@ -39,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", help="tars, folders of tars, patterns or brace lists; default: drawn pictures")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from vokens and mapper of this checkpoint or run")
     add("--lr", type=float, default=2e-5, help="learning rate of the vokens' embedding rows")
     add("--output-lr", type=float, help="learning rate of their rows in the output embedding; default: --lr")
     add("--mapper-lr", type=float, help="learning rate of the mapper; default: ten times --lr")
@@ -71,10 +74,11 @@ def main() -> None:
     # ---- model, of which the voken rows and the mapper train
     encodes_captions = captions == "captions" and not args.no_cap
     parts = {"read_pictures": False, "read_captions": encodes_captions}
-    model = load_minigpt5(args.weights, None, args.vokens, DTYPES[args.dtype], run.device, **parts)
+    init = given_checkpoint(args.init) if args.init else None
+    model = load_minigpt5(args.weights, init, args.vokens, DTYPES[args.dtype], run.device, **parts)
     if pictures == "moments":
         model.vae.encoder = None
-    if args.start_as:
+    if args.start_as and not init:
         model.vokens.start_as(model.llama, model.tokenizer.encode(args.start_as))
     empty_caption = (
         None if args.no_cap else model.encode_captions([""] if encodes_captions else precomputed.empty_caption)
