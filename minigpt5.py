@@ -139,8 +139,7 @@ class MiniGPT5(nn.Module):
         self.llama, self.unet, self.vae = llama, unet, vae
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         width = llama.config.hidden_size
-        self.vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, width)
-        self.vokens.start_from_mean(llama)
+        self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1

@@ -104,7 +104,7 @@ def check_trained(path: Path, loaded: dict) -> None:
     tokens = len(loaded["text encoder"].text_model.embeddings.position_embedding.weight)
     with torch.device("meta"):
         model = VokenMapper(llm_width, loaded["unet"].config.cross_attention_dim, tokens)
-        model.vokens = Vokens(checkpoint.vokens, 0, llm_width)
+        model.vokens = Vokens(loaded["vicuna"], checkpoint.vokens, 0)
     wanted = model.state_dict()
     matched(wanted, with_file_below(path, checkpoint.tensors, wanted), UNCHECKED, first_wins=True)
 

@@ -258,7 +258,6 @@ def load_minigpt5(
         raise WeightsError(f"{weights}: {problems[0]}", problems)
     with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
         model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, image_encoder, text_encoder, clip_tokenizer)
-    model.vokens.to(device)
     model.mapper.to(device)
     if trained:
         try:
