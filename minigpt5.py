@@ -252,9 +252,11 @@ class MiniGPT5(nn.Module):
     ) -> dict[str, Tensor]:
         """{"loss", "text_loss", "ldm_loss", "cap_loss"}; the last two only where their inputs are given.
 
-        noise: of the M output pictures, None where there are none; posterior: mean and log variance of their latents;
-        captions: the encodings of their captions (M, S, Dc) and of the empty one (1, S, Dc); inputs: see `embed`.
+        batch and noise may still be on the host. noise: of the M output pictures, None where there are none; posterior:
+        mean and log variance of their latents; captions: the encodings of their captions (M, S, Dc) and of the empty
+        one (1, S, Dc); inputs: see `embed`.
         """
+        batch, noise = batch.to(self.device), noise and noise.to(self.device)
         hidden = self.hidden_states(self.embed(batch.ids, inputs), batch.targets)  # (B, T, D)
         predicting = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
         text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels)

@@ -171,12 +171,12 @@ def main() -> None:
         if samples["outputs"] is not None:
             if run.preview is None:
                 titles = [picture_title(*pair) for pair in samples["pairs"]]
-                run.preview = Preview(batch.to(run.device), samples["inputs"], samples["outputs"], titles)
+                run.preview = Preview(batch, samples["inputs"], samples["outputs"], titles)
             noise = run.sample_noise(model, batch.picture_sequences.tolist(), place)
             posterior = None if args.no_ldm else model.encode_pictures(samples["outputs"])
             if run.compiled:
                 batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple)
-        return model.losses(batch.to(run.device), noise, posterior, inputs=samples["inputs"], **weights)
+        return model.losses(batch, noise, posterior, inputs=samples["inputs"], **weights)
 
     # ---- training
     run.begin(model, [optimizer], batches, held_out, losses_of)

@@ -104,7 +104,7 @@ def main() -> None:
         """ "loss" = 0.01 "text_loss" + "ldm_loss" (Eq. 3) + 0.1 "cap_loss" of some caption-picture pairs."""
         plain = map(model.tokenizer.plain, samples["captions"])
         texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
-        batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS).to(run.device)
+        batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)
         run.preview = run.preview or Preview(batch, None, samples[pictures], samples["captions"])
         noise = run.sample_noise(model, range(len(texts)), place)
         posterior = None if args.no_ldm else model.encode_pictures(samples[pictures])

@@ -86,7 +86,7 @@ def main() -> None:
         steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
 
     def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
-        noise = run.sample_noise(model, range(args.batch_size), place)
+        noise = run.sample_noise(model, range(args.batch_size), place).to(run.device)
         drop = noise.drop.tolist()
         texts = ["" if dropped else text for (text, _), dropped in zip(samples["pairs"], drop, strict=True)]
         mean, log_variance = model.encode_pictures(samples["outputs"])

@@ -145,7 +145,7 @@ class Preview(NamedTuple):
 def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     """The preview's first four pictures above those painted from their vokens, always from the same noise."""
     batch, _, pictures, captions = preview
-    was_training = model.training
+    batch, was_training = batch.to(model.device), model.training
     model.eval()
     embeddings = model.embed(batch.ids, preview.inputs)
     hidden = type(model).hidden_states(model, embeddings, batch.targets)  # not the compiled one: no further graph

@@ -119,7 +119,7 @@ class Run:
         for row, pictures in Counter(picture_sequences).items():
             generator = step_generator(self.args.seed, place.step, first + row)
             noise.append(model.sample_noise(pictures, generator, drop_rate))
-        return Noise(*map(torch.cat, zip(*noise, strict=True))).to(self.device)
+        return Noise(*map(torch.cat, zip(*noise, strict=True)))
 
     def seed_dropout(self, place: Place) -> None:
         torch.manual_seed(step_generator(self.args.seed, *place, DROPOUT).initial_seed())
