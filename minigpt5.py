@@ -31,7 +31,7 @@ from scheduler import NoiseSchedule
 from text_encoder import TextEncoder
 from tokenizer import Tokenizer
 from unet import UNet
-from vae import VAE, to_pixels
+from vae import VAE
 
 TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # section 3.3
 DROP_RATE = 0.1  # share of pictures whose voken features are replaced by zeros, for classifier-free guidance
@@ -283,10 +283,7 @@ class MiniGPT5(nn.Module):
         """Mean and log variance (M, C, h, w) of the latents' posterior: from pictures (M, 3, H, W), as bytes or as
         floats in [-1, 1], or from the precomputed pair of both (M, 2, C, h, w)."""
         pictures = send(pictures, self.device)
-        if pictures.dim() == 5:
-            return pictures.unbind(1)
-        pixels = to_pixels(pictures) if pictures.dtype == torch.uint8 else pictures
-        return self.vae.encode(pixels.to(dtype_of(self.vae)))
+        return pictures.unbind(1) if pictures.dim() == 5 else self.vae.encode(pictures)
 
     def sample_noise(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Noise:
         """The random numbers of one step's M pictures, on the generator's device."""
