@@ -67,7 +67,7 @@ class StableDiffusion(nn.Module):
         self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
         self.unet = load_unet(folder / "unet", painting, device)
         self.vae = load_vae(folder / "vae", painting, device)
-        self.schedule = load_schedule(folder / "scheduler").to(device)
+        self.schedule = load_schedule(folder / "scheduler", device)
 
     @property
     def device(self) -> torch.device:

@@ -168,9 +168,9 @@ def load_text_encoder(folder: Path, dtype: DType = None, device: Device = "cpu")
     return load("text encoder", folder, dtype, device)
 
 
-def load_schedule(folder: Path) -> NoiseSchedule:
+def load_schedule(folder: Path, device: Device = "cpu") -> NoiseSchedule:
     path = Path(folder) / "scheduler_config.json"
-    schedule = NoiseSchedule(config_of("schedule", path))
+    schedule = NoiseSchedule(config_of("schedule", path), device)
     if not schedule.alphas_cumprod.min() > 0:
         raise WeightsError(f"{path}: beta_start, beta_end and num_train_timesteps leave no signal at the last timestep")
     return schedule
@@ -247,7 +247,7 @@ def load_minigpt5(
     llama = (load_int8_llama if int8 else load_llama)(weights / "vicuna", reading, device)
     unet = load_unet(diffusion / "unet", painting, device)
     vae = load_vae(diffusion / "vae", painting, device)
-    schedule = load_schedule(diffusion / "scheduler").to(device)
+    schedule = load_schedule(diffusion / "scheduler", device)
     tokens = config_of("text encoder", diffusion / "text_encoder" / "config.json").max_position_embeddings
     image_encoder = load_image_encoder(weights, reading, device) if read_pictures else None
     text_encoder = load_text_encoder(diffusion / "text_encoder", reading, device) if read_captions else None
