@@ -35,7 +35,7 @@ from tars.precomputed import find_precomputed
 from tars.stories import StoryData, checked_weights
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview
-from trainer.options import add_run_options, read_run_options
+from trainer.options import read_run_options
 from trainer.run import Place, Run
 from vae import preprocess_output
 
@@ -80,8 +80,7 @@ def arguments() -> argparse.Namespace:
     add("--adapter-lr", type=float, help="learning rate of LoRA or the prefix; default: --lr")
     add("--vokens", type=int, default=8, help="vokens of a picture, where there is no stage 1 to start from")
     add("--max-tokens", type=int, default=2048, help="longest sequence; a longer history loses its oldest steps")
-    add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
-    args = read_run_options(parser, "train_mls")
+    args = read_run_options(parser, "train_mls", out="runs/mls", epochs=4, batch_size=32)
     if args.uas and args.no_uas:
         parser.error("--uas and --no-uas exclude each other")
     if args.lora_rank < 1:

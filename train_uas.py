@@ -28,7 +28,7 @@ from tars.batches import open_pairs
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
-from trainer.options import add_run_options, read_run_options
+from trainer.options import read_run_options
 from trainer.run import Place, Run
 from vae import preprocess_output
 
@@ -46,8 +46,7 @@ def arguments() -> argparse.Namespace:
     add("--vokens", type=int, default=8, help="vokens of a picture")
     add("--start-as", metavar="TEXT", help="the vokens start as the embeddings of this text; default: the tables' mean")
     add("--no-cap", action="store_true", help="train without L_CAP (an ablation of the paper)")
-    add_run_options(parser, out="runs/uas", epochs=2, batch_size=48)
-    args = read_run_options(parser, "train_uas")
+    args = read_run_options(parser, "train_uas", out="runs/uas", epochs=2, batch_size=48)
     if args.no_ldm and args.no_cap:
         parser.error("--no-ldm and --no-cap leave the mapper nothing to learn from")
     return args

@@ -30,7 +30,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines.divter import split_description
-from common.cli import DTYPES, pick_device, read_arguments, run
+from common.cli import DTYPES, add_weights_option, pick_device, read_arguments, run
 from common.images import to_image
 from evaluation.cases import (
     SETTINGS,
@@ -138,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_case_options(parser, ["none", "texts"])
+    add_weights_option(parser)
     add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")

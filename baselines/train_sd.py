@@ -32,7 +32,7 @@ from tars.batches import Batches
 from tars.index import Unusable, expand
 from tars.precomputed import Precomputed, find_precomputed
 from tars.stories import StoryData
-from trainer.options import add_run_options, read_run_options
+from trainer.options import read_run_options
 from trainer.run import Place, Run
 from vae import preprocess_output
 
@@ -60,8 +60,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="interleaved tars of stories; default: drawn stories")
     add("--lr", type=float, default=1e-5, help="learning rate of the UNet")
-    add_run_options(parser, out="runs/sd", epochs=4, batch_size=32)
-    args = read_run_options(parser, "train_sd")
+    args = read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32)
     for name in ("no_ldm", "compile", "gradient_checkpointing", "val"):
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is not for this baseline")

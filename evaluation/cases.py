@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import DTYPES, add_weights_option, make_folder
+from common.cli import DTYPES, make_folder
 from common.files import write_json
 from common.images import ImageError, read_image, save_image
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
@@ -61,7 +61,6 @@ def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> No
     add("--context", choices=contexts, default=contexts[-1], help="what of a story's earlier steps is told")
     add("--last", action="store_true", help="of each story the last step alone")
     add("--n", type=int, default=0, help="the first so many cases; 0: all")
-    add_weights_option(parser)
     add("--seed", type=int, default=0, help="same seed, same answers")
     add("--batch-size", type=int, default=16, help="cases answered at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
