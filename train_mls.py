@@ -178,13 +178,12 @@ def main() -> None:
         return model.losses(batch, noise, posterior, inputs=samples["inputs"], **weights)
 
     # ---- training
-    run.begin(model, [optimizer], batches, held_out, losses_of)
-    for step in run.steps():  # sets the learning rates; afterwards logs, paints samples, saves, validates
+    # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
+    for step in run.steps(model, [optimizer], batches, held_out, losses_of):
         for samples, place in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, place)
             run.backward(losses)
         run.optimizer_step()
-    run.end()
 
 
 if __name__ == "__main__":

@@ -111,13 +111,12 @@ def main() -> None:
         return model.losses(batch, noise, posterior, encodings, min_snr_gamma=args.min_snr_gamma)
 
     # ---- training
-    run.begin(model, optimizers, batches, held_out, losses_of)
-    for step in run.steps():  # sets the learning rates; afterwards logs, paints samples, saves, validates
+    # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
+    for step in run.steps(model, optimizers, batches, held_out, losses_of):
         for samples, place in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, place)
             run.backward(losses)
         run.optimizer_step()
-    run.end()
 
 
 if __name__ == "__main__":

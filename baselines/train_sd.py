@@ -93,13 +93,13 @@ def main() -> None:
         ldm_loss = model.ldm_loss(model.encode(texts), latents, noise, args.min_snr_gamma).mean()  # Eq. 3
         return {"loss": ldm_loss, "ldm_loss": ldm_loss}
 
-    run.begin(model, [optimizer], Batches(steps, **run.data_options), None, losses_of)
-    for step in run.steps():  # sets the learning rates; afterwards logs, paints samples, saves, validates
+    batches = Batches(steps, **run.data_options)
+    # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
+    for step in run.steps(model, [optimizer], batches, None, losses_of):
         for samples, place in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, place)
             run.backward(losses)
         run.optimizer_step()
-    run.end()
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.world = World(self.device)
         self.compiled = can_compile(self.device) if args.compile is None else args.compile
+        options = {name: getattr(args, name) for name in ("batch_size", "seed", "workers", "max_bad")}
+        self.data_options = options | {"rank": self.world.rank, "world_size": self.world.size}  # those of `Batches`
         self.preview = None
         self.out = make_folder(args.out)
         self.log = self.out / "log.jsonl"
@@ -100,12 +102,6 @@ class Run:
             print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
             write(path, self.args.drawn, self.args.seed, size=size)
         return [str(path)]
-
-    @property
-    def data_options(self) -> dict:
-        """The options of `tars.batches.Batches` that the command line and the processes determine."""
-        options = {name: getattr(self.args, name) for name in ("batch_size", "seed", "workers", "max_bad")}
-        return options | {"rank": self.world.rank, "world_size": self.world.size}
 
     # ---- random numbers
 
@@ -126,18 +122,54 @@ class Run:
 
     # ---- the loop
 
-    def begin(
+    def steps(
         self,
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         data: Batches,
         held_out: Batches | None,
         losses_of: Callable[[dict, Place], dict[str, Tensor]],
-    ) -> None:
-        """Get ready for the first step, or with --resume for the one after the newest checkpoint. `losses_of` makes
-        the losses of a batch, for held-out data too; "loss" is the one to be minimised."""
+    ) -> Iterator[int]:
+        """The numbers of the steps, from 0, or with --resume from the one after the newest checkpoint. Before each the
+        learning rates are set. After each comes what is due: a line of the log, pictures, a checkpoint, held-out
+        losses. Ends early after a signal to stop. `losses_of` makes the losses of a batch, for held-out data too;
+        "loss" is the one to be minimised.
+
+        An error in the loop's body closes this generator, too, which ends the processes that read the data.
+        """
         self.model, self.optimizers, self.data, self.held_out = model, optimizers, data, held_out
         self.losses_of = losses_of
+        self.begin()
+        args = self.args
+        options = {"unit": "step", "dynamic_ncols": True, "disable": self.world.rank > 0}
+        bar = tqdm(range(self.done, self.total), self.name, self.total, initial=self.done, **options)
+        with stop_signals() as received, closing(self.data), bar:
+            for step in bar:
+                for group, rate in self.rates:
+                    group["lr"] = rate * learning_rate_factor(step, args.warmup, self.total)
+                yield step
+                self.done, is_last = step + 1, step + 1 == self.total
+                stopping = self.world.any(bool(received))
+                if is_last or self.done % args.log_every == 0:
+                    self.write_log(bar)
+                    self.stop_if_nonfinite()
+                if args.sample_every and self.done % args.sample_every == 0 and self.world.rank == 0:
+                    self.write_pictures()
+                if is_last or stopping or self.done % args.save_every == 0:
+                    self.save()
+                if self.held_out and (is_last or self.done % args.val_every == 0):
+                    self.validate(bar, [] if is_last else received)  # a stop may not cost the last ones
+                if stopping:
+                    break
+        self.world.end()
+        if self.done < self.total:
+            print(f"stopped after step {self.done} of {self.total}; to go on: {resume_command()}")
+        else:
+            print(f"done: {self.done} steps, broken samples: {describe(self.bad)}, see {self.out}")
+
+    def begin(self) -> None:
+        """Get ready for the first step."""
+        data, held_out, optimizers = self.data, self.held_out, self.optimizers
         for note in [*data.dataset.notes, *(held_out.dataset.notes if held_out else ())]:
             print(note)
         self.total = total_steps(self.args, len(data.dataset), self.world.size)
@@ -170,34 +202,6 @@ class Run:
         if self.world.rank == 0:
             cut_log(self.log, self.done)
 
-    def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left, from 0. Before each the learning rates are set. After each comes what
-        is due: a line of the log, pictures, a checkpoint, held-out losses. Ends early after a signal to stop.
-
-        An error in the loop's body closes this generator, too, which ends the processes that read the data.
-        """
-        args = self.args
-        options = {"unit": "step", "dynamic_ncols": True, "disable": self.world.rank > 0}
-        bar = tqdm(range(self.done, self.total), self.name, self.total, initial=self.done, **options)
-        with stop_signals() as received, closing(self.data), bar:
-            for step in bar:
-                for group, rate in self.rates:
-                    group["lr"] = rate * learning_rate_factor(step, args.warmup, self.total)
-                yield step
-                self.done, is_last = step + 1, step + 1 == self.total
-                stopping = self.world.any(bool(received))
-                if is_last or self.done % args.log_every == 0:
-                    self.write_log(bar)
-                    self.stop_if_nonfinite()
-                if args.sample_every and self.done % args.sample_every == 0 and self.world.rank == 0:
-                    self.write_pictures()
-                if is_last or stopping or self.done % args.save_every == 0:
-                    self.save()
-                if self.held_out and (is_last or self.done % args.val_every == 0):
-                    self.validate(bar, [] if is_last else received)  # a stop may not cost the last ones
-                if stopping:
-                    break
-
     def batches(self, step: int) -> Iterator[tuple[dict, Place]]:
         """This rank's batches of a step."""
         for forward_pass in range(self.args.accumulate):
@@ -212,13 +216,6 @@ class Run:
         """The optimisers' step along the mean of all ranks' gradients; none where something is not finite."""
         self.gradients.step()
         self.meter.steps += 1
-
-    def end(self) -> None:
-        self.world.end()
-        if self.done < self.total:
-            print(f"stopped after step {self.done} of {self.total}; to go on: {resume_command()}")
-        else:
-            print(f"done: {self.done} steps, broken samples: {describe(self.bad)}, see {self.out}")
 
     # ---- after a step
 
