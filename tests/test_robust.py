@@ -33,7 +33,8 @@ from trainer import run as trainer_run
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.log import read_log
 from trainer.muon import Muon
-from trainer.processes import Gradients, World
+from trainer.processes import World
+from trainer.run import Gradients
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,9 @@
 
 Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
 of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU: the gradients of
-the trained parameters in one flat buffer. DistributedDataParallel would send them in pieces during the backward pass,
-which helps between slow machines but is harder to see through. The hosts exchange single numbers beside it.
+the trained parameters in one flat buffer (`Gradients` in run.py). DistributedDataParallel would send them in pieces
+during the backward pass, which helps between slow machines but is harder to see through. The hosts exchange single
+numbers beside it.
 """
 
 import os
@@ -17,14 +18,14 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @contextmanager
@@ -73,6 +74,13 @@ class World:
                 dist.all_reduce(votes)
         return bool(votes)
 
+    def average(self, values: Tensor) -> None:
+        """Replace `values` by their mean over the ranks: from GPU to GPU."""
+        if self.size > 1:
+            values /= self.size
+            with one_line_peer_errors():
+                dist.all_reduce(values)
+
     @contextmanager
     def rank_0_first(self) -> Iterator[None]:
         """Rank 0 runs the block before all others, which then find the files that it wrote."""
@@ -81,47 +89,6 @@ class World:
         yield
         if self.rank == 0:
             self.any(True)
-
-
-class Gradients:
-    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. One
-    call averages it over the ranks, one tells whether all of it is finite, one clears it. A parameter that a step does
-    not reach has gradient 0.
-
-    Where something is not finite, the optimisers step with `found_inf` 1, which makes them leave everything unchanged.
-    The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], optimizers: list[torch.optim.Optimizer], world: World):
-        parameters = list(parameters)
-        self.optimizers, self.world = optimizers, world
-        sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
-        for parameter, part in zip(parameters, self.flat[:-1].split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=self.flat.device)  # counts of skipped steps
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        self.flat[-1] += loss.detach()
-
-    def step(self) -> None:
-        """One step of the optimisers along the mean over the ranks, or none."""
-        if self.world.size > 1:
-            self.flat /= self.world.size
-            with one_line_peer_errors():
-                dist.all_reduce(self.flat)
-        # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
-        finite = torch.linalg.vector_norm(self.flat).isfinite()
-        found_inf = 1.0 - finite.float()
-        self.flat.masked_fill_(~finite, 0.0)
-        for optimizer in self.optimizers:
-            optimizer.found_inf = found_inf
-            optimizer.step()
-        self.flat.zero_()
-        self.skipped = self.skipped + found_inf
-        self.in_a_row = (self.in_a_row + 1) * found_inf
-        self.longest = torch.maximum(self.longest, self.in_a_row)
 
 
 # ---- stopping

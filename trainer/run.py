@@ -5,7 +5,9 @@ The run's folder holds log.jsonl, losses.png and samples.png (trainer/log.py), a
 
 import argparse
 import json
+import resource
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -24,8 +26,8 @@ from published.checkpoints import checkpoint_folders, load_trained, save_trained
 from tars.batches import Batches, describe
 from trainer.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from trainer.compiled import count_graphs
-from trainer.log import Meter, append_log, cut_log, paint_samples, peak_memory, plot_losses, read_log, sum_counts
-from trainer.processes import Gradients, World, resume_command, stop_signals
+from trainer.log import append_log, cut_log, paint_samples, plot_losses, read_log
+from trainer.processes import World, resume_command, stop_signals
 
 NOISE, DROPOUT = 0, 1  # purposes of random streams
 
@@ -60,6 +62,78 @@ def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> to
     else."""
     entropy = np.random.SeedSequence([seed, step, index, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(entropy) >> 1)
+
+
+class Gradients:
+    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. One
+    call averages it over the ranks, one tells whether all of it is finite, one clears it. A parameter that a step does
+    not reach has gradient 0.
+
+    Where something is not finite, the optimisers step with `found_inf` 1, which makes them leave everything unchanged.
+    The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizers: list[torch.optim.Optimizer], world: World):
+        parameters = list(parameters)
+        self.optimizers, self.world = optimizers, world
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
+        for parameter, part in zip(parameters, self.flat[:-1].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=self.flat.device)  # counts of skipped steps
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.flat[-1] += loss.detach()
+
+    def step(self) -> None:
+        """One step of the optimisers along the mean over the ranks, or none."""
+        self.world.average(self.flat)
+        # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
+        finite = torch.linalg.vector_norm(self.flat).isfinite()
+        found_inf = 1.0 - finite.float()
+        self.flat.masked_fill_(~finite, 0.0)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf
+            optimizer.step()
+        self.flat.zero_()
+        self.skipped = self.skipped + found_inf
+        self.in_a_row = (self.in_a_row + 1) * found_inf
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+
+
+class Meter:
+    """Sums of the losses since the last line of the log. Losses that are not finite are left out. No value is read from
+    the GPU before a line is due."""
+
+    def __init__(self):
+        self.sums, self.passes, self.steps, self.start = {}, {}, 0, time.perf_counter()
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """The losses of one forward pass; a batch without pictures has fewer of them."""
+        for name, value in losses.items():
+            finite = value.detach().isfinite()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().where(finite, 0.0)
+            self.passes[name] = self.passes.get(name, 0) + finite
+
+    def state(self) -> dict:
+        """What this rank has added since the last line."""
+        values = {"sums": self.sums, "passes": self.passes}
+        return {kind: {name: value.item() for name, value in own.items()} for kind, own in values.items()}
+
+    def load_state(self, state: dict) -> None:
+        kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
+        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
+
+    def steps_per_second(self) -> float:
+        return self.steps / (time.perf_counter() - self.start)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, in GB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Run:
@@ -179,12 +253,12 @@ class Run:
         if self.world.size > 1:
             size = f"{self.gradients.flat.nbytes:,} bytes"
             print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
-        self.meter, self.bad = Meter(), {}
+        self.meter, self.bad, self.trained = Meter(), {}, self.model.trained_parameters()
         self.resume()
 
     def resume(self) -> None:
-        trained, load_trained = self.model.trained_parameters(), partial(self.load_trained, self.model)
-        state = load_checkpoint(self.out, trained, self.optimizers, load_trained) if self.args.resume else None
+        load_trained = partial(self.load_trained, self.model)
+        state = load_checkpoint(self.out, self.trained, self.optimizers, load_trained) if self.args.resume else None
         self.done = state["step"] if state else 0
         if len(set(self.world.gather(self.done))) > 1:
             raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
@@ -226,8 +300,11 @@ class Run:
 
     def add_up(self, **counts: dict) -> dict[str, dict]:
         """Counts of this rank by kind and name -> those of all ranks, added up."""
-        ranks = self.world.gather(counts)
-        return {kind: sum_counts(rank[kind] for rank in ranks) for kind in counts}
+        totals = {kind: Counter() for kind in counts}
+        for rank in self.world.gather(counts):
+            for kind, total in totals.items():
+                total.update(rank[kind])
+        return {kind: dict(total) for kind, total in totals.items()}
 
     def write_log(self, bar: tqdm) -> None:
         self.bad = self.add_up(bad=dict(self.data.bad))["bad"]
@@ -265,7 +342,7 @@ class Run:
         state["arguments"] = stored_arguments(self.args)
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, stage=self.name)
-            save_checkpoint(self.out, state, self.model.trained_parameters(), self.optimizers, save_trained)
+            save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)
 
     def validate(self, bar: tqdm, received: list) -> None:
         """Log the held-out losses: means over the first batches of each rank, of one pass at most, with the same random
