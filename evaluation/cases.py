@@ -40,8 +40,8 @@ from miniature.words import facts_in
 from minigpt5 import MiniGPT5
 from prompts import TASKS, Example, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
 from published.loading import read_json
-from tars.batches import describe
-from tars.index import Member, Unusable, decode, expand, read_caption, read_index, read_member
+from tars.batches import decode, describe, read_caption, read_member
+from tars.index import Member, Unusable, expand, read_index
 from tars.stories import read_turns
 
 CONTEXTS = {  # what of the steps before a story's step is told

@@ -33,8 +33,8 @@ from minigpt5 import encode_captions
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
-from tars.batches import PairData, TarData
-from tars.index import Member, Reader, Unusable, decode, expand, read_index
+from tars.batches import PairData, Reader, TarData, decode
+from tars.index import Member, Unusable, expand, read_index
 from tars.precomputed import MARKER, Precomputed, fingerprint, identity, marker_bytes, read_marker
 from tars.stories import read_turns
 from tars.writer import Report, Sample, write_samples
