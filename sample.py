@@ -27,7 +27,7 @@ from common.page import write_answer
 from generation import Sampling, Segments, add_sampling_options, answer, fit, prompt_ids, sampling_of
 from minigpt5 import MiniGPT5
 from prompts import STORY_REQUESTS, Turn, clean_caption, dialog_source, history_start, one_line, story_source
-from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
+from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
 
 

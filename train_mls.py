@@ -26,7 +26,7 @@ from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import TEXT_WEIGHT, collate
 from prompts import SPEAKERS, TASKS
-from published.checkpoints import find_checkpoint, given_checkpoint
+from published.loading import find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
 from tars.batches import Batches

@@ -31,6 +31,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from baselines.divter import split_description
 from common.cli import DTYPES, add_weights_option, pick_device, read_arguments, run
+from common.files import read_json
 from common.images import to_image
 from evaluation.cases import (
     SETTINGS,
@@ -47,9 +48,8 @@ from evaluation.cases import (
 from generation import Sampling, add_picture_options, denoise, sampling_of
 from minigpt5 import MiniGPT5
 from prompts import TASKS
-from published.checkpoints import given_checkpoint
 from published.clip_tokenizer import ClipTokenizer
-from published.loading import matched, read_json, save_safetensors
+from published.loading import given_checkpoint, matched, save_safetensors
 from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
 from tars.precomputed import fingerprint
 

@@ -32,14 +32,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.cli import DTYPES, make_folder
-from common.files import write_json
+from common.files import read_json, write_json
 from common.images import ImageError, read_image, save_image
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
 from prompts import TASKS, Example, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
-from published.loading import read_json
 from tars.batches import decode, describe, read_caption, read_member
 from tars.index import Member, Unusable, expand, read_index
 from tars.stories import read_turns

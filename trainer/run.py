@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from common.cli import can_compile, make_folder, pick_device
 from minigpt5 import DROP_RATE, Noise
-from published.checkpoints import checkpoint_folders, load_trained, save_trained
+from published.loading import checkpoint_folders, load_trained, save_trained
 from tars.batches import Batches, describe
 from trainer.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from trainer.compiled import count_graphs
