@@ -40,7 +40,8 @@ from torch import Tensor
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
 from common.cli import read_arguments, run
-from common.images import save_image, to_image
+from common.images import to_image
+from common.page import save_image
 from generation import Sampling, answer, paint, prompt_ids, say
 from llama import Vokens
 from mapper import VokenMapper

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from common.cli import DTYPES, make_folder
 from common.files import read_json, write_json
-from common.images import ImageError, read_image, save_image
+from common.images import ImageError, read_image
+from common.page import save_image
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
 from miniature.facts import Picture
 from miniature.words import facts_in

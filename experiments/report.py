@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bench.common import hardware
 from common.cli import pick_device
 from common.files import read_json, write_text
-from common.images import draw_grid, save_image
+from common.page import draw_grid, save_image
 from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import CLAIMS, FAILS, HOLDS, NOISE, differences, verdict
 from experiments.duel import WAYS

@@ -17,7 +17,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import write_text
-from common.images import draw_grid, save_image, to_image
+from common.images import to_image
+from common.page import draw_grid, save_image
 from generation import Sampling, paint
 from minigpt5 import Batch, MiniGPT5, dtype_of, send
 from vae import to_pixels
