@@ -35,8 +35,9 @@ from tars.precomputed import find_precomputed
 from tars.stories import StoryData, checked_weights
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview
+from trainer.noise import Place, sample_noise, seed_dropout
 from trainer.options import read_run_options
-from trainer.run import Place, Run
+from trainer.run import Run
 from vae import preprocess_output
 
 
@@ -164,14 +165,14 @@ def main() -> None:
 
     def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
         """ "loss" = --text-weight * "text_loss" + "ldm_loss" (Eq. 3) of some samples; without pictures, no L_LDM."""
-        run.seed_dropout(place)
+        seed_dropout(args, place)
         batch = collate(model.tokenizer, samples["pairs"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:
             if run.preview is None:
                 titles = [picture_title(*pair) for pair in samples["pairs"]]
                 run.preview = Preview(batch, samples["inputs"], samples["outputs"], titles)
-            noise = run.sample_noise(model, batch.picture_sequences.tolist(), place)
+            noise = sample_noise(args, model, batch.picture_sequences.tolist(), place)
             posterior = None if args.no_ldm else model.encode_pictures(samples["outputs"])
             if run.compiled:
                 batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple)

@@ -28,8 +28,9 @@ from tars.batches import open_pairs
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
+from trainer.noise import Place, sample_noise
 from trainer.options import read_run_options
-from trainer.run import Place, Run
+from trainer.run import Run
 from vae import preprocess_output
 
 MAX_TOKENS = 256  # of a sequence; a longer caption is cut at its end
@@ -105,7 +106,7 @@ def main() -> None:
         texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
         batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)
         run.preview = run.preview or Preview(batch, None, samples[pictures], samples["captions"])
-        noise = run.sample_noise(model, range(len(texts)), place)
+        noise = sample_noise(args, model, range(len(texts)), place)
         posterior = None if args.no_ldm else model.encode_pictures(samples[pictures])
         encodings = None if args.no_cap else (model.encode_captions(samples[captions]), empty_caption)
         return model.losses(batch, noise, posterior, encodings, min_snr_gamma=args.min_snr_gamma)

@@ -32,8 +32,9 @@ from tars.batches import Batches
 from tars.index import Unusable, expand
 from tars.precomputed import Precomputed, find_precomputed
 from tars.stories import StoryData
+from trainer.noise import Place, sample_noise
 from trainer.options import read_run_options
-from trainer.run import Place, Run
+from trainer.run import Run
 from vae import preprocess_output
 
 
@@ -85,7 +86,7 @@ def main() -> None:
         steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
 
     def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
-        noise = run.sample_noise(model, range(args.batch_size), place).to(run.device)
+        noise = sample_noise(args, model, range(args.batch_size), place).to(run.device)
         drop = noise.drop.tolist()
         texts = ["" if dropped else text for (text, _), dropped in zip(samples["pairs"], drop, strict=True)]
         mean, log_variance = model.encode_pictures(samples["outputs"])

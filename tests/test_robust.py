@@ -32,8 +32,7 @@ from trainer import run as trainer_run
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.log import read_log
 from trainer.muon import Muon
-from trainer.processes import World
-from trainer.run import Gradients
+from trainer.run import Gradients, World
 
 ROOT = Path(__file__).resolve().parents[1]
 

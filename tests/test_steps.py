@@ -18,7 +18,8 @@ from minigpt5 import Batch, collate
 from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.compiled import bucket_length, checkpoint_gradients, pad_pictures
-from trainer.run import Meter, step_generator
+from trainer.noise import step_generator
+from trainer.run import Meter
 
 VOKENS = "".join(f"[IMG{i}]" for i in range(8)) + " ###"
 WORDS = "a big red boat on the sea at night two small dogs in it and the moon above".split()  # noqa: SIM905

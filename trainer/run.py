@@ -1,42 +1,46 @@
 """What every training script needs around its own model, losses and loop; train_uas.py shows its use.
 
-The run's folder holds log.jsonl, losses.png and samples.png (trainer/log.py), and checkpoints (trainer/checkpoint.py).
+The run's folder holds log.jsonl, losses.png and samples.png (log.py), and checkpoints (checkpoint.py). One run may have
+several processes, as torchrun starts them, each with a GPU: different samples in each, one step in all.
+
+    torchrun --nproc-per-node 2 train_uas.py --weights weights --data 'cc3m-train-{0000..0575}.tar'
+
+    rank 0   samples 0..B-1    -> losses -> gradients --+
+                                                        +-- mean, (trained parameters + 1,) -> the same step in both
+    rank 1   samples B..2B-1   -> losses -> gradients --+
+
+Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
+of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU: the gradients of
+the trained parameters in one flat buffer. DistributedDataParallel would send them in pieces during the backward pass,
+which helps between slow machines but is harder to see through. The hosts exchange single numbers beside it.
 """
 
 import argparse
 import json
+import os
 import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import can_compile, make_folder, pick_device
-from minigpt5 import DROP_RATE, Noise
 from published.loading import checkpoint_folders, load_trained, save_trained
 from tars.batches import Batches, describe
 from trainer.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, paint_samples, plot_losses, read_log
-from trainer.processes import World, resume_command, stop_signals
-
-NOISE, DROPOUT = 0, 1  # purposes of random streams
-
-
-class Place(NamedTuple):
-    """Where a batch stands in the run, which determines its random numbers."""
-
-    step: int
-    batch: int  # among the batches of all forward passes and ranks of the step
+from trainer.noise import Place
+from trainer.processes import one_line_peer_errors, resume_command, stop_signals
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -57,11 +61,47 @@ def stored_arguments(args: argparse.Namespace) -> dict:
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> torch.Generator:
-    """The random numbers of one sample or batch of a step. A resumed run has the same ones, as they depend on nothing
-    else."""
-    entropy = np.random.SeedSequence([seed, step, index, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(entropy) >> 1)
+class World:
+    """This process as one of `size`, as torchrun's environment says, or alone. Only rank 0 prints and writes."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            with one_line_peer_errors():
+                dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
+
+    def end(self) -> None:
+        """To be called by all ranks after the last exchange, but not after an error: NCCL would wait for the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def gather(self, value: object) -> list:
+        """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
+        values = [value] * self.size
+        if self.size > 1:
+            with one_line_peer_errors():
+                dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
+        votes = torch.tensor(int(flag))
+        if self.size > 1:
+            with one_line_peer_errors():
+                dist.all_reduce(votes)
+        return bool(votes)
+
+    @contextmanager
+    def rank_0_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before all others, which then find the files that it wrote."""
+        if self.rank > 0:
+            self.any(True)
+        yield
+        if self.rank == 0:
+            self.any(True)
 
 
 class Gradients:
@@ -88,7 +128,10 @@ class Gradients:
 
     def step(self) -> None:
         """One step of the optimisers along the mean over the ranks, or none."""
-        self.world.average(self.flat)
+        if self.world.size > 1:
+            self.flat /= self.world.size
+            with one_line_peer_errors():
+                dist.all_reduce(self.flat)
         # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
         finite = torch.linalg.vector_norm(self.flat).isfinite()
         found_inf = 1.0 - finite.float()
@@ -176,23 +219,6 @@ class Run:
             print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
             write(path, self.args.drawn, self.args.seed, size=size)
         return [str(path)]
-
-    # ---- random numbers
-
-    def sample_noise(self, model: nn.Module, picture_sequences: Iterable[int], place: Place) -> Noise:
-        """`model.sample_noise` for the pictures of a batch, sequence by sequence: a sample's random numbers are the
-        same on whichever rank and in whichever forward pass it comes. picture_sequences: `Batch`'s, as a list.
-        Like dropout, conditions are dropped in training mode only."""
-        drop_rate = DROP_RATE if model.training and not self.args.no_cfg else 0.0
-        first = place.batch * self.args.batch_size
-        noise = []
-        for row, pictures in Counter(picture_sequences).items():
-            generator = step_generator(self.args.seed, place.step, first + row)
-            noise.append(model.sample_noise(pictures, generator, drop_rate))
-        return Noise(*map(torch.cat, zip(*noise, strict=True)))
-
-    def seed_dropout(self, place: Place) -> None:
-        torch.manual_seed(step_generator(self.args.seed, *place, DROPOUT).initial_seed())
 
     # ---- the loop
 
