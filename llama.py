@@ -237,17 +237,13 @@ class Vokens(nn.Module):
     have more rows than the tokenizer has pieces (Vicuna v0's padding token). Rows from V on are never used.
     """
 
-    def __init__(self, vokens: int, base_vocabulary: int, width: int):
+    def __init__(self, llama: Llama, vokens: int, base_vocabulary: int):
+        """The rows start as the mean of Vicuna's, on the same device, in float32."""
         super().__init__()
         self.base = base_vocabulary
-        self.input = nn.Parameter(torch.empty(vokens + 1, width))
-        self.output = nn.Parameter(torch.empty(vokens + 1, width))
-
-    @torch.no_grad()
-    def start_from_mean(self, llama: Llama) -> None:
-        """Start as the mean of Vicuna's rows."""
-        for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
-            rows.copy_(table[: self.base].mean(0, dtype=torch.float32).expand_as(rows))
+        tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()
+        means = (table[:base_vocabulary].mean(0, dtype=torch.float32) for table in tables)
+        self.input, self.output = (nn.Parameter(mean.repeat(vokens + 1, 1)) for mean in means)
 
     @torch.no_grad()
     def start_as(self, llama: Llama, ids: list[int]) -> None:

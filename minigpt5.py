@@ -31,7 +31,7 @@ from scheduler import NoiseSchedule
 from text_encoder import TextEncoder
 from tokenizer import Tokenizer
 from unet import UNet
-from vae import VAE, to_pixels
+from vae import VAE
 
 TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # section 3.3
 DROP_RATE = 0.1  # share of pictures whose voken features are replaced by zeros, for classifier-free guidance
@@ -139,8 +139,7 @@ class MiniGPT5(nn.Module):
         self.llama, self.unet, self.vae = llama, unet, vae
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         width = llama.config.hidden_size
-        self.vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, width)
-        self.vokens.start_from_mean(llama)
+        self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
@@ -253,9 +252,11 @@ class MiniGPT5(nn.Module):
     ) -> dict[str, Tensor]:
         """{"loss", "text_loss", "ldm_loss", "cap_loss"}; the last two only where their inputs are given.
 
-        noise: of the M output pictures, None where there are none; posterior: mean and log variance of their latents;
-        captions: the encodings of their captions (M, S, Dc) and of the empty one (1, S, Dc); inputs: see `embed`.
+        batch and noise may still be on the host. noise: of the M output pictures, None where there are none; posterior:
+        mean and log variance of their latents; captions: the encodings of their captions (M, S, Dc) and of the empty
+        one (1, S, Dc); inputs: see `embed`.
         """
+        batch, noise = batch.to(self.device), noise and noise.to(self.device)
         hidden = self.hidden_states(self.embed(batch.ids, inputs), batch.targets)  # (B, T, D)
         predicting = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
         text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels)
@@ -282,10 +283,7 @@ class MiniGPT5(nn.Module):
         """Mean and log variance (M, C, h, w) of the latents' posterior: from pictures (M, 3, H, W), as bytes or as
         floats in [-1, 1], or from the precomputed pair of both (M, 2, C, h, w)."""
         pictures = send(pictures, self.device)
-        if pictures.dim() == 5:
-            return pictures.unbind(1)
-        pixels = to_pixels(pictures) if pictures.dtype == torch.uint8 else pictures
-        return self.vae.encode(pixels.to(dtype_of(self.vae)))
+        return pictures.unbind(1) if pictures.dim() == 5 else self.vae.encode(pictures)
 
     def sample_noise(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Noise:
         """The random numbers of one step's M pictures, on the generator's device."""

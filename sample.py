@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common.cli import DTYPES, add_weights_option, can_compile, make_folder, parse, pick_device, run
+from common.cli import DTYPES, can_compile, make_folder, parse, pick_device, run
 from common.images import read_image
 from common.page import write_answer
 from generation import Sampling, Segments, add_sampling_options, answer, fit, prompt_ids, sampling_of
@@ -39,7 +39,7 @@ from prompts import (
     story_source,
     user_turn,
 )
-from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
+from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
 
 
@@ -50,7 +50,6 @@ def arguments() -> argparse.Namespace:
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
     add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
     add("--chat", action="store_true", help="chat: a line a turn, `/image FILE` adds a picture, an empty line ends")
-    add_weights_option(parser)
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5 "
         "stage 1's; without words first stage 2's for stories, chats and pictures that are given")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")

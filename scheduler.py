@@ -42,16 +42,12 @@ class ScheduleConfig:
 class NoiseSchedule:
     """The forward process. `alphas_cumprod` (num_train_timesteps,) float32: the share of signal in a noisy latent."""
 
-    def __init__(self, config: ScheduleConfig):
+    def __init__(self, config: ScheduleConfig, device: str | torch.device | None = None):
         self.config = config
         power = {"linear": 1.0, "scaled_linear": 2.0}[config.beta_schedule]
         start, end = config.beta_start ** (1 / power), config.beta_end ** (1 / power)
         betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float32) ** power
-        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-
-    def to(self, device: str | torch.device) -> "NoiseSchedule":
-        self.alphas_cumprod = self.alphas_cumprod.to(device)
-        return self
+        self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0).to(device)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' dtype."""

@@ -26,7 +26,7 @@ from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import TEXT_WEIGHT, collate
 from prompts import SPEAKERS, TASKS
-from published.checkpoints import find_checkpoint, given_checkpoint
+from published.loading import find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
 from tars.batches import Batches
@@ -35,8 +35,9 @@ from tars.precomputed import find_precomputed
 from tars.stories import StoryData, checked_weights
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview
-from trainer.options import add_run_options, read_run_options
-from trainer.run import Place, Run
+from trainer.noise import Place, sample_noise, seed_dropout
+from trainer.options import read_run_options
+from trainer.run import Run
 from vae import preprocess_output
 
 
@@ -80,8 +81,7 @@ def arguments() -> argparse.Namespace:
     add("--adapter-lr", type=float, help="learning rate of LoRA or the prefix; default: --lr")
     add("--vokens", type=int, default=8, help="vokens of a picture, where there is no stage 1 to start from")
     add("--max-tokens", type=int, default=2048, help="longest sequence; a longer history loses its oldest steps")
-    add_run_options(parser, out="runs/mls", epochs=4, batch_size=32)
-    args = read_run_options(parser, "train_mls")
+    args = read_run_options(parser, "train_mls", out="runs/mls", epochs=4, batch_size=32)
     if args.uas and args.no_uas:
         parser.error("--uas and --no-uas exclude each other")
     if args.lora_rank < 1:
@@ -165,27 +165,26 @@ def main() -> None:
 
     def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
         """ "loss" = --text-weight * "text_loss" + "ldm_loss" (Eq. 3) of some samples; without pictures, no L_LDM."""
-        run.seed_dropout(place)
+        seed_dropout(args, place)
         batch = collate(model.tokenizer, samples["pairs"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:
             if run.preview is None:
                 titles = [picture_title(*pair) for pair in samples["pairs"]]
-                run.preview = Preview(batch.to(run.device), samples["inputs"], samples["outputs"], titles)
-            noise = run.sample_noise(model, batch.picture_sequences.tolist(), place)
+                run.preview = Preview(batch, samples["inputs"], samples["outputs"], titles)
+            noise = sample_noise(args, model, batch.picture_sequences.tolist(), place)
             posterior = None if args.no_ldm else model.encode_pictures(samples["outputs"])
             if run.compiled:
                 batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple)
-        return model.losses(batch.to(run.device), noise, posterior, inputs=samples["inputs"], **weights)
+        return model.losses(batch, noise, posterior, inputs=samples["inputs"], **weights)
 
     # ---- training
-    run.begin(model, [optimizer], batches, held_out, losses_of)
-    for step in run.steps():  # sets the learning rates; afterwards logs, paints samples, saves, validates
+    # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
+    for step in run.steps(model, [optimizer], batches, held_out, losses_of):
         for samples, place in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, place)
             run.backward(losses)
         run.optimizer_step()
-    run.end()
 
 
 if __name__ == "__main__":

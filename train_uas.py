@@ -24,14 +24,15 @@ from common.cli import run as run_command
 from miniature.world import write_pairs
 from minigpt5 import collate
 from prompts import uas_texts
-from published.checkpoints import given_checkpoint
+from published.loading import given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from tars.batches import open_pairs
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
-from trainer.options import add_run_options, read_run_options
-from trainer.run import Place, Run
+from trainer.noise import Place, sample_noise
+from trainer.options import read_run_options
+from trainer.run import Run
 from vae import preprocess_output
 
 MAX_TOKENS = 256  # of a sequence; a longer caption is cut at its end
@@ -49,8 +50,7 @@ def arguments() -> argparse.Namespace:
     add("--vokens", type=int, default=8, help="vokens of a picture")
     add("--start-as", metavar="TEXT", help="the vokens start as the embeddings of this text; default: the tables' mean")
     add("--no-cap", action="store_true", help="train without L_CAP (an ablation of the paper)")
-    add_run_options(parser, out="runs/uas", epochs=2, batch_size=48)
-    args = read_run_options(parser, "train_uas")
+    args = read_run_options(parser, "train_uas", out="runs/uas", epochs=2, batch_size=48)
     if args.no_ldm and args.no_cap:
         parser.error("--no-ldm and --no-cap leave the mapper nothing to learn from")
     return args
@@ -108,21 +108,20 @@ def main() -> None:
         """ "loss" = 0.01 "text_loss" + "ldm_loss" (Eq. 3) + 0.1 "cap_loss" of some caption-picture pairs."""
         plain = map(model.tokenizer.plain, samples["captions"])
         texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
-        batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS).to(run.device)
+        batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)
         run.preview = run.preview or Preview(batch, None, samples[pictures], samples["captions"])
-        noise = run.sample_noise(model, range(len(texts)), place)
+        noise = sample_noise(args, model, range(len(texts)), place)
         posterior = None if args.no_ldm else model.encode_pictures(samples[pictures])
         encodings = None if args.no_cap else (model.encode_captions(samples[captions]), empty_caption)
         return model.losses(batch, noise, posterior, encodings, min_snr_gamma=args.min_snr_gamma)
 
     # ---- training
-    run.begin(model, optimizers, batches, held_out, losses_of)
-    for step in run.steps():  # sets the learning rates; afterwards logs, paints samples, saves, validates
+    # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
+    for step in run.steps(model, optimizers, batches, held_out, losses_of):
         for samples, place in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, place)
             run.backward(losses)
         run.optimizer_step()
-    run.end()
 
 
 if __name__ == "__main__":

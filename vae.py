@@ -196,10 +196,12 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels (B, 3, 8h, 8w) in [-1, 1] -> mean and log variance of the unscaled latents, each (B, C, h, w)."""
+        """Pixels (B, 3, 8h, 8w), bytes or of any float dtype in [-1, 1] -> mean and log variance of the unscaled
+        latents, each (B, C, h, w) in the weights' dtype."""
         factor = self.config.downsampling
         assert pixels.shape[-2] % factor == 0 and pixels.shape[-1] % factor == 0, tuple(pixels.shape)
-        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        pixels = to_pixels(pixels) if pixels.dtype == torch.uint8 else pixels
+        mean, logvar = self.quant_conv(self.encoder(pixels.to(self.quant_conv.weight.dtype))).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:

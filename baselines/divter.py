@@ -26,7 +26,8 @@ from common.cli import run
 from miniature.facts import Picture, random_stream
 from miniature.words import caption
 from miniature.world import as_json, write_tar
-from tars.index import Member, Unusable, read_index, read_member
+from tars.batches import read_member
+from tars.index import Member, Unusable, read_index
 from tars.stories import read_turns
 
 MARK = "picture:"

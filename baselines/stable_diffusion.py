@@ -30,7 +30,8 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines.divter import split_description
-from common.cli import DTYPES, pick_device, read_arguments, run
+from common.cli import DTYPES, add_weights_option, pick_device, read_arguments, run
+from common.files import read_json
 from common.images import to_image
 from evaluation.cases import (
     SETTINGS,
@@ -47,9 +48,8 @@ from evaluation.cases import (
 from generation import Sampling, add_picture_options, denoise, sampling_of
 from minigpt5 import MiniGPT5
 from prompts import TASKS
-from published.checkpoints import given_checkpoint
 from published.clip_tokenizer import ClipTokenizer
-from published.loading import matched, read_json, save_safetensors
+from published.loading import given_checkpoint, matched, save_safetensors
 from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
 from tars.precomputed import fingerprint
 
@@ -67,7 +67,7 @@ class StableDiffusion(nn.Module):
         self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
         self.unet = load_unet(folder / "unet", painting, device)
         self.vae = load_vae(folder / "vae", painting, device)
-        self.schedule = load_schedule(folder / "scheduler").to(device)
+        self.schedule = load_schedule(folder / "scheduler", device)
 
     @property
     def device(self) -> torch.device:
@@ -138,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_case_options(parser, ["none", "texts"])
+    add_weights_option(parser)
     add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")

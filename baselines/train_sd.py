@@ -32,8 +32,9 @@ from tars.batches import Batches
 from tars.index import Unusable, expand
 from tars.precomputed import Precomputed, find_precomputed
 from tars.stories import StoryData
-from trainer.options import add_run_options, read_run_options
-from trainer.run import Place, Run
+from trainer.noise import Place, sample_noise
+from trainer.options import read_run_options
+from trainer.run import Run
 from vae import preprocess_output
 
 
@@ -60,8 +61,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="interleaved tars of stories; default: drawn stories")
     add("--lr", type=float, default=1e-5, help="learning rate of the UNet")
-    add_run_options(parser, out="runs/sd", epochs=4, batch_size=32)
-    args = read_run_options(parser, "train_sd")
+    args = read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32)
     for name in ("no_ldm", "compile", "gradient_checkpointing", "val"):
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is not for this baseline")
@@ -86,7 +86,7 @@ def main() -> None:
         steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
 
     def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
-        noise = run.sample_noise(model, range(args.batch_size), place)
+        noise = sample_noise(args, model, range(args.batch_size), place).to(run.device)
         drop = noise.drop.tolist()
         texts = ["" if dropped else text for (text, _), dropped in zip(samples["pairs"], drop, strict=True)]
         mean, log_variance = model.encode_pictures(samples["outputs"])
@@ -94,13 +94,13 @@ def main() -> None:
         ldm_loss = model.ldm_loss(model.encode(texts), latents, noise, args.min_snr_gamma).mean()  # Eq. 3
         return {"loss": ldm_loss, "ldm_loss": ldm_loss}
 
-    run.begin(model, [optimizer], Batches(steps, **run.data_options), None, losses_of)
-    for step in run.steps():  # sets the learning rates; afterwards logs, paints samples, saves, validates
+    batches = Batches(steps, **run.data_options)
+    # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
+    for step in run.steps(model, [optimizer], batches, None, losses_of):
         for samples, place in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, place)
             run.backward(losses)
         run.optimizer_step()
-    run.end()
 
 
 if __name__ == "__main__":

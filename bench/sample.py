@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 if __package__ in (None, ""):  # run as a script: not bench/, whose data.py and sample.py would hide the product's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -39,7 +40,8 @@ from torch import Tensor
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
 from common.cli import read_arguments, run
-from common.images import save_image, to_image
+from common.images import to_image
+from common.page import save_image
 from generation import Sampling, answer, paint, prompt_ids, say
 from llama import Vokens
 from mapper import VokenMapper
@@ -201,8 +203,8 @@ def libraries_alone(args: argparse.Namespace, device: torch.device, dtype: torch
     """What the peer's process does."""
     tokenizer = Tokenizer(args.weights / "vicuna" / "tokenizer.model")
     mapper = peers.mapper_of(args.weights, device)
-    vokens = Vokens(len(tokenizer.voken_ids), tokenizer.base_vocabulary, mapper.fc[0].in_features).to(device)
-    torch.nn.init.normal_(vokens.input, std=0.02)
+    rows = torch.randn(len(tokenizer.voken_ids) + 1, mapper.fc[0].in_features, device=device)
+    vokens = SimpleNamespace(input=0.02 * rows, output=0.02 * rows)  # untrained, as far as the peer reads them
     libraries = Libraries(args.weights, tokenizer, vokens, mapper, dtype)
     save_image(libraries.answer(Sampling(steps=args.steps)), args.libraries_alone)
 

@@ -39,7 +39,7 @@ from prompts import uas_texts
 from published.parts import load_minigpt5
 from train_uas import MAX_TOKENS
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, count_graphs
-from trainer.run import step_generator
+from trainer.noise import step_generator
 from vae import to_pixels
 
 BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 16}

@@ -36,10 +36,12 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
-    """Read the command line. What suits a size is its weights' to say: options that are not given take the values that
-    WEIGHTS/minigpt5/config.json has under `command`, where there is one. ValueError if it names an unknown option."""
+    """Add --weights and read the command line. What suits a size is its weights' to say: options that are not given
+    take the values that WEIGHTS/minigpt5/config.json has under `command`, where there is one. ValueError if it names an
+    unknown option."""
     first = argparse.ArgumentParser(add_help=False)
     add_weights_option(first)
+    add_weights_option(parser)
     path = first.parse_known_args()[0].weights / "minigpt5" / "config.json"
     suited = read_json(path).get(command, {}) if path.is_file() else {}
     if not isinstance(suited, dict):

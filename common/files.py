@@ -58,14 +58,14 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. ValueError, in one line, where the file holds none."""
+def read_json(path: Path, error: type[ValueError] = ValueError) -> dict:
+    """A JSON object. An `error`, in one line, where the file holds none."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON and bad UTF-8 alike
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+        raise error(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as problem:  # ValueError: bad JSON and bad UTF-8 alike
+        raise error(f"{path}: not readable as JSON ({problem})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

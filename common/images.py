@@ -1,4 +1,4 @@
-"""Pictures before and after they are tensors: safe decoding, square padding, resizing, sheets of pictures with words.
+"""Pictures before and after they are tensors: safe decoding, square padding, resizing.
 
 The released code resizes with torchvision on Pillow images; only Pillow does arithmetic there, so these few lines give
 the same bytes.
@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-
-from common.files import written_whole
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture that claims more, or a longer side, is refused undecoded:
 MAX_RATIO = 100  # it may be padded to a square of its long side, or its short side made as long as the model's
@@ -91,30 +89,3 @@ def to_image(pixels: torch.Tensor) -> Image.Image:
     """(3, height, width) in [-1, 1], clamped -> RGB picture."""
     array = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray((array * 255).round().astype(np.uint8))
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG under a temporary name, then rename it."""
-    with written_whole(path) as temporary:
-        image.save(temporary, "PNG")
-
-
-def draw_grid(columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
-    """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath."""
-    font = ImageFont.load_default(12)
-    tall = max(len(pictures) for _, pictures in columns)
-    sheet = Image.new("RGB", (len(columns) * (side + 8), tall * (side + 8) + 52), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, (caption, pictures) in enumerate(columns):
-        left = column * (side + 8) + 4
-        for row, picture in enumerate(pictures):
-            square = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, "white")
-            sheet.paste(square, (left, row * (side + 8) + 4))
-        lines = [""]
-        for word in caption[:1000].split():  # three lines hold fewer characters
-            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
-                lines.append(word)
-            else:
-                lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((left, tall * (side + 8) + 2), "\n".join(lines[:3]), fill="black", font=font)
-    save_image(sheet, path)

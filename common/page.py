@@ -1,4 +1,4 @@
-"""An answer in a folder: its pictures, a storyboard of them with their words, one page that holds all, and a record."""
+"""Pictures as files for people: one alone, a sheet of them with words, an answer in a folder with a page of it all."""
 
 import base64
 import html
@@ -7,12 +7,38 @@ import json
 import re
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import write_json, write_text
-from common.images import draw_grid, save_image
+from common.files import write_json, write_text, written_whole
 
 STYLE = "body{font:18px serif;max-width:40em;margin:2em auto}img{width:100%;max-width:32em;image-rendering:auto}"
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG under a temporary name, then rename it."""
+    with written_whole(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def draw_grid(columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
+    """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath."""
+    font = ImageFont.load_default(12)
+    tall = max(len(pictures) for _, pictures in columns)
+    sheet = Image.new("RGB", (len(columns) * (side + 8), tall * (side + 8) + 52), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (caption, pictures) in enumerate(columns):
+        left = column * (side + 8) + 4
+        for row, picture in enumerate(pictures):
+            square = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, "white")
+            sheet.paste(square, (left, row * (side + 8) + 4))
+        lines = [""]
+        for word in caption[:1000].split():  # three lines hold fewer characters
+            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
+                lines.append(word)
+            else:
+                lines[-1] = f"{lines[-1]} {word}".strip()
+        pen.multiline_text((left, tall * (side + 8) + 2), "\n".join(lines[:3]), fill="black", font=font)
+    save_image(sheet, path)
 
 
 def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:

@@ -54,7 +54,7 @@ from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from generation import add_sampling_options, sampling_of
 from prompts import TASKS
-from published.checkpoints import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
+from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
 from tars.batches import describe
 from tars.index import Unusable

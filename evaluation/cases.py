@@ -31,17 +31,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import DTYPES, add_weights_option, make_folder
-from common.files import write_json
-from common.images import ImageError, read_image, save_image
+from common.cli import DTYPES, make_folder
+from common.files import read_json, write_json
+from common.images import ImageError, read_image
+from common.page import save_image
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
 from prompts import TASKS, Example, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
-from published.loading import read_json
-from tars.batches import describe
-from tars.index import Member, Unusable, decode, expand, read_caption, read_index, read_member
+from tars.batches import decode, describe, read_caption, read_member
+from tars.index import Member, Unusable, expand, read_index
 from tars.stories import read_turns
 
 CONTEXTS = {  # what of the steps before a story's step is told
@@ -61,7 +61,6 @@ def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> No
     add("--context", choices=contexts, default=contexts[-1], help="what of a story's earlier steps is told")
     add("--last", action="store_true", help="of each story the last step alone")
     add("--n", type=int, default=0, help="the first so many cases; 0: all")
-    add_weights_option(parser)
     add("--seed", type=int, default=0, help="same seed, same answers")
     add("--batch-size", type=int, default=16, help="cases answered at a time")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")

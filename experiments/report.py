@@ -14,13 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bench.common import hardware
 from common.cli import pick_device
-from common.files import write_text
-from common.images import draw_grid, save_image
+from common.files import read_json, write_text
+from common.page import draw_grid, save_image
 from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import CLAIMS, FAILS, HOLDS, NOISE, differences, verdict
 from experiments.duel import WAYS
 from experiments.systems import METRICS, PICTURES, SIZES, TABLES, Options, Table, scorings_of
-from published.loading import read_json
 from trainer.log import COLOURS, read_log
 
 PUBLISHED = Path(__file__).parent / "published.json"

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from baselines.stable_diffusion import StableDiffusion
-from common.images import draw_grid, to_image, to_tensor
+from common.images import to_image, to_tensor
+from common.page import draw_grid
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids
 from miniature.descriptions import describe

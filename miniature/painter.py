@@ -49,7 +49,7 @@ class DiffusionRecipe(Recipe):
         super().__init__(setup)
         self.modules = nn.ModuleDict({"unet": UNet(UNET_SIZES)})
         nn.init.zeros_(self.modules["unet"].conv_out.weight)
-        self.schedule = NoiseSchedule(SCHEDULE).to(setup.device)
+        self.schedule = NoiseSchedule(SCHEDULE, setup.device)
         folder = setup.weights / "stable-diffusion"
         self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, setup.device)
         self.vae = load_vae(folder / "vae", torch.float32, setup.device)

@@ -57,7 +57,7 @@ from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue
 from prompts import UAS_REQUESTS, chat_history, dialog_source, pictures_of, uas_texts, user_turn
-from published.checkpoints import STORY_FILES, find_checkpoint, shipped_checkpoint
+from published.loading import STORY_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"

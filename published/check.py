@@ -8,11 +8,10 @@ import torch
 
 from llama import Vokens
 from mapper import VokenMapper
-from published.checkpoints import open_checkpoint, with_file_below
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import readable
 from published.fetch import KNOWN, sha256
-from published.loading import WeightsError, matched, tensor_slices
+from published.loading import WeightsError, matched, open_checkpoint, tensor_slices, with_file_below
 from published.parts import load, load_image_encoder, load_schedule, size_mismatches
 from tokenizer import Tokenizer
 from unet import UNetConfig
@@ -104,7 +103,7 @@ def check_trained(path: Path, loaded: dict) -> None:
     tokens = len(loaded["text encoder"].text_model.embeddings.position_embedding.weight)
     with torch.device("meta"):
         model = VokenMapper(llm_width, loaded["unet"].config.cross_attention_dim, tokens)
-        model.vokens = Vokens(checkpoint.vokens, 0, llm_width)
+        model.vokens = Vokens(loaded["vicuna"], checkpoint.vokens, 0)
     wanted = model.state_dict()
     matched(wanted, with_file_below(path, checkpoint.tensors, wanted), UNCHECKED, first_wins=True)
 

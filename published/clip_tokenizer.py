@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from published.loading import WeightsError, read_json
+from common.files import read_json
+from published.loading import WeightsError
 
 LONG_S = "\u017f"
 
@@ -115,7 +116,7 @@ class ClipTokenizer:
 
     def __init__(self, folder: Path):
         folder = Path(folder)
-        self.vocabulary: dict[str, int] = read_json(folder / "vocab.json")
+        self.vocabulary: dict[str, int] = read_json(folder / "vocab.json", WeightsError)
         if not all(type(i) is int and 0 <= i < 1 << 24 for i in self.vocabulary.values()):
             raise WeightsError(f"{folder / 'vocab.json'}: should map every token to its id")
         try:
@@ -126,7 +127,7 @@ class ClipTokenizer:
         settings = {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the second wins
             if (folder / name).exists():
-                settings |= read_json(folder / name)
+                settings |= read_json(folder / name, WeightsError)
         pad = settings.get("pad_token") or "!"
         self.pad = pad.get("content") if isinstance(pad, dict) else pad
         longest = settings.get("model_max_length") or 77  # some files hold 1e30 for "no limit"

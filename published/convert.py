@@ -10,7 +10,7 @@ A file is recognised by the names of its tensors, not by its own name, and is on
 Pickles are read through torch.load(weights_only=True) alone. Nothing is left half-written: a file gets its name when it
 is whole, and the file that makes a part complete (index, config.json) is written last.
 
-Our checkpoints (checkpoints.py) hold the new rows of the two embedding tables alone. The released ones hold whole
+Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole
 tables. Their other rows are smaller than Vicuna's, since weight decay acted on them, and the released model runs with
 those, so such a table is kept whole, under Vicuna's name.
 """
@@ -26,20 +26,20 @@ import torch
 from torch import Tensor
 
 from common.cli import make_folder
-from common.files import write_json
+from common.files import read_json, write_json
 from llama import Llama, LlamaConfig
 from prompts import RELEASED_SYSTEMS
-from published.checkpoints import STAGE_1, TABLES, open_checkpoint
 from published.loading import (
+    STAGE_1,
+    TABLES,
     WeightsError,
+    open_checkpoint,
     our_name,
-    read_config,
-    read_json,
     save_safetensors,
     tensor_files,
     tensor_slices,
 )
-from published.parts import BLIP2_UNUSED, PARTS
+from published.parts import BLIP2_UNUSED, PARTS, read_config
 from tokenizer import Tokenizer
 
 
@@ -166,7 +166,7 @@ def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: tor
     shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
     corrected = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": pieces}
     corrected |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # v0's file has others, all wrong
-    write_json(folder / "config.json", read_json(config) | corrected)
+    write_json(folder / "config.json", read_json(config, WeightsError) | corrected)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
 
@@ -184,7 +184,9 @@ def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torc
             tensors[name] = value[:]
     folder = out / "blip2"
     candidates = [folder / "config.json", *([config] if config else [path.parent / "config.json" for path in paths])]
-    values = next((found for c in candidates if c.is_file() and "vision_config" in (found := read_json(c))), {})
+    values = next(
+        (found for c in candidates if c.is_file() and "vision_config" in (found := read_json(c, WeightsError))), {}
+    )
 
     blocks = values.get("vision_config", {}).get("num_hidden_layers") or EVA_BLOCKS
     for name in list(tensors):
@@ -277,7 +279,7 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
 
 def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
-    already are left out: the file is then laid over it (checkpoints.py)."""
+    already are left out: the file is then laid over it (loading.py)."""
     opened = open_checkpoint(checkpoint)
     tensors = {name: tensor[:].to(dtype) for name, tensor in opened.tensors.items()}
     below = out.with_name(STAGE_1)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from common.files import read_json
 from published.convert import convert
-from published.loading import WeightsError, read_json
+from published.loading import WeightsError
 
 # Published files: bytes, SHA-256, name in the repository.
 KNOWN = """
@@ -112,7 +113,7 @@ def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...],
             path.unlink()
             raise WeightsError(f"{name} is not the published file: its sha256 is {digest}, not {KNOWN[name][1]}")
         if name.endswith(".index.json"):
-            weight_map = read_json(path).get("weight_map", {})
+            weight_map = read_json(path, WeightsError).get("weight_map", {})
             names += sorted({Path(file).name for key, file in weight_map.items() if key.startswith(WANTED)})
         paths.append(path)
     return paths

@@ -1,21 +1,30 @@
-"""Published weights into modules: sizes from config.json, tensors from safetensors.
+"""Files of tensors: published weights into modules, and checkpoints of what MiniGPT-5 trains.
 
-Every part of the stack loads in the same way (parts.py):
-
-    config = read_config(UNetConfig, folder / "config.json")
-    unet = load(partial(UNet, config), folder, dtype=torch.bfloat16)
+    unet = load(partial(UNet, config), folder, dtype=torch.bfloat16)        parts.py has all parts of the stack
 
 The module is built without memory, and the memory-mapped tensors become its parameters. A module's attribute paths are
 the published names, so this is `load_state_dict(strict, assign)`: a frozen weight whose dtype and layout already fit is
 never copied, it stays a view of the file until something moves it to a GPU. Where a published file has other names, a
 table of `Names` says which. All errors are `WeightsError`: one line that names the file, the key and the shapes.
+
+A checkpoint is a safetensors file of `MiniGPT5.trained_parameters` and its metadata:
+
+    vokens.input, vokens.output     (N + 1, D)   embedding rows: the vokens', then the image placeholder's
+    fc.*, t2i_decoder_prompt, ...                the mapper, under its published names
+    model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
+    prefix_encoder.*                             its prefix
+    model.embed_tokens.weight, lm_head.weight    Vicuna's tables, where a released checkpoint has others than Vicuna
+    metadata                                     stage, vokens; lora_alpha; "system": how its prompts begin
+
+A file that does not hold all of what the model trains is laid over uas.safetensors in the same folder: what it does not
+hold is taken from there. Every number that sizes the model to be built is checked before it is used.
 """
 
-import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -23,12 +32,15 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from common.files import read_json as read_object
-from common.files import written_whole
+from common.files import read_json, written_whole
+from minigpt5 import MiniGPT5
 
-MAX_SIZE, MAX_LAYERS = 1 << 24, 1000  # of any number in a config.json, of a number of layers: building has to end
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that weights may have, as safetensors names them
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")  # without a folder: an index must not lead out of its own
+STAGE_1 = "uas.safetensors"
+STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # names of stage 2's files
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # Vicuna's input and output embedding
+NO_TABLES = tuple((f"^{re.escape(name)}$", None) for name in TABLES)
 
 # (pattern, replacement) of published tensor names, applied one after the other; a name is left out where it is None.
 Names = Iterable[tuple[str, str | None]]
@@ -52,58 +64,6 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return read_object(path)
-    except ValueError as error:
-        raise WeightsError(str(error)) from None
-
-
-def checked(value: object, default: object, name: str):
-    """`value` of a config.json as the type of `default`. ValueError for another type or a size that no model has."""
-    if isinstance(default, tuple):
-        values = value if isinstance(value, list) else [value]  # one value stands for all levels
-        if not 1 <= len(values) <= 16:
-            raise ValueError(f"{name} should have 1 to 16 entries")
-        return tuple(checked(entry, default[0], name) for entry in values)
-    if type(default) is float and type(value) is int and abs(value) <= MAX_SIZE:
-        value = float(value)
-    if type(value) is not type(default):
-        raise ValueError(f"{name} should be {type(default).__name__}, found {value!r:.80}")
-    largest = MAX_LAYERS if "layers" in name else MAX_SIZE
-    smallest = {int: 0 if default in (0, 1) else 1, float: 1e-13}  # an offset may be 0, a size may not
-    if type(value) in smallest and not smallest[type(value)] <= value <= largest:
-        raise ValueError(f"{name} cannot be {value!r:.80}")
-    return value
-
-
-def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | None = None):
-    """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it.
-
-    Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the published
-    model's value: published files leave defaults out. WeightsError for another type, an impossible size, and a setting
-    that has none of its `supported` values, among which None stands for one that is left out.
-    """
-    values = read_json(path)
-    try:
-        for name, allowed in (supported or {}).items():
-            if values.get(name) not in allowed:
-                known = " or ".join(repr(value) for value in allowed if value is not None) or "null"
-                raise ValueError(f"{name} {values.get(name)!r:.80} is not supported, only {known}")
-        for key in nested:
-            values = values.get(key) or {}
-            if not isinstance(values, dict):
-                raise ValueError(f"{key} should be an object, found {values!r:.80}")
-        given = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
-        config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
-        heads = getattr(config, "num_attention_heads", 1)
-        if getattr(config, "hidden_size", heads) % heads:
-            raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from None
-    return config
-
-
 def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     """The safetensors files of `folder` that hold keys starting with one of `wanted`, through the index where there is
     one. Files with a second suffix are passed over: half-precision variants (`*.fp16.safetensors`)."""
@@ -111,7 +71,7 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, WeightsError).get("weight_map")
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
         if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):
             raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
@@ -234,3 +194,128 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
             temporary.chmod(0o644)  # safetensors makes its files readable by the owner alone
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: not written ({error})") from None
+
+
+# ---- finding checkpoints
+
+
+def checkpoint_folders(out: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    return sorted(Path(out).glob("step-" + "[0-9]" * 8), reverse=True)
+
+
+def find_checkpoint(place: Path) -> Path | None:
+    """The file that `place` stands for: itself; trained.safetensors in a checkpoint's folder, or in the newest
+    checkpoint of a run's folder; uas.safetensors in weights/minigpt5. None if there is none."""
+    if place.is_file():
+        return place
+    folders = place, *checkpoint_folders(place)
+    for file in [*(folder / "trained.safetensors" for folder in folders), place / STAGE_1]:
+        if file.is_file():
+            return file
+    return None
+
+
+def given_checkpoint(place: Path) -> Path:
+    """The checkpoint that the user named. ValueError where there is none."""
+    found = find_checkpoint(place)
+    if found is None:
+        raise ValueError(f"{place}: neither a checkpoint nor the folder of a run that has one")
+    return found
+
+
+def shipped_checkpoint(folder: Path, stage_2: tuple[str, ...]) -> Path | None:
+    """The first of stage 2's files `stage_2` in `folder` (weights/minigpt5), else stage 1's; None if there is none."""
+    places = [*(folder / f"{name}.safetensors" for name in stage_2), folder]
+    return next(filter(None, map(find_checkpoint, places)), None)
+
+
+# ---- what checkpoints hold
+
+
+class Checkpoint(NamedTuple):
+    metadata: dict[str, str]
+    tensors: dict  # name -> slice, see `tensor_slices`
+    vokens: int
+    adapters: dict  # the options of `MiniGPT5.add_adapters` for the adapters that it holds
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The contents of a checkpoint, of which only the header is read. WeightsError if it is none."""
+    metadata, tensors = open_safetensors(path).metadata() or {}, tensor_slices(path)
+    if "vokens.input" not in tensors:
+        raise WeightsError(f"{path}: tensor vokens.input is missing, this is no checkpoint of MiniGPT-5")
+    vokens = rows_of(tensors, "vokens.input", range(2, 1025), path) - 1
+    matrices, adapters = [name for name in tensors if name.endswith(".lora_A.weight")], {}
+    if matrices:
+        rank = rows_of(tensors, matrices[0], range(1, 1025), path)
+        targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
+        try:
+            alpha = float(metadata.get("lora_alpha", 2 * rank))
+        except ValueError:
+            alpha = 0.0
+        if not 0 < alpha < 1e6:
+            raise WeightsError(f"{path}: lora_alpha cannot be {metadata['lora_alpha']!r:.80}")
+        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
+    if "prefix_encoder.embedding.weight" in tensors:
+        names = {"tokens": "prefix_encoder.embedding.weight", "hidden": "prefix_encoder.transform.0.weight"}
+        adapters["prefix"] = {size: rows_of(tensors, name, range(1, 1 << 14), path) for size, name in names.items()}
+    return Checkpoint(metadata, tensors, vokens, adapters)
+
+
+def rows_of(tensors: dict, name: str, allowed: range, path: Path) -> int:
+    """How many rows a checkpoint's matrix has, a size of the model to be built. WeightsError if it is not `allowed`."""
+    shape = tensors[name].get_shape() if name in tensors else []
+    if len(shape) != 2 or shape[0] not in allowed:
+        expected = f"{allowed.start} to {allowed.stop - 1:,} rows"
+        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {expected}")
+    return shape[0]
+
+
+def with_file_below(path: Path, tensors: Collection[str], wanted: Collection[str]) -> list[Path]:
+    """The files that hold a checkpoint: `path`, and stage 1's, over which it is laid where `wanted` has more names than
+    its `tensors`. WeightsError if that file is not there."""
+    below, missing = path.with_name(STAGE_1), sorted(set(wanted) - set(tensors))
+    if not missing or path.name == STAGE_1:
+        return [path]
+    if not below.is_file():
+        raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
+    return [path, below]
+
+
+# ---- saving and loading checkpoints
+
+
+def save_trained(model: MiniGPT5, path: Path, stage: str) -> None:
+    metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(model.tokenizer.voken_ids))}
+    if model.lora:
+        metadata["lora_alpha"] = str(model.lora[0].scale * model.lora[0].lora_A.out_features)
+    save_safetensors(model.trained_parameters() | model.tables, path, metadata)
+
+
+@torch.no_grad()
+def load_trained(model: MiniGPT5, path: Path) -> None:
+    """Take a checkpoint's tensors; the model must have the adapters that it has.
+
+    A released checkpoint may bring tables of its own: weight decay shrank the rows that are Vicuna's, and the released
+    model runs with the shrunk ones. They replace Vicuna's, and `model.tables` keeps them for the next checkpoint.
+    """
+    checkpoint, trained = open_checkpoint(path), model.trained_parameters()
+    files = with_file_below(path, checkpoint.tensors, trained)
+    for name, tensor in matched(trained, files, NO_TABLES, first_wins=True).items():
+        trained[name].copy_(tensor)  # in place: an optimiser may hold these
+    for file in reversed(files):
+        for key, tensor in open_checkpoint(file).tensors.items():
+            if key in TABLES:
+                model.tables[key] = load_table(model, file, key, tensor)
+    model.system = checkpoint.metadata.get("system")
+
+
+def load_table(model: MiniGPT5, path: Path, key: str, stored) -> nn.Parameter:
+    """Replace one of Vicuna's tables by the `stored` one of a checkpoint; returns the new one."""
+    module, pieces = model.llama.get_submodule(key.removesuffix(".weight")), model.tokenizer.base_vocabulary
+    shape, dtype, width = stored.get_shape(), stored.get_dtype(), module.weight.shape[1]
+    if len(shape) != 2 or shape[0] < pieces or shape[1] != width or dtype not in FLOATS:
+        raise WeightsError(f"{path}: {key} {tuple(shape)} {dtype} is no table of {pieces} rows of width {width}")
+    module.weight = nn.Parameter(stored[:].to(module.weight.device, module.weight.dtype), requires_grad=False)
+    return module.weight

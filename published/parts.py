@@ -1,4 +1,5 @@
-"""One loader for each part of the stack, and for all of MiniGPT-5. All parts are frozen and in eval mode.
+"""One loader for each part of the stack, and for all of MiniGPT-5: sizes from config.json, tensors as loading.py has
+them. All parts are frozen and in eval mode.
 
     weights/vicuna                     load_llama           config.json *.safetensors
     weights/blip2, weights/minigpt4    load_image_encoder   the names of Salesforce/blip2-flan-t5-xxl, and llama_proj
@@ -10,6 +11,7 @@ dtype None keeps the stored one. All errors are WeightsError or, from the tokeni
 file.
 """
 
+import dataclasses
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,14 +22,22 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from common.files import read_json
 from llama import Llama, LlamaConfig
 from minigpt5 import MiniGPT5
 from published import loading
-from published.checkpoints import load_trained, open_checkpoint
 from published.clip_tokenizer import ClipTokenizer
 from published.cpu import HAS_AMX, use_float32_kernels
 from published.int8 import to_int8
-from published.loading import Names, Uninitialised, WeightsError, read_config, tensor_files, tensor_slices
+from published.loading import (
+    Names,
+    Uninitialised,
+    WeightsError,
+    load_trained,
+    open_checkpoint,
+    tensor_files,
+    tensor_slices,
+)
 from qformer import ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import NoiseSchedule, ScheduleConfig
 from text_encoder import ACTIVATIONS, TextConfig, TextEncoder
@@ -35,6 +45,7 @@ from tokenizer import Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1000  # of any number in a config.json, of a number of layers: building has to end
 DType = torch.dtype | None
 Device = str | torch.device
 
@@ -111,9 +122,60 @@ BLIP2_UNUSED = (  # parts of published files that MiniGPT-4 does not use
 )
 
 
+# ---- config.json
+
+
+def checked(value: object, default: object, name: str):
+    """`value` of a config.json as the type of `default`. ValueError for another type or a size that no model has."""
+    if isinstance(default, tuple):
+        values = value if isinstance(value, list) else [value]  # one value stands for all levels
+        if not 1 <= len(values) <= 16:
+            raise ValueError(f"{name} should have 1 to 16 entries")
+        return tuple(checked(entry, default[0], name) for entry in values)
+    if type(default) is float and type(value) is int and abs(value) <= MAX_SIZE:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{name} should be {type(default).__name__}, found {value!r:.80}")
+    largest = MAX_LAYERS if "layers" in name else MAX_SIZE
+    smallest = {int: 0 if default in (0, 1) else 1, float: 1e-13}  # an offset may be 0, a size may not
+    if type(value) in smallest and not smallest[type(value)] <= value <= largest:
+        raise ValueError(f"{name} cannot be {value!r:.80}")
+    return value
+
+
+def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | None = None):
+    """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it.
+
+    Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the published
+    model's value: published files leave defaults out. WeightsError for another type, an impossible size, and a setting
+    that has none of its `supported` values, among which None stands for one that is left out.
+    """
+    values = read_json(path, WeightsError)
+    try:
+        for name, allowed in (supported or {}).items():
+            if values.get(name) not in allowed:
+                known = " or ".join(repr(value) for value in allowed if value is not None) or "null"
+                raise ValueError(f"{name} {values.get(name)!r:.80} is not supported, only {known}")
+        for key in nested:
+            values = values.get(key) or {}
+            if not isinstance(values, dict):
+                raise ValueError(f"{key} should be an object, found {values!r:.80}")
+        given = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
+        config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
+        heads = getattr(config, "num_attention_heads", 1)
+        if getattr(config, "hidden_size", heads) % heads:
+            raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    return config
+
+
 def config_of(part: str, path: Path):
     """The configuration of a part in the published file `path`."""
     return read_config(PARTS[part].config, Path(path), supported=PARTS[part].supported)
+
+
+# ---- a part
 
 
 def load(part: str, folder: Path, dtype: DType, device: Device) -> nn.Module:
@@ -168,9 +230,9 @@ def load_text_encoder(folder: Path, dtype: DType = None, device: Device = "cpu")
     return load("text encoder", folder, dtype, device)
 
 
-def load_schedule(folder: Path) -> NoiseSchedule:
+def load_schedule(folder: Path, device: Device = "cpu") -> NoiseSchedule:
     path = Path(folder) / "scheduler_config.json"
-    schedule = NoiseSchedule(config_of("schedule", path))
+    schedule = NoiseSchedule(config_of("schedule", path), device)
     if not schedule.alphas_cumprod.min() > 0:
         raise WeightsError(f"{path}: beta_start, beta_end and num_train_timesteps leave no signal at the last timestep")
     return schedule
@@ -247,7 +309,7 @@ def load_minigpt5(
     llama = (load_int8_llama if int8 else load_llama)(weights / "vicuna", reading, device)
     unet = load_unet(diffusion / "unet", painting, device)
     vae = load_vae(diffusion / "vae", painting, device)
-    schedule = load_schedule(diffusion / "scheduler").to(device)
+    schedule = load_schedule(diffusion / "scheduler", device)
     tokens = config_of("text encoder", diffusion / "text_encoder" / "config.json").max_position_embeddings
     image_encoder = load_image_encoder(weights, reading, device) if read_pictures else None
     text_encoder = load_text_encoder(diffusion / "text_encoder", reading, device) if read_captions else None
@@ -258,7 +320,6 @@ def load_minigpt5(
         raise WeightsError(f"{weights}: {problems[0]}", problems)
     with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
         model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, image_encoder, text_encoder, clip_tokenizer)
-    model.vokens.to(device)
     model.mapper.to(device)
     if trained:
         try:

@@ -24,6 +24,7 @@ An item is a pair here, a turn of a story or dialogue in stories.py. The release
 """
 
 import hashlib
+import json
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,16 +33,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from common.images import ImageError, read_image
 from prompts import UAS_REQUESTS, clean_caption
-from tars.index import Member, Reader, TarIndex, Unusable, decode, expand, read_caption, read_index, read_member
+from tars.index import Member, TarIndex, Unusable, expand, max_bytes, read_index
 from tars.precomputed import NOTHING, Precomputed, find_precomputed, read_tensors
 
 MIN_COUNTED = 1000  # max_bad is a share of at least so many samples: two broken pairs of four need not stop a trial
 MAX_TRIES = 1000  # broken samples in a row after which the data count as unusable
 ORDER, SAMPLE = 0, 1  # purposes of the random streams: an epoch's permutation, all that is random about a sample
+Reader = Callable[[int], bytes | None]  # a `Member` of one sample -> its bytes, None where it has none
 
 
 # ---- random numbers: raw PCG64 output only, which numpy promises to keep from version to version
@@ -57,6 +61,58 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(random_bits(ORDER, seed, epoch).random_raw(n), kind="stable")
     order.setflags(write=False)
     return order
+
+
+# ---- members
+
+
+def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
+    """The bytes of one member of the sample that is `row` of a table, None where it has none. Raises Unusable.
+
+    Opens the tar each time (some 20 us): open files could run out, and would be shared between forked workers.
+    """
+    offset, size = (int(x) for x in row[2 * member : 2 * member + 2]) if 2 * member < len(row) else (-1, -1)
+    if offset < 0:
+        return None
+    if size > max_bytes(member):
+        raise Unusable("too large")
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError:
+        raise Unusable("tar not readable") from None
+    if len(content) < size:
+        raise Unusable("truncated tar")
+    return content
+
+
+def decode(content: bytes | None) -> Image.Image:
+    """The bytes of a picture member -> RGB picture. Raises Unusable."""
+    if not content:
+        raise Unusable("no picture" if content is None else "empty picture")
+    try:
+        return read_image(content)
+    except ImageError as error:
+        raise Unusable(error.reason) from None
+
+
+def read_caption(read: Reader) -> str:
+    """The caption of KEY.txt, else that in KEY.json, as it is. Raises Unusable."""
+    text = read(Member.TEXT)
+    try:
+        if text is not None:
+            return text.decode("utf-8-sig")
+        content = json.loads(read(Member.JSON) or b"{}")
+        if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
+            raise Unusable("no caption")
+        if len(content["caption"].encode()) > max_bytes(Member.TEXT):  # encode() fails at half an emoji, "\\ud83d"
+            raise Unusable("too large")
+    except UnicodeError:
+        raise Unusable("caption not UTF-8") from None
+    except (ValueError, RecursionError):
+        raise Unusable("broken JSON") from None
+    return content["caption"]
 
 
 # ---- items

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from common.files import read_json
 from prompts import clean_caption
-from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, decode, max_bytes
+from tars.batches import decode
+from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes
 from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story

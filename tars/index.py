@@ -1,13 +1,12 @@
-"""Where the samples lie in webdataset tars: a tar is indexed once, then its members are read at random.
+"""Where the samples lie in webdataset tars: a tar is indexed once, then its members can be read at random.
 
 Members that share the path up to the first dot of the base name are one sample: `KEY.jpg|jpeg|png|webp` its picture,
 `KEY.txt` its caption, `KEY.json` more about it, `KEY.safetensors` its precomputed tensors (precomputed.py). A story or
 dialogue has `KEY.json` with a list of "turns" and the pictures `KEY.0.jpg`, `KEY.1.png` ... Only regular members count,
 and nothing is ever unpacked to disk.
 
-    expand(["cc3m-train-{0000..0575}.tar", "more/"])      -> list of paths
-    read_index("x.tar")                                   -> TarIndex: where the n samples lie, table (n, 8 or more)
-    read_member("x.tar", index.table[i], Member.PICTURE)  -> bytes
+    expand(["cc3m-train-{0000..0575}.tar", "more/"])  -> list of paths
+    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 8 or more)
 """
 
 import glob
@@ -16,17 +15,15 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from common.files import written_whole
-from common.images import ImageError, read_image
 
 CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
 INDEX_VERSION = 5
@@ -48,7 +45,6 @@ ENDINGS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), Member.PICTURE)
 ENDINGS |= {"txt": Member.TEXT, "json": Member.JSON, "safetensors": Member.TENSORS}
 NAME = re.compile(r"((?:.*/)?[^/.]+)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL)  # key, number of a picture, ending
 MAX_BYTES = {Member.PICTURE: 64 << 20, Member.TEXT: 64 << 10, Member.JSON: 1 << 20, Member.TENSORS: 128 << 20}
-Reader = Callable[[int], bytes | None]  # a `Member` of one sample -> its bytes, None where it has none
 
 
 class Unusable(Exception):
@@ -288,55 +284,3 @@ def read_index(path: str) -> TarIndex:
                 np.savez(file, **index._asdict())
             break
     return index
-
-
-# ---- members
-
-
-def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
-    """The bytes of one member of the sample that is `row` of a table, None where it has none. Raises Unusable.
-
-    Opens the tar each time (some 20 us): open files could run out, and would be shared between forked workers.
-    """
-    offset, size = (int(x) for x in row[2 * member : 2 * member + 2]) if 2 * member < len(row) else (-1, -1)
-    if offset < 0:
-        return None
-    if size > max_bytes(member):
-        raise Unusable("too large")
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-    except OSError:
-        raise Unusable("tar not readable") from None
-    if len(content) < size:
-        raise Unusable("truncated tar")
-    return content
-
-
-def decode(content: bytes | None) -> Image.Image:
-    """The bytes of a picture member -> RGB picture. Raises Unusable."""
-    if not content:
-        raise Unusable("no picture" if content is None else "empty picture")
-    try:
-        return read_image(content)
-    except ImageError as error:
-        raise Unusable(error.reason) from None
-
-
-def read_caption(read: Reader) -> str:
-    """The caption of KEY.txt, else that in KEY.json, as it is. Raises Unusable."""
-    text = read(Member.TEXT)
-    try:
-        if text is not None:
-            return text.decode("utf-8-sig")
-        content = json.loads(read(Member.JSON) or b"{}")
-        if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
-            raise Unusable("no caption")
-        if len(content["caption"].encode()) > max_bytes(Member.TEXT):  # encode() fails at half an emoji, "\\ud83d"
-            raise Unusable("too large")
-    except UnicodeError:
-        raise Unusable("caption not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    return content["caption"]

@@ -29,16 +29,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.cli import make_folder
-from minigpt5 import dtype_of, encode_captions
+from minigpt5 import encode_captions
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
-from tars.batches import PairData, TarData
-from tars.index import Member, Reader, Unusable, decode, expand, read_index
+from tars.batches import PairData, Reader, TarData, decode
+from tars.index import Member, Unusable, expand, read_index
 from tars.precomputed import MARKER, Precomputed, fingerprint, identity, marker_bytes, read_marker
 from tars.stories import read_turns
 from tars.writer import Report, Sample, write_samples
-from vae import preprocess_output, to_pixels
+from vae import preprocess_output
 
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -97,8 +97,7 @@ class Encoders:
     @torch.no_grad()
     def moments(self, pictures: Tensor) -> Tensor:
         """uint8 (M, 3, H, W) -> (M, 2, C, h, w)."""
-        pixels = to_pixels(pictures.to(self.device)).to(dtype_of(self.vae))
-        return self.stored(torch.stack(self.vae.encode(pixels), 1))
+        return self.stored(torch.stack(self.vae.encode(pictures.to(self.device)), 1))
 
     @torch.no_grad()
     def queries(self, pixels: Tensor) -> Tensor:

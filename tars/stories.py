@@ -28,8 +28,8 @@ import numpy as np
 from torch.utils.data import default_collate
 
 from prompts import TASKS, Example, Turn, dialog_example, history_start, one_line, story_example
-from tars.batches import TarData
-from tars.index import STORY, Member, Reader, TarIndex, Unusable, decode, member_of
+from tars.batches import Reader, TarData, decode
+from tars.index import STORY, Member, TarIndex, Unusable, member_of
 from tars.precomputed import NOTHING, Precomputed, read_tensors
 
 MAX_PIECE_LENGTH = 16  # characters of a token, as sentencepiece models are trained

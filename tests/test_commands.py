@@ -24,7 +24,7 @@ import train_uas
 from common.cli import run
 from minigpt5 import MiniGPT5
 from prompts import UAS_REQUESTS
-from published.checkpoints import checkpoint_folders, find_checkpoint
+from published.loading import checkpoint_folders, find_checkpoint
 from tars.batches import PairData
 from trainer import run as trainer_run
 from trainer.log import read_log

@@ -24,8 +24,7 @@ from miniature import world
 from miniature.judge import NOTHING, Judge
 from miniature.pairing import Pairing
 from prompts import Turn
-from published.checkpoints import save_trained
-from published.loading import save_safetensors
+from published.loading import save_safetensors, save_trained
 from published.parts import load_minigpt5
 
 WORDS = ("a", "the", "boat", "red", "small", "sea", "at", "night", "on", "and", "two", "cats", "kite", "sky", "it")

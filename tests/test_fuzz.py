@@ -21,7 +21,8 @@ from common.cli import pick_device
 from common.images import ImageError, read_image
 from llama import LlamaConfig
 from published.clip_tokenizer import ClipTokenizer
-from published.loading import WeightsError, read_config, tensor_files
+from published.loading import WeightsError, tensor_files
+from published.parts import read_config
 from tars import index as tars
 from tars.batches import PairData
 from tars.index import read_index

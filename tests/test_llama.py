@@ -140,8 +140,7 @@ def test_old_buffers_and_scaled_rotary(tmp_path, pair):
 def test_vokens(pair):
     """The new rows behave as rows appended to both tables, and are all that trains."""
     ours, _ = pair
-    vokens = Vokens(3, 90, 64)  # a tokenizer of 90 pieces over tables of 96 rows
-    vokens.start_from_mean(ours)
+    vokens = Vokens(ours, 3, 90)  # a tokenizer of 90 pieces over tables of 96 rows
     assert_close(vokens.input[0], ours.model.embed_tokens.weight[:90].mean(0), 1e-6, "start")
     randomise(vokens, 7)
     table = torch.cat([ours.model.embed_tokens.weight[:90], vokens.input])

@@ -20,8 +20,7 @@ import sample
 import train_mls
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import MiniGPT5
-from published.checkpoints import checkpoint_folders, load_trained, save_trained
-from published.loading import WeightsError
+from published.loading import WeightsError, checkpoint_folders, load_trained, save_trained
 from published.parts import load_minigpt5
 from trainer import run as trainer_run
 from trainer.log import read_log

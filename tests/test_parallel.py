@@ -28,7 +28,7 @@ import train_uas
 from common.cli import run
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
-from published.checkpoints import checkpoint_folders
+from published.loading import checkpoint_folders
 from tars.batches import Batches, PairData
 from trainer.log import read_log
 

@@ -14,7 +14,7 @@ import sample
 import train_mls
 import train_uas
 from common.cli import MINIATURE
-from common.images import save_image
+from common.page import save_image
 from miniature import pretrain
 from miniature.paint import draw
 from miniature.recipe import Setup

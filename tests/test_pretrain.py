@@ -273,11 +273,12 @@ def test_shipped_size():
     """All that ships in 16 bit, with mapper and voken rows, on the meta device."""
     with torch.device("meta"):
         width, context = LANGUAGE_SIZES.hidden_size, UNET_SIZES.cross_attention_dim
+        llama = Llama(LANGUAGE_SIZES)
         parts = [
             *(VAE(VAE_SIZES), UNet(UNET_SIZES), TextEncoder(replace(TEXT_SIZES, vocab_size=1100))),
-            *(Llama(LANGUAGE_SIZES), ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)),
+            *(llama, ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)),
             *(judging.Judge(), VokenMapper(width, context, TEXT_SIZES.max_position_embeddings)),
-            Vokens(8, documents.PIECES, width),
+            Vokens(llama, 8, documents.PIECES),
         ]
     sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) for part in parts}
     print(f"{sizes}: {2e-6 * sum(sizes.values()):.1f} MB")

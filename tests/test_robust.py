@@ -27,13 +27,12 @@ import train_mls
 import train_uas
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
-from published.checkpoints import checkpoint_folders
-from published.loading import matched, save_safetensors
+from published.loading import checkpoint_folders, matched, save_safetensors
 from trainer import run as trainer_run
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.log import read_log
 from trainer.muon import Muon
-from trainer.processes import Gradients, World
+from trainer.run import Gradients, World
 
 ROOT = Path(__file__).resolve().parents[1]
 

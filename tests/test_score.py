@@ -29,7 +29,7 @@ from miniature.facts import Picture, Thing, random_stream
 from miniature.judge import NOTHING, right_shares
 from miniature.recipe import Setup
 from miniature.words import description, facts_in
-from published.checkpoints import save_trained
+from published.loading import save_trained
 from published.parts import load_minigpt5
 
 CPU = torch.device("cpu")

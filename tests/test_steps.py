@@ -18,8 +18,8 @@ from minigpt5 import Batch, collate
 from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.compiled import bucket_length, checkpoint_gradients, pad_pictures
-from trainer.log import Meter
-from trainer.run import step_generator
+from trainer.noise import step_generator
+from trainer.run import Meter
 
 VOKENS = "".join(f"[IMG{i}]" for i in range(8)) + " ###"
 WORDS = "a big red boat on the sea at night two small dogs in it and the moon above".split()  # noqa: SIM905
@@ -296,7 +296,7 @@ def meta(monkeypatch):
 @pytest.mark.parametrize("adapter", [None, "lora", "prefix"])
 def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
     model = load_minigpt5(weights, dtype=torch.bfloat16, read_captions=True).to(meta).train()
-    model.schedule.to(meta)
+    model.schedule = NoiseSchedule(model.schedule.config, meta)
     if adapter:
         model.add_adapters(**{adapter: {}})
     optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), foreach=True), Meter()
@@ -318,7 +318,7 @@ def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_nothing_of_an_answer_is_left_on_the_host(weights, sampler, meta):
     model = load_minigpt5(weights, dtype=torch.bfloat16).to(meta).eval()
-    model.schedule.to(meta)
+    model.schedule = NoiseSchedule(model.schedule.config, meta)
     sampling = Sampling(sampler=sampler, steps=4, max_new_tokens=4, force_image=True)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     pixels = torch.zeros(1, 3, 28, 28, dtype=torch.bfloat16, device=meta)

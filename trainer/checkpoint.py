@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from published.checkpoints import checkpoint_folders
-from published.loading import WeightsError, open_safetensors, read_json, save_safetensors
+from common.files import read_json
+from published.loading import WeightsError, checkpoint_folders, open_safetensors, save_safetensors
 from trainer.muon import Muon
 
 KEPT = 2  # newest checkpoints of a run; older ones are removed
@@ -130,7 +130,7 @@ def load_checkpoint(
 
 def read_state(folder: Path) -> dict:
     path = folder / "state.json"
-    state = read_json(path)
+    state = read_json(path, WeightsError)
     if "data" not in state or state.get("step") != int(folder.name.removeprefix("step-")):
         raise WeightsError(f"{path}: the step is not the folder's, or there is no position in the data")
     return state

@@ -1,4 +1,4 @@
-"""The log of a run, and its two pictures.
+"""The files of a run that are for its reader: the log and two pictures.
 
     log.jsonl     a line every few steps: means of the losses since the last line, speed, memory, broken samples
     losses.png    the log as curves
@@ -8,9 +8,7 @@ They are in the run's folder.
 """
 
 import json
-import resource
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,54 +17,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.files import write_text
-from common.images import draw_grid, save_image, to_image
+from common.images import to_image
+from common.page import draw_grid, save_image
 from generation import Sampling, paint
 from minigpt5 import Batch, MiniGPT5, dtype_of, send
 from vae import to_pixels
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def sum_counts(counts: Iterable[dict]) -> dict:
-    """The sum of dictionaries of numbers, name by name."""
-    total = {}
-    for count in counts:
-        total |= {name: total.get(name, 0) + value for name, value in count.items()}
-    return total
-
-
-class Meter:
-    """Sums of the losses since the last line of the log. Losses that are not finite are left out. No value is read from
-    the GPU before a line is due."""
-
-    def __init__(self):
-        self.sums, self.passes, self.steps, self.start = {}, {}, 0, time.perf_counter()
-
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        """The losses of one forward pass; a batch without pictures has fewer of them."""
-        for name, value in losses.items():
-            finite = value.detach().isfinite()
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().where(finite, 0.0)
-            self.passes[name] = self.passes.get(name, 0) + finite
-
-    def state(self) -> dict:
-        """What this rank has added since the last line."""
-        values = {"sums": self.sums, "passes": self.passes}
-        return {kind: {name: value.item() for name, value in own.items()} for kind, own in values.items()}
-
-    def load_state(self, state: dict) -> None:
-        kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
-        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
-
-    def steps_per_second(self) -> float:
-        return self.steps / (time.perf_counter() - self.start)
 
 
 # ---- log.jsonl
@@ -145,7 +102,7 @@ class Preview(NamedTuple):
 def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     """The preview's first four pictures above those painted from their vokens, always from the same noise."""
     batch, _, pictures, captions = preview
-    was_training = model.training
+    batch, was_training = batch.to(model.device), model.training
     model.eval()
     embeddings = model.embed(batch.ids, preview.inputs)
     hidden = type(model).hidden_states(model, embeddings, batch.targets)  # not the compiled one: no further graph

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from common.cli import DTYPES, add_weights_option, parse
+from common.cli import DTYPES, parse
 
 MAX_VOKENS = 128  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
 COUNTS = ("drawn", "batch_size", "accumulate", "max_nonfinite", "vokens", "val_batches")
@@ -13,7 +13,6 @@ RATES = ("lr", "output_lr", "mapper_lr", "adapter_lr", "muon")
 
 def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, batch_size: int) -> None:
     add = parser.add_argument
-    add_weights_option(parser)
     add("--out", type=Path, default=Path(out), help="folder of the run")
     add("--resume", action="store_true", help="continue from the newest intact checkpoint in --out, if there is one")
     add("--drawn", type=int, default=20_000, help="without --data: samples of the miniature's world to draw")
@@ -44,8 +43,10 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--gradient-checkpointing", action="store_true", help="compute frozen layers twice, which saves memory")
 
 
-def read_run_options(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
-    """The command line, with the defaults that the weights have for `command`, and checked."""
+def read_run_options(parser: argparse.ArgumentParser, command: str, **defaults) -> argparse.Namespace:
+    """The command line with these options beside the script's own, checked. `defaults`: see `add_run_options`; those
+    that the weights have for `command` go before them."""
+    add_run_options(parser, **defaults)
     args = parse(parser, command)
 
     def check(is_right: bool, message: str) -> None:

@@ -1,30 +1,16 @@
-"""One run in several processes, as torchrun starts them, each with a GPU: different samples in each, one step in all.
-
-    torchrun --nproc-per-node 2 train_uas.py --weights weights --data 'cc3m-train-{0000..0575}.tar'
-
-    rank 0   samples 0..B-1    -> losses -> gradients --+
-                                                        +-- mean, (trained parameters + 1,) -> the same step in both
-    rank 1   samples B..2B-1   -> losses -> gradients --+
-
-Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
-of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU: the gradients of
-the trained parameters in one flat buffer. DistributedDataParallel would send them in pieces during the backward pass,
-which helps between slow machines but is harder to see through. The hosts exchange single numbers beside it.
-"""
+"""What a process of a run notices of the others and of the system: that they have ended, that it should stop, how it
+was started."""
 
 import os
 import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
 
 @contextmanager
@@ -38,93 +24,6 @@ def one_line_peer_errors() -> Iterator[None]:
         if not sends or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"the other processes of the run do not answer ({str(error).splitlines()[0]})") from None
-
-
-class World:
-    """This process as one of `size`, as torchrun's environment says, or alone. Only rank 0 prints and writes."""
-
-    def __init__(self, device: torch.device):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.size > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            with one_line_peer_errors():
-                dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
-        if self.rank > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
-
-    def end(self) -> None:
-        """To be called by all ranks after the last exchange, but not after an error: NCCL would wait for the others."""
-        if self.size > 1:
-            dist.destroy_process_group()
-
-    def gather(self, value: object) -> list:
-        """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
-        values = [value] * self.size
-        if self.size > 1:
-            with one_line_peer_errors():
-                dist.all_gather_object(values, value)
-        return values
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
-        votes = torch.tensor(int(flag))
-        if self.size > 1:
-            with one_line_peer_errors():
-                dist.all_reduce(votes)
-        return bool(votes)
-
-    @contextmanager
-    def rank_0_first(self) -> Iterator[None]:
-        """Rank 0 runs the block before all others, which then find the files that it wrote."""
-        if self.rank > 0:
-            self.any(True)
-        yield
-        if self.rank == 0:
-            self.any(True)
-
-
-class Gradients:
-    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. One
-    call averages it over the ranks, one tells whether all of it is finite, one clears it. A parameter that a step does
-    not reach has gradient 0.
-
-    Where something is not finite, the optimisers step with `found_inf` 1, which makes them leave everything unchanged.
-    The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], optimizers: list[torch.optim.Optimizer], world: World):
-        parameters = list(parameters)
-        self.optimizers, self.world = optimizers, world
-        sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
-        for parameter, part in zip(parameters, self.flat[:-1].split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=self.flat.device)  # counts of skipped steps
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-        self.flat[-1] += loss.detach()
-
-    def step(self) -> None:
-        """One step of the optimisers along the mean over the ranks, or none."""
-        if self.world.size > 1:
-            self.flat /= self.world.size
-            with one_line_peer_errors():
-                dist.all_reduce(self.flat)
-        # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
-        finite = torch.linalg.vector_norm(self.flat).isfinite()
-        found_inf = 1.0 - finite.float()
-        self.flat.masked_fill_(~finite, 0.0)
-        for optimizer in self.optimizers:
-            optimizer.found_inf = found_inf
-            optimizer.step()
-        self.flat.zero_()
-        self.skipped = self.skipped + found_inf
-        self.in_a_row = (self.in_a_row + 1) * found_inf
-        self.longest = torch.maximum(self.longest, self.in_a_row)
-
-
-# ---- stopping
 
 
 @contextmanager

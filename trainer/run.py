@@ -1,40 +1,46 @@
 """What every training script needs around its own model, losses and loop; train_uas.py shows its use.
 
-The run's folder holds log.jsonl, losses.png and samples.png (trainer/log.py), and checkpoints (trainer/checkpoint.py).
+The run's folder holds log.jsonl, losses.png and samples.png (log.py), and checkpoints (checkpoint.py). One run may have
+several processes, as torchrun starts them, each with a GPU: different samples in each, one step in all.
+
+    torchrun --nproc-per-node 2 train_uas.py --weights weights --data 'cc3m-train-{0000..0575}.tar'
+
+    rank 0   samples 0..B-1    -> losses -> gradients --+
+                                                        +-- mean, (trained parameters + 1,) -> the same step in both
+    rank 1   samples B..2B-1   -> losses -> gradients --+
+
+Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
+of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU: the gradients of
+the trained parameters in one flat buffer. DistributedDataParallel would send them in pieces during the backward pass,
+which helps between slow machines but is harder to see through. The hosts exchange single numbers beside it.
 """
 
 import argparse
 import json
+import os
+import resource
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import can_compile, make_folder, pick_device
-from minigpt5 import DROP_RATE, Noise
-from published.checkpoints import checkpoint_folders, load_trained, save_trained
+from published.loading import checkpoint_folders, load_trained, save_trained
 from tars.batches import Batches, describe
 from trainer.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from trainer.compiled import count_graphs
-from trainer.log import Meter, append_log, cut_log, paint_samples, peak_memory, plot_losses, read_log, sum_counts
-from trainer.processes import Gradients, World, resume_command, stop_signals
-
-NOISE, DROPOUT = 0, 1  # purposes of random streams
-
-
-class Place(NamedTuple):
-    """Where a batch stands in the run, which determines its random numbers."""
-
-    step: int
-    batch: int  # among the batches of all forward passes and ranks of the step
+from trainer.log import append_log, cut_log, paint_samples, plot_losses, read_log
+from trainer.noise import Place
+from trainer.processes import one_line_peer_errors, resume_command, stop_signals
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -55,11 +61,122 @@ def stored_arguments(args: argparse.Namespace) -> dict:
     return json.loads(json.dumps(vars(args), default=str))
 
 
-def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> torch.Generator:
-    """The random numbers of one sample or batch of a step. A resumed run has the same ones, as they depend on nothing
-    else."""
-    entropy = np.random.SeedSequence([seed, step, index, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(entropy) >> 1)
+class World:
+    """This process as one of `size`, as torchrun's environment says, or alone. Only rank 0 prints and writes."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self.size > 1:
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            with one_line_peer_errors():
+                dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
+
+    def end(self) -> None:
+        """To be called by all ranks after the last exchange, but not after an error: NCCL would wait for the others."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def gather(self, value: object) -> list:
+        """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
+        values = [value] * self.size
+        if self.size > 1:
+            with one_line_peer_errors():
+                dist.all_gather_object(values, value)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
+        votes = torch.tensor(int(flag))
+        if self.size > 1:
+            with one_line_peer_errors():
+                dist.all_reduce(votes)
+        return bool(votes)
+
+    @contextmanager
+    def rank_0_first(self) -> Iterator[None]:
+        """Rank 0 runs the block before all others, which then find the files that it wrote."""
+        if self.rank > 0:
+            self.any(True)
+        yield
+        if self.rank == 0:
+            self.any(True)
+
+
+class Gradients:
+    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. One
+    call averages it over the ranks, one tells whether all of it is finite, one clears it. A parameter that a step does
+    not reach has gradient 0.
+
+    Where something is not finite, the optimisers step with `found_inf` 1, which makes them leave everything unchanged.
+    The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizers: list[torch.optim.Optimizer], world: World):
+        parameters = list(parameters)
+        self.optimizers, self.world = optimizers, world
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes) + 1, device=parameters[0].device)
+        for parameter, part in zip(parameters, self.flat[:-1].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.skipped, self.in_a_row, self.longest = torch.zeros(3, device=self.flat.device)  # counts of skipped steps
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        self.flat[-1] += loss.detach()
+
+    def step(self) -> None:
+        """One step of the optimisers along the mean over the ranks, or none."""
+        if self.world.size > 1:
+            self.flat /= self.world.size
+            with one_line_peer_errors():
+                dist.all_reduce(self.flat)
+        # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
+        finite = torch.linalg.vector_norm(self.flat).isfinite()
+        found_inf = 1.0 - finite.float()
+        self.flat.masked_fill_(~finite, 0.0)
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf
+            optimizer.step()
+        self.flat.zero_()
+        self.skipped = self.skipped + found_inf
+        self.in_a_row = (self.in_a_row + 1) * found_inf
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+
+
+class Meter:
+    """Sums of the losses since the last line of the log. Losses that are not finite are left out. No value is read from
+    the GPU before a line is due."""
+
+    def __init__(self):
+        self.sums, self.passes, self.steps, self.start = {}, {}, 0, time.perf_counter()
+
+    def add(self, losses: dict[str, torch.Tensor]) -> None:
+        """The losses of one forward pass; a batch without pictures has fewer of them."""
+        for name, value in losses.items():
+            finite = value.detach().isfinite()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().where(finite, 0.0)
+            self.passes[name] = self.passes.get(name, 0) + finite
+
+    def state(self) -> dict:
+        """What this rank has added since the last line."""
+        values = {"sums": self.sums, "passes": self.passes}
+        return {kind: {name: value.item() for name, value in own.items()} for kind, own in values.items()}
+
+    def load_state(self, state: dict) -> None:
+        kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
+        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
+
+    def steps_per_second(self) -> float:
+        return self.steps / (time.perf_counter() - self.start)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, in GB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Run:
@@ -82,6 +199,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.world = World(self.device)
         self.compiled = can_compile(self.device) if args.compile is None else args.compile
+        options = {name: getattr(args, name) for name in ("batch_size", "seed", "workers", "max_bad")}
+        self.data_options = options | {"rank": self.world.rank, "world_size": self.world.size}  # those of `Batches`
         self.preview = None
         self.out = make_folder(args.out)
         self.log = self.out / "log.jsonl"
@@ -101,81 +220,26 @@ class Run:
             write(path, self.args.drawn, self.args.seed, size=size)
         return [str(path)]
 
-    @property
-    def data_options(self) -> dict:
-        """The options of `tars.batches.Batches` that the command line and the processes determine."""
-        options = {name: getattr(self.args, name) for name in ("batch_size", "seed", "workers", "max_bad")}
-        return options | {"rank": self.world.rank, "world_size": self.world.size}
-
-    # ---- random numbers
-
-    def sample_noise(self, model: nn.Module, picture_sequences: Iterable[int], place: Place) -> Noise:
-        """`model.sample_noise` for the pictures of a batch, sequence by sequence: a sample's random numbers are the
-        same on whichever rank and in whichever forward pass it comes. picture_sequences: `Batch`'s, as a list.
-        Like dropout, conditions are dropped in training mode only."""
-        drop_rate = DROP_RATE if model.training and not self.args.no_cfg else 0.0
-        first = place.batch * self.args.batch_size
-        noise = []
-        for row, pictures in Counter(picture_sequences).items():
-            generator = step_generator(self.args.seed, place.step, first + row)
-            noise.append(model.sample_noise(pictures, generator, drop_rate))
-        return Noise(*map(torch.cat, zip(*noise, strict=True))).to(self.device)
-
-    def seed_dropout(self, place: Place) -> None:
-        torch.manual_seed(step_generator(self.args.seed, *place, DROPOUT).initial_seed())
-
     # ---- the loop
 
-    def begin(
+    def steps(
         self,
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         data: Batches,
         held_out: Batches | None,
         losses_of: Callable[[dict, Place], dict[str, Tensor]],
-    ) -> None:
-        """Get ready for the first step, or with --resume for the one after the newest checkpoint. `losses_of` makes
-        the losses of a batch, for held-out data too; "loss" is the one to be minimised."""
-        self.model, self.optimizers, self.data, self.held_out = model, optimizers, data, held_out
-        self.losses_of = losses_of
-        for note in [*data.dataset.notes, *(held_out.dataset.notes if held_out else ())]:
-            print(note)
-        self.total = total_steps(self.args, len(data.dataset), self.world.size)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.rates = [(group, group["lr"]) for group in groups]
-        self.gradients = Gradients((p for group in groups for p in group["params"]), optimizers, self.world)
-        if self.world.size > 1:
-            size = f"{self.gradients.flat.nbytes:,} bytes"
-            print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
-        self.meter, self.bad = Meter(), {}
-        self.resume()
-
-    def resume(self) -> None:
-        trained, load_trained = self.model.trained_parameters(), partial(self.load_trained, self.model)
-        state = load_checkpoint(self.out, trained, self.optimizers, load_trained) if self.args.resume else None
-        self.done = state["step"] if state else 0
-        if len(set(self.world.gather(self.done))) > 1:
-            raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
-        if state:
-            self.data.load_state_dict(state["data"])
-            self.bad = dict(self.data.bad)
-            self.gradients.skipped += state.get("nonfinite", 0)
-            if self.world.rank == 0:
-                self.meter.load_state(state["data"])
-            print(f"resumed from step {self.done}")
-            before = state.get("arguments", {})
-            for name, value in stored_arguments(self.args).items():
-                if name not in ("out", "resume") and before.get(name, value) != value:
-                    print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
-        if self.world.rank == 0:
-            cut_log(self.log, self.done)
-
-    def steps(self) -> Iterator[int]:
-        """The numbers of the steps that are left, from 0. Before each the learning rates are set. After each comes what
-        is due: a line of the log, pictures, a checkpoint, held-out losses. Ends early after a signal to stop.
+    ) -> Iterator[int]:
+        """The numbers of the steps, from 0, or with --resume from the one after the newest checkpoint. Before each the
+        learning rates are set. After each comes what is due: a line of the log, pictures, a checkpoint, held-out
+        losses. Ends early after a signal to stop. `losses_of` makes the losses of a batch, for held-out data too;
+        "loss" is the one to be minimised.
 
         An error in the loop's body closes this generator, too, which ends the processes that read the data.
         """
+        self.model, self.optimizers, self.data, self.held_out = model, optimizers, data, held_out
+        self.losses_of = losses_of
+        self.begin()
         args = self.args
         options = {"unit": "step", "dynamic_ncols": True, "disable": self.world.rank > 0}
         bar = tqdm(range(self.done, self.total), self.name, self.total, initial=self.done, **options)
@@ -197,6 +261,46 @@ class Run:
                     self.validate(bar, [] if is_last else received)  # a stop may not cost the last ones
                 if stopping:
                     break
+        self.world.end()
+        if self.done < self.total:
+            print(f"stopped after step {self.done} of {self.total}; to go on: {resume_command()}")
+        else:
+            print(f"done: {self.done} steps, broken samples: {describe(self.bad)}, see {self.out}")
+
+    def begin(self) -> None:
+        """Get ready for the first step."""
+        data, held_out, optimizers = self.data, self.held_out, self.optimizers
+        for note in [*data.dataset.notes, *(held_out.dataset.notes if held_out else ())]:
+            print(note)
+        self.total = total_steps(self.args, len(data.dataset), self.world.size)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.rates = [(group, group["lr"]) for group in groups]
+        self.gradients = Gradients((p for group in groups for p in group["params"]), optimizers, self.world)
+        if self.world.size > 1:
+            size = f"{self.gradients.flat.nbytes:,} bytes"
+            print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
+        self.meter, self.bad, self.trained = Meter(), {}, self.model.trained_parameters()
+        self.resume()
+
+    def resume(self) -> None:
+        load_trained = partial(self.load_trained, self.model)
+        state = load_checkpoint(self.out, self.trained, self.optimizers, load_trained) if self.args.resume else None
+        self.done = state["step"] if state else 0
+        if len(set(self.world.gather(self.done))) > 1:
+            raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
+        if state:
+            self.data.load_state_dict(state["data"])
+            self.bad = dict(self.data.bad)
+            self.gradients.skipped += state.get("nonfinite", 0)
+            if self.world.rank == 0:
+                self.meter.load_state(state["data"])
+            print(f"resumed from step {self.done}")
+            before = state.get("arguments", {})
+            for name, value in stored_arguments(self.args).items():
+                if name not in ("out", "resume") and before.get(name, value) != value:
+                    print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
+        if self.world.rank == 0:
+            cut_log(self.log, self.done)
 
     def batches(self, step: int) -> Iterator[tuple[dict, Place]]:
         """This rank's batches of a step."""
@@ -213,13 +317,6 @@ class Run:
         self.gradients.step()
         self.meter.steps += 1
 
-    def end(self) -> None:
-        self.world.end()
-        if self.done < self.total:
-            print(f"stopped after step {self.done} of {self.total}; to go on: {resume_command()}")
-        else:
-            print(f"done: {self.done} steps, broken samples: {describe(self.bad)}, see {self.out}")
-
     # ---- after a step
 
     def means(self, meter: Meter) -> dict[str, float]:
@@ -229,8 +326,11 @@ class Run:
 
     def add_up(self, **counts: dict) -> dict[str, dict]:
         """Counts of this rank by kind and name -> those of all ranks, added up."""
-        ranks = self.world.gather(counts)
-        return {kind: sum_counts(rank[kind] for rank in ranks) for kind in counts}
+        totals = {kind: Counter() for kind in counts}
+        for rank in self.world.gather(counts):
+            for kind, total in totals.items():
+                total.update(rank[kind])
+        return {kind: dict(total) for kind, total in totals.items()}
 
     def write_log(self, bar: tqdm) -> None:
         self.bad = self.add_up(bad=dict(self.data.bad))["bad"]
@@ -268,7 +368,7 @@ class Run:
         state["arguments"] = stored_arguments(self.args)
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, stage=self.name)
-            save_checkpoint(self.out, state, self.model.trained_parameters(), self.optimizers, save_trained)
+            save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)
 
     def validate(self, bar: tqdm, received: list) -> None:
         """Log the held-out losses: means over the first batches of each rank, of one pass at most, with the same random

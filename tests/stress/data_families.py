@@ -27,8 +27,8 @@ from minigpt5 import collate
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from tars import index as tars
-from tars.batches import Batches, PairData
-from tars.index import Unusable, decode, read_index
+from tars.batches import Batches, PairData, decode
+from tars.index import Unusable, read_index
 from tars.precomputed import Precomputed, marker_bytes, read_marker
 from tars.stories import StoryData
 from tokenizer import Tokenizer

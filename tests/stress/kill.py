@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from runs import SCRIPTS, Run, prepare
 
-from published.checkpoints import checkpoint_folders
+from published.loading import checkpoint_folders
 from trainer import checkpoint
 from trainer.log import read_log
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from runs import Run, prepare, ranks
 
-from published.checkpoints import checkpoint_folders
+from published.loading import checkpoint_folders
 from trainer.log import read_log
 
 SECONDS = 10.0  # from the signal to the end, at most

@@ -16,10 +16,9 @@ from data_families import require, void
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
-from published.checkpoints import find_checkpoint, load_trained, open_checkpoint, save_trained
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import read_tensors
-from published.loading import load
+from published.loading import find_checkpoint, load, load_trained, open_checkpoint, save_trained
 from published.parts import (
     load_image_encoder,
     load_llama,
