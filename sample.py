@@ -5,9 +5,14 @@
     python sample.py --chat                                                  # a chat in the terminal
     python sample.py --weights weights --prompt "what is this?" --image a.jpg --image b.jpg --out out/answer
 
+The default weights are the miniature's. It knows balls, houses, trees, boats, fish, cars, stars, flowers, cats, birds,
+balloons and kites, one or two in a picture; red, orange, yellow, green, blue, purple, pink and white; small and big;
+left, middle and right; the sea, a meadow, the snow, a city, a desert and the mountains; day, sunset and night. It says
+in words what it is going to draw (--words-first), and which words of yours it does not know.
+
 Prints the answer and writes into OUT the pictures 0.png, 1.png ..., storyboard.png (pictures with their words),
 index.html (the same as one page without other files) and answer.json:
-{"segments": [{"text": ...} | {"image": "0.png"}, ...], "seed": ..., "prompt": ...}.
+{"segments": [{"text": ...} | {"image": "0.png", "description": ...}, ...], "seed": ..., "prompt": ...}.
 """
 
 import argparse
@@ -18,10 +23,11 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from common.cli import DTYPES, can_compile, make_folder, parse, pick_device, run  # isort: skip
+
 import torch
 from PIL import Image
 
-from common.cli import DTYPES, can_compile, make_folder, parse, pick_device, run
 from common.images import read_image
 from common.page import write_answer
 from generation import Sampling, Segments, add_sampling_options, answer, fit, prompt_ids, sampling_of

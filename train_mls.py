@@ -17,11 +17,12 @@ import re
 from functools import partial
 from pathlib import Path
 
+from common.cli import DTYPES  # isort: skip
+from common.cli import run as run_command  # isort: skip
+
 import torch
 from torch import Tensor
 
-from common.cli import DTYPES
-from common.cli import run as run_command
 from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import TEXT_WEIGHT, collate

@@ -16,11 +16,12 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from common.cli import DTYPES  # isort: skip
+from common.cli import run as run_command  # isort: skip
+
 import torch
 from torch import Tensor
 
-from common.cli import DTYPES
-from common.cli import run as run_command
 from miniature.world import write_pairs
 from minigpt5 import collate
 from prompts import uas_texts

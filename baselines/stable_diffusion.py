@@ -23,14 +23,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import DTYPES, add_weights_option, pick_device, read_arguments, run  # isort: skip
+
+import torch
+from torch import Tensor, nn
+
 from baselines.divter import split_description
-from common.cli import DTYPES, add_weights_option, pick_device, read_arguments, run
 from common.files import read_json
 from common.images import to_image
 from evaluation.cases import (

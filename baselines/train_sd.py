@@ -16,15 +16,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli import DTYPES  # isort: skip
+from common.cli import run as run_command  # isort: skip
+
+import torch
+from torch import Tensor
+
 from baselines.stable_diffusion import StableDiffusion, told
-from common.cli import DTYPES
-from common.cli import run as run_command
 from miniature.world import write_stories
 from prompts import Example, Turn
 from published.parts import picture_size

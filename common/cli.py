@@ -8,6 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# OpenMP's idle threads sleep: by default they spin, and on cores that others use, too, a command then takes 3 to 10
+# times as long. It counts only before torch is loaded, so every script imports this file first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 from common.files import read_json

@@ -32,11 +32,12 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from common.cli import DTYPES, make_folder, parse, pick_device, run  # isort: skip
+
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import DTYPES, make_folder, parse, pick_device, run
 from common.files import write_json, write_text
 from common.images import resize_and_crop
 from evaluation.cases import (

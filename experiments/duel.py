@@ -18,12 +18,13 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import add_weights_option, read_arguments, run
+from common.cli import add_weights_option, read_arguments, run  # isort: skip
+
+import torch
+
 from common.files import write_json
 from evaluation.cases import Case, facts_of, read_answer, read_cases
 from evaluation.scorers import WorldJudge

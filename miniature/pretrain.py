@@ -30,13 +30,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from torch import nn
-
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import MINIATURE, can_compile, make_folder, pick_device, read_arguments, run
+from common.cli import MINIATURE, can_compile, make_folder, pick_device, read_arguments, run  # isort: skip
+
+import torch
+from torch import nn
+
 from common.files import written_whole
 from miniature.autoencoder import AutoencoderRecipe
 from miniature.judge import JudgeRecipe

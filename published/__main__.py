@@ -13,9 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.cli import run  # isort: skip
+
 import torch
 
-from common.cli import run
 from published.check import check
 from published.convert import convert, pack
 from published.fetch import SOURCES, fetch

@@ -2,7 +2,9 @@
 an import from a higher layer."""
 
 import ast
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,31 @@ def test_checker_finds_what_is_wrong(name):
     graph = read_imports(CLEAN | changes)
     assert find_circles(graph) == circles
     assert find_upward(graph, [{"low"}, {"kit"}, {"top"}]) == upward
+
+
+SCRIPTS = ("sample", "train_uas", "train_mls", "evaluation.__main__", "published.__main__", "tars.__main__")
+SCRIPTS += (
+    "miniature.score",
+    "miniature.pretrain",
+    "baselines.stable_diffusion",
+    "baselines.divter",
+    "baselines.train_sd",
+)
+PROBE = """
+import os, sys, importlib
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Finder())
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_idle_threads_sleep(script):
+    """Before torch is loaded, OpenMP is told that idle threads should sleep."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", PROBE, script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["PASSIVE"]
