@@ -95,7 +95,7 @@ class Words:
 
     def meant(self, word: str) -> str | None:
         """The known word that is written like this, perhaps with a slip; None if there is none."""
-        if word in self.known or len(word) < 3:
+        if word in self.known or len(word) < 2:
             return word
         swapped = [other for other in self.known if sorted(other) == sorted(word)]
         near = swapped or get_close_matches(word, self.known, 3, 0.75)

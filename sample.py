@@ -39,6 +39,7 @@ from prompts import (
     Words,
     chat_history,
     clean_caption,
+    description_in,
     dialog_source,
     one_line,
     own_turn,
@@ -127,7 +128,7 @@ class Conversation:
     def next_step(self) -> Segments:
         """The next answer of a story: a picture for its first sentence if it has none, then step after step."""
         *before, last = self.turns
-        if not before and not last.pictures:
+        if not before and not last.pictures and not description_in(last.text):
             request = story_source([], STORY_REQUESTS["image"][0].format(last.text), self.system)
             segments = self.ask(prompt_ids(self.model, request), [], force_image=not self.words_first)
             self.turns = [self.own_turn([last.text, *split(segments)[1]])]

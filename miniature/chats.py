@@ -330,7 +330,9 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             text, picture = change(rng, picture)
             asked, answer = text, bracketed(picture)
         else:
-            asked, picture = wish(rng, split, slips)
+            pairs, picture = chance(rng, 0.4), None  # more pairs of things, whose changes are harder
+            while picture is None or (pairs and len(picture.things) == 1):
+                asked, picture = wish(rng, split, slips)
             answer = bracketed(picture)
         turns += [Turn(plain_words(typed(rng, asked, slips)), shown), Turn(answer)]
     return turns or chat(rng, split, slips)

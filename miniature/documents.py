@@ -159,13 +159,13 @@ def in_order(turn: ToldTurn, kinds: list[str]) -> ToldTurn:
 
 
 MIXTURE = {
-    caption_document: 0.1,
+    caption_document: 0.09,
     look_document: 0.12,
-    story_document: 0.06,
-    dialogue_document: 0.06,
-    wish_document: 0.26,
-    chat_document: 0.27,
-    described_story_document: 0.13,
+    story_document: 0.04,
+    dialogue_document: 0.04,
+    wish_document: 0.16,
+    chat_document: 0.4,
+    described_story_document: 0.15,
 }
 
 

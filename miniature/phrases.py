@@ -194,7 +194,7 @@ ORDERS = (
     "then {} | {}, please | could you please {}? | ok, now {}"
 )
 LESS = (
-    "remove {} | take {} away | take away {} | delete {} | without {} | no {} | leave out {} | get rid of {} | "
+    "remove {} | take {} away | take away {} | delete {} | leave out {} | get rid of {} | "
     "erase {} | drop {} | i don't want {} | {} should go | make {} disappear"
 )
 AGAIN = "again | once more | one more time | draw it again | the same again | another one | show it again"
