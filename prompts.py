@@ -16,12 +16,10 @@ A caption is cleaned by its reader and escaped when its prompt is made, since St
 nothing in it is special, reads it too. The functions here expect texts that are clean and escaped.
 """
 
-import json
 import re
-from difflib import get_close_matches
-from pathlib import Path
 from typing import NamedTuple
 
+from common.spelling import Words
 from tokenizer import Tokenizer
 
 END = " ###"  # ends every answer
@@ -60,6 +58,8 @@ TASKS = tuple(STORY_REQUESTS)
 
 # ---- cleaning
 
+STRAIGHT = str.maketrans("\u2018\u2019\u00b4`\u201c\u201d\u201e\u2012\u2013\u2014\u2015", "''''       ")
+
 
 def clean_caption(text: str) -> str:
     """The released code's cleaning: lower case, .!"()*#:;~ to spaces, white space to single spaces."""
@@ -68,45 +68,7 @@ def clean_caption(text: str) -> str:
 
 def plain_words(text: str) -> str:
     """What somebody typed, as the miniature reads it: `clean_caption`, with straight quotes and no dashes."""
-    return clean_caption(
-        re.sub("[\u2012-\u2015]", " ", re.sub("[\u2018\u2019\u00b4`]", "'", re.sub("[\u201c-\u201f]", " ", text)))
-    )
-
-
-WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
-
-
-def words_in(text: str) -> list[str]:
-    return re.findall(WORD, plain_words(text))
-
-
-class Words:
-    """The words that a small model knows, `words.json` of its weights: for spelling, and to say what it does not know.
-    `unknown`: common words that it does not know; they are no slips of words that it knows."""
-
-    def __init__(self, known: list[str], unknown: list[str]):
-        self.known, self.unknown = known, {*unknown}
-
-    @classmethod
-    def of(cls, weights: Path) -> "Words":
-        """Those of a folder of weights; no words where it has no list of them."""
-        path = weights / "minigpt5" / "words.json"
-        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls([], [])
-
-    def meant(self, word: str) -> str | None:
-        """The known word that is written like this, perhaps with a slip; None if there is none."""
-        if word in self.known or len(word) < 2:
-            return word
-        swapped = [other for other in self.known if sorted(other) == sorted(word)]
-        near = swapped or get_close_matches(word, self.known, 3, 0.75)
-        return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
-
-    def spelled(self, text: str) -> str:
-        """A clean text with known words in the place of their slips."""
-        return re.sub(WORD, lambda match: self.meant(match[0]) or match[0], text)
-
-    def missing(self, text: str) -> list[str]:
-        return [word for word in dict.fromkeys(words_in(text)) if self.known and self.meant(word) is None]
+    return clean_caption(text.translate(STRAIGHT))
 
 
 def one_line(text: str) -> str:
@@ -202,18 +164,13 @@ def dialog_example(before: list[Turn], turn: Turn, k: int, vokens: str, system: 
     )
 
 
-def turns_with_picture(turns: list[Turn], k: int) -> list[Turn]:
-    """What is read of the turns before turn k where pictures are put into words first: the previous exchange and the
-    human's turn as ever, and before them the exchange of the last picture where that is an older one."""
+def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
+    """What is read of the turns before turn k of a chat: from `history_start` on, and words first before that the
+    exchange of the last picture where it is an older one."""
     start = history_start(k)
     pictured = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
-    first = pictured[-1] // 2 * 2 if pictured else start
+    first = pictured[-1] // 2 * 2 if pictured and words_first else start
     return turns[first : first + 2] * (first < start) + turns[start:k]
-
-
-def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
-    """What is read of the turns before turn k of a chat."""
-    return turns_with_picture(turns, k) if words_first else turns[history_start(k) : k]
 
 
 def user_turn(tokenizer: Tokenizer, text: str, words: Words | None, pictures: tuple = ()) -> Turn:

@@ -30,19 +30,20 @@ from PIL import Image
 
 from common.images import read_image
 from common.page import write_answer
+from common.spelling import Words
 from generation import Sampling, Segments, add_sampling_options, answer, fit, prompt_ids, sampling_of
 from minigpt5 import MiniGPT5
 from prompts import (
     STORY_REQUESTS,
     WORDS_FIRST_SYSTEM,
     Turn,
-    Words,
     chat_history,
     clean_caption,
     description_in,
     dialog_source,
     one_line,
     own_turn,
+    plain_words,
     story_source,
     user_turn,
 )
@@ -104,7 +105,7 @@ class Conversation:
 
     def report_unknown(self, text: str) -> None:
         """Says which words of a text are not in the world of the weights, where these bring a list of it."""
-        if self.words and (missing := self.words.missing(text)):
+        if self.words and (missing := self.words.missing(plain_words(text))):
             print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
 
     def own_turn(self, segments: Segments) -> Turn:

@@ -35,11 +35,11 @@ from prompts import (
     WORDS_FIRST_SYSTEM,
     Example,
     Turn,
+    chat_history,
     dialog_example,
     history_start,
     plain_words,
     story_example,
-    turns_with_picture,
     uas_texts,
 )
 from tokenizer import Tokenizer
@@ -120,7 +120,7 @@ def chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     """Words first: a turn of a chat."""
     turns = turns_of(chat(rng, split))
     k = 2 * int(rng.integers(len(turns) // 2)) + 1 if rng.random() < 0.3 else len(turns) - 1
-    return dialog_example(turns_with_picture(turns, k), turns[k], k, "", WORDS_FIRST_SYSTEM)
+    return dialog_example(chat_history(turns, k, True), turns[k], k, "", WORDS_FIRST_SYSTEM)
 
 
 def described_story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:

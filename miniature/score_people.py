@@ -109,7 +109,7 @@ def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
 
 
 def people(exam: Exam, prompts: Path, chats: Path | None, seeds: list[int]) -> Figures:
-    """Shares that are all right. A chat's turn counts like any other, whatever came before it."""
+    """Shares that are all right, and of how many. A chat's turn counts like any other, whatever came before it."""
     exam = replace(exam, sampling=sampling_of_sample(exam.weights))
     wishes, talks = read_prompts(prompts), read_chats(chats) if chats else []
     drawn, turns = [], []
@@ -127,4 +127,4 @@ def people(exam: Exam, prompts: Path, chats: Path | None, seeds: list[int]) -> F
         rows[name] = [fine for wish, fine in drawn if wish.wanted and len(wish.wanted.things) == count]
     rows["chat turns"] = [fine for _, fine in turns]
     rows["of them pictures"] = [fine for wish, fine in turns if wish.wanted]
-    return {name: {"all right": share(values), "samples": len(values) / 100} for name, values in rows.items() if values}
+    return {f"{name}, {len(values)}": {"all right": share(values)} for name, values in rows.items() if values}

@@ -111,6 +111,42 @@ def test_sample_draws_with_no_other_argument(tmp_path, monkeypatch):
     assert (seen.scene, seen.time) == ("sea", "night") and [thing.colour for thing in seen.things] == ["red"]
 
 
+def segments_of(command, out, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py", *command, "--out", str(out)])
+    sample.main()
+    return json.loads((out / "answer.json").read_text())["segments"]
+
+
+def test_words_first_is_said_and_kept(tmp_path, monkeypatch, capsys):
+    """The description stands in answer.json and on the page; a word that the miniature does not know is named."""
+    (segment,) = segments_of(["--prompt", "a DOG and a bule ball!"], tmp_path, monkeypatch)
+    description = facts_in(segment["description"])
+    assert "blue" in {thing.colour for thing in description.things}
+    out, err = capsys.readouterr()
+    assert segment["description"] in out and "not in the miniature's world: dog\n" in err
+    assert f'alt="{segment["description"]}"' in (tmp_path / "index.html").read_text()
+
+
+def test_a_story_goes_on_from_its_words(tmp_path, monkeypatch):
+    segments = segments_of(["--prompt", "A big blue house in the city.", "--turns", "3"], tmp_path, monkeypatch)
+    descriptions = [facts_in(segment["description"]) for segment in segments if "image" in segment]
+    texts = [segment["text"] for segment in segments if "text" in segment]
+    assert len(descriptions) == len(texts) == 3 and texts[0] == "A big blue house in the city."
+    assert {facts.scene for facts in descriptions} == {"city"}
+    assert all("house" in [thing.kind for thing in facts.things] for facts in descriptions)
+    assert len(set(map(str, descriptions))) > 1
+
+
+def test_a_chat_remembers_its_picture(tmp_path, monkeypatch):
+    """Over an exchange in between, which is all that the published history holds."""
+    lines = iter(["draw a big blue house in the city", "hello", "how are you?", "at night please"])
+    monkeypatch.setattr(sample, "read_line", lambda: next(lines, ""))
+    segments = segments_of(["--chat"], tmp_path, monkeypatch)
+    first, last = [facts_in(segment["description"]) for segment in segments if "image" in segment]
+    assert first.scene == last.scene == "city" and last.time == "night"
+    assert [thing.kind for thing in last.things] == ["house"] and last.things[0].colour == "blue"
+
+
 def test_judge_reads_real_pictures(tmp_path):
     """Every attribute of at least 99 of 100 held-out pictures (the whole measurement: miniature/README.md)."""
     drawn, wanted = held_out_pictures(Setup(tmp_path, tmp_path, torch.device("cpu"), tested=200))

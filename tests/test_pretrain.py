@@ -23,6 +23,7 @@ from miniature.recipe import Setup
 from miniature.sets import cached, to_pixels, training_pictures
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.words import agrees, facts_in
+from prompts import WORDS_FIRST_SYSTEM
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError
 from published.parts import load_image_encoder, load_llama, load_schedule, load_text_encoder, load_unet, load_vae
@@ -217,17 +218,20 @@ def test_documents_fit_their_rows(shop):
             together = [sorted(words[k : k + 4]) for k in range(len(words) - 3)]
             things = [sorted([t.size, t.colour, t.kind, t.place]) for t in picture.things]
             assert len(things) == 1 or all(thing in together for thing in things), words
-        ids = [i for i, _ in documents.encode(tokenizer, row, rng)]
+        ids, weights = map(list, zip(*documents.encode(tokenizer, row, rng), strict=True))
+        if row.outputs:  # what counts most is the words of the answer's picture
+            heavy = [i for i, weight in zip(ids, weights, strict=True) if weight == documents.PICTURE_WEIGHT]
+            assert set(tokenizer.decode(heavy).split()) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES}
+        elif row.source.startswith(WORDS_FIRST_SYSTEM):  # the whole answer, or what is told of a picture
+            assert weights[-1] == (documents.TOLD_WEIGHT if row.inputs else documents.ANSWER_WEIGHT)
         assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
         assert tokenizer.ends(ids)
     rows = [documents.language_ids(path, 0, "train", i) for i in range(20)]
     for ids, weights in rows:
         assert len(ids) == len(weights) == documents.LENGTH
         assert ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
-    ids, weights = np.concatenate(rows, axis=1)
-    assert set(weights) == {1, documents.TOLD_WEIGHT, documents.PICTURE_WEIGHT}
-    heavy = tokenizer.decode(ids[weights == documents.PICTURE_WEIGHT].tolist()).split()
-    assert set(heavy) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES}
+    weights = {*np.concatenate(rows, axis=1)[1]}
+    assert weights == {1, documents.TOLD_WEIGHT, documents.ANSWER_WEIGHT, documents.PICTURE_WEIGHT}
 
 
 def test_answers_to_questions(shop):

@@ -6,6 +6,7 @@ import pytest
 
 from common.cli import MINIATURE
 from common.files import read_json
+from common.spelling import Words
 from miniature.chats import bracketed, change, chat, known_words
 from miniature.descriptions import describe
 from miniature.documents import chat_document, described_story_document, wish_document
@@ -13,7 +14,7 @@ from miniature.facts import fits, held_out, random_stream, sample_picture
 from miniature.phrases import STRANGERS
 from miniature.wishes import typed, wish
 from miniature.words import choices, facts_in
-from prompts import Turn, Words, description_in, own_turn, plain_words, turns_with_picture, user_turn
+from prompts import Turn, chat_history, description_in, own_turn, plain_words, user_turn
 from tokenizer import Tokenizer
 
 WORDS = Words.of(MINIATURE)
@@ -122,12 +123,12 @@ def test_the_last_picture_is_always_read():
         Turn("fine"),
         Turn("red"),
     ]
-    assert turns_with_picture(turns, 7) == [*turns[0:2], *turns[4:7]]
-    assert turns_with_picture(turns[:5], 5) == [*turns[0:5]]
-    assert turns_with_picture(turns[:3], 3) == turns[:3]
-    assert turns_with_picture(turns[2:7], 5) == turns[4:7]
+    assert chat_history(turns, 7, True) == [*turns[0:2], *turns[4:7]]
+    assert chat_history(turns[:5], 5, True) == [*turns[0:5]]
+    assert chat_history(turns[:3], 3, True) == turns[:3]
+    assert chat_history(turns[2:7], 5, True) == turns[4:7]
     shown = [Turn("look", ("picture",)), *turns[3:6], Turn("make it red")]
-    assert turns_with_picture(shown, 5) == shown
+    assert chat_history(shown, 5, True) == shown
 
 
 def test_own_pictures_are_remembered_by_their_words():
@@ -158,7 +159,7 @@ def test_shipped_words_are_those_of_the_grammar():
     ],
 )
 def test_unknown_words(text, unknown):
-    assert WORDS.missing(text) == unknown
+    assert WORDS.missing(plain_words(text)) == unknown
 
 
 def test_slips_are_mended():
