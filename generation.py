@@ -66,8 +66,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help=penalty)
     add("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer, in tokens")
     add("--force-image", action="store_true", help="begin every answer with a picture")
-    add("--words-first", action=argparse.BooleanOptionalAction, default=False, help="before a picture the language "
-        "model describes it, and the vokens are read after that description alone")  # fmt: skip
+
+
+def add_words_first_option(parser: argparse.ArgumentParser) -> None:
+    about = "before a picture the language model describes it, and the vokens are read after that description alone"
+    parser.add_argument("--words-first", action=argparse.BooleanOptionalAction, default=False, help=about)
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -305,7 +308,9 @@ def answer(
     and evaluation. ValueError where a prompt has not one <ImageHere> for each of its pictures.
     """
     if sampling.words_first:
-        return answer_in_words_first(model, prompts, pictures, sampling, generators, pad)
+        sampling = replace(sampling, words_first=False)
+        said = answer(model, prompts, pictures, sampling, generators, pad)
+        return draw_described(model, said, sampling, generators)
     for ids, given in zip(prompts, pictures, strict=True):
         places = ids.count(model.tokenizer.image_id) // model.queries
         if places != len(given):
@@ -328,19 +333,12 @@ def answer(
     return [segments_of(model, ids, remaining) for ids, _ in said]
 
 
-def answer_in_words_first(
-    model: MiniGPT5,
-    prompts: list[list[int]],
-    pictures: list[list[Image.Image]],
-    sampling: Sampling,
-    generators: list[torch.Generator],
-    pad: bool = True,
+def draw_described(
+    model: MiniGPT5, said: list[Segments], sampling: Sampling, generators: list[torch.Generator]
 ) -> list[Segments]:
-    """`answer` where the language model first describes its picture, in brackets: "it turns blue. (a small blue ...)".
-    What the prompt leaves open is decided there. The vokens are then read after the description alone, as in stage 1
-    after a caption, and the description is kept in the picture's `info`."""
-    sampling = replace(sampling, words_first=False)
-    said = answer(model, prompts, pictures, sampling, generators, pad)
+    """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
+    small blue ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
+    `info` keeps the description."""
     descriptions = [description_in(" ".join(s for s in segments if isinstance(s, str))) for segments in said]
     with_picture = [i for i, description in enumerate(descriptions) if description]
     if not with_picture:

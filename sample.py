@@ -31,7 +31,16 @@ from PIL import Image
 from common.images import read_image
 from common.page import write_answer
 from common.spelling import Words
-from generation import Sampling, Segments, add_sampling_options, answer, fit, prompt_ids, sampling_of
+from generation import (
+    Sampling,
+    Segments,
+    add_sampling_options,
+    add_words_first_option,
+    answer,
+    fit,
+    prompt_ids,
+    sampling_of,
+)
 from minigpt5 import MiniGPT5
 from prompts import (
     STORY_REQUESTS,
@@ -63,6 +72,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser)
+    add_words_first_option(parser)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (bench/README.md)")
     add("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")

@@ -60,7 +60,7 @@ def changed_thing(picture: Picture, i: int, **facts) -> Picture | None:
     return replace(picture, things=tuple(things))
 
 
-def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str] | None:
+def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
     """One of the things and what it is called: "it" if it is the only one."""
     i = int(rng.integers(len(picture.things)))
     thing, alone = picture.things[i], len(picture.things) == 1

@@ -30,11 +30,8 @@ def describe(picture: Picture) -> str:
 def as_named(picture: Picture, text: str) -> Picture:
     """The picture with its things in the order in which a caption names them."""
     named, turned = facts_in(text).things, replace(picture, things=picture.things[::-1])
-    return (
-        turned
-        if len(named) == 2 and not fits_names(named, picture.things) and fits_names(named, turned.things)
-        else picture
-    )
+    is_turned = len(named) == 2 and not fits_names(named, picture.things) and fits_names(named, turned.things)
+    return turned if is_turned else picture
 
 
 def fits_names(named: tuple[Thing, ...], things: tuple[Thing, ...]) -> bool:

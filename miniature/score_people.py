@@ -58,7 +58,13 @@ def read_prompts(path: Path) -> list[Wish]:
 
 
 def read_chats(path: Path) -> list[list[Wish]]:
-    return [[wish_of(place, "say", turn) for turn in entry["turns"]] for place, entry in read_lines(path)]
+    chats = []
+    for place, entry in read_lines(path):
+        turns = entry.get("turns")
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"{place}: no list of turns")
+        chats.append([wish_of(place, "say", turn) for turn in turns])
+    return chats
 
 
 def sampling_of_sample(weights: Path) -> Sampling:

@@ -185,6 +185,8 @@ def test_copies_of_the_peoples_files_can_be_read(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"scene": None}) + "\n")
     with pytest.raises(ValueError, match=r"x.jsonl, line 1: 'prompt' is missing"):
         read_prompts(tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: no list of turns"):
+        read_chats(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_text("\nno json\n")
     with pytest.raises(ValueError, match=r"x.jsonl, line 2: not JSON"):
         read_prompts(tmp_path / "x.jsonl")
