@@ -114,7 +114,7 @@ def resize(rng, picture):
     text = wished(rng, pick(rng, [f"make {name} {word}"] * 3 + [f"draw {name} {word}", f"let {name} be {word}"]))
     if len(picture.things) == 1 and chance(rng, 0.4):
         text = one_of(rng, phrases.RESIZES).format(word)
-    if size != picture.things[i].size and chance(rng, 0.06):
+    if size != picture.things[i].size and chance(rng, 0.12):
         text = f"{name} is too {picture.things[i].size}"
     return text, after
 
@@ -331,7 +331,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             text, picture = change(rng, picture)
             asked, answer = text, bracketed(picture)
         else:
-            pairs, picture = chance(rng, 0.4), None  # more pairs of things, whose changes are harder
+            pairs, picture = chance(rng, 0.55), None  # more pairs of things, whose changes are harder
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, slips)
             answer = bracketed(picture)
@@ -349,4 +349,10 @@ def known_words(texts: int = 20_000) -> list[str]:
         rng = random_stream(0, i, WORDS)
         lines = [turn.text for turn in chat(rng, slips=0.0)[::2]] if i % 2 else [wish(rng, slips=0.0)[0]]
         words.update(word for line in lines for word in words_in(line))
-    return sorted(words - set(choices(phrases.STRANGERS)))
+    return sorted(words - set(unknown_words()))
+
+
+def unknown_words() -> list[str]:
+    """Names of things and numbers that this world does not have."""
+    things = choices(phrases.STRANGERS)
+    return sorted({*things, *map(plural, things), *choices(phrases.TOO_MANY)})

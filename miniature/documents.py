@@ -49,7 +49,7 @@ TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training sequence
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
-ANSWER_WEIGHT = 4  # a word of an answer that puts a picture into words first
+ANSWER_WEIGHT = 4  # a word of an answer, or of a description in the history, words first
 TOLD_WEIGHT = 3  # a word of an answer in words to a picture counts as much
 ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
@@ -117,10 +117,11 @@ def wish_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
 
 
 def chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
-    """Words first: a turn of a chat."""
+    """Words first: a turn of a chat, after what `sample.py` reads of the turns before it or after all of them."""
     turns = turns_of(chat(rng, split))
     k = 2 * int(rng.integers(len(turns) // 2)) + 1 if rng.random() < 0.3 else len(turns) - 1
-    return dialog_example(chat_history(turns, k, True), turns[k], k, "", WORDS_FIRST_SYSTEM)
+    before = turns[:k] if rng.random() < 0.5 else chat_history(turns, k, True)
+    return dialog_example(before, turns[k], k, "", WORDS_FIRST_SYSTEM)
 
 
 def described_story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
@@ -159,13 +160,13 @@ def in_order(turn: ToldTurn, kinds: list[str]) -> ToldTurn:
 
 
 MIXTURE = {
-    caption_document: 0.09,
-    look_document: 0.12,
-    story_document: 0.04,
-    dialogue_document: 0.04,
-    wish_document: 0.16,
-    chat_document: 0.4,
-    described_story_document: 0.15,
+    caption_document: 0.06,
+    look_document: 0.09,
+    story_document: 0.05,
+    dialogue_document: 0.03,
+    wish_document: 0.13,
+    chat_document: 0.42,
+    described_story_document: 0.22,
 }
 
 
@@ -207,10 +208,17 @@ def tokenizer_at(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+@lru_cache
+def ids_with(tokenizer: Tokenizer, mark: str) -> set[int]:
+    """The pieces that hold this character."""
+    return {i for i in range(len(tokenizer.pieces)) if mark in tokenizer.pieces.decode([i])}
+
+
 def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
     """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
     answer's in random order. The ids and how much each counts."""
-    told = ANSWER_WEIGHT if row.source.startswith(WORDS_FIRST_SYSTEM) else 1
+    words_first, described = row.source.startswith(WORDS_FIRST_SYSTEM), False
+    told = ANSWER_WEIGHT if words_first else 1
     told = TOLD_WEIGHT if row.inputs and not row.outputs else told
     weighted = [(picture_words(picture), 1) for picture in row.inputs]
     weighted += [(shuffled_words(picture, rng), PICTURE_WEIGHT) for picture in row.outputs]
@@ -221,7 +229,9 @@ def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list
                 words, weight = next(left)
                 tokens += [(word, weight) for word in tokenizer.pieces.encode(words)]
             else:
-                tokens.append((i, count))
+                tokens.append((i, ANSWER_WEIGHT if described else count))
+                described = words_first and (described or i in ids_with(tokenizer, "("))
+                described = described and i not in ids_with(tokenizer, ")")
     return tokens
 
 

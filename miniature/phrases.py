@@ -63,7 +63,7 @@ MORE_SCENES = {
     "meadow": "in a meadow | on a green field | in the grass | on the lawn | in the countryside | over the grass | "
     "on the meadow | in a field of grass | in a green meadow | over a meadow",
     "snow": "in winter time | in the ice | on a snowy field | in wintertime | in a winter landscape | over the ice | "
-    "in the white snow | during winter | on a winter day | when it snows | on a snowy day | covered in snow",
+    "in the white snow | during winter | when it snows | covered in snow",
     "city": "in a city | in a big city | on the road | in the streets | in the street | in a town | "
     "in the big city | "
     "over the rooftops | between the buildings | in the city centre | above the skyscrapers | uptown",
@@ -80,6 +80,21 @@ MORE_TIMES = {
     "night": "in the night | by night | at nighttime | in moonlight | in the moonlight | under a starry sky | "
     "late at night | during the night | in the middle of the night | on a moonlit night | under the night sky",
 }
+SCENE_TIMES = {  # both in one phrase
+    "snow day": "on a winter day | on a snowy day | on a cold winter morning | on a winter afternoon",
+    "snow sunset": "on a winter evening | on a snowy evening | on a cold winter evening",
+    "snow night": "on a winter night | on a snowy night | in a winter night | on a cold winter night",
+    "city day": "on a city day | on a busy city morning",
+    "city night": "in the city lights | in a city night | in the night of the city",
+    "desert day": "in the heat of the desert | under the desert sun",
+    "desert night": "on a desert night | in a cold desert night",
+    "sea day": "on a day at sea | on a beach day",
+    "sea sunset": "on an evening at sea | in a sea sunset",
+    "sea night": "on a night at sea | on the moonlit sea | on a dark sea",
+    "meadow day": "on a summer meadow | in a sunny meadow",
+    "mountains day": "on a mountain morning",
+    "mountains night": "on a mountain night",
+}
 TIME_NOUNS = {
     "day": "day | daytime | daylight | sunny day | noon | morning | midday | sunshine | by day",
     "sunset": "sunset | evening | dusk | twilight | sundown | at sunset",
@@ -94,7 +109,8 @@ TIME_STARTS = {  # clauses before "a red boat sails ..."
     "the moon shines on | the moon is over | the moon hangs above",
 }
 REQUESTS = (
-    "draw {} | please draw {} | can you draw {}? | can you draw me {}? | draw me {} | paint {} | please paint {} | "
+    "draw {} | draw {} | draw {} | draw {} | please draw {} | please draw {} | "
+    "can you draw {}? | can you draw me {}? | draw me {} | paint {} | please paint {} | "
     "show me {} | show me {}, please | please show me {} | show {} | i would like {} | i would like to see {} | "
     "i would like a picture of {} | i'd like to see {} | i want {} | i want to see {} | i want a picture of {} | "
     "make {} | make me {} | make a picture of {} | make an image of {} | make an image with {} | create {} | "
@@ -144,6 +160,7 @@ STRANGERS = (  # what this world does not have
 )
 
 
+TOO_MANY = "three | three | three | four | five | six | seven | eight | nine | ten | several"  # two are drawn
 COUNTED = "two | two | two | a pair of | a couple of | 2 | twin | both | two identical | two equal"
 
 
@@ -234,3 +251,25 @@ ADDS_TOO = (
     "and {} | with {} | also {} | plus {} | and {} please | with {} too | and also {} | i want {} too | "
     "now with {} | there should be {} too | {} too please | and {} next to it"
 )
+SOUNDS_LIKE = {  # slips that are words themselves
+    "sea": "see",
+    "blue": "blew",
+    "red": "read",
+    "flower": "flour",
+    "kite": "kit",
+    "night": "knight",
+    "boat": "boot",
+    "car": "care",
+    "house": "hose",
+    "bird": "birth",
+    "star": "stare",
+    "cat": "cut",
+    "ball": "bald",
+    "fish": "fist",
+    "pink": "pint",
+    "white": "wide",
+    "city": "cite",
+    "desert": "dessert",
+    "left": "lift",
+    "right": "write",
+}

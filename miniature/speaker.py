@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.files import write_file, write_json
 from llama import KVCache, Llama, LlamaConfig
-from miniature.chats import known_words
+from miniature.chats import known_words, unknown_words
 from miniature.documents import (
     PIECES,
     WORDS,
@@ -30,10 +30,8 @@ from miniature.documents import (
     tokenizer_at,
     train_tokenizer,
 )
-from miniature.phrases import STRANGERS
 from miniature.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
 from miniature.sets import held_out_pictures, training_pictures, training_set
-from miniature.words import choices
 from miniature.world import sample_pair
 from prompts import Example, Turn, dialog_source
 from published.parts import load_llama
@@ -132,7 +130,7 @@ class LanguageRecipe(Recipe):
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
         write_part(weights, "vicuna", "model", modules["llama"], asdict(LANGUAGE_SIZES))
         write_file(weights / "vicuna" / "tokenizer.model", self.path.read_bytes())
-        write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": choices(STRANGERS)})
+        write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})
 
 
 # ---- captioner

@@ -206,8 +206,12 @@ def ends(
     rng: np.random.Generator, picture: Picture, scene: str | None, time: str | None, place: str | None
 ) -> list[str]:
     """Phrases of scene, time and place, those that are named, in any order, the scene first most often."""
-    parts = [scene_words(rng, picture, scene)] if scene else []
-    parts += [time_words(rng, time)] if time else []
+    both = phrases.SCENE_TIMES.get(f"{scene} {time}")
+    if both and chance(rng, 0.12):
+        parts = [one_of(rng, both)]
+    else:
+        parts = [scene_words(rng, picture, scene)] if scene else []
+        parts += [time_words(rng, time)] if time else []
     if place:
         parts.insert(int(rng.integers(len(parts) + 1)), place_words(rng, place))
     if len(parts) > 1 and chance(rng, 0.25):
@@ -324,6 +328,9 @@ def two_things(
         return f"{first} {pick(rng, ['below', 'under', 'beneath', 'underneath'])} {second} {end}"
     if form < 0.2:
         return bare_list(rng, named, scene, time, False)
+    if form < 0.25 and all(thing.colour for thing in named):
+        facts = [f"the {noun_of(rng, t.kind)} is {' and '.join(adjectives_of(rng, t))}" for t in named]
+        return f"{facts[0]}{pick(rng, [' and ', ', ', '. '])}{facts[1]} {end}"
     if form < 0.28:
         return f"{first} {some(rng, phrases.LOOKS)} {second} {end}"
     if form < 0.36 and scene:
@@ -348,7 +355,8 @@ def same_kind(rng: np.random.Generator, named: list[Thing]) -> str:
         words = " ".join(adjectives_of(rng, one))
         if chance(rng, 0.15):
             return f"{with_article(f'{words} {noun}'.strip())} and another {pick(rng, ['', words])} {noun}"
-        return f"{one_of(rng, phrases.COUNTED)} {words} {plural(noun)}"
+        count = one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)
+        return f"{count} {words} {plural(noun)}"
     facts = [" ".join(adjectives_of(rng, replace(thing))) for thing in named]
     if not all(facts):
         return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"
@@ -386,6 +394,8 @@ def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:
     if chance(rng, slips):
         for _ in range(1 + int(rng.integers(2))):
             i = int(rng.integers(len(words)))
-            if len(words[i]) > 2 and words[i].isalpha():
+            if words[i] in phrases.SOUNDS_LIKE and chance(rng, 0.4):
+                words[i] = phrases.SOUNDS_LIKE[words[i]]
+            elif len(words[i]) > 2 and words[i].isalpha():
                 words[i] = typo(rng, words[i])
     return tidy(" ".join(words))

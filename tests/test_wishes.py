@@ -7,13 +7,12 @@ import pytest
 from common.cli import MINIATURE
 from common.files import read_json
 from common.spelling import Words
-from miniature.chats import bracketed, change, chat, known_words
+from miniature.chats import bracketed, change, chat, known_words, unknown_words
 from miniature.descriptions import describe
 from miniature.documents import chat_document, described_story_document, wish_document
 from miniature.facts import fits, held_out, random_stream, sample_picture
-from miniature.phrases import STRANGERS
 from miniature.wishes import typed, wish
-from miniature.words import choices, facts_in
+from miniature.words import facts_in
 from prompts import Turn, chat_history, description_in, own_turn, plain_words, user_turn
 from tokenizer import Tokenizer
 
@@ -146,7 +145,7 @@ def test_own_pictures_are_remembered_by_their_words():
 
 def test_shipped_words_are_those_of_the_grammar():
     shipped = read_json(MINIATURE / "minigpt5" / "words.json")
-    assert shipped == {"known": known_words(), "unknown": choices(STRANGERS)}
+    assert shipped == {"known": known_words(), "unknown": unknown_words()}
 
 
 @pytest.mark.parametrize(
