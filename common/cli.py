@@ -39,17 +39,24 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, default=MINIATURE, metavar="DIR", help=layout)
 
 
-def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
-    """Add --weights and read the command line. What suits a size is its weights' to say: options that are not given
-    take the values that WEIGHTS/minigpt5/config.json has under `command`, where there is one. ValueError if it names an
-    unknown option."""
-    first = argparse.ArgumentParser(add_help=False)
-    add_weights_option(first)
-    add_weights_option(parser)
-    path = first.parse_known_args()[0].weights / "minigpt5" / "config.json"
+def suited_options(weights: Path, command: str) -> dict:
+    """What suits a size is its weights' to say: the options that WEIGHTS/minigpt5/config.json has under `command`, and
+    none where there is no such file."""
+    path = weights / "minigpt5" / "config.json"
     suited = read_json(path).get(command, {}) if path.is_file() else {}
     if not isinstance(suited, dict):
         raise ValueError(f"{path}: {command} should be an object of options and values")
+    return suited
+
+
+def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
+    """Add --weights and read the command line. Options that are not given take the values of `suited_options`.
+    ValueError if these name an unknown option."""
+    first = argparse.ArgumentParser(add_help=False)
+    add_weights_option(first)
+    add_weights_option(parser)
+    weights = first.parse_known_args()[0].weights
+    path, suited = weights / "minigpt5" / "config.json", suited_options(weights, command)
     if unknown := set(suited) - set(vars(parser.parse_args([]))):
         raise ValueError(f"{path}: {command} has no option {', '.join(sorted(unknown))}")
     options = {option.dest: option for option in parser._actions}
