@@ -201,7 +201,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
 
 def checkpoint_folders(out: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    return sorted(Path(out).glob("step-" + "[0-9]" * 8), reverse=True)
+    return sorted((path for path in Path(out).glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
 
 
 def find_checkpoint(place: Path) -> Path | None:

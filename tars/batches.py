@@ -257,7 +257,7 @@ class FullBatches(Dataset):
 def ignore_signals(worker: int) -> None:
     """A signal to stop may reach all processes of a run, and more than once: from a terminal, from a scheduler, and
     from torchrun, which passes it on. The main process decides when its workers end, see `Batches.close`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
