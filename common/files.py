@@ -109,7 +109,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, text.encode())
+    """`text` in UTF-8, with "?" for each byte of a file's name that is not."""
+    write_file(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -28,6 +28,7 @@ import json
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -316,6 +317,9 @@ class Batches:
         workers, self.loader = getattr(self.loader, "_workers", []), None  # torch asks them to end, and waits 5 s
         for worker in workers:
             worker.kill()
+        with suppress(RuntimeError):  # by which torch tells of the first killed worker, if an error keeps its loader
+            for worker in workers:
+                worker.join(1)
 
     def state_dict(self) -> dict:
         """Where to go on after the last batch handed out, whatever the workers have prefetched: plain values.

@@ -114,5 +114,5 @@ def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     else:
         real = to_pixels(pictures[:4])
     model.train(was_training)
-    columns = zip(batch.picture_sequences.tolist(), real, painted, strict=False)
+    columns = zip(batch.picture_sequences.tolist(), real, painted.nan_to_num(), strict=False)
     draw_grid([(captions[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)
