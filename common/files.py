@@ -1,6 +1,7 @@
 """Files that are there whole or not at all: written under a temporary name, then renamed."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -128,6 +129,20 @@ def read_json(path: Path, error: type[ValueError] = ValueError) -> dict:
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def fingerprint(files: Iterable[Path | str], *settings: object, pages: int = 64) -> str:
+    """A short hash of files and settings, from the files' sizes and about so many pages of each: copies have the same
+    one, and any training changes it."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in files:
+        size = os.path.getsize(path)
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(4096, size // pages)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def is_number(value: object) -> bool:
