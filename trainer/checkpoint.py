@@ -166,5 +166,8 @@ def read_moments(
                 found = "missing" if tensor is None else f"{tensor.get_dtype()} {tuple(tensor.get_shape())}"
                 if found != f"F32 {shape}":
                     raise WeightsError(f"{path}: {key} is {found}, expected F32 {shape}")
-                moments.setdefault(parameter, {})[kind] = file.get_tensor(key).to(parameter.device)
+                value = file.get_tensor(key)
+                if not value.isfinite().all():
+                    raise WeightsError(f"{path}: {key} is not finite")
+                moments.setdefault(parameter, {})[kind] = value.to(parameter.device)
     return moments
