@@ -175,13 +175,13 @@ def say(
     The stop ids stay in it. The repetition penalty counts <s> and what was said, not the prompt. ValueError for a
     prompt that leaves no room.
     """
-    tokenizer, device = model.tokenizer, model.device
+    tokenizer, device, positions = model.tokenizer, model.device, model.llama.config.max_position_embeddings
+    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions))
     vokens, N = tokenizer.voken_ids, len(tokenizer.voken_ids)
     rooms, longest = [room_after(model, ids) for ids in prompts], max(map(len, prompts))
     if min(rooms) < N:
         raise ValueError(f"the prompt has {longest} tokens, room is for {min(rooms) + longest - N}")
     limits = [min(room, sampling.max_new_tokens + MAX_PICTURES * N) for room in rooms]
-    positions = model.llama.config.max_position_embeddings
     answers = [Answer(positions - room, positions - room + more) for room, more in zip(rooms, limits, strict=True)]
 
     cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling, device)

@@ -27,7 +27,7 @@ from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import TEXT_WEIGHT, collate
 from prompts import SPEAKERS, TASKS
-from published.loading import find_checkpoint, given_checkpoint
+from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
 from tars.batches import Batches
@@ -85,9 +85,9 @@ def arguments() -> argparse.Namespace:
     args = read_run_options(parser, "train_mls", out="runs/mls", epochs=4, batch_size=32)
     if args.uas and args.no_uas:
         parser.error("--uas and --no-uas exclude each other")
-    if args.lora_rank < 1:
-        parser.error("--lora-rank must be at least 1")
-    if not 0 <= args.text_weight < float("inf"):
+    if not 1 <= args.lora_rank <= MAX_RANK:
+        parser.error(f"--lora-rank must be at least 1 and at most {MAX_RANK:,}")
+    if args.text_weight < 0:
         parser.error("--text-weight must be 0 or more")
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")

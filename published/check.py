@@ -44,7 +44,7 @@ def check(root: Path, hashes: bool = False) -> list[str]:
     if not root.is_dir():
         raise WeightsError(f"{root}: no such folder")
     rows, problems, loaded = [("part", "state", "file", "dtype", "size", "published")], [], {}
-    trained = sorted((root / "minigpt5").glob("*.safetensors"))
+    trained = sorted((root / "minigpt5").glob("[!.]*.safetensors"))
     for name, places, read in [*parts(root), *((f.stem, [f], partial(check_trained, f, loaded)) for f in trained)]:
         found, described = [], []
         try:
@@ -52,7 +52,7 @@ def check(root: Path, hashes: bool = False) -> list[str]:
         except ValueError as error:
             found += getattr(error, "problems", [str(error)])
         for place in places:
-            files = [place] if place.suffix else sorted(place.glob("*.safetensors"))
+            files = [place] if place.suffix else sorted(place.glob("[!.]*.safetensors"))
             files = [file for file in files if file.is_file()]
             for file in files:
                 published, problem = compared(file, root, hashes)

@@ -45,6 +45,8 @@ from tokenizer import Tokenizer
 
 def read_tensors(path: Path) -> dict:
     """Names -> lazy tensors (`[:]` gives the tensor, memory-mapped) of a safetensors file or a pickled state dict."""
+    if path.exists() and not path.is_file():  # a pipe would block, a device have no end
+        raise WeightsError(f"{path}: not a regular file")
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
@@ -133,9 +135,9 @@ def weight_files(files: list[Path]) -> Iterator[Path]:
     for path in files:
         if not path.is_dir():
             yield path
-        elif any(path.glob("*.safetensors")):
+        elif any(path.glob("[!.]*.safetensors")):
             yield from tensor_files(path)
-        elif found := sorted(f for f in path.iterdir() if f.suffix in (".bin", ".pth", ".pt", ".ckpt")):
+        elif found := sorted(f for f in path.glob("[!.]*") if f.suffix in (".bin", ".pth", ".pt", ".ckpt")):
             yield from found
         else:
             raise WeightsError(f"{path}: no weight file in this folder")

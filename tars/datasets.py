@@ -26,13 +26,12 @@ from pathlib import Path
 
 from common.files import read_json
 from prompts import clean_caption
-from tars.batches import decode
-from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes
+from tars.batches import decode, read_caption
+from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes, member_of
 from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
 Job = Callable[[str], Sample]  # makes the sample of a key, or raises Unusable
-PICTURE_ENDINGS = tuple(ending for ending, member in ENDINGS.items() if member == Member.PICTURE)
 
 
 # ---- pictures
@@ -47,15 +46,41 @@ def read_picture(path: Path | None) -> tuple[str, bytes]:
     """The ending and the bytes of a picture that can be decoded. Raises Unusable."""
     if path is None:
         raise Unusable("missing picture")
-    try:
-        if path.stat().st_size > max_bytes(Member.PICTURE):
-            raise Unusable("too large")
-        content = path.read_bytes()
-    except OSError:
-        raise Unusable("picture not readable") from None
+    content = read_file(path, Member.PICTURE)
     decode(content)
     ending = path.suffix.lower().removeprefix(".")
-    return ending if ending in PICTURE_ENDINGS else "jpg", content
+    return ending if ENDINGS.get(ending) == Member.PICTURE else "jpg", content
+
+
+def read_file(path: Path, member: Member) -> bytes:
+    """The bytes of a regular file that is to be this member of a sample. Raises Unusable."""
+    try:
+        if not path.is_file():  # a pipe would block
+            raise Unusable("not a file")
+        if path.stat().st_size > max_bytes(member):
+            raise Unusable("too large")
+        return path.read_bytes()
+    except OSError:
+        raise Unusable("file not readable") from None
+
+
+def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
+    """Of each folder below, links to folders followed, the members of every key. A folder that is reached twice counts
+    once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        stat = os.stat(root)
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders.sort()
+        found = {}
+        for name in sorted(names, reverse=True):
+            if place := member_of(name):
+                key = name.rpartition(".")[0]  # nothing is numbered here
+                found.setdefault(key, {})[Member(min(place[1], Member.NUMBERED) % Member.NUMBERED)] = Path(root, name)
+        yield found
 
 
 def interleaved(key: str, kind: str, name: str, turns: Iterable[tuple[str, list[Path | None]]]) -> Sample:
@@ -93,7 +118,8 @@ def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[Job]:
         content, roots = read_json(file), folders or [file.parent]
         if isinstance(content.get("annotations"), list):
             stories, fields = raw_stories(content["annotations"]), RAW_FIELDS
-            places = {path.stem: path for folder in roots for path in walk_pictures(folder)}
+            found = [found for folder in roots for found in walk(folder)]
+            places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
         elif content and all(isinstance(steps, list) for steps in content.values()):
             stories, fields = content, CLEANED_FIELDS
             beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
@@ -116,12 +142,6 @@ def raw_stories(annotations: list) -> dict[str, list]:
         name = str(step["story_id"]) if known else f"annotation {number}"
         stories.setdefault(name, []).append(step if known else None)
     return stories
-
-
-def walk_pictures(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(root, name) for name in sorted(names) if name.lower().rpartition(".")[2] in PICTURE_ENDINGS)
 
 
 def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], places: dict[str, Path]) -> Sample:
@@ -208,17 +228,16 @@ def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Job]:
 
 
 def folder_jobs(folder: Path) -> Iterator[Job]:
-    """KEY.jpg with KEY.txt."""
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        paths = map(Path, sorted(names, reverse=True))
-        pictures = {path.stem: path for path in paths if path.suffix[1:].lower() in PICTURE_ENDINGS}
-        texts = {Path(name).stem for name in names if name.endswith(".txt")}
-        for stem in sorted(pictures.keys() | texts):
-            caption = Path(root, f"{stem}.txt").read_bytes() if stem in texts else None
-            picture = Path(root, pictures[stem]) if stem in pictures else None
-            source = os.path.relpath(Path(root, stem), folder)
-            yield partial(cc3m_sample, caption=caption, picture=picture, source=source)
+    """KEY.jpg with KEY.txt, or with the caption in KEY.json."""
+    for found in walk(folder):
+        for name in sorted(found):
+            source = os.path.relpath(next(iter(found[name].values())).with_name(name), folder)
+            yield partial(folder_sample, members=found[name], source=source)
+
+
+def folder_sample(key: str, members: dict[Member, Path], source: str) -> Sample:
+    caption = read_caption(lambda member: read_file(members[member], member) if member in members else None)
+    return cc3m_sample(key, caption.encode(), members.get(Member.PICTURE), source)
 
 
 def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: str) -> Sample:

@@ -8,15 +8,13 @@ They are in the run's folder.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import write_text
+from common.files import is_number, write_text
 from common.images import to_image
 from common.page import draw_grid, save_image
 from generation import Sampling, paint
@@ -24,41 +22,41 @@ from minigpt5 import Batch, MiniGPT5, dtype_of, send
 from vae import to_pixels
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+NUMBERS = ("step", "loss")  # endings of the names whose values are numbers in every record of a log
 
 
 # ---- log.jsonl
 
 
-@contextmanager
-def one_line_write_errors(path: Path) -> Iterator[None]:
-    """An error while `path` is written names it: that of a full disk does not."""
+def append_log(path: Path, record: dict) -> None:
     try:
-        yield
-    except OSError as error:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:  # that of a full disk does not name the file
         raise ValueError(f"{path}: not written: {error.strerror}") from None
 
 
-def append_log(path: Path, record: dict) -> None:
-    with one_line_write_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def read_log(path: Path) -> list[dict]:
-    """The whole lines of a log; a last line that was cut off is left out."""
+    """The records of a log. Lines that are none, such as a last one that was cut off, are left out: those that are no
+    object, and those whose step or losses are no numbers."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and all(is_number(v) for name, v in record.items() if name.endswith(NUMBERS)):
+            records.append(record)
     return records
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run goes through those steps again."""
-    lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
-    with one_line_write_errors(path):
-        write_text(path, "".join(lines))
+    records = [record for record in read_log(path) if "step" in record]
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    if others := sum(map(bool, lines)) - len(records):
+        print(f"{path}: {others:,} lines are left out, because they are no records of a step")
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
 
 
 # ---- pictures of a run
@@ -67,6 +65,7 @@ def cut_log(path: Path, step: int) -> None:
 def plot_losses(records: list[dict], path: Path) -> None:
     """One small chart for each loss over the steps, side by side, from 0 to its largest value; held-out losses are
     black."""
+    records = [record for record in records if "step" in record]
     names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss") if any(name in r for r in records)]
     if not names:  # nothing was finite
         return
@@ -115,5 +114,5 @@ def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     else:
         real = to_pixels(pictures[:4])
     model.train(was_training)
-    columns = zip(batch.picture_sequences.tolist(), real, painted, strict=False)
+    columns = zip(batch.picture_sequences.tolist(), real, painted.nan_to_num(), strict=False)
     draw_grid([(captions[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)

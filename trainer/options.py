@@ -6,6 +6,7 @@ from pathlib import Path
 from common.cli import DTYPES, parse
 
 MAX_VOKENS = 128  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
+MAX_BATCH, MAX_WORKERS = 65_536, 1_024
 COUNTS = ("drawn", "batch_size", "accumulate", "max_nonfinite", "vokens", "val_batches")
 PERIODS = ("save_every", "log_every", "val_every")  # in steps
 RATES = ("lr", "output_lr", "mapper_lr", "adapter_lr", "muon")
@@ -58,6 +59,8 @@ def read_run_options(parser: argparse.ArgumentParser, command: str, **defaults) 
     for name in RATES:
         check((getattr(args, name, None) or 0) >= 0, f"--{name.replace('_', '-')} must be at least 0")
     check(0 <= args.max_bad <= 1, "--max-bad must be from 0 to 1")
+    check(args.batch_size <= MAX_BATCH, f"--batch-size must be at most {MAX_BATCH:,}")
+    check(0 <= args.workers <= MAX_WORKERS, f"--workers must be from 0 to {MAX_WORKERS:,}")
     check(args.epochs > 0 and args.warmup >= 0, "--epochs must be above 0, --warmup at least 0")
     check(args.steps is None or args.steps >= 1, "--steps must be at least 1")
     check(getattr(args, "vokens", 1) <= MAX_VOKENS, f"--vokens must be at most {MAX_VOKENS}")
