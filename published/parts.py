@@ -65,7 +65,12 @@ PARTS = {
     "llama": Part(
         Llama,
         LlamaConfig,
-        {"rope_scaling": (None,)},
+        {
+            "model_type": ("llama", None),
+            "hidden_act": ("silu", None),
+            **dict.fromkeys(("attention_bias", "mlp_bias"), (False, None)),
+            **dict.fromkeys(("sliding_window", "rope_parameters"), (None,)),
+        },
         names=((r"rotary_emb\.inv_freq$", None),),  # a buffer of old files; it follows from the configuration
     ),
     "unet": Part(
@@ -127,6 +132,11 @@ BLIP2_UNUSED = (  # parts of published files that MiniGPT-4 does not use
 
 def checked(value: object, default: object, name: str):
     """`value` of a config.json as the type of `default`. ValueError for another type or a size that no model has."""
+    if dataclasses.is_dataclass(default):
+        known = {field.name: field.default for field in dataclasses.fields(default)}
+        if not isinstance(value, dict) or not value.keys() <= known.keys():
+            raise ValueError(f"{name} {value!r:.200} is not supported")
+        return type(default)(**{key: checked(entry, known[key], f"{name}.{key}") for key, entry in value.items()})
     if isinstance(default, tuple):
         values = value if isinstance(value, list) else [value]  # one value stands for all levels
         if not 1 <= len(values) <= 16:
@@ -163,7 +173,7 @@ def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | Non
         given = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
         config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
         heads = getattr(config, "num_attention_heads", 1)
-        if getattr(config, "hidden_size", heads) % heads:
+        if not hasattr(config, "head_dim") and getattr(config, "hidden_size", heads) % heads:
             raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
