@@ -45,7 +45,7 @@ SUPPORTED = {  # None: left out
     "tokenizer.ggml.model": ("gpt2",),
     "tokenizer.ggml.pre": ("smollm",),
 }
-SPECIAL = 3  # a token type
+TOKENIZER, SPECIAL = ("tokens", "token_type", "merges"), 3  # names of its lists; the token_type of special tokens
 
 
 @dataclass
@@ -58,10 +58,13 @@ class Quantised:
     def __getitem__(self, _: slice) -> Tensor:
         from gguf import dequantize
 
-        values = torch.from_numpy(dequantize(self.stored.data, self.stored.tensor_type).copy())
-        if not self.heads:
-            return values
-        return values.view(self.heads, -1, 2, values.shape[-1]).transpose(1, 2).reshape(values.shape)
+        try:
+            values = torch.from_numpy(dequantize(self.stored.data, self.stored.tensor_type).copy())
+            if not self.heads:
+                return values
+            return values.view(self.heads, -1, 2, values.shape[-1]).transpose(1, 2).reshape(values.shape)
+        except (NotImplementedError, RuntimeError) as error:  # another kind of quantisation; a matrix of other heads
+            raise WeightsError(f"GGUF tensor {self.stored.name}: {str(error).splitlines()[0]}") from None
 
 
 def is_gguf(path: Path) -> bool:
@@ -79,6 +82,7 @@ def read_gguf(path: Path) -> tuple[dict, dict, dict[str, Quantised]]:
     try:
         reader = GGUFReader(path)
         values = {name: field.contents() for name, field in reader.fields.items()}
+        tokens, types, merges = (list(values.get(f"tokenizer.ggml.{name}", ())) for name in TOKENIZER)
     except Exception as error:  # a damaged file can raise anything
         raise WeightsError(f"{path}: not a whole GGUF file ({' '.join(str(error).split())})") from None
     for name, allowed in SUPPORTED.items():
@@ -91,11 +95,9 @@ def read_gguf(path: Path) -> tuple[dict, dict, dict[str, Quantised]]:
         our_name(tensor.name, NAMES): Quantised(tensor, heads.get(tensor.name.split(".")[-2], 0))
         for tensor in reader.tensors
     }
-    tokens = values.get("tokenizer.ggml.tokens", [])
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
     config |= {"vocab_size": len(tokens), "tie_word_embeddings": "lm_head.weight" not in tensors}
     config["chat_form"] = chat_form(values.get("tokenizer.chat_template"))
-    types, merges = values.get("tokenizer.ggml.token_type", []), values.get("tokenizer.ggml.merges", [])
     return config, smollm_tokenizer(tokens, types, merges), tensors
 
 
