@@ -666,12 +666,14 @@ def test_real_meteor(tmp_path):
         (folder / name).write_text(names if name == "lexnames" else "")
     meteor = scorers.open_network("meteor", tmp_path, torch.device("cpu"))
     wordnet = nltk.corpus.reader.WordNetCorpusReader(nltk.data.FileSystemPathPointer(str(folder)), None)
-    answers = ["an automobile drives past a big house", "the cats are running", "a red boat", "nothing in common"]
+    answers = ["an auto drives past a big house", "the cats are running", "a red boat", "nothing in common"]
     references = ["a car drives past a large home", "the cat ran", "a red boat", "it was all other words"]
     for answer, reference in zip(map(str.split, answers), map(str.split, references), strict=True):
         expected = nltk.translate.meteor_score.single_meteor_score(reference, answer, wordnet=wordnet)
         assert meteor.compare(answer, reference) == expected
-    assert meteor.compare(["an", "automobile"], ["a", "car"]) > 0.2 > meteor.compare(["an", "owl"], ["a", "car"])
+    # nltk looks for synonyms of the stems, so that "automobile" (automobil) has none.
+    found = [meteor.compare(["an", word], ["a", "car"]) for word in ("auto", "automobile", "owl")]
+    assert found == [pytest.approx(0.25), 0, 0]
 
 
 def test_why_a_network_is_not_there(tmp_path, monkeypatch):
