@@ -173,7 +173,7 @@ def load(
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{folder / 'config.json'}: no model has these sizes ({reason})") from None
     files = tensor_files(files) if isinstance(files, Path) else files
-    wanted, state = model.state_dict(), {}
+    wanted, state = dict(model.named_parameters()), {}  # a parameter that has two names, since it is tied, has one here
     found = matched(wanted, files, names)
     for name, tensor in found.items():
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
@@ -182,6 +182,8 @@ def load(
     if 0 < len(views) < len(found):  # map those anew: the first mapping keeps in memory what was read for the copies
         found = matched(wanted, files, names)
         state |= {name: found[name] for name in views}
+    loaded = {wanted[name]: nn.Parameter(tensor) for name, tensor in state.items()}
+    state = {name: loaded[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
