@@ -260,9 +260,8 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(args.folder)
     needed, free = 4 * BLOCK * args.pairs * 1.1, shutil.disk_usage(args.folder or tempfile.gettempdir()).free
     if needed > free:
-        raise ValueError(
-            f"the tars take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; --folder names another place"
-        )
+        space = f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+        raise ValueError(f"the tars take {space}; --folder names another place")
     given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     record = {"bench": "scale", "hardware": hardware(torch.device("cpu")), "arguments": given, "rows": []}
     torch.set_num_threads(1)
