@@ -6,7 +6,7 @@ dialogue has `KEY.json` with a list of "turns" and the pictures `KEY.0.jpg`, `KE
 and nothing is ever unpacked to disk.
 
     expand(["cc3m-train-{0000..0575}.tar", "more/"])  -> list of paths
-    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 8 or more)
+    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 4 or more)
 """
 
 import glob
@@ -26,7 +26,7 @@ import numpy as np
 from common.files import written_whole
 
 CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
-INDEX_VERSION = 5
+INDEX_VERSION = 6
 UNDECODABLE = "surrogateescape"  # keeps member names that are not UTF-8 different from each other
 MAX_TARS = 100_000  # of one brace list
 MAX_PICTURES = 100  # of a story or dialogue: NAME has numbers of two digits
@@ -177,12 +177,14 @@ def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
 
 
 class TarIndex(NamedTuple):
-    """Where the members of a tar's n samples lie. All arrays are of numbers, so that the cache needs no pickle."""
+    """Where the members of a tar's n samples lie. All arrays are of numbers, so that the cache needs no pickle. Each
+    rank holds the indices of millions of samples in memory: the table has no columns after the last member that occurs,
+    and small numbers are of small types."""
 
     stamp: np.ndarray  # INDEX_VERSION, the tar's size and its time of change in ns
-    table: np.ndarray  # (n, 2 * members): offset and size of each `Member`; -1: none
-    kinds: np.ndarray  # (n,): PAIR, STORY or DIALOG
-    turns: np.ndarray  # (n,): how many turns the JSON of a story or dialogue has; 0: a pair
+    table: np.ndarray  # (n, 2 * members): offset and size of each `Member` up to the last that occurs; -1: none
+    kinds: np.ndarray  # (n,) int8: PAIR, STORY or DIALOG
+    turns: np.ndarray  # (n,) int32: how many turns the JSON of a story or dialogue has; 0: a pair
     keys: np.ndarray  # the keys one after another, UTF-8
     ends: np.ndarray  # (n + 1,): key i is keys[ends[i] : ends[i + 1]]
     note: np.ndarray  # what is wrong with the tar as a whole, UTF-8, mostly empty
@@ -227,7 +229,7 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     if repeated:
         notes.append(f"{repeated:,} members that their sample already had; the last counts")
     keys = [key.encode("utf-8", UNDECODABLE) for key in places]
-    count = max([Member.NUMBERED, *(member + 1 for members in places.values() for member in members)])
+    count = max([Member.TEXT + 1, *(member + 1 for members in places.values() for member in members)])
     table = np.full((len(places), count, 2), -1, np.int64)
     for i, members in enumerate(places.values()):
         table[i, list(members)] = list(members.values())
@@ -235,8 +237,8 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     return TarIndex(
         stamp,
         table.reshape(len(places), 2 * count),
-        kinds_and_turns[:, 0],
-        kinds_and_turns[:, 1],
+        kinds_and_turns[:, 0].astype(np.int8),
+        kinds_and_turns[:, 1].astype(np.int32),
         np.frombuffer(b"".join(keys), np.uint8),
         np.cumsum([0, *map(len, keys)], dtype=np.int64),
         np.frombuffer("; ".join(notes).encode("utf-8", "replace"), np.uint8),
@@ -246,7 +248,9 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
 def is_consistent(index: TarIndex) -> bool:
     """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
     stamp, table, kinds, turns, keys, ends, note = index
-    if not all(array.dtype == np.int64 for array in (stamp, table, kinds, turns, ends)):
+    if not all(array.dtype == np.int64 for array in (stamp, table, ends)):
+        return False
+    if (kinds.dtype, turns.dtype) != (np.int8, np.int32):
         return False
     if not all(array.dtype == np.uint8 and array.ndim == 1 for array in (keys, note)):
         return False
