@@ -43,10 +43,10 @@ import torch
 from bench import gpu_parts, gpu_runs
 from bench.common import hardware, show
 from bench.gpu_rows import Rows, Setup
-from common.files import write_json, write_text
+from common.files import ended_in_order, write_json, write_text
 
 # Shares of the time. In nine minutes they are seconds, less what starting and reporting takes.
-SHARES = {"words": 120, "picture": 110, "stage-1": 125, "stage-2": 25, "tests": 40, "miniature": 120}
+SHARES = {"words": 115, "picture": 140, "stage-1": 130, "stage-2": 20, "tests": 35, "miniature": 100}
 BESIDE = {"reckon": gpu_parts.MEMORY_PARTS, "draw": ("miniature",)}  # started first: the parts that need its results
 PARTS = {
     "reckon": gpu_parts.count_memory,
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError("this torch sees no GPU; --dry-run tries everything on the CPU")
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+    with ended_in_order(), tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         record = {"bench": "gpu", "dry_run": args.dry_run, "machine": {}, "parts": {}}
         measure(args, Path(folder), out.resolve(), began, record)
     print((out / "gpu.md").read_text(encoding="utf-8"))
@@ -242,13 +242,13 @@ def measure(args: argparse.Namespace, work: Path, out: Path, began: float, recor
     names = [name for name, users in BESIDE.items() if set(users) & set(parts)]
     beside = {name: Process(name, work, out, end - began, args.dry_run) for name in names}
     started, due = list(beside.values()), began
+    record["parts"] = {name: [] for name in (*parts, *names)}
     try:
         for name in parts:
             due += (end - began) * SHARES[name] / sum(SHARES[part] for part in parts)
             if name == "miniature":
                 beside["draw"].finish((due - time.monotonic()) / 2)
             seconds = due - time.monotonic()
-            record["parts"][name] = []
             print(f"{name}: {seconds:.0f} s at most", flush=True)
             if args.dry_run:
                 run_part(name, work, out, seconds, is_dry=True)
@@ -263,7 +263,6 @@ def measure(args: argparse.Namespace, work: Path, out: Path, began: float, recor
     finally:
         for process in started:
             process.kill()
-        record["parts"] |= {name: [] for name in beside}
         write_report(record, work, out, began)
 
 

@@ -90,7 +90,8 @@ def words(setup: Setup) -> None:
             begin, before = time.perf_counter(), count_graphs()
             said = speak(seed, compiled)
             warmup = time.perf_counter() - begin
-            whole, first = (setup.time(partial(speak, seed, compiled, limit)) for limit in (tokens, 1))
+            rounds = 3 if compiled else 1
+            whole, first = (setup.time(partial(speak, seed, compiled, limit), rounds) for limit in (tokens, 1))
             same = next((i for i, (a, b) in enumerate(zip(said, expected, strict=True)) if a != b), tokens)
             note = f"warm-up {warmup:.0f} s, {count_graphs() - before} graphs"
             note += f"; the first {same} of {tokens} tokens as not compiled" if compiled else ""
@@ -119,7 +120,7 @@ def picture(setup: Setup) -> None:
     def draw(sampling: Sampling, compiled: bool = False) -> torch.Tensor:
         return paint(model, features, replace(sampling, compile=compiled), latents)
 
-    def measure(what: str, call: Callable, rounds: int = 3) -> None:
+    def measure(what: str, call: Callable, rounds: int) -> None:
         begin, before = time.perf_counter(), count_graphs()
         call()
         warmup, graphs = time.perf_counter() - begin, count_graphs() - before
@@ -135,7 +136,7 @@ def picture(setup: Setup) -> None:
         rows.add("a picture is finite and not black: deviation", deviation, "", note=note)
     for name, sampling in samplings.items():
         with rows.attempt(f"picture, {name}"):
-            measure(f"picture, {name}", partial(draw, sampling))
+            measure(f"picture, {name}", partial(draw, sampling), rounds=1)
     with rows.attempt(MEMORY_PICTURE):
         rows.add(MEMORY_PICTURE, setup.peak(partial(draw, fifty)), "GB")
     setup.profile("a picture of 4 steps", partial(draw, four))
@@ -151,7 +152,7 @@ def picture(setup: Setup) -> None:
 
         folder = setup.folder / "weights"
         libraries = Libraries(folder, model.tokenizer, model.vokens, model.mapper, setup.dtype)
-        measure("picture, diffusers", partial(libraries.paint, features, fifty, latents))
+        measure("picture, diffusers", partial(libraries.paint, features, fifty, latents), rounds=1)
         ours = (draw(four) / 2 + 0.5).clamp(0, 1)
         figure = difference(ours, libraries.paint(features, four, latents), 2)
         rows.add("picture, diffusers: difference", figure, "", note="from ours, relative")

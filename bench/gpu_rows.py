@@ -96,7 +96,10 @@ class Setup:
             with torch.profiler.profile(activities=kinds) as profiler:
                 seconds = seconds_of(call, self.device)
             name = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-            events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))[:10]
+            events = profiler.key_averages()
+            if self.device.type == "cuda":  # kernels alone, not the operations that start them
+                events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+            events = sorted(events, key=lambda event: -getattr(event, name))[:10]
             kernels = [[event.key[:90], getattr(event, name) / 1e6, event.count] for event in events]
             self.rows.add(f"profile of {what}", seconds, "s", kernels=kernels)
 

@@ -22,7 +22,7 @@ from trainer.log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = "pairs.tar"  # what the part draw writes, for the part miniature
-EXAM, START = 50.0, 25.0  # seconds that the miniature's exam takes, and a start of train_uas.py with its compiling
+EXAM, START = 35.0, 20.0  # seconds that the miniature's exam takes, and a start of train_uas.py with its compiling
 
 
 def draw(setup: Setup) -> None:
@@ -37,24 +37,31 @@ def command(*words: object) -> list[str]:
 
 def tests(setup: Setup) -> None:
     """pytest's verdict on each test that needs a GPU."""
-    how = "--gpu" if setup.device.type == "cuda" else "--rehearse"
-    files = ("tests/test_gpu.py", "tests/test_steps.py")
-    call = command("-m", "pytest", how, *files, "-k", "gpu", "-v", "-s", "-p", "no:cacheprovider", "--no-header")
+    has_gpu = setup.device.type == "cuda"
+    files = ("--gpu", "tests/test_gpu.py", "tests/test_steps.py") if has_gpu else ("--rehearse", "tests/test_gpu.py")
+    call = command("-m", "pytest", *files, "-k", "gpu", "-v", "-s", "-p", "no:cacheprovider", "--no-header")
     with setup.rows.attempt("tests"), subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        name, printed = None, []
+        name, printed, verdicts = None, [], 0
         for line in process.stdout:  # verdicts come one by one: a part that is cut off keeps those so far
             print(line, end="", flush=True)
+            if re.match(r"=+ .*(FAILURES|ERRORS|summary)", line):  # all verdicts are given: details follow
+                name = None
+                break
             name = match[1] if (match := re.search(r"::(test_\S+)", line)) else name
             printed += re.findall(r"largest relative difference \S+", line)
             verdict = re.search(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b", line)
             if verdict and name:
                 note = f"{verdict[1].lower()}; {printed[-1]}" if printed else verdict[1].lower()
                 setup.rows.add(f"test: {name}", float(verdict[1] == "PASSED"), "passed", note=note)
-                name, printed = None, []
+                name, printed, verdicts = None, [], verdicts + 1
+        print(process.stdout.read(), flush=True)
+        if not verdicts:
+            raise ValueError("pytest ran no test, see gpu.log")
 
 
 def train_miniature(setup: Setup, out: Path, steps: int, limit: float) -> list[dict]:
-    """The log of a run of stage 1, which is stopped with a checkpoint after `limit` seconds."""
+    """The log of a run of stage 1, which is stopped with a checkpoint after `limit` seconds. Empty where even that
+    takes too long, as while it compiles."""
     options = ["--data", setup.folder / PAIRS, "--out", out, "--steps", steps, "--log-every", 20, "--sample-every", 0]
     options += ["--workers", 0 if setup.is_tiny else min(8, os.cpu_count() or 1), "--device", setup.device.type]
     options += ["--save-every", 10**6, *(["--batch-size", 2] if setup.is_tiny else [])]
@@ -63,7 +70,11 @@ def train_miniature(setup: Setup, out: Path, steps: int, limit: float) -> list[d
             process.wait(limit)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
-            process.wait(20)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return []
     if process.returncode:
         raise ValueError(f"train_uas.py ended with {process.returncode}")
     return read_log(out / "log.jsonl")
@@ -78,12 +89,15 @@ def miniature(setup: Setup) -> None:
         steps = 2
         if not setup.is_tiny:
             probe = train_miniature(setup, setup.folder / "probe", 100, left / 3)
-            speed = probe[-1]["samples_per_s"]  # of its last 20 steps
+            speed = probe[-1]["samples_per_s"] if probe else 500  # of its last 20 steps; without any, a guess
             left = setup.end - time.monotonic() - EXAM
             steps = int(min(max(left - START, 5), 180) * 0.9 * speed / 32)  # the miniature's batch
         begin = time.perf_counter()
         log = train_miniature(setup, run, steps, max(left, 10))
-        seconds, last = time.perf_counter() - begin, log[-1]
+        seconds = time.perf_counter() - begin
+        if not log:
+            raise ValueError(f"no step within {seconds:.0f} s")
+        last = log[-1]
         rows.add(
             "miniature, stage 1", last["samples_per_s"], "samples/s", note=f"{last['step']:,} steps, {seconds:.0f} s"
         )
