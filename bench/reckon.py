@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from common.cli import run
 from generation import Sampling, paint
 from llama import Llama, LlamaConfig
-from minigpt5 import IGNORE, Batch, MiniGPT5, Noise
+from minigpt5 import Batch, MiniGPT5, Noise
 from scheduler import NoiseSchedule, ScheduleConfig
 from trainer.compiled import checkpoint_gradients
 from unet import UNet, UNetConfig
@@ -116,14 +116,14 @@ def kept_of(model: MiniGPT5, *parts: nn.Module) -> int:
 
 def step_of(model: MiniGPT5, batch: int, tokens: int, captioned: bool) -> Callable[[], None]:
     """The losses of rows with a picture at the end of each, and the backward pass into gradients that are there. All
-    values are zeros, on the model's device."""
+    tokens and latents are zeros, on the model's device."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     target = VOKENS + 3  # with "###"
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
-    ends = torch.zeros(batch, target, dtype=torch.long, device=model.device)
+    ends = torch.arange(tokens - target, tokens, device=model.device).repeat(batch, 1)
     which = torch.zeros(batch, dtype=torch.long, device=model.device)
-    rows = Batch(ids, ends, torch.full_like(ends, IGNORE), which, which, torch.ones(batch, device=model.device))
+    rows = Batch(ids, ends, torch.zeros_like(ends), which, ends[:, 0] - 1, torch.ones(batch, device=model.device))
     size, width = model.unet.config.sample_size, model.unet.config.cross_attention_dim
     latents = torch.zeros(batch, model.unet.config.in_channels, size, size, device=model.device)
     draws = Noise(which.bool(), latents, latents, which)
