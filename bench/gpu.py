@@ -231,11 +231,11 @@ def main(argv: list[str] | None = None) -> None:
     print((out / "gpu.md").read_text(encoding="utf-8"))
     errors = [row for rows in record["parts"].values() for row in rows if "error" in row]
     if args.dry_run and errors:
-        raise ValueError(f"{len(errors)} figures failed, the first: {errors[0]['what']}: {errors[0]['error']}")
+        raise ValueError(f"not measured: {len(errors)}, the first: {errors[0]['what']}: {errors[0]['error']}")
 
 
 def measure(args: argparse.Namespace, work: Path, out: Path, began: float, record: dict) -> None:
-    end = began + (600 if args.dry_run else 60 * args.minutes - RESERVE)
+    end = began + (3600 if args.dry_run else 60 * args.minutes - RESERVE)
     parts = list(dict.fromkeys(args.parts))
     names = [name for name, users in BESIDE.items() if set(users) & set(parts)]
     beside = {name: Process(name, work, out, end - began, args.dry_run) for name in names}

@@ -135,8 +135,8 @@ def step_of(model: MiniGPT5, batch: int, tokens: int, captioned: bool) -> Callab
     return step
 
 
-def picture_of(model: MiniGPT5) -> Callable[[], None]:
-    """A picture of 50 guided steps, from voken features to pixels."""
+def picture_of(model: MiniGPT5, steps: int = 50) -> Callable[[], None]:
+    """A picture of so many guided steps, from voken features to pixels."""
     features = torch.zeros(1, VOKENS, model.llama.config.hidden_size, device="meta")
     size = model.unet.config.sample_size
     latents = torch.zeros(1, model.unet.config.in_channels, size, size, device="meta")
@@ -144,7 +144,7 @@ def picture_of(model: MiniGPT5) -> Callable[[], None]:
 
     def picture() -> None:
         with patch.object(torch.Tensor, "tolist", lambda _: alphas):
-            paint(model, features, Sampling(), latents)
+            paint(model, features, Sampling(steps=steps), latents)
 
     return picture
 

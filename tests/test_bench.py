@@ -115,7 +115,7 @@ def test_scale(tmp_path):
 def test_gpu_dry_run(tmp_path):
     """Each part of the one run on a GPU, on the CPU and at its smallest; in one of its own processes, too."""
     command = [sys.executable, "bench/gpu.py", "--dry-run", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert list(record["parts"]) == [*bench.gpu.SHARES, *bench.gpu.BESIDE] and all(record["parts"].values())
     figures = {row["what"]: row for rows in record["parts"].values() for row in rows}

@@ -147,8 +147,8 @@ def test_cuda_graphs(weights, device):
 
 
 def test_resume_is_exact(weights, device, monkeypatch, tmp_path):
-    """A run that was stopped and resumed differs from an uninterrupted one no more than two uninterrupted ones do: not
-    at all, where the GPU's kernels add up in a fixed order."""
+    """A run that was stopped and resumed equals an uninterrupted one wherever two uninterrupted ones are equal. Some of
+    a GPU's kernels add up in no fixed order: then it differs by ten times what these two differ by, at most."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     tar = write_tar(tmp_path / "pairs.tar", pairs(10))
@@ -175,7 +175,7 @@ def test_resume_is_exact(weights, device, monkeypatch, tmp_path):
 
     noise, figure = differ(again, whole), differ(parts, whole)
     print(f"resumed: largest relative difference {figure:.1e}, of two uninterrupted runs {noise:.1e}")
-    assert parts.keys() == whole.keys() and figure <= 2 * noise
+    assert parts.keys() == whole.keys() and figure <= 10 * noise
     if device.type == "cpu":
         assert noise == 0
 
