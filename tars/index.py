@@ -7,7 +7,7 @@ sample `KEY.more.jpg` beside a sample KEY is none: a note counts these. Only reg
 unpacked to disk.
 
     expand(["cc3m-train-{0000..0575}.tar", "more/"])  -> list of paths
-    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 8 or more)
+    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 4 or more)
 """
 
 import glob
@@ -29,7 +29,7 @@ from common.files import fingerprint, written_whole
 
 HOME = os.path.expanduser("~")  # "~" where there is none
 CACHE = Path(tempfile.gettempdir() if HOME == "~" else HOME, ".cache", "minigpt5", "index")  # where tars lie read-only
-INDEX_VERSION, STAMP_PAGES = 6, 8
+INDEX_VERSION, STAMP_PAGES = 7, 8
 UNDECODABLE = "surrogateescape"  # keeps member names that are not UTF-8 different from each other
 MAX_TARS = 100_000  # of one brace list
 MAX_PICTURES = 100  # of a story or dialogue: NAME has numbers of two digits
@@ -185,12 +185,14 @@ def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
 
 
 class TarIndex(NamedTuple):
-    """Where the members of a tar's n samples lie. All arrays are of numbers, so that the cache needs no pickle."""
+    """Where the members of a tar's n samples lie. All arrays are of numbers, so that the cache needs no pickle. Each
+    rank holds the indices of millions of samples in memory: the table has no columns after the last member that occurs,
+    and small numbers are of small types."""
 
     stamp: np.ndarray  # INDEX_VERSION, the tar's size, its time of change in ns, a hash of some of its bytes
-    table: np.ndarray  # (n, 2 * members): offset and size of each `Member`; -1: none
-    kinds: np.ndarray  # (n,): PAIR, STORY or DIALOG
-    turns: np.ndarray  # (n,): how many turns the JSON of a story or dialogue has; 0: a pair
+    table: np.ndarray  # (n, 2 * members): offset and size of each `Member` up to the last that occurs; -1: none
+    kinds: np.ndarray  # (n,) int8: PAIR, STORY or DIALOG
+    turns: np.ndarray  # (n,) int32: how many turns the JSON of a story or dialogue has; 0: a pair
     keys: np.ndarray  # the keys one after another, UTF-8
     ends: np.ndarray  # (n + 1,): key i is keys[ends[i] : ends[i + 1]]
     note: np.ndarray  # what is wrong with the tar as a whole, UTF-8, mostly empty
@@ -257,7 +259,7 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     if others:
         notes.append(f"{len(others):,} members beside a sample are not read, such as those of {others[0]}")
     keys = [key.encode("utf-8", UNDECODABLE) for key in places]
-    count = max([Member.NUMBERED, *(member + 1 for members in places.values() for member in members)])
+    count = max([Member.TEXT + 1, *(member + 1 for members in places.values() for member in members)])
     table = np.full((len(places), count, 2), -1, np.int64)
     for i, members in enumerate(places.values()):
         table[i, list(members)] = list(members.values())
@@ -265,8 +267,8 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     return TarIndex(
         stamp,
         table.reshape(len(places), 2 * count),
-        kinds_and_turns[:, 0],
-        kinds_and_turns[:, 1],
+        kinds_and_turns[:, 0].astype(np.int8),
+        kinds_and_turns[:, 1].astype(np.int32),
         np.frombuffer(b"".join(keys), np.uint8),
         np.cumsum([0, *map(len, keys)], dtype=np.int64),
         np.frombuffer("; ".join(notes).encode("utf-8", "replace"), np.uint8),
@@ -276,7 +278,9 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
 def is_consistent(index: TarIndex) -> bool:
     """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
     stamp, table, kinds, turns, keys, ends, note = index
-    if not all(array.dtype == np.int64 for array in (stamp, table, kinds, turns, ends)):
+    if not all(array.dtype == np.int64 for array in (stamp, table, ends)):
+        return False
+    if (kinds.dtype, turns.dtype) != (np.int8, np.int32):
         return False
     if not all(array.dtype == np.uint8 and array.ndim == 1 for array in (keys, note)):
         return False
