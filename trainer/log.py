@@ -93,8 +93,8 @@ def axis_numbers(low: float, high: float) -> list[float]:
 
 
 def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Each value replaced by the mean over the twentieth of all points around it; at the ends they are fewer."""
-    reach, sums = len(points) // 40, [0.0, *accumulate(value for _, value in points)]
+    """Each value replaced by the mean over the tenth of all points around it; at the ends they are fewer."""
+    reach, sums = len(points) // 20, [0.0, *accumulate(value for _, value in points)]
     spans = [(max(0, i - reach), min(len(points), i + reach + 1)) for i in range(len(points))]
     return [(step, (sums[b] - sums[a]) / (b - a)) for (step, _), (a, b) in zip(points, spans, strict=True)]
 
