@@ -1,6 +1,7 @@
 """The options that all training scripts have."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.cli import DTYPES, parse
@@ -38,6 +39,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--val-every", type=int, default=1000, help="steps between held-out losses; the last step always has them")
     add("--val-batches", type=int, default=20, help="held-out batches on each GPU, over which the losses are means")
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, each with means over these steps")
+    add("--tensorboard", action="store_true", help="write the log for TensorBoard, too, into OUT/tensorboard")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
@@ -58,6 +60,8 @@ def read_run_options(parser: argparse.ArgumentParser, command: str, **defaults) 
         check(getattr(args, name, 1) >= 1, f"--{name.replace('_', '-')} must be at least 1")
     for name in RATES:
         check((getattr(args, name, None) or 0) >= 0, f"--{name.replace('_', '-')} must be at least 0")
+    has_tensorboard = not args.tensorboard or find_spec("tensorboard")
+    check(has_tensorboard, "--tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'")
     check(0 <= args.max_bad <= 1, "--max-bad must be from 0 to 1")
     check(args.batch_size <= MAX_BATCH, f"--batch-size must be at most {MAX_BATCH:,}")
     check(0 <= args.workers <= MAX_WORKERS, f"--workers must be from 0 to {MAX_WORKERS:,}")

@@ -39,7 +39,7 @@ from published.loading import checkpoint_folders, load_trained, save_trained
 from tars.batches import Batches, describe
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.compiled import count_graphs
-from trainer.log import append_log, cut_log, paint_samples, plot_losses, read_log
+from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.noise import Place
 from trainer.processes import one_line_peer_errors, resume_command, stop_signals
 
@@ -306,6 +306,7 @@ class Run:
                     print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
         if self.world.rank == 0:
             cut_log(self.log, self.done)
+            self.board = open_board(self.out, self.done) if self.args.tensorboard else None
 
     def batches(self, step: int) -> Iterator[tuple[dict, Place]]:
         """This rank's batches of a step."""
@@ -346,7 +347,7 @@ class Run:
         record |= {"nonfinite": int(self.gradients.skipped), "memory_gb": round(peak_memory(self.device), 2)}
         record |= {"graphs": count_graphs()} if self.compiled else {}
         if self.world.rank == 0:
-            append_log(self.log, record)
+            append_log(self.log, record, self.board)
         bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
 
     def stop_if_nonfinite(self) -> None:
@@ -392,5 +393,5 @@ class Run:
         held_out.load_state_dict(start)
         record = {} if stopping else {f"val_{name}": value for name, value in self.means(meter).items()}
         if record and self.world.rank == 0:
-            append_log(self.log, {"step": self.done, **record})
+            append_log(self.log, {"step": self.done, **record}, self.board)
             bar.write(f"step {self.done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))
