@@ -31,6 +31,7 @@ from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
 from tars.batches import Batches
+from tars.datasets import packed
 from tars.index import expand
 from tars.precomputed import find_precomputed
 from tars.stories import StoryData, checked_weights
@@ -65,7 +66,11 @@ def picture_title(source: str, target: str) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", help="tars that `python -m tars vist|mmdialog` writes; default: drawn stories")
+    add(
+        "--data",
+        nargs="+",
+        help="tars of stories or dialogues, or .jsonl lists of them (tars/datasets.py); default: drawn stories",
+    )
     add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
     add("--no-uas", action="store_true", help="start from untrained vokens and mapper (an ablation of the paper)")
     add("--prefix", action="store_true", help="prefix tuning instead of LoRA")
@@ -104,8 +109,8 @@ def main() -> None:
     # ---- data, as far as the model needs them
     size = picture_size(args.weights)
     with run.world.rank_0_first():
-        tars = expand(args.data or run.draw_data("stories", write_stories, size))
-    held_out_tars = expand(args.val) if args.val else []
+        tars = expand(packed("turns", args.data, run.out / "data") or run.draw_data("stories", write_stories, size))
+        held_out_tars = expand(packed("turns", args.val, run.out / "val")) if args.val else []
     precomputed = find_precomputed(tars + held_out_tars, args.weights)
     is_precomputed = "queries" in precomputed.shapes
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
