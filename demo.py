@@ -185,7 +185,7 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5")
     add_sampling_options(parser, words_first=True)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every one of this machine's")

@@ -131,13 +131,15 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Under torchrun each process takes the GPU of its local rank. ValueError
-    for one that is not there."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: not auto, cpu, cuda or cuda:N")
+    """ "auto" is the NVIDIA GPU where there is one, else the CPU; "mps" is Apple's GPU. Under torchrun each process
+    takes the GPU of its local rank. ValueError for one that is not there."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: not auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this torch sees no GPU of Apple's")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name in ("cpu", "mps"):
         return torch.device(name)
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch sees no GPU")

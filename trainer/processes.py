@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from common.files import TO_END
+
 
 @contextmanager
 def one_line_peer_errors() -> Iterator[None]:
@@ -31,8 +33,8 @@ def stop_signals() -> Iterator[list]:
     """A list of the requests to stop that the process has received: SIGTERM, Ctrl-C, the end of its terminal (SIGHUP,
     unless nohup has it ignored). They do not end it."""
     received = []
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    numbers += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    always = (signal.SIGTERM, signal.SIGINT)
+    numbers = [n for n in {*TO_END, *always} if n in always or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield received

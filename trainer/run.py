@@ -18,12 +18,11 @@ which helps between slow machines but is harder to see through. The hosts exchan
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -176,10 +175,15 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of the process."""
+    """Most memory used so far, in GB: of the GPU, or of the process; 0 on Windows, which does not tell it this way."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    with suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return 0.0
 
 
 class Run:
