@@ -49,7 +49,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
             os.replace(temporary, path)
         except OSError as error:
             if error.filename is None:
-                error.filename, error.strerror = str(path), f"not written: {error.strerror}"
+                error.filename, error.strerror = str(path), f"not written: {error.strerror or error}"
             raise
         finally:
             temporary.unlink(missing_ok=True)
