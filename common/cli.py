@@ -46,7 +46,8 @@ def open_streams() -> None:
         stream = getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
         setattr(sys, name, stream)
         if name == "stdin":
-            getattr(stream, "reconfigure", dict)(errors="replace")
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
             continue
         with suppress(OSError):  # a stream in memory, which takes everything
             file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115

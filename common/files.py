@@ -54,7 +54,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
             os.replace(temporary, path)
         except OSError as error:
             if error.filename is None:
-                error.filename, error.strerror = str(path), f"not written: {error.strerror}"
+                error.filename, error.strerror = str(path), f"not written: {error.strerror or error}"
             raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None
     killed while it wrote or removed them. A process that still runs keeps its own, unless the folder is locked by this
     one: then there is no other that writes there, and an equal process number is an accident."""
     for path in sorted(folder.glob(".*.tmp")):
-        found = re.fullmatch(rf"\.(?:{names})\.(\d+)\.tmp", path.name)
+        found = re.fullmatch(rf"\.(?:{names})\.(\d{{1,9}})\.tmp", path.name)
         if not found or not (is_locked or has_ended(int(found[1]))):
             continue
         print(f"removed: {path}, which an earlier process could not finish")
@@ -81,15 +81,11 @@ def remove(path: Path) -> None:
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process of this machine has ended. This process itself counts as ended: it writes nothing yet."""
-    if process == os.getpid():
-        return True
+    """Whether a process of this machine has ended."""
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:  # somebody else's
-        pass
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)  # the other error is that it is somebody else's
     return False
 
 

@@ -375,6 +375,7 @@ class Run:
         data = {**self.data.state_dict(), **self.add_up(bad=dict(self.data.bad), **self.meter.state())}
         data["seen"] = sum(self.world.gather(self.data.seen))
         state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped)}
+        self.passed_over = [name for name in self.passed_over if name != f"step-{self.done:08d}"]  # written anew
         state |= {"arguments": stored_arguments(self.args), "passed_over": self.passed_over}
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, stage=self.name)
