@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.noise import Place
-from trainer.processes import one_line_peer_errors, resume_command, stop_signals
+from trainer.processes import one_line_peer_errors, peak_memory, resume_command, stop_signals
 
 FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
 
@@ -172,18 +172,6 @@ class Meter:
 
     def steps_per_second(self) -> float:
         return self.steps / max(time.perf_counter() - self.start, 1e-9)  # a clock may stand still
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of the process; 0 on Windows, which does not tell it this way."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with suppress(ImportError):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return 0.0
 
 
 class Run:
