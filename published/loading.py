@@ -119,7 +119,7 @@ def matched(
 
     WeightsError where a tensor is unexpected, there twice, missing or of another shape or dtype: it says the first
     problem and how many more there are. Where `first_wins`, a tensor may be in several files, and the first one's
-    counts. A linear layer may be stored as a 1x1 convolution.
+    counts. The matrix of a linear layer may be stored as a 1x1 convolution.
     """
     found, seen, problems = {}, {}, []
     files = list(files)
@@ -134,7 +134,7 @@ def matched(
                 problems.append(f"{path}: unexpected tensor {key}")
             elif name in seen:
                 problems.append(f"{path}: {key} is already in {seen[name]}")
-            elif shape != expected and shape != (*expected, 1, 1):
+            elif shape != expected and not (len(expected) == 2 and shape == (*expected, 1, 1)):
                 problems.append(f"{path}: {key} has shape {shape}, expected {expected}")
             elif dtype not in FLOATS:
                 problems.append(f"{path}: {key} has dtype {dtype}, expected {', '.join(FLOATS)}")

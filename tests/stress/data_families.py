@@ -166,9 +166,8 @@ def bad_index(what: str, rng: Random, path: Path) -> None:
     if what == "index of other numbers" and index[name].size:
         values = index[name].copy()
         for _ in range(rng.choice((1, 3, 9))):
-            values.flat[rng.randrange(values.size)] = (
-                rng.choice((-1, -5, 0, 1, 3, 9, 100, 2**40, 2**62)) % 256**values.itemsize % 2**63
-            )
+            number = np.array(rng.choice((-1, -5, 0, 1, 3, 9, 100, 2**40, 2**62)))
+            values.flat[rng.randrange(values.size)] = number.astype(values.dtype)  # wraps around where it is too large
         if rng.random() < 0.3:
             values.flat[rng.randrange(values.size)] = np.array(-7).astype(values.dtype)
         index[name] = values
