@@ -7,10 +7,10 @@ import tarfile
 import pytest
 import safetensors.torch
 import torch
-from helpers import assert_close
+from helpers import assert_close, pairs, picture_bytes, write_tar
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
-from test_commands import call, fails, pairs, picture_bytes, write_tar
+from test_commands import call, fails
 from test_commands import train as train_uas
 from test_mls_commands import train as train_mls
 

@@ -4,18 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, difference
-from random_weights import write_random_weights
 
 from llama import KVCache
 from lora import add_lora
 from published.int8 import Int8Linear, int8_rows
 from published.loading import save_safetensors
 from published.parts import load_int8_llama, load_llama
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
