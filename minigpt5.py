@@ -78,13 +78,13 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 def collate(
     tokenizer: Tokenizer,
-    pairs: list[tuple[str, str]],
+    pairs: list[tuple[str | list[int], str | list[int]]],
     queries: int,
     round_length: Callable[[int], int] = int,
     round_target: Callable[[int], int] = int,
     limit: int = 2048,
 ) -> Batch:
-    """(source, target) texts -> token sequences of <s>, source, target, at most `limit` tokens long.
+    """(source, target) texts, or their token ids -> sequences of <s>, source, target, at most `limit` tokens long.
 
     Source and target are tokenised separately, so each begins with sentencepiece's leading space. A source that is too
     long is cut at its end. Of the target, L_text learns all tokens but [IMG1]..[IMGN-2]: [IMG0] says that a picture
@@ -94,10 +94,9 @@ def collate(
     """
     ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
     sequences, labels, starts, pictures = [], [], [], []
-    for row, (source, target) in enumerate(pairs):
-        source_ids = [tokenizer.bos_id, *tokenizer.encode(source, queries)]
-        target_ids = tokenizer.encode(target, queries)
-        source_ids = source_ids[: limit - len(target_ids)]
+    for row, pair in enumerate(pairs):
+        source, target_ids = (tokenizer.encode(part, queries) if isinstance(part, str) else part for part in pair)
+        source_ids = [tokenizer.bos_id, *source][: limit - len(target_ids)]
         sequences.append(source_ids + target_ids)
         labels.append([IGNORE if i in ignored else i for i in target_ids])
         starts.append(len(source_ids))

@@ -172,7 +172,7 @@ def main() -> None:
     def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
         """ "loss" = --text-weight * "text_loss" + "ldm_loss" (Eq. 3) of some samples; without pictures, no L_LDM."""
         seed_dropout(args, place)
-        batch = collate(model.tokenizer, samples["pairs"], model.queries, round_length, round_length, limit=limit)
+        batch = collate(model.tokenizer, samples["ids"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:
             if run.preview is None:
