@@ -141,6 +141,7 @@ class MiniGPT5(nn.Module):
         self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
+        self.virtual_tokens = 0  # positions that a prefix takes before every sequence
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, and its system line.
         self.tables: dict[str, Tensor] = {}
@@ -154,11 +155,6 @@ class MiniGPT5(nn.Module):
     def picture_size(self) -> int:
         """Side of an output picture in pixels."""
         return self.unet.config.sample_size * self.vae.config.downsampling
-
-    @property
-    def virtual_tokens(self) -> int:
-        """Positions that a prefix takes before every sequence."""
-        return self.prefix.embedding.num_embeddings if self.prefix else 0
 
     # ---- 3.1 and 3.2.1: what the language model reads, and what it says with vokens
 
@@ -306,6 +302,7 @@ class MiniGPT5(nn.Module):
             self.lora = add_lora(self.llama.model, **lora)
         if prefix is not None:
             self.prefix = Prefix(self.llama.config, **prefix).to(self.device)
+            self.virtual_tokens = self.prefix.embedding.num_embeddings
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What a checkpoint holds: the new embedding rows, the mapper under its published names, the adapters."""

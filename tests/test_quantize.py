@@ -47,7 +47,7 @@ def test_loss_is_small(weights):
     embeddings = stored.model.embed_tokens.weight[:60].view(2, 30, -1)
     logits = [llama.lm_head(llama(embeddings)) for llama in (stored, quantised)]
     # The text is what the stored model says most readily, so that there is something to lose.
-    ids, cache = [1], KVCache(stored.config, 1, 300, torch.float32, "cpu")
+    ids, cache = [1], KVCache(stored, 1, 300)
     generator = torch.Generator().manual_seed(0)
     for _ in range(250):
         hidden = stored(stored.model.embed_tokens(torch.tensor([ids[-1:]])), cache=cache)
