@@ -83,7 +83,7 @@ def main() -> None:
     if pictures == "moments":
         model.vae.encoder = None
     if args.start_as and not init:
-        model.vokens.start_as(model.llama, model.tokenizer.encode(model.tokenizer.plain(args.start_as)))
+        model.vokens.start_as(model.llama, model.tokenizer.encode_plain(args.start_as))
     empty_caption = (
         None if args.no_cap else model.encode_captions([""] if encodes_captions else precomputed.empty_caption)
     )

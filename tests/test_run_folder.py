@@ -25,7 +25,7 @@ from trainer.run import FILES, Meter
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = "import sys, time; from pathlib import Path; from common.files import lock_folder; "
-HOLD += "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD += "held = lock_folder(Path(sys.argv[1]), ''); print('held', flush=True); time.sleep(60)"
 
 
 def test_two_runs_in_one_folder(monkeypatch, weights, tar, tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_which_members_are_numbered_pictures():
         ("0", Member.NUMBERED + 99),
         ("0", Member.PICTURE),
     ]
-    assert tars.max_bytes(Member.NUMBERED + 3) == tars.max_bytes(Member.PICTURE)
+    assert tars.MAX_BYTES[Member.NUMBERED] == tars.MAX_BYTES[Member.PICTURE]
     for name in ("0.100.jpg", "0.07.jpg", "0.x.jpg"):
         assert tars.member_of(name) == (name.removesuffix(".jpg"), Member.PICTURE)
     assert tars.member_of("0.1.txt") == ("0.1", Member.TEXT)
