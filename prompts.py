@@ -159,6 +159,7 @@ class Example(NamedTuple):
     target: str
     inputs: tuple = ()
     outputs: tuple = ()
+    ids: tuple = ()  # the token ids of source and target, once they are encoded
 
 
 def with_pictures(turn: Turn, mark: str) -> str:

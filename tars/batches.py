@@ -1,7 +1,7 @@
 """Tars as training data: captions and pictures for stage 1, the order of training, and its exact resumption.
 
     batches, held_out = open_pairs(["cc3m-train-{0000..0575}.tar"], None, weights,
-                                   partial(vae.preprocess_output, size=512), batch_size=48)
+                                   partial(images.preprocess_output, size=512), batch_size=48)
     batch = next(batches)
 
     batch["pixels"]        (B, 3, size, size) uint8. Of precomputed tars instead "moments" (B, 2, C, h, w)
@@ -191,7 +191,7 @@ class TarData(Dataset):
 class PairData(TarData):
     """Pairs as samples {"key", "caption", "pixels", "instruction"}.
 
-    transform: RGB picture -> tensor, as vae.preprocess_output. precomputed: tensors that take the place of "pixels".
+    transform: RGB picture -> tensor, as images.preprocess_output. precomputed: tensors that take the place of "pixels".
     """
 
     unit = "pair"

@@ -9,7 +9,7 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
 (seed, position) chooses the step's task.
 
     data = StoryData(["vist-train.tar"], tokenizer, 32, partial(qformer.preprocess_input, size=224),
-                     partial(vae.preprocess_output, size=512))
+                     partial(images.preprocess_output, size=512))
     batch = next(Batches(data, batch_size=32))
 
     batch["pairs"]          B (source, target); batch["ids"] the same as token ids, for minigpt5.collate
@@ -22,6 +22,7 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
 
 import json
 from collections.abc import Callable
+from itertools import takewhile
 
 import numpy as np
 from torch.utils.data import default_collate
@@ -151,7 +152,7 @@ class StoryData(TarData):
         kind_now, turns = read_turns(read(Member.JSON), key, self.tokenizer.plain)
         if k >= len(turns) or (kind_now == "story") != (kind == STORY):
             raise Unusable("tar and index differ")
-        example, ids = self.fit(kind_now, turns[: k + 1], task, phrase)
+        example = self.fit(kind_now, turns[: k + 1], task, phrase)
         if self.precomputed.shapes:
             inputs = [f"{member - Member.NUMBERED}.queries" for member in example.inputs]
             outputs = [f"{member - Member.NUMBERED}.moments" for member in example.outputs]
@@ -162,11 +163,11 @@ class StoryData(TarData):
                 "inputs": [self.to_input(decode(read(member))) for member in example.inputs],
                 "outputs": [self.to_output(decode(read(member))) for member in example.outputs],
             }
-        texts = {"source": example.source, "target": example.target, "ids": ids}
+        texts = {"source": example.source, "target": example.target, "ids": example.ids}
         return {"key": f"{key}.{k}", "task": task, **texts, **pictures}
 
-    def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> tuple[Example, tuple[list[int], list[int]]]:
-        """The last of `turns` with as much of its history as has room, and its token ids. Raises Unusable."""
+    def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
+        """The last of `turns` with as much of its history as has room, encoded. Raises Unusable."""
         *before, turn = turns
         vokens, k = self.tokenizer.voken_text(), len(before)
         if kind == "story" and not all(step.text and step.pictures for step in turns):
@@ -182,27 +183,22 @@ class StoryData(TarData):
             return dialog_example(before[first:], turn, k, vokens)
 
         oldest = history_start(k) if kind == "dialog" else 0
-        example = since(oldest)
-        if ids := self.encode(example):
-            return example, ids
-        fitting = None
-        for first in reversed(range(oldest + 1, k)):  # ends after few, even if there are ten thousand turns
-            example = since(first)
-            if not (ids := self.encode(example)):
-                break
-            fitting = example, ids
+        if whole := self.encoded(since(oldest)):
+            return whole
+        longer = (self.encoded(since(first)) for first in reversed(range(oldest + 1, k)))
+        fitting = list(takewhile(bool, longer))  # ends after few, even if there are ten thousand turns
         if not fitting:
             raise Unusable("too long")
-        return fitting
+        return fitting[-1]
 
-    def encode(self, example: Example) -> tuple[list[int], list[int]] | None:
-        """Token ids of source and target, None where they and <s> are more than `limit`. One that is far too long is
+    def encoded(self, example: Example) -> Example | None:
+        """The example with its token ids; None where these and <s> are more than `limit`. One that is far too long is
         not encoded at all: a hostile one could take seconds."""
         characters = len(example.source) + len(example.target)
         if max(self.queries * len(example.inputs), characters // MAX_PIECE_LENGTH) > self.limit:
             return None
         source, target = (self.tokenizer.encode(text, self.queries) for text in (example.source, example.target))
-        return (source, target) if 1 + len(source) + len(target) <= self.limit else None
+        return example._replace(ids=(source, target)) if 1 + len(source) + len(target) <= self.limit else None
 
     def collate(self, samples: list[dict]) -> dict:
         inputs, outputs = ([picture for s in samples for picture in s[name]] for name in ("inputs", "outputs"))

@@ -15,6 +15,7 @@ from helpers import sample_file
 from PIL import Image
 
 import prompts
+from common.images import preprocess_output
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import collate
 from prompts import DIALOG_SYSTEM, STORY_SYSTEM, TASKS, Example, Turn, history_start
@@ -26,7 +27,6 @@ from tars.datasets import convert
 from tars.index import Member
 from tars.stories import StoryData
 from tokenizer import Tokenizer
-from vae import preprocess_output
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 small_input, small_output = partial(preprocess_input, size=8), partial(preprocess_output, size=16)
