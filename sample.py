@@ -225,7 +225,9 @@ def arguments() -> argparse.Namespace:
     args = parse(parser, "sample")
     if args.text and args.prompt:
         parser.error("PROMPT and --prompt are the same: give one of them")
-    args.prompt = valid(args.prompt or args.text or "").strip()
+    args.prompt = (
+        (args.prompt or args.text or "").encode("utf-8", "replace").decode().strip()
+    )  # bytes that are no UTF-8
     if bool(args.prompt) + bool(args.prompts) != 1 and not (args.chat and not args.prompts):
         parser.error("a PROMPT is needed, or --prompts, or --chat")
     if args.chat and args.turns is not None:
@@ -237,11 +239,6 @@ def arguments() -> argparse.Namespace:
     if args.threads < 0:
         parser.error("--threads is at least 0")
     return args
-
-
-def valid(text: str) -> str:
-    """Typed text with "?" for each lone surrogate, Python's stand-in for a byte that is not UTF-8."""
-    return text.encode("utf-8", "replace").decode()
 
 
 class Terminal:
@@ -317,17 +314,17 @@ def chat(session: Session, args: argparse.Namespace, pictures: list[Image.Image]
 
 def read_line() -> str:
     try:
-        return valid(input("> ")).strip()
+        return input("> ").strip()
     except EOFError:  # the end of what was piped in, or Ctrl-D
         return ""
 
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. ValueError where it has none."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if not any(lines):
+    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    if not (found := list(filter(None, lines))):
         raise ValueError(f"{path}: no prompt in it")
-    return list(filter(None, lines))
+    return found
 
 
 def report_unknown(session: Session, *texts: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import is_number, read_json
+from common.files import is_number, read_json, remove
 from published.loading import WeightsError, checkpoint_folders, open_safetensors, save_safetensors
 from trainer.muon import Muon
 
@@ -77,7 +77,7 @@ def remove_checkpoint(folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}.tmp")
     with suppress(OSError):
         folder.replace(old)
-    shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def sync_folder(folder: Path) -> None:
