@@ -271,7 +271,7 @@ def read_story(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path)
 
 def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str:
     """sample.py --prompt and --chat: what reaches the model, and the page that is written."""
-    text = sample.valid(text)[:20_000]
+    text = text.encode("utf-8", "replace").decode()[:20_000]
     conversation = sample.Session(SimpleNamespace(tokenizer=tokenizer(), system=None), sample.Sampling(), 0)
     image = Image.new("RGB", (4, 4))
     for k in range(3):
