@@ -238,6 +238,7 @@ def test_which_turns_are_items(tmp_path, tokenizer):
     assert shades(batch["outputs"], True) == [11, 12, 13, 14, 91, 92, 93, 21]
     assert batch["inputs"].shape[1:] == (3, 8, 8) and batch["outputs"].shape[1:] == (3, 16, 16)
     rows = collate(tokenizer, batch["pairs"], 8)
+    assert all(map(torch.equal, rows, collate(tokenizer, batch["ids"], 8)))  # the ids that were measured
     assert int((rows.ids == tokenizer.image_id).sum()) == 8 * 15
     assert rows.picture_sequences.tolist() == [0, 1, 2, 3, 4, 5, 5, 7]
 
