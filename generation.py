@@ -71,8 +71,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, words_first: bool = Fa
     add_picture_options(parser, against="the zero-voken condition")
     add("--temperature", type=float, default=Sampling.temperature, help="of the words; 0: always the likeliest")
     add("--top-p", type=float, default=Sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
-    penalty = "on words that the answer has said already; 1: off"
-    add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help=penalty)
+    add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help="on words said before; 1: off")
     add("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer, in tokens")
     add("--force-image", action="store_true", help="begin every answer with a picture")
     if words_first:
@@ -175,7 +174,7 @@ def say(
     The stop ids stay in it. The repetition penalty counts <s> and what was said, not the prompt. ValueError for a
     prompt that leaves no room.
     """
-    tokenizer, device, positions = model.tokenizer, model.device, model.llama.config.max_position_embeddings
+    tokenizer, positions = model.tokenizer, model.llama.config.max_position_embeddings
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions))
     vokens, N = tokenizer.voken_ids, len(tokenizer.voken_ids)
     rooms, longest = [room_after(model, ids) for ids in prompts], max(map(len, prompts))
@@ -184,13 +183,14 @@ def say(
     limits = [min(room, sampling.max_new_tokens + MAX_PICTURES * N) for room in rooms]
     answers = [Answer(positions - room, positions - room + more) for room, more in zip(rooms, limits, strict=True)]
 
-    cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling, device)
+    cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling)
+    device = cache.device
     step = compiled_next_token if sampling.compile else next_token
     chances = torch.zeros(sampling.max_new_tokens, len(prompts), device=device)
     if sampling.temperature:  # at 0 no random number is used up, so that a picture's noise is the generator's first
         own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
         chances = torch.stack(own, 1).to(device)
-    said = torch.zeros(len(prompts), len(tokenizer), dtype=torch.bool, device=device)
+    said = torch.zeros(len(prompts), tokenizer.vocabulary, dtype=torch.bool, device=device)
     said[:, tokenizer.bos_id] = True
 
     ids, mask = pad_right(prompts, tokenizer.eos_id, device)
@@ -217,7 +217,7 @@ def say(
         if last and not with_picture:
             break
         if not sampling.compile:
-            cache.limit_attention(max(answer.used for answer in answers))
+            cache.used = max(answer.used for answer in answers)
         if all(len(ids) == 1 for ids in fed):
             ids, mask = picked[:, None], one_each
         else:
@@ -379,22 +379,22 @@ def compiled_next_token(*inputs) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def lasting_cache(llama: Llama, batch: int, slots: int, device: torch.device) -> KVCache:
+def lasting_cache(llama: Llama, batch: int, slots: int) -> KVCache:
     """A cache that stays where it is in memory: a CUDA graph reads and writes the addresses that it was recorded
     with."""
-    cache = KVCache(llama.config, batch, slots, dtype_of(llama), device)
+    cache = KVCache(llama, batch, slots)
     for tensor in (*cache.keys, *cache.values, cache.lengths):
         torch._dynamo.mark_static_address(tensor, guard=False)
     return cache
 
 
-def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling, device: torch.device) -> KVCache:
+def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling) -> KVCache:
     """An empty key-value cache, or one that holds the prefix of prefix tuning."""
     if sampling.compile:  # every size is compiled, so sizes are 256, 512, 1024 ... slots
-        cache = lasting_cache(model.llama, batch, max(256, 1 << (slots - 1).bit_length()), device)
+        cache = lasting_cache(model.llama, batch, max(256, 1 << (slots - 1).bit_length()))
         cache.lengths.zero_()
     else:
-        cache = KVCache(model.llama.config, batch, slots, dtype_of(model.llama), device)
+        cache = KVCache(model.llama, batch, slots)
     if model.prefix:
         model.prefix.fill(cache)
     return cache

@@ -106,19 +106,22 @@ class KVCache:
     Padding is written to one slot more, the last, which no token of the text reaches.
     """
 
-    def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
+    def __init__(self, llama: "Llama", batch: int, slots: int):
+        table, config = llama.model.embed_tokens.weight, llama.config
+        self.device = table.device
         shape = (batch, slots + 1, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)  # a tensor each: of one for all, torch.compile would copy the whole
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.batch = torch.arange(batch, device=device)[:, None]
-        self.all_slots = self.slots = torch.arange(slots + 1, device=device)
+        self.keys = [torch.zeros(shape, dtype=table.dtype, device=self.device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=table.dtype, device=self.device) for _ in layers]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.batch = torch.arange(batch, device=self.device)[:, None]
+        self.all_slots = torch.arange(slots + 1, device=self.device)
+        self.used = slots + 1  # how many slots attention reads; generation.say sets it to those that are filled
         self.padding = slots
 
-    def limit_attention(self, used: int) -> None:
-        """Let attention read only as many slots as `used` tokens need, rounded up to 64, so shapes change seldom."""
-        self.slots = self.all_slots[: -(-used // 64) * 64]
+    @property
+    def slots(self) -> Tensor:
+        return self.all_slots[: -(-self.used // 64) * 64]  # multiples of 64, so that shapes change seldom
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
         """Reserve the next slots for the tokens where attention_mask (B, T) is 1; returns the slots of all (B, T)."""

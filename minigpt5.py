@@ -78,13 +78,13 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 def collate(
     tokenizer: Tokenizer,
-    pairs: list[tuple[str, str]],
+    pairs: list[tuple[str | list[int], str | list[int]]],
     queries: int,
     round_length: Callable[[int], int] = int,
     round_target: Callable[[int], int] = int,
     limit: int = 2048,
 ) -> Batch:
-    """(source, target) texts -> token sequences of <s>, source, target, at most `limit` tokens long.
+    """(source, target) texts, or their token ids -> sequences of <s>, source, target, at most `limit` tokens long.
 
     Source and target are tokenised separately, so each begins with sentencepiece's leading space. A source that is too
     long is cut at its end. Of the target, L_text learns all tokens but [IMG1]..[IMGN-2]: [IMG0] says that a picture
@@ -94,10 +94,9 @@ def collate(
     """
     ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
     sequences, labels, starts, pictures = [], [], [], []
-    for row, (source, target) in enumerate(pairs):
-        source_ids = [tokenizer.bos_id, *tokenizer.encode(source, queries)]
-        target_ids = tokenizer.encode(target, queries)
-        source_ids = source_ids[: limit - len(target_ids)]
+    for row, pair in enumerate(pairs):
+        source, target_ids = (tokenizer.encode(part, queries) if isinstance(part, str) else part for part in pair)
+        source_ids = [tokenizer.bos_id, *source][: limit - len(target_ids)]
         sequences.append(source_ids + target_ids)
         labels.append([IGNORE if i in ignored else i for i in target_ids])
         starts.append(len(source_ids))
@@ -142,6 +141,7 @@ class MiniGPT5(nn.Module):
         self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
+        self.virtual_tokens = 0  # positions that a prefix takes before every sequence
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, and its system line.
         self.tables: dict[str, Tensor] = {}
@@ -155,11 +155,6 @@ class MiniGPT5(nn.Module):
     def picture_size(self) -> int:
         """Side of an output picture in pixels."""
         return self.unet.config.sample_size * self.vae.config.downsampling
-
-    @property
-    def virtual_tokens(self) -> int:
-        """Positions that a prefix takes before every sequence."""
-        return self.prefix.embedding.num_embeddings if self.prefix else 0
 
     # ---- 3.1 and 3.2.1: what the language model reads, and what it says with vokens
 
@@ -307,6 +302,7 @@ class MiniGPT5(nn.Module):
             self.lora = add_lora(self.llama.model, **lora)
         if prefix is not None:
             self.prefix = Prefix(self.llama.config, **prefix).to(self.device)
+            self.virtual_tokens = self.prefix.embedding.num_embeddings
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """What a checkpoint holds: the new embedding rows, the mapper under its published names, the adapters."""

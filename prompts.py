@@ -19,9 +19,11 @@ nothing in it is special, reads it too. The functions here expect texts that are
 """
 
 import re
+from difflib import get_close_matches
+from pathlib import Path
 from typing import NamedTuple
 
-from common.spelling import Words
+from common.files import read_json
 from tokenizer import Tokenizer
 
 END = " ###"  # ends every answer
@@ -79,6 +81,45 @@ def one_line(text: str) -> str:
     return re.sub("#(?=##)", "# ", " ".join(text.split()))
 
 
+# ---- spelling: slips are read as the known words that were meant, and unknown words are named
+
+WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
+
+
+def words_in(text: str) -> list[str]:
+    return re.findall(WORD, text)
+
+
+class Words:
+    """The words that a small model knows. `unknown`: common words that it does not know, and that are no slips of words
+    that it knows."""
+
+    def __init__(self, known: list[str], unknown: list[str]):
+        self.known, self.unknown = known, {*unknown}
+
+    @classmethod
+    def of(cls, weights: Path) -> "Words":
+        """Those of minigpt5/words.json in a folder of weights; no words where it has no such list."""
+        path = weights / "minigpt5" / "words.json"
+        return cls(**read_json(path)) if path.is_file() else cls([], [])
+
+    def meant(self, word: str) -> str | None:
+        """The known word that is written like this, perhaps with a slip; None if there is none."""
+        if word in self.known or len(word) < 2:
+            return word
+        swapped = [other for other in self.known if len(other) == len(word) and sorted(other) == sorted(word)]
+        near = swapped or get_close_matches(word, self.known, 3, 0.75)
+        return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
+
+    def spelled(self, text: str) -> str:
+        """A clean text with known words in the place of their slips."""
+        return re.sub(WORD, lambda match: self.meant(match[0]) or match[0], text)
+
+    def missing(self, text: str) -> list[str]:
+        """The words of what somebody typed that are not known; none where no words are known at all."""
+        return [word for word in dict.fromkeys(words_in(plain_words(text))) if self.known and self.meant(word) is None]
+
+
 # ---- words first
 
 DESCRIPTION = re.compile(r"\(([^()]+)\)")
@@ -118,6 +159,7 @@ class Example(NamedTuple):
     target: str
     inputs: tuple = ()
     outputs: tuple = ()
+    ids: tuple = ()  # the token ids of source and target, once they are encoded
 
 
 def with_pictures(turn: Turn, mark: str) -> str:

@@ -45,7 +45,6 @@ from tqdm import tqdm
 import prompts
 from common.images import read_image
 from common.page import write_answer
-from common.spelling import Words
 from generation import (
     Sampling,
     Segments,
@@ -57,7 +56,7 @@ from generation import (
     sampling_of,
 )
 from minigpt5 import MiniGPT5
-from prompts import Turn
+from prompts import Turn, Words
 from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
 
@@ -74,17 +73,21 @@ def load(
     seed: int = 0,
     read_pictures: bool = True,
     int8: bool = False,
-    **sampling,
+    sampling: Sampling | None = None,
+    **changes,
 ) -> "Session":
     """A model to draw, chat and tell stories with.
 
     weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`,
     for the `purpose` "chat" or "story" stage 2's where there is one and the weights do not put words first.
-    sampling: fields of `Sampling` that differ from the defaults of the weights. ValueError where something is missing.
+    sampling: how answers are sampled; default: as suits the weights, but for the `changes`, fields of `Sampling`.
+    ValueError where something is missing.
     """
-    weights, suited = Path(weights), suited_options(Path(weights), "sample")
-    suited = {name: value for name, value in suited.items() if name in Sampling.__dataclass_fields__}
-    sampling = Sampling(**suited | sampling)
+    weights = Path(weights)
+    if sampling is None:
+        suited = suited_options(weights, "sample").items()
+        suited = {name: value for name, value in suited if name in Sampling.__dataclass_fields__}
+        sampling = Sampling(**suited | changes)
     files = () if sampling.words_first else SHIPPED[purpose]
     found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if found is None:
@@ -165,7 +168,7 @@ class Session:
 
     def missing(self, text: str) -> list[str]:
         """The words of a text that are not in the world of the weights, where these bring a list of it."""
-        return self.words.missing(prompts.plain_words(text)) if self.words else []
+        return self.words.missing(text) if self.words else []
 
     def turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
         return prompts.user_turn(self.model.tokenizer, text, self.words, pictures)
@@ -222,7 +225,9 @@ def arguments() -> argparse.Namespace:
     args = parse(parser, "sample")
     if args.text and args.prompt:
         parser.error("PROMPT and --prompt are the same: give one of them")
-    args.prompt = valid(args.prompt or args.text or "").strip()
+    args.prompt = (
+        (args.prompt or args.text or "").encode("utf-8", "replace").decode().strip()
+    )  # bytes that are no UTF-8
     if bool(args.prompt) + bool(args.prompts) != 1 and not (args.chat and not args.prompts):
         parser.error("a PROMPT is needed, or --prompts, or --chat")
     if args.chat and args.turns is not None:
@@ -236,24 +241,19 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def valid(text: str) -> str:
-    """Typed text with "?" for each lone surrogate, Python's stand-in for a byte that is not UTF-8."""
-    return text.encode("utf-8", "replace").decode()
-
-
 class Terminal:
-    """Prints answers and numbers their pictures. Somebody who looks on sees the words as they come, and a bar where the
+    """Prints answers and numbers their pictures. On a terminal the words are seen as they come, and a bar where the
     pictures take longer than two seconds."""
 
     def __init__(self, session: Session, out: Path):
         self.tokenizer, self.out, self.count = session.model.tokenizer, out, 0
         self.printed, self.bar = "", None
-        session.watch = self.watch
+        session.watch = self.watch if sys.stdout.isatty() else None
 
     def watch(self, ids: list[int] | None = None, done: int = 0, steps: int = 0, latents: object = None) -> None:
         if ids is not None:
             words = self.tokenizer.decode(ids, skip_special=True).strip().rstrip("#\N{REPLACEMENT CHARACTER}").rstrip()
-            if sys.stdout.isatty() and words.startswith(self.printed):
+            if words.startswith(self.printed):
                 print(words.removeprefix(self.printed), end="", flush=True)
                 self.printed = words
             return
@@ -314,17 +314,17 @@ def chat(session: Session, args: argparse.Namespace, pictures: list[Image.Image]
 
 def read_line() -> str:
     try:
-        return valid(input("> ")).strip()
+        return input("> ").strip()
     except EOFError:  # the end of what was piped in, or Ctrl-D
         return ""
 
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. ValueError where it has none."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    if not any(lines):
+    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    if not (found := list(filter(None, lines))):
         raise ValueError(f"{path}: no prompt in it")
-    return list(filter(None, lines))
+    return found
 
 
 def report_unknown(session: Session, *texts: str) -> None:
@@ -343,7 +343,7 @@ def main() -> None:
         args.compile = args.chat and can_compile(pick_device(args.device))
     purpose = "story" if args.turns is not None else "chat" if args.chat or pictures else "draw"
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "seed", "int8")}
-    session = load(purpose=purpose, read_pictures=purpose != "draw", **options, **vars(sampling_of(args)))
+    session = load(purpose=purpose, read_pictures=purpose != "draw", sampling=sampling_of(args), **options)
     loaded = time.perf_counter()
     if args.compile:
         print("compiling takes minutes: at the first words and picture, and when a chat outgrows 256, 512 ... tokens")

@@ -39,6 +39,7 @@ class Tokenizer:
         self.base_vocabulary = base_vocabulary
         self.voken_ids = list(range(self.base_vocabulary, self.base_vocabulary + vokens))
         self.image_id = self.base_vocabulary + vokens
+        self.vocabulary = self.image_id + 1
         added = [f"[IMG{i}]" for i in range(vokens)] + ["<ImageHere>"]
         self.added = dict(zip(added, [*self.voken_ids, self.image_id], strict=True))
         self.special = {**special, **self.added}
@@ -46,9 +47,6 @@ class Tokenizer:
         self.special_pattern = re.compile("|".join(map(re.escape, self.special)))
         added_pattern = r"\s*(?:" + "|".join(map(re.escape, self.added)) + r")\s*"
         self.pattern = re.compile("|".join([f"({added_pattern}", *map(re.escape, special)]) + ")")
-
-    def __len__(self) -> int:
-        return self.image_id + 1
 
     def voken_text(self) -> str:
         """[IMG0][IMG1]... without spaces, which the model says where a picture belongs."""
@@ -70,7 +68,7 @@ class Tokenizer:
                 name = part.strip()
                 ids += [self.special[name]] * (image_tokens if name == "<ImageHere>" else 1)
             elif part:
-                ids += self._encode_run(part)
+                ids += self.encode_plain(part)
         return ids
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
@@ -89,7 +87,8 @@ class Tokenizer:
         parts += [self._decode_run(run)] if run else []
         return " ".join(parts)
 
-    def _encode_run(self, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is special."""
         return self.pieces.encode(text)
 
     def _decode_run(self, ids: list[int]) -> str:
@@ -132,7 +131,7 @@ class BytePairTokenizer(Tokenizer):
             raise ValueError(f"{path}: bos_token_id {bos} and eos_token_id {eos} should be special tokens of it")
         self.stops = [[i] for i in eos] + [self.encode(end) for end in ("###", " ###")]
 
-    def _encode_run(self, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
         return self.pieces.encode(text, add_special_tokens=False).ids
 
     def _decode_run(self, ids: list[int]) -> str:

@@ -23,6 +23,7 @@ from common.cli import run as run_command  # isort: skip
 import torch
 from torch import Tensor
 
+from common.images import preprocess_output
 from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import TEXT_WEIGHT, collate
@@ -40,7 +41,6 @@ from trainer.log import Preview
 from trainer.noise import Place, sample_noise, seed_dropout
 from trainer.options import read_run_options
 from trainer.run import Run
-from vae import preprocess_output
 
 
 def comma_list(text: str) -> tuple[str, ...]:
@@ -172,7 +172,7 @@ def main() -> None:
     def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
         """ "loss" = --text-weight * "text_loss" + "ldm_loss" (Eq. 3) of some samples; without pictures, no L_LDM."""
         seed_dropout(args, place)
-        batch = collate(model.tokenizer, samples["pairs"], model.queries, round_length, round_length, limit=limit)
+        batch = collate(model.tokenizer, samples["ids"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:
             if run.preview is None:

@@ -22,6 +22,7 @@ from common.cli import run as run_command  # isort: skip
 import torch
 from torch import Tensor
 
+from common.images import preprocess_output
 from miniature.world import write_pairs
 from minigpt5 import collate
 from prompts import uas_texts
@@ -35,7 +36,6 @@ from trainer.muon import Muon
 from trainer.noise import Place, sample_noise
 from trainer.options import read_run_options
 from trainer.run import Run
-from vae import preprocess_output
 
 MAX_TOKENS = 256  # of a sequence; a longer caption is cut at its end
 
@@ -83,7 +83,7 @@ def main() -> None:
     if pictures == "moments":
         model.vae.encoder = None
     if args.start_as and not init:
-        model.vokens.start_as(model.llama, model.tokenizer.encode(model.tokenizer.plain(args.start_as)))
+        model.vokens.start_as(model.llama, model.tokenizer.encode_plain(args.start_as))
     empty_caption = (
         None if args.no_cap else model.encode_captions([""] if encodes_captions else precomputed.empty_caption)
     )

@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
-
 
 @dataclass
 class UNetConfig:
@@ -40,21 +38,6 @@ class UNetConfig:
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
-
-    def __post_init__(self):
-        """ValueError for what no UNet of this file has."""
-        levels = len(self.block_out_channels)
-        if len(self.attention_head_dim) == 1:  # published with one number for all levels, or with a number for each
-            self.attention_head_dim *= levels
-        for name in ("down_block_types", "up_block_types", "attention_head_dim"):
-            if len(getattr(self, name)) != levels:
-                raise ValueError(f"{name} should have {levels} entries, as block_out_channels has")
-        if any(width % heads for width, heads in zip(self.block_out_channels, self.attention_head_dim, strict=True)):
-            raise ValueError(f"attention_head_dim should divide block_out_channels, found {self.attention_head_dim}")
-        if self.sample_size % 2 ** (levels - 1) or self.sample_size > 1024:
-            raise ValueError(f"sample_size {self.sample_size} cannot be halved {levels - 1} times")
-        if unknown := {*self.down_block_types, *self.up_block_types} - BLOCKS:
-            raise ValueError(f"block type {min(unknown)} is not supported")
 
 
 def timestep_embedding(timesteps: Tensor, width: int, flip_sin_to_cos: bool, freq_shift: int) -> Tensor:

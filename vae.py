@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.1's autoencoder: pictures <-> latents an eighth of their size, and how pictures become its input.
+"""Stable Diffusion 2.1's autoencoder: pictures <-> latents an eighth of their size.
 
 Paper: MiniGPT-5, section 3.2: the encoder makes the latents z of Eq. 3, the decoder makes a picture of what the UNet
 has denoised. It stays frozen. The published AutoencoderKL of SD 2.1 loads into it. Left out: tiling, slicing,
@@ -20,10 +20,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-
-from common.images import resize_and_crop, to_bytes
 
 EPS = 1e-6  # of every group norm; no published config names it
 
@@ -42,12 +39,6 @@ class VAEConfig:
     def downsampling(self) -> int:
         """Pixels to a latent, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> Tensor:
-    """An output picture -> uint8 (3, size, size), made square by white padding (`pad`) or by cropping. Bytes, since
-    workers and the GPU then copy a quarter of what float32 would be."""
-    return to_bytes(resize_and_crop(image, size, pad))
 
 
 def to_pixels(pictures: Tensor) -> Tensor:

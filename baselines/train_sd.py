@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from baselines.stable_diffusion import StableDiffusion, told
+from common.images import preprocess_output
 from miniature.world import write_stories
 from prompts import Example, Turn
 from published.parts import picture_size
@@ -36,7 +37,6 @@ from tars.stories import StoryData
 from trainer.noise import Place, sample_noise
 from trainer.options import read_run_options
 from trainer.run import Run
-from vae import preprocess_output
 
 
 class StorySteps(StoryData):

@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader
 
 from bench.common import CLOCKS, Report, in_turn, parser, rows_of, start
 from common.cli import read_arguments, run
+from common.images import preprocess_output
 from tars.batches import Batches, PairData
-from vae import preprocess_output
 
 BATCH = 8
 

@@ -131,7 +131,7 @@ def peer_llama_with_vokens(weights: Path, tokenizer: Tokenizer, vokens: Vokens, 
     llama, base = peer_llama(weights, dtype, vokens.input.device), tokenizer.base_vocabulary
     for layer, rows in ((llama.get_input_embeddings(), vokens.input), (llama.lm_head, vokens.output)):
         layer.weight = nn.Parameter(torch.cat([layer.weight[:base], rows.detach().to(dtype)]), requires_grad=False)
-    llama.config.vocab_size = len(tokenizer)
+    llama.config.vocab_size = tokenizer.vocabulary
     return llama
 
 

@@ -89,10 +89,11 @@ def has_ended(process: int) -> bool:
     return False
 
 
-def lock_folder(folder: Path) -> TextIO:
-    """Make this process the only one that writes into `folder`, until it closes the returned file or ends. ValueError
-    where another process is that already. Windows and file systems without locks (some network disks) protect nothing.
-    """
+def lock_folder(folder: Path, names: str) -> TextIO:
+    """Make `folder`, and this process the only one that writes there, until it closes the returned file or ends. Remove
+    what earlier ones could not finish (`remove_unfinished`). ValueError where another process is that already. Windows
+    and file systems without locks (some network disks) protect nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a", encoding="utf-8")  # noqa: SIM115, the lock lasts as long as the file is open
     try:
         if fcntl:
@@ -102,6 +103,7 @@ def lock_folder(folder: Path) -> TextIO:
         raise ValueError(f"{folder}: another process is writing there; wait for it, or name another folder") from None
     except OSError:
         pass
+    remove_unfinished(folder, names, is_locked=True)
     return file
 
 

@@ -111,6 +111,12 @@ def to_bytes(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
+def preprocess_output(image: Image.Image, size: int, pad: bool = True) -> torch.Tensor:
+    """An output picture -> uint8 (3, size, size), made square by white padding (`pad`) or by cropping. Bytes, since
+    workers and the GPU then copy a quarter of what float32 would be."""
+    return to_bytes(resize_and_crop(image, size, pad))
+
+
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB picture -> float32 (3, height, width) in [0, 1]."""
     return to_bytes(image).float().div_(255)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import write_json, write_text, written_whole
+from common.files import write_file
 
 Turn = tuple[str, list[str | Image.Image]]  # who speaks, and text and pictures in turn
 ACROSS = 8  # pictures beside one another on a storyboard
@@ -32,18 +32,26 @@ PAGE = """<!doctype html>
 {body}"""
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def save_image(image: Image.Image, path: Path) -> None:
     """Write a PNG under a temporary name, then rename it."""
-    with written_whole(path) as temporary:
-        image.save(temporary, "PNG")
+    write_file(path, png_bytes(image))
 
 
-def draw_grid(
-    columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192, across: int | None = None
-) -> None:
-    """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath; with
-    `across` at most so many columns beside one another, the others below them."""
-    font, across = ImageFont.load_default(12), min(across or len(columns), len(columns))
+def draw_grid(columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
+    """Save a sheet of one row, see `draw_sheet`."""
+    save_image(draw_sheet(columns, side, len(columns)), path)
+
+
+def draw_sheet(columns: list[tuple[str, list[Image.Image]]], side: int, across: int) -> Image.Image:
+    """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath; at most
+    `across` columns beside one another, the others below them."""
+    font, across = ImageFont.load_default(12), min(across, len(columns))
     height = max(len(pictures) for _, pictures in columns) * (side + 8) + 52
     sheet = Image.new("RGB", (across * (side + 8), -(-len(columns) // across) * height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -59,7 +67,7 @@ def draw_grid(
             else:
                 lines[-1] = f"{lines[-1]} {word}".strip()
         pen.multiline_text((left, top + height - 50), "\n".join(lines[:3]), fill="black", font=font)
-    save_image(sheet, path)
+    return sheet
 
 
 def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
@@ -67,7 +75,7 @@ def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
     temporary name first. Pictures of an older answer in the folder that are not written over are removed.
 
     turns: who speaks, "you" or "model", and text and pictures in turn."""
-    old = pictures_of(out / "answer.json")
+    old, files = pictures_of(out / "answer.json"), {}
     described, columns, words = [], [], ""
     for speaker, segment in ((speaker, segment) for speaker, segments in turns for segment in segments):
         if isinstance(segment, str):
@@ -75,7 +83,7 @@ def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
             words = f"{words} {segment}".strip()
         else:
             name = f"{len(columns)}.png"
-            save_image(segment, out / name)
+            files[name] = png_bytes(segment)
             description = segment.info.get("description")
             described.append({"image": name} | ({"description": description} if description else {}))
             columns.append((words, [segment]))
@@ -84,10 +92,13 @@ def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
     if words and columns:  # words after the last picture stand below it, too
         columns[-1] = (f"{columns[-1][0]} {words}".strip(), columns[-1][1])
     if columns:
-        draw_grid(columns, out / "storyboard.png", min(max(192, columns[0][1][0].width), 512), ACROSS)
+        files["storyboard.png"] = png_bytes(draw_sheet(columns, min(max(192, columns[0][1][0].width), 512), ACROSS))
     body = "".join(paragraphs(*turn) for turn in ([] if turns[0][0] == "you" else [("you", [prompt])]) + turns)
-    write_text(out / "index.html", PAGE.format(title=html.escape(prompt), style=STYLE, body=body))
-    write_json(out / "answer.json", {"segments": described, "seed": seed, "prompt": prompt})
+    files["index.html"] = PAGE.format(title=html.escape(prompt), style=STYLE, body=body).encode("utf-8", "replace")
+    record = {"segments": described, "seed": seed, "prompt": prompt}
+    files["answer.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    for name, content in files.items():
+        write_file(out / name, content)
     for name in old - pictures_of(out / "answer.json"):
         (out / name).unlink(missing_ok=True)
 
@@ -110,9 +121,7 @@ def paragraphs(speaker: str, segments: list[str | Image.Image]) -> str:
         if isinstance(segment, str):
             parts.append(f"<p>{html.escape(segment)}</p>")
             continue
-        buffer = io.BytesIO()
-        segment.save(buffer, "PNG")
-        data, alt = base64.b64encode(buffer.getvalue()).decode(), html.escape(segment.info.get("description", ""))
+        data, alt = base64.b64encode(png_bytes(segment)).decode(), html.escape(segment.info.get("description", ""))
         kind = "small" if segment.width < 256 else "large"
         caption = f"<figcaption>{alt}</figcaption>" if alt else ""
         image = f'<img class="{kind}" alt="{alt or "picture"}" src="data:image/png;base64,{data}">'

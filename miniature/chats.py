@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.spelling import words_in
 from miniature import phrases
 from miniature.descriptions import describe, from_left
 from miniature.facts import (
@@ -45,7 +44,7 @@ from miniature.wishes import (
     wish,
 )
 from miniature.words import COLOUR_WORDS, PLACE_PHRASES, SCENE_NOUNS, SIZE_WORDS, TIME_CLAUSES, choices, plural, some
-from prompts import plain_words
+from prompts import plain_words, words_in
 
 WORDS = 203  # purpose of the random streams
 

@@ -70,7 +70,7 @@ QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 @torch.no_grad()
 def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, mask: Tensor) -> list[str]:
     """Greedy answers to embedded prompts (B, T, D), padded on the left."""
-    cache = KVCache(llama.config, len(mask), mask.shape[1] + LONGEST, embeddings.dtype, embeddings.device)
+    cache = KVCache(llama, len(mask), mask.shape[1] + LONGEST)
     hidden, said = llama(embeddings, mask, cache), []
     for _ in range(LONGEST):
         said.append(llama.lm_head(hidden[:, -1:]).argmax(-1))  # (B, 1)

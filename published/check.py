@@ -24,11 +24,11 @@ def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
     """(name, its folders and files, a function that loads it). On the meta device a loader reads headers only."""
     vicuna, sd = root / "vicuna", root / "stable-diffusion"
     pieces, projection = tokenizer_file(vicuna), root / "minigpt4/llama_proj.safetensors"
-    clip, header = sd / "tokenizer", {"dtype": None, "device": "meta"}
+    clip, header = sd / "tokenizer", {"device": "meta"}
     return [
         ("vicuna", [vicuna], partial(load, "llama", vicuna, **header)),
         ("vicuna tokenizer", [pieces], partial(load_tokenizer, vicuna)),
-        ("image encoder", [root / "blip2", projection], partial(load_image_encoder, root, device="meta")),
+        ("image encoder", [root / "blip2", projection], partial(load_image_encoder, root, **header)),
         ("unet", [sd / "unet"], partial(load, "unet", sd / "unet", **header)),
         ("vae", [sd / "vae"], partial(load, "vae", sd / "vae", **header)),
         ("text encoder", [sd / "text_encoder"], partial(load, "text encoder", sd / "text_encoder", **header)),

@@ -48,6 +48,7 @@ from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1000  # of any number in a config.json, of a number of layers: building has to end
+UNET_BLOCKS = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"}
 DType = torch.dtype | None
 Device = str | torch.device
 
@@ -175,12 +176,30 @@ def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | Non
                 raise ValueError(f"{key} should be an object, found {values!r:.80}")
         given = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
         config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
+        if isinstance(config, UNetConfig):
+            check_levels(config)
         heads = getattr(config, "num_attention_heads", 1)
         if not hasattr(config, "head_dim") and getattr(config, "hidden_size", heads) % heads:
             raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
     return config
+
+
+def check_levels(config: UNetConfig) -> None:
+    """Give every level its number of heads, where the file has one for all. ValueError for what no UNet here has."""
+    levels = len(config.block_out_channels)
+    if len(config.attention_head_dim) == 1:
+        config.attention_head_dim *= levels
+    for name in ("down_block_types", "up_block_types", "attention_head_dim"):
+        if len(getattr(config, name)) != levels:
+            raise ValueError(f"{name} should have {levels} entries, as block_out_channels has")
+    if any(width % heads for width, heads in zip(config.block_out_channels, config.attention_head_dim, strict=True)):
+        raise ValueError(f"attention_head_dim should divide block_out_channels, found {config.attention_head_dim}")
+    if config.sample_size % 2 ** (levels - 1) or config.sample_size > 1024:
+        raise ValueError(f"sample_size {config.sample_size} cannot be halved {levels - 1} times")
+    if unknown := {*config.down_block_types, *config.up_block_types} - UNET_BLOCKS:
+        raise ValueError(f"block type {min(unknown)} is not supported")
 
 
 def config_of(part: str, path: Path, values: dict | None = None):
@@ -191,7 +210,7 @@ def config_of(part: str, path: Path, values: dict | None = None):
 # ---- a part
 
 
-def load(part: str, folder: Path, dtype: DType, device: Device) -> nn.Module:
+def load(part: str, folder: Path, dtype: DType = None, device: Device = "cpu") -> nn.Module:
     """A part from its folder of config.json and *.safetensors."""
     published, folder = PARTS[part], Path(folder)
     build = partial(published.module, config_of(part, folder / "config.json"))
@@ -204,8 +223,7 @@ def with_fast_kernels(part: nn.Module) -> nn.Module:
     return part
 
 
-def load_llama(folder: Path, dtype: DType = None, device: Device = "cpu") -> Llama:
-    return load("llama", folder, dtype, device)
+load_llama, load_unet, load_text_encoder = (partial(load, part) for part in ("llama", "unet", "text encoder"))
 
 
 def load_int8_llama(folder: Path, dtype: torch.dtype, device: Device = "cpu") -> Llama:
@@ -250,19 +268,11 @@ def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu
     return with_fast_kernels(loading.load(build, files, BLIP2_UNUSED, dtype, device))
 
 
-def load_unet(folder: Path, dtype: DType = None, device: Device = "cpu") -> UNet:
-    return load("unet", folder, dtype, device)
-
-
 def load_vae(folder: Path, dtype: DType = None, device: Device = "cpu") -> VAE:
     """Never in float16: feature maps may pass its 65504, and the picture would be black. Such weights become float32;
     bfloat16 has the range."""
     vae = load("vae", folder, torch.float32 if dtype == torch.float16 else dtype, device)
     return vae.float() if any(p.dtype == torch.float16 for p in vae.parameters()) else vae
-
-
-def load_text_encoder(folder: Path, dtype: DType = None, device: Device = "cpu") -> TextEncoder:
-    return load("text encoder", folder, dtype, device)
 
 
 def load_schedule(folder: Path, device: Device = "cpu") -> NoiseSchedule:
@@ -356,10 +366,11 @@ def load_minigpt5(
     with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
         model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, image_encoder, text_encoder, clip_tokenizer)
     model.mapper.to(device)
-    if trained:
+    if trained and trained.adapters:
         try:
             model.add_adapters(**trained.adapters)
         except ValueError as error:  # a layer that Vicuna does not have
             raise WeightsError(f"{checkpoint}: {error}") from None
+    if trained:
         load_trained(model, checkpoint)
     return model

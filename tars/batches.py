@@ -1,7 +1,7 @@
 """Tars as training data: captions and pictures for stage 1, the order of training, and its exact resumption.
 
     batches, held_out = open_pairs(["cc3m-train-{0000..0575}.tar"], None, weights,
-                                   partial(vae.preprocess_output, size=512), batch_size=48)
+                                   partial(images.preprocess_output, size=512), batch_size=48)
     batch = next(batches)
 
     batch["pixels"]        (B, 3, size, size) uint8. Of precomputed tars instead "moments" (B, 2, C, h, w)
@@ -41,7 +41,7 @@ from tqdm import tqdm
 from common.files import TO_END
 from common.images import ImageError, read_image
 from prompts import UAS_REQUESTS, clean_caption
-from tars.index import Member, TarIndex, Unusable, expand, max_bytes, read_index
+from tars.index import MAX_BYTES, Member, TarIndex, Unusable, expand, read_index
 from tars.precomputed import NOTHING, Precomputed, find_precomputed, read_tensors
 
 MIN_COUNTED = 1000  # max_bad is a share of at least so many samples: two broken pairs of four need not stop a trial
@@ -76,7 +76,7 @@ def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
     offset, size = (int(x) for x in row[2 * member : 2 * member + 2]) if 2 * member < len(row) else (-1, -1)
     if offset < 0:
         return None
-    if size > max_bytes(member):
+    if size > MAX_BYTES[min(member, Member.NUMBERED)]:
         raise Unusable("too large")
     try:
         with open(path, "rb") as file:
@@ -108,7 +108,7 @@ def read_caption(read: Reader) -> str:
         content = json.loads(read(Member.JSON) or b"{}")
         if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
             raise Unusable("no caption")
-        if len(content["caption"].encode()) > max_bytes(Member.TEXT):  # encode() fails at half an emoji, "\\ud83d"
+        if len(content["caption"].encode()) > MAX_BYTES[Member.TEXT]:  # encode() fails at half an emoji, "\\ud83d"
             raise Unusable("too large")
     except UnicodeError:
         raise Unusable("caption not UTF-8") from None
@@ -191,7 +191,7 @@ class TarData(Dataset):
 class PairData(TarData):
     """Pairs as samples {"key", "caption", "pixels", "instruction"}.
 
-    transform: RGB picture -> tensor, as vae.preprocess_output. precomputed: tensors that take the place of "pixels".
+    transform: RGB picture -> tensor, as images.preprocess_output. precomputed: tensors that take the place of "pixels".
     """
 
     unit = "pair"
@@ -276,9 +276,10 @@ class Batches:
     """
 
     def __init__(self, dataset: TarData, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01):
-        self.dataset, self.batch_size, self.seed, self.max_bad = dataset, batch_size, seed, max_bad
+        self.dataset, self.size = dataset, len(dataset)
+        self.batch_size, self.seed, self.max_bad = batch_size, seed, max_bad
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.data = {"seed": seed, "size": len(dataset), "digest": dataset.digest(), "contents": dataset.contents()}
+        self.data = {"seed": seed, "size": self.size, "digest": dataset.digest(), "contents": dataset.contents()}
         self.position, self.bad, self.seen = 0, Counter(), 0
         self.loader = None  # the running DataLoader's iterator
 
@@ -312,7 +313,7 @@ class Batches:
 
     def places(self) -> Iterator[list[tuple[int, int]]]:
         """This rank's share of step after step: (position, item) of each sample."""
-        n, first = len(self.dataset), self.position + self.rank * self.batch_size
+        n, first = self.size, self.position + self.rank * self.batch_size
         while True:
             epochs = [(p, *divmod(p, n)) for p in range(first, first + self.batch_size)]
             yield [(p, int(epoch_order(n, self.seed, epoch)[i])) for p, epoch, i in epochs]
@@ -333,7 +334,7 @@ class Batches:
         "epoch" and "position" are the same on all ranks, "bad" and "seen" are this rank's. Sum these two over the ranks
         before saving: in loading, rank 0 takes them over and the others start from zero.
         """
-        epoch, position = divmod(self.position, len(self.dataset))
+        epoch, position = divmod(self.position, self.size)
         counts = {"epoch": epoch, "position": position, "bad": dict(self.bad), "seen": self.seen}
         return {**self.data, **counts}
 
@@ -345,7 +346,7 @@ class Batches:
         self.close()
         self.bad = Counter(state["bad"] if self.rank == 0 else {})
         self.seen = state["seen"] if self.rank == 0 else 0
-        self.position = state["epoch"] * len(self.dataset) + state["position"]
+        self.position = state["epoch"] * self.size + state["position"]
 
 
 def open_pairs(

@@ -34,7 +34,7 @@ from pathlib import Path
 from common.files import read_json
 from prompts import clean_caption
 from tars.batches import decode, read_caption
-from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes
+from tars.index import ENDINGS, MAX_BYTES, MAX_PICTURES, Member, Unusable
 from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
@@ -64,7 +64,7 @@ def read_file(path: Path, member: Member) -> bytes:
     try:
         if not path.is_file():  # a pipe would block
             raise Unusable("not a file")
-        if path.stat().st_size > max_bytes(member):
+        if path.stat().st_size > MAX_BYTES[member]:
             raise Unusable("too large")
         return path.read_bytes()
     except OSError:
@@ -201,11 +201,8 @@ def read_turn(turn: object, folders: list[Path], max_words: int) -> tuple[str, l
 
 def mmdialog_sample(key: str, line: bytes, read: Callable[[object], tuple[str, list[Path | None]]]) -> Sample:
     """A dialogue up to its first turn that cannot be used. Raises Unusable where not even two turns are left."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    if not isinstance(content, dict) or not isinstance(content.get("conversation"), list):
+    content = read_object(line)
+    if not isinstance(content.get("conversation"), list):
         raise Unusable("no conversation")
     name = str(content.get("conversation_id", ""))
     dialogue = interleaved(key, "dialog", name, map(read, content["conversation"]))
@@ -311,7 +308,7 @@ def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: s
             raise Unusable("empty caption")
     except UnicodeDecodeError:
         raise Unusable("caption not UTF-8") from None
-    if len(caption) > max_bytes(Member.TEXT):
+    if len(caption) > MAX_BYTES[Member.TEXT]:
         raise Unusable("too large")
     ending, content = read_picture(picture)
     about = json.dumps({"source": source}).encode()

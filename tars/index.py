@@ -49,6 +49,7 @@ ENDINGS |= dict.fromkeys(("avif", "heic", "jp2"), Member.PICTURE)  # not read, b
 ENDINGS |= {"txt": Member.TEXT, "json": Member.JSON, "safetensors": Member.TENSORS}
 NAME = re.compile(r"((?:.*/)?[^/.](?:[^/]*?[^/.])??)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL)  # key, number, ending
 MAX_BYTES = {Member.PICTURE: 64 << 20, Member.TEXT: 64 << 10, Member.JSON: 1 << 20, Member.TENSORS: 128 << 20}
+MAX_BYTES[Member.NUMBERED] = MAX_BYTES[Member.PICTURE]  # also that of all members after it
 
 
 class Unusable(Exception):
@@ -118,11 +119,6 @@ def member_of(name: str) -> tuple[str, int] | None:
     if number and member != Member.PICTURE:
         return f"{key}.{number}", member
     return key, Member.NUMBERED + int(number) if number else member
-
-
-def max_bytes(member: int) -> int:
-    """A larger member is unusable."""
-    return MAX_BYTES[Member.PICTURE if member >= Member.NUMBERED else member]
 
 
 EXTENDED_HEADERS = (b"x", b"g", b"X", b"L", b"K")  # pax headers, a long name, a long link
@@ -243,7 +239,7 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
                         members = places.setdefault(key, {})
                         repeated += member in members
                         members[member] = header.offset_data, header.size
-                        if member == Member.JSON and header.size <= max_bytes(member):
+                        if member == Member.JSON and header.size <= MAX_BYTES[member]:
                             found = count_turns(tar.extractfile(header).read())
                             turns |= {key: found} if found[1] else {}
                 except tarfile.TarError as error:
@@ -284,7 +280,7 @@ def is_consistent(index: TarIndex) -> bool:
     places = table.reshape(len(turns), table.shape[1] // 2, 2)  # offset and size
     is_place = (places >= 0).all(-1) | (places == -1).all(-1)
     is_cut = len(ends) == len(turns) + 1 and ends[0] == 0 and ends[-1] == len(keys) and (np.diff(ends) >= 0).all()
-    is_kind = (kinds >= PAIR) & (kinds <= DIALOG) & (turns >= 0) & (turns <= max_bytes(Member.JSON))
+    is_kind = (kinds >= PAIR) & (kinds <= DIALOG) & (turns >= 0) & (turns <= MAX_BYTES[Member.JSON])
     has_turns = (kinds == PAIR) == (turns == 0)
     same = kinds.shape == turns.shape and turns.ndim == 1
     return bool(same and is_place.all() and is_cut and is_kind.all() and has_turns.all())

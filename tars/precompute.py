@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from common.cli import make_folder
 from common.files import fingerprint
+from common.images import preprocess_output
 from minigpt5 import encode_captions
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
@@ -39,7 +40,6 @@ from tars.index import Member, Unusable, expand, read_index
 from tars.precomputed import MARKER, Precomputed, identity, marker_bytes, read_marker
 from tars.stories import read_turns
 from tars.writer import Report, Sample, write_samples
-from vae import preprocess_output
 
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 

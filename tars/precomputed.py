@@ -24,7 +24,7 @@ from torch import Tensor
 from common.files import fingerprint
 from published.loading import tensor_files
 from published.parts import picture_size
-from tars.index import Member, Unusable, max_bytes, open_tar
+from tars.index import MAX_BYTES, Member, Unusable, open_tar
 
 MARKER = ".precomputed.safetensors"  # name of the first member
 
@@ -75,7 +75,7 @@ def read_marker(path: str) -> Precomputed:
             header = tar.next()
             if header is None or header.name != MARKER or not header.isreg():
                 return NOTHING
-            content = tar.extractfile(header).read() if header.size <= max_bytes(Member.TENSORS) else b""
+            content = tar.extractfile(header).read() if header.size <= MAX_BYTES[Member.TENSORS] else b""
     except (OSError, tarfile.TarError):  # the index says what is wrong with a tar
         return NOTHING
     try:

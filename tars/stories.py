@@ -9,10 +9,10 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
 (seed, position) chooses the step's task.
 
     data = StoryData(["vist-train.tar"], tokenizer, 32, partial(qformer.preprocess_input, size=224),
-                     partial(vae.preprocess_output, size=512))
+                     partial(images.preprocess_output, size=512))
     batch = next(Batches(data, batch_size=32))
 
-    batch["pairs"]          B (source, target), made for minigpt5.collate
+    batch["pairs"]          B (source, target); batch["ids"] the same as token ids, for minigpt5.collate
     batch["inputs"]         (P, 3, H, W) of all <ImageHere> of the batch, in order of samples; None where there is none
     batch["outputs"]        (M, 3, H, W) of all vokens of the batch, in order of samples; None where there is none
                             of precomputed tars (P, Q, D) and (M, 2, C, h, w), see precomputed.py
@@ -100,7 +100,7 @@ def uniform(bits: int) -> float:
 class StoryData(TarData):
     """The turns of the stories and dialogues in tars, as samples (see the head of the file).
 
-    tokenizer: its `plain` escapes what comes from the tar, its `encode` measures prompts. queries: positions that an
+    tokenizer: its `plain` escapes what comes from the tar, its `encode` makes token ids. queries: positions that an
     input picture takes. limit: of tokens in a sequence, pictures and <s> counted; the oldest turns are left out whole,
     the last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). weights: of TASKS, for stories.
     precomputed: tensors that take the place of pictures. blind: share of story steps whose history has no pictures.
@@ -146,7 +146,7 @@ class StoryData(TarData):
         return step + 1, pick_task(self.weights, (nth + uniform(task_bits)) / self.items_per_step)
 
     def read_item(self, key: str, read: Reader, kind: int, item: int, choice: tuple[int, int]) -> dict:
-        """{"key", "task", "source", "target", "inputs", "outputs"}, the last two lists of tensors."""
+        """{"key", "task", "source", "target", "inputs", "outputs", "ids"}: lists of tensors, and of token ids."""
         task_bits, phrase = choice
         k, task = self.turn_and_task(kind, item, task_bits)
         kind_now, turns = read_turns(read(Member.JSON), key, self.tokenizer.plain)
@@ -163,10 +163,11 @@ class StoryData(TarData):
                 "inputs": [self.to_input(decode(read(member))) for member in example.inputs],
                 "outputs": [self.to_output(decode(read(member))) for member in example.outputs],
             }
-        return {"key": f"{key}.{k}", "task": task, "source": example.source, "target": example.target, **pictures}
+        texts = {"source": example.source, "target": example.target, "ids": example.ids}
+        return {"key": f"{key}.{k}", "task": task, **texts, **pictures}
 
     def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
-        """The last of `turns` with as much of its history as has room. Raises Unusable."""
+        """The last of `turns` with as much of its history as has room, encoded. Raises Unusable."""
         *before, turn = turns
         vokens, k = self.tokenizer.voken_text(), len(before)
         if kind == "story" and not all(step.text and step.pictures for step in turns):
@@ -182,29 +183,28 @@ class StoryData(TarData):
             return dialog_example(before[first:], turn, k, vokens)
 
         oldest = history_start(k) if kind == "dialog" else 0
-        whole = since(oldest)
-        if self.tokens(whole) <= self.limit:
+        if whole := self.encoded(since(oldest)):
             return whole
-        longer = map(since, reversed(range(oldest + 1, k)))  # ends after few, even if there are ten thousand turns
-        fitting = list(takewhile(lambda example: self.tokens(example) <= self.limit, longer))
+        longer = (self.encoded(since(first)) for first in reversed(range(oldest + 1, k)))
+        fitting = list(takewhile(bool, longer))  # ends after few, even if there are ten thousand turns
         if not fitting:
             raise Unusable("too long")
         return fitting[-1]
 
-    def tokens(self, example: Example) -> int:
-        """The length of the token sequence that minigpt5.collate makes: <s>, source, target. Of an example that is far
-        too long, a lower bound above `limit`: a hostile one could take seconds to encode."""
+    def encoded(self, example: Example) -> Example | None:
+        """The example with its token ids; None where these and <s> are more than `limit`. One that is far too long is
+        not encoded at all: a hostile one could take seconds."""
         characters = len(example.source) + len(example.target)
-        at_least = max(self.queries * len(example.inputs), characters // MAX_PIECE_LENGTH)
-        if at_least > self.limit:
-            return at_least
-        words = len(self.tokenizer.encode(example.source)) + len(self.tokenizer.encode(example.target))
-        return 1 + words + (self.queries - 1) * len(example.inputs)
+        if max(self.queries * len(example.inputs), characters // MAX_PIECE_LENGTH) > self.limit:
+            return None
+        source, target = (self.tokenizer.encode(text, self.queries) for text in (example.source, example.target))
+        return example._replace(ids=(source, target)) if 1 + len(source) + len(target) <= self.limit else None
 
     def collate(self, samples: list[dict]) -> dict:
         inputs, outputs = ([picture for s in samples for picture in s[name]] for name in ("inputs", "outputs"))
         return {
             "pairs": [(sample["source"], sample["target"]) for sample in samples],
+            "ids": [sample["ids"] for sample in samples],
             "tasks": [sample["task"] for sample in samples],
             "keys": [sample["key"] for sample in samples],
             "inputs": default_collate(inputs) if inputs else None,

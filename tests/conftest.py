@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import pairs, write_tar
+from random_weights import write_random_weights
 
 
 def pytest_addoption(parser):
@@ -35,3 +37,15 @@ def pytest_generate_tests(metafunc):
 def one_thread():
     """The recordings were made on one thread; small tensors gain nothing from more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of small random weights. Some test files have a fixture of this name with other weights."""
+    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    """A tar of ten pairs."""
+    return write_tar(tmp_path_factory.mktemp("data") / "pairs.tar", pairs(10))

@@ -1,9 +1,14 @@
-"""What several test files share: comparing tensors, randomising a reference model, finding third-party samples."""
+"""What several test files share: comparing tensors, randomising a reference model, finding third-party samples, small
+tars of pairs."""
 
+import io
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared"  # third-party pictures and vocabularies, not in the product
 DATA = {"seed": 0, "size": 1, "digest": "", "epoch": 0, "position": 0, "seen": 0, "bad": {}}  # of a run's state.json
@@ -42,3 +47,28 @@ def sample_file(*parts: str) -> Path:
 
 def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def picture_bytes(seed: int, size=(40, 30), kind="PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pairs(count: int) -> dict[str, bytes]:
+    words = ("a red boat", "two dogs in the snow", "an old house", "the full tree", "a burning candle", "small fish")
+    members = {}
+    for i in range(count):
+        members[f"{i:05d}.png"] = picture_bytes(i)
+        members[f"{i:05d}.txt"] = words[i % len(words)].encode()
+    return members

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
-from test_commands import ask, fails, pairs, train, write_tar
+from test_commands import ask, fails, train
 
 import sample
 import train_mls
@@ -26,16 +26,6 @@ from published.loading import WeightsError, tensor_files
 from published.parts import load_minigpt5
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
-
-
-@pytest.fixture(scope="module")
-def tar(tmp_path_factory):
-    return write_tar(tmp_path_factory.mktemp("data") / "pairs.tar", pairs(4))
 
 
 # ---- what is printed

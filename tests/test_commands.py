@@ -1,22 +1,18 @@
 """sample.py and train_uas.py as a user runs them, on small random weights."""
 
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from helpers import SAMPLES
+from helpers import SAMPLES, pairs, picture_bytes, write_tar
 from PIL import Image
-from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -31,41 +27,6 @@ from trainer.log import read_log
 from trainer.run import learning_rate_factor, total_steps
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def picture_bytes(seed: int, size=(40, 30), kind="PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def pairs(count: int) -> dict[str, bytes]:
-    words = ("a red boat", "two dogs in the snow", "an old house", "the full tree", "a burning candle", "small fish")
-    members = {}
-    for i in range(count):
-        members[f"{i:05d}.png"] = picture_bytes(i)
-        members[f"{i:05d}.txt"] = words[i % len(words)].encode()
-    return members
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
-
-
-@pytest.fixture(scope="module")
-def tar(tmp_path_factory):
-    return write_tar(tmp_path_factory.mktemp("data") / "pairs.tar", pairs(10))
 
 
 def call(main, monkeypatch, *arguments) -> None:

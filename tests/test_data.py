@@ -20,12 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
+from common.images import preprocess_output
 from prompts import UAS_REQUESTS, clean_caption, uas_texts
 from tars import batches as batches_module
 from tars import index as tars
 from tars.batches import SAMPLE, Batches, PairData, describe, epoch_order, random_bits
 from tars.index import DIALOG, expand, read_index
-from vae import preprocess_output
 
 HERE = Path(__file__).resolve().parent
 small = partial(preprocess_output, size=8)

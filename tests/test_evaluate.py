@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close
+from helpers import assert_close, pairs, write_tar
 from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 from safetensors.torch import load_file, save_file
@@ -447,8 +447,6 @@ def test_missing_pictures_count(monkeypatch, quick, weights, tars, tmp_path):
 
 def test_data_that_cannot_be_used(monkeypatch, quick, weights, tmp_path):
     """A true picture that is broken, and one that is not there, are no misses: they are counted by themselves."""
-    from test_commands import pairs, write_tar
-
     members = pairs(4)
     members["00001.png"] = members["00001.png"][:60]
     del members["00002.png"]

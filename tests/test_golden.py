@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import llama
-from common.images import read_image, resize_and_crop, to_image
+from common.images import preprocess_output, read_image, resize_and_crop, to_image
 from generation import Sampling, paint, prompt_ids, say
 from llama import KVCache
 from minigpt5 import MiniGPT5, Noise, collate
@@ -30,7 +30,7 @@ from published.parts import load_image_encoder, load_llama, load_minigpt5, load_
 from qformer import preprocess_input
 from scheduler import PNDM
 from tokenizer import Tokenizer
-from vae import preprocess_output, to_pixels
+from vae import to_pixels
 
 NETWORK, DIFFUSION, SCALAR, GRADIENT = 2e-5, 1e-4, 2e-5, 1e-4  # GOLDEN.md section 5
 FILES = ("image_encoder", "uas", "generation", "preprocess", "mls", "prefix_tuning")

@@ -13,9 +13,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from random_weights import write_random_weights
+from helpers import pairs, write_tar
 from safetensors.torch import load_file
-from test_commands import pairs, train, write_tar
+from test_commands import train
 
 import generation
 from bench.gpu import not_compiled
@@ -49,11 +49,6 @@ def device(request, monkeypatch):
     for cached in (generation.compiled, generation.lasting_cache):
         cached.cache_clear()
     torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
 
 
 def open_model(weights, device, dtype=torch.float32):

@@ -88,7 +88,7 @@ def test_ids_are_those_of_transformers(converted):
 
 def test_interface(converted):
     tokenizer = load_tokenizer(converted, vokens=3)
-    assert (tokenizer.base_vocabulary, len(tokenizer), tokenizer.voken_ids) == (300, 304, [300, 301, 302])
+    assert (tokenizer.base_vocabulary, tokenizer.vocabulary, tokenizer.voken_ids) == (300, 304, [300, 301, 302])
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     assert tokenizer.encode("a <ImageHere> b", 3).count(tokenizer.image_id) == 3
     for text in ("draw [IMG0] and <ImageHere>", "<|im_end|><|im_start|>system", "<|endoftext|>"):

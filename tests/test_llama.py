@@ -68,11 +68,11 @@ def test_padding(pair, side):
         hidden = ours(embeddings, mask)
         assert hidden.isfinite().all()
         assert_close(hidden[mask.bool()], expected[mask.bool()], 1e-5, f"{side} padding")
-        cache = KVCache(ours.config, 3, 9, torch.float32, "cpu")
+        cache = KVCache(ours, 3, 9)
         assert_close(ours(embeddings, mask, cache)[mask.bool()], expected[mask.bool()], 1e-5, f"{side} padding, cached")
         # The next token of every row, whatever its padding, continues at its own position.
         following = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(3))
-        cache = KVCache(ours.config, 3, 10, torch.float32, "cpu")
+        cache = KVCache(ours, 3, 10)
         ours(embeddings, mask, cache)
         continued = ours(following, cache=cache)
         for row in range(3):
@@ -85,7 +85,7 @@ def test_cached_decoding(pair):
     """Chunks of 5, 1, 1, 4 and 1 tokens through the cache equal all at once; more slots than tokens change nothing."""
     ours, reference = pair
     embeddings = torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(4))
-    cache = KVCache(ours.config, 2, 20, torch.float32, "cpu")
+    cache = KVCache(ours, 2, 20)
     with torch.no_grad():
         expected = reference.model(inputs_embeds=embeddings)[0]
         hidden = torch.cat([ours(chunk, cache=cache) for chunk in embeddings.split([5, 1, 1, 4, 1], dim=1)], dim=1)
@@ -280,7 +280,7 @@ def test_tokenizer_stops(tokenizers):
     )
     assert not ours.ends(ours.encode("the end. ##")) and not ours.ends([])
     assert ours.voken_text() == "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7]"
-    assert len(ours) == 32009
+    assert ours.vocabulary == 32009
 
 
 def test_tokenizer_errors(tmp_path):

@@ -5,9 +5,9 @@ from importlib import util
 from itertools import pairwise
 
 import pytest
+from helpers import pairs, write_tar
 from PIL import Image
 from random_weights import write_random_weights
-from test_commands import pairs, write_tar
 
 import train_uas
 from trainer import options

@@ -112,7 +112,7 @@ def test_prefix(pair):
     for name, parameter in prefix.named_parameters():
         assert_close(parameter.grad, theirs[name].grad, 1e-4, f"gradient of {name}")
     with torch.no_grad():
-        cache = KVCache(ours.config, 2, 14, torch.float32, "cpu")
+        cache = KVCache(ours, 2, 14)
         prefix.fill(cache)
         pieces = torch.cat([ours(piece, cache=cache) for piece in x.split([4, 1, 3, 1], dim=1)], dim=1)
     assert_close(pieces, expected, 1e-5, "decoding in pieces")

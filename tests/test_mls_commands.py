@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
+from helpers import pairs, write_tar
 from PIL import Image
-from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
-from test_commands import call, fails, noting, pairs, write_tar
+from test_commands import call, fails, noting
 from test_commands import train as train_uas
 
 import generation
@@ -24,11 +24,6 @@ from published.loading import WeightsError, checkpoint_folders, load_trained, sa
 from published.parts import load_minigpt5
 from trainer import run as trainer_run
 from trainer.log import read_log
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_commands import picture_bytes, write_tar
+from helpers import picture_bytes, write_tar
 
 from common.files import write_json, written_whole
 from evaluation.cases import file_of, read_answer, write_answer

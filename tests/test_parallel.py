@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import pairs, write_tar
 from random_weights import write_random_weights
 from safetensors.torch import load_file
-from test_commands import pairs, write_tar
 
 import train_mls
 import train_uas

@@ -7,16 +7,16 @@ import tarfile
 import pytest
 import safetensors.torch
 import torch
-from helpers import assert_close
+from helpers import assert_close, pairs, picture_bytes, write_tar
 from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
-from test_commands import call, fails, pairs, picture_bytes, write_tar
+from test_commands import call, fails
 from test_commands import train as train_uas
 from test_mls_commands import train as train_mls
 
 import vae
 from common.files import fingerprint
-from common.images import read_image
+from common.images import preprocess_output, read_image
 from miniature.world import write_dialogues, write_stories
 from published import parts
 from tars import __main__ as command
@@ -143,7 +143,7 @@ def test_a_tar_of_pairs(monkeypatch, weights, tmp_path, capsys):
         "moments": ((2, 4, 16, 16), torch.float16),
         "encoding": ((77, 32), torch.float16),
     }
-    pixels = vae.to_pixels(vae.preprocess_output(read_image(pairs(1)["00000.png"]), 32))
+    pixels = vae.to_pixels(preprocess_output(read_image(pairs(1)["00000.png"]), 32))
     mean, logvar = parts.load_vae(weights / "stable-diffusion/vae").encode(pixels[None])
     assert_close(tensors["moments"].float(), torch.cat([mean, logvar]), 1e-3, "moments")
     marker = read_marker(str(tar))

@@ -4,18 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, difference
-from random_weights import write_random_weights
 
 from llama import KVCache
 from lora import add_lora
 from published.int8 import Int8Linear, int8_rows
 from published.loading import save_safetensors
 from published.parts import load_int8_llama, load_llama
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,7 +47,7 @@ def test_loss_is_small(weights):
     embeddings = stored.model.embed_tokens.weight[:60].view(2, 30, -1)
     logits = [llama.lm_head(llama(embeddings)) for llama in (stored, quantised)]
     # The text is what the stored model says most readily, so that there is something to lose.
-    ids, cache = [1], KVCache(stored.config, 1, 300, torch.float32, "cpu")
+    ids, cache = [1], KVCache(stored, 1, 300)
     generator = torch.Generator().manual_seed(0)
     for _ in range(250):
         hidden = stored(stored.model.embed_tokens(torch.tensor([ids[-1:]])), cache=cache)

@@ -18,9 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import DATA
-from random_weights import write_random_weights
 from safetensors.torch import load_file
-from test_commands import fails, pairs, train, write_tar
+from test_commands import fails, train
 from test_mls_commands import train as train_stories
 from test_steps import NoReading
 
@@ -36,16 +35,6 @@ from trainer.muon import Muon
 from trainer.run import Gradients, World
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
-
-
-@pytest.fixture(scope="module")
-def tar(tmp_path_factory):
-    return write_tar(tmp_path_factory.mktemp("data") / "pairs.tar", pairs(10))
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import DATA
-from random_weights import write_random_weights
 from safetensors.torch import load_file, save_file
-from test_commands import fails, pairs, train, write_tar
+from test_commands import fails, train
 from test_robust import load, open_tiny, save, stepped
 
 import train_uas
@@ -26,17 +25,7 @@ from trainer.run import FILES, Meter
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = "import sys, time; from pathlib import Path; from common.files import lock_folder; "
-HOLD += "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
-
-
-@pytest.fixture(scope="module")
-def tar(tmp_path_factory):
-    return write_tar(tmp_path_factory.mktemp("data") / "pairs.tar", pairs(10))
+HOLD += "held = lock_folder(Path(sys.argv[1]), ''); print('held', flush=True); time.sleep(60)"
 
 
 def test_two_runs_in_one_folder(monkeypatch, weights, tar, tmp_path, capsys):

@@ -85,14 +85,14 @@ def test_cached(model, reference, ids):
     ids, llama = ids[:, :64], model.llama
     with torch.no_grad():
         expected = reference(ids).logits
-        cache = KVCache(llama.config, 1, 64, torch.float32, "cpu")
+        cache = KVCache(llama, 1, 64)
         chunks = [logits_of(llama, chunk, None, cache) for chunk in ids.split([40, 1, 1, 21, 1], dim=1)]
         assert_close(torch.cat(chunks, dim=1), expected, 1e-5, "cached")
         for side in ("left", "right"):
             padded = [F.pad(ids[:, :n], (64 - n, 0) if side == "left" else (0, 64 - n), value=2) for n in (64, 23)]
             padded, mask = torch.cat(padded), torch.ones(2, 64, dtype=torch.long)
             mask[1, slice(41) if side == "left" else slice(23, None)] = 0
-            for cache in (None, KVCache(llama.config, 2, 64, torch.float32, "cpu")):
+            for cache in (None, KVCache(llama, 2, 64)):
                 found = logits_of(llama, padded, mask, cache)[1, mask[1].bool()]
                 assert_close(found, expected[0, :23], 1e-5, f"padded on the {side}, {'cached' if cache else 'at once'}")
 

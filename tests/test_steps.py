@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from random_weights import write_random_weights
-from test_commands import pairs, picture_bytes, train, write_tar
+from helpers import pairs, picture_bytes, write_tar
+from test_commands import train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,11 +23,6 @@ from trainer.run import Meter
 
 VOKENS = "".join(f"[IMG{i}]" for i in range(8)) + " ###"
 WORDS = "a big red boat on the sea at night two small dogs in it and the moon above".split()  # noqa: SIM905
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
 
 
 def open_model(weights, adapter=None):

@@ -15,6 +15,7 @@ from helpers import sample_file
 from PIL import Image
 
 import prompts
+from common.images import preprocess_output
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import collate
 from prompts import DIALOG_SYSTEM, STORY_SYSTEM, TASKS, Example, Turn, history_start
@@ -26,7 +27,6 @@ from tars.datasets import convert
 from tars.index import Member
 from tars.stories import StoryData
 from tokenizer import Tokenizer
-from vae import preprocess_output
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 small_input, small_output = partial(preprocess_input, size=8), partial(preprocess_output, size=16)
@@ -204,7 +204,7 @@ def test_which_members_are_numbered_pictures():
         ("0", Member.NUMBERED + 99),
         ("0", Member.PICTURE),
     ]
-    assert tars.max_bytes(Member.NUMBERED + 3) == tars.max_bytes(Member.PICTURE)
+    assert tars.MAX_BYTES[Member.NUMBERED] == tars.MAX_BYTES[Member.PICTURE]
     for name in ("0.100.jpg", "0.07.jpg", "0.x.jpg"):
         assert tars.member_of(name) == (name.removesuffix(".jpg"), Member.PICTURE)
     assert tars.member_of("0.1.txt") == ("0.1", Member.TEXT)
@@ -238,6 +238,7 @@ def test_which_turns_are_items(tmp_path, tokenizer):
     assert shades(batch["outputs"], True) == [11, 12, 13, 14, 91, 92, 93, 21]
     assert batch["inputs"].shape[1:] == (3, 8, 8) and batch["outputs"].shape[1:] == (3, 16, 16)
     rows = collate(tokenizer, batch["pairs"], 8)
+    assert all(map(torch.equal, rows, collate(tokenizer, batch["ids"], 8)))  # the ids that were measured
     assert int((rows.ids == tokenizer.image_id).sum()) == 8 * 15
     assert rows.picture_sequences.tolist() == [0, 1, 2, 3, 4, 5, 5, 7]
 

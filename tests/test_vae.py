@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from common.images import preprocess_output
 from published.loading import WeightsError
 from published.parts import load_vae
-from vae import VAE, VAEConfig, preprocess_output, to_pixels
+from vae import VAE, VAEConfig, to_pixels
 
 diffusers = pytest.importorskip("diffusers")
 

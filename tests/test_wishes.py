@@ -6,14 +6,13 @@ import pytest
 
 from common.cli import MINIATURE
 from common.files import read_json
-from common.spelling import Words
 from miniature.chats import bracketed, change, chat, known_words, unknown_words
 from miniature.descriptions import describe
 from miniature.documents import chat_document, described_story_document, wish_document
 from miniature.facts import fits, held_out, random_stream, sample_picture
 from miniature.wishes import typed, wish
 from miniature.words import facts_in
-from prompts import Turn, chat_history, description_in, own_turn, plain_words, user_turn
+from prompts import Turn, Words, chat_history, description_in, own_turn, plain_words, user_turn
 from tokenizer import Tokenizer
 
 WORDS = Words.of(MINIATURE)
@@ -158,7 +157,7 @@ def test_shipped_words_are_those_of_the_grammar():
     ],
 )
 def test_unknown_words(text, unknown):
-    assert WORDS.missing(plain_words(text)) == unknown
+    assert WORDS.missing(text) == unknown
 
 
 def test_slips_are_mended():

@@ -77,7 +77,7 @@ def remove_checkpoint(folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}.tmp")
     with suppress(OSError):
         folder.replace(old)
-    remove(old)
+        remove(old)
 
 
 def sync_folder(folder: Path) -> None:

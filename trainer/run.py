@@ -32,8 +32,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cli import can_compile, make_folder, pick_device
-from common.files import lock_folder, remove_unfinished
+from common.cli import can_compile, pick_device
+from common.files import lock_folder
 from published.loading import checkpoint_folders, load_trained, save_trained
 from tars.batches import Batches, describe
 from trainer.checkpoint import load_checkpoint, save_checkpoint
@@ -197,11 +197,10 @@ class Run:
         options = {name: getattr(args, name) for name in ("batch_size", "seed", "workers", "max_bad")}
         self.data_options = options | {"rank": self.world.rank, "world_size": self.world.size}  # those of `Batches`
         self.preview = None
-        self.out = make_folder(args.out)
+        self.out = args.out
         self.log = self.out / "log.jsonl"
         if self.world.rank == 0:
-            self.lock = lock_folder(self.out)
-            remove_unfinished(self.out, FILES, is_locked=True)
+            self.lock = lock_folder(self.out, FILES)
         if checkpoint_folders(self.out) and not args.resume:
             raise ValueError(f"{self.out} holds a run already: --resume goes on with it, another --out starts anew")
 
@@ -268,7 +267,7 @@ class Run:
         data, held_out, optimizers = self.data, self.held_out, self.optimizers
         for note in [*data.dataset.notes, *(held_out.dataset.notes if held_out else ())]:
             print(note)
-        self.total = total_steps(self.args, len(data.dataset), self.world.size)
+        self.total = total_steps(self.args, data.size, self.world.size)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.rates = [(group, group["lr"]) for group in groups]
         self.gradients = Gradients((p for group in groups for p in group["params"]), optimizers, self.world)
@@ -291,13 +290,15 @@ class Run:
             self.gradients.skipped += state.get("nonfinite", 0)
             if self.world.rank == 0:
                 self.meter.load_state(state["data"])
+                cut_log(self.log, self.done)
             print(f"resumed from step {self.done}")
             before = state.get("arguments", {})
             for name, value in stored_arguments(self.args).items():
                 if name not in ("out", "resume") and before.get(name, value) != value:
                     print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
+        elif self.world.rank == 0:
+            self.log.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
         if self.world.rank == 0:
-            cut_log(self.log, self.done)
             self.board = open_board(self.out, self.done) if self.args.tensorboard else None
 
     def batches(self, step: int) -> Iterator[tuple[dict, Place]]:
@@ -374,7 +375,7 @@ class Run:
         numbers each time. A signal, once `received`, breaks them off."""
         args, held_out, meter = self.args, self.held_out, Meter()
         start, was_training = held_out.state_dict(), self.model.training
-        one_pass = -(-len(held_out.dataset) // (args.batch_size * self.world.size))
+        one_pass = -(-held_out.size // (args.batch_size * self.world.size))
         self.model.eval()
         # Compiled losses keep what gradients need: without it they would have to be compiled once more.
         with closing(held_out), torch.set_grad_enabled(self.compiled):

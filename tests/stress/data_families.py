@@ -21,7 +21,7 @@ from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS
 
 import sample
-from common.images import resize_and_crop
+from common.images import preprocess_output, resize_and_crop
 from common.page import write_answer
 from minigpt5 import collate
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
@@ -32,7 +32,6 @@ from tars.index import Unusable, read_index
 from tars.precomputed import Precomputed, marker_bytes, read_marker
 from tars.stories import StoryData
 from tokenizer import Tokenizer
-from vae import preprocess_output
 
 QUERIES = 4  # positions that an input picture takes
 small = partial(preprocess_output, size=8)
@@ -271,7 +270,7 @@ def read_story(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path)
 
 def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str:
     """sample.py --prompt and --chat: what reaches the model, and the page that is written."""
-    text = sample.valid(text)[:20_000]
+    text = text.encode("utf-8", "replace").decode()[:20_000]
     conversation = sample.Session(SimpleNamespace(tokenizer=tokenizer(), system=None), sample.Sampling(), 0)
     image = Image.new("RGB", (4, 4))
     for k in range(3):
