@@ -146,6 +146,10 @@ class MiniGPT5(nn.Module):
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, and its system line.
         self.tables: dict[str, Tensor] = {}
         self.system: str | None = None
+        # After a training with --no-cfg, guidance goes against the empty caption. Its encoding (1, S, Dc) is made when
+        # it is first asked for, since the text encoder has to be loaded for it.
+        self.guides_against_empty_caption = False
+        self.empty_caption: Callable[[], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -199,6 +203,14 @@ class MiniGPT5(nn.Module):
         The last voken's own state is not used."""
         offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
         return hidden[sequences[:, None], starts[:, None] + offsets].float()
+
+    def guided(self, features: Tensor, empty_caption: bool | None = None) -> Tensor:
+        """Voken features (M, N, D) -> conditioning (2 M, S, Dc) for classifier-free guidance: the unconditional one for
+        each picture, then that of the features. The unconditional one is the mapper's output for zeros or, with
+        `empty_caption`, Stable Diffusion's own. None: as the checkpoint was trained."""
+        if self.guides_against_empty_caption if empty_caption is None else empty_caption:
+            return torch.cat([self.empty_caption().expand(len(features), -1, -1), self.mapper(features)])
+        return self.mapper(torch.cat([torch.zeros_like(features), features]))
 
     # ---- 3.3: the losses
 

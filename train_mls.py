@@ -126,6 +126,8 @@ def main() -> None:
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": lora}))
     trains_mapper = not (args.no_ldm or args.freeze_mapper)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
+    if trains_mapper:  # else what guidance goes against stays stage 1's
+        model.guides_against_empty_caption = args.no_cfg
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
     trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}

@@ -14,7 +14,8 @@ A checkpoint is a safetensors file of `MiniGPT5.trained_parameters` and its meta
     model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
     prefix_encoder.*                             its prefix
     model.embed_tokens.weight, lm_head.weight    Vicuna's tables, where a released checkpoint has others than Vicuna
-    metadata                                     stage, vokens; lora_alpha; "system": how its prompts begin
+    metadata                                     stage, vokens; lora_alpha; "system": how its prompts begin;
+                                                 "guidance": "empty caption", of a training with --no-cfg
 
 A file that does not hold all of what the model trains is laid over uas.safetensors in the same folder: what it does not
 hold is taken from there. Every number that sizes the model to be built is checked before it is used.
@@ -295,6 +296,8 @@ def save_trained(model: MiniGPT5, path: Path, stage: str) -> None:
     metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(model.tokenizer.voken_ids))}
     if model.lora:
         metadata["lora_alpha"] = str(model.lora[0].scale * model.lora[0].lora_A.out_features)
+    if model.guides_against_empty_caption:
+        metadata["guidance"] = "empty caption"
     save_safetensors(model.trained_parameters() | model.tables, path, metadata)
 
 
