@@ -194,7 +194,7 @@ def say(
         own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
         chances = torch.stack(own, 1).to(device)
     said = torch.zeros(len(prompts), len(tokenizer), dtype=torch.bool, device=device)
-    said[:, tokenizer.bos_id] = True
+    said[:, tokenizer.bos_id] = tokenizer.bos_id != tokenizer.eos_id  # a penalty on </s> would lengthen the answers
 
     ids, mask = pad_right(prompts, tokenizer.eos_id, device)
     batch = torch.arange(len(prompts), device=device)

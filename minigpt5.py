@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llama import History, Llama, Vokens
 from lora import Prefix, add_lora
 from mapper import VokenMapper
+from prompts import System
 from qformer import ImageEncoder
 from scheduler import NoiseSchedule
 from text_encoder import TextEncoder
@@ -143,9 +144,11 @@ class MiniGPT5(nn.Module):
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
-        # What a released checkpoint brings beside these: Vicuna's tables as they were then, and its system line.
+        # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
+        # the special token that they begin with.
         self.tables: dict[str, Tensor] = {}
-        self.system: str | None = None
+        self.system: System | None = None
+        self.first_token: str | None = None
         # After a training with --no-cfg, guidance goes against the empty caption. Its encoding (1, S, Dc) is made when
         # it is first asked for, since the text encoder has to be loaded for it.
         self.guides_against_empty_caption = False

@@ -19,7 +19,8 @@ import published.__main__ as weights_command
 import sample
 import train_mls
 from miniature.world import write_dialogues, write_stories
-from minigpt5 import MiniGPT5
+from minigpt5 import MiniGPT5, collate
+from prompts import Turn
 from published.loading import WeightsError, checkpoint_folders, load_trained, save_trained
 from published.parts import load_minigpt5
 from trainer import run as trainer_run
@@ -381,7 +382,7 @@ def test_chat_forgets_what_leaves_no_room(monkeypatch, weights, tmp_path):
 
 
 def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, weights, uas, tmp_path):
-    """By metadata, as `weights.py convert` writes it; others have our own sentence."""
+    """By metadata, as `published convert` writes it; others have our own sentence."""
     tensors, heard = load_file(checkpoint_folders(uas)[0] / "trained.safetensors"), []
     metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
     save_file(tensors, tmp_path / "ours.safetensors", metadata)
@@ -406,6 +407,40 @@ def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, wei
         ask(monkeypatch, weights, tmp_path / "out", *options)
         for prompt, sentence in zip(heard[-2:], sentences, strict=True):
             assert prompt.startswith(f"{sentence}###Human:")
+
+
+def test_form_of_the_released_chats(monkeypatch, weights, uas, tmp_path):
+    """As the loader of March 2024 words a history: parts joined by single spaces, no line break, <s> first."""
+    opening = "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I "
+    opening += "provide it to you. Please generate conversations with appropriate images."
+    turns = [Turn("hi"), Turn("hello", (0,)), Turn("and now?")]
+    parts = [opening, "###Human: hi", "###Assistant: hello", "<Img><ImageHere></Img>", "###Human: and now?"]
+    parts += ["###Assistant:"]
+    metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
+    tensors = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
+    save_file(tensors, tmp_path / "chat.safetensors", metadata | prompts.RELEASED_FORMS["mmdialog-2024"])
+    model = load_minigpt5(weights, tmp_path / "chat.safetensors")
+    assert prompts.dialog_source(turns, 3, model.system) == " ".join(parts)
+    assert generation.prompt_ids(model, "a boat")[0] == 1
+
+    save_file(tensors, tmp_path / "old.safetensors", metadata | prompts.RELEASED_FORMS["cc3m-2023"])
+    model = load_minigpt5(weights, tmp_path / "old.safetensors")
+    batch = collate(model.tokenizer, [("a boat", "[IMG0] ###")], 1)
+    assert generation.prompt_ids(model, "a boat")[0] == batch.ids[0, 0] == model.tokenizer.eos_id == 2
+    saved = tmp_path / "again.safetensors"
+    save_trained(model, saved, "uas")  # what goes on from there has it, too
+    assert load_minigpt5(weights, saved).tokenizer.bos_id == 2
+    logits, picked = torch.zeros(1, len(model.tokenizer)), []
+    logits[0, 2] = 1.0  # says </s> at once: the first token is no word of the answer
+    monkeypatch.setattr(type(model.vokens), "logits", lambda *_: logits)
+    monkeypatch.setattr(
+        generation, "pick_tokens", lambda _, said, *rest: picked.append(said.clone()) or logits.argmax(-1)
+    )
+    generation.say(model, [generation.prompt_ids(model, "a boat")], None, generation.Sampling(), [torch.Generator()])
+    assert not picked[0].any()
+    save_file(tensors, tmp_path / "bad.safetensors", metadata | {"first_token": "<b>"})
+    with pytest.raises(ValueError, match="first_token '<b>' is no special token"):
+        load_minigpt5(weights, tmp_path / "bad.safetensors")
 
 
 def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):
