@@ -21,7 +21,10 @@ from generation import Sampling
 from miniature import exam, world
 from miniature.facts import Picture
 from miniature.words import facts_in
+from prompts import Turn
 from published.loading import open_safetensors
+from tars.precomputed import NOTHING
+from trainer import compiled
 
 QUICK = ("--steps", 1, "--sampler", "dpm", "--device", "cpu")
 
@@ -103,6 +106,22 @@ def test_resumes_and_changes_the_pictures(monkeypatch, weights, tars, tmp_path):
     call(monkeypatch, stable_diffusion, *drawn, "--answers", tmp_path / "b", "--checkpoint", tmp_path / "one")
     before, after = pictures(tmp_path / "a", keys), pictures(tmp_path / "b", keys)
     assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_trains_the_published_weights_unrounded(monkeypatch, weights, tars, tmp_path):
+    """The UNet trains from its float32 weights where the frozen parts are in bfloat16, and is computed twice where
+    memory is short. A step with several pictures trains its first."""
+    recomputed, function = [], compiled.checkpoint
+    monkeypatch.setattr(compiled, "checkpoint", lambda *given, **more: recomputed.append(1) or function(*given, **more))
+    options = ("--weights", weights, "--data", tars / "stories.tar", "--batch-size", 2, "--workers", 0, "--lr", 0,
+               "--steps", 1, "--device", "cpu", "--dtype", "bf16", "--out", tmp_path / "run")  # fmt: skip
+    call(monkeypatch, train_sd, *options, "--gradient-checkpointing")
+    trained = load_file(tmp_path / "run" / "step-00000001" / "trained.safetensors")
+    for name, parameter in StableDiffusion(weights).trained_parameters().items():
+        assert torch.equal(trained[name], parameter), name
+    assert recomputed
+    steps = train_sd.StorySteps([str(tars / "stories.tar")], StableDiffusion(weights).tokenizer, None, NOTHING)
+    assert steps.fit("story", [Turn("one", (4,)), Turn("two", (5, 6))], "image", 1) == ("one two", "", (), (5,))
 
 
 def test_overfits_one_step(monkeypatch, weights, tmp_path):
