@@ -176,6 +176,26 @@ def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
     assert "ldm_loss" not in bare[0]
 
 
+def test_words_only(monkeypatch, weights, data, tmp_path, capsys):
+    """The paper's fine-tuned MiniGPT-4: it learns the words of the step that it is asked for, whose picture is neither
+    answered nor read; those before it are read. Nothing of the mapper trains."""
+    batches, losses = noting(monkeypatch, train_mls, "collate"), noting(monkeypatch, MiniGPT5, "losses")
+    options = ("--words-only", "--tasks", "text+image=1", "--no-uas", "--lora-rank", 2)
+    for name in ("stories", "dialogues"):
+        log = train(monkeypatch, weights, data / f"{name}.tar", tmp_path / name, "--steps", 2, *options)
+        assert all("ldm_loss" not in record and record["text_loss"] > 0 for record in log)
+    stories, dialogues = ([pair for (_, pairs, *_), _ in part for pair in pairs] for part in (batches[:2], batches[2:]))
+    assert dialogues and not any("[IMG" in target for _, target in stories + dialogues)
+    assert all(len(target) > 8 and target.endswith(" ###") and target[:-4] not in source for source, target in stories)
+    assert all(inputs["inputs"] is not None for _, inputs in losses[:2])
+    places = sum(source.count("<ImageHere>") for source, _ in stories)
+    assert places == sum(len(inputs["inputs"]) for _, inputs in losses[:2])
+    trained = load_file(checkpoint_folders(tmp_path / "stories")[0] / "trained.safetensors")
+    assert any(tensor.abs().sum() > 0 for name, tensor in trained.items() if "lora_B" in name)
+    training = ("--weights", weights, "--data", data / "stories.tar", "--out", tmp_path / "no", "--words-only")
+    fails(train_mls.main, monkeypatch, capsys, "--words-only leaves nothing of the task image", *training)
+
+
 def test_switches_reach_data_and_losses(monkeypatch, weights, data, tmp_path):
     opened, losses = noting(monkeypatch, train_mls, "StoryData"), noting(monkeypatch, MiniGPT5, "losses")
     noise = noting(monkeypatch, MiniGPT5, "sample_noise")
