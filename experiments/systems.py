@@ -5,9 +5,6 @@
 A system is a script of this repository with its switches. Trainings and answers differ between seeds, the test data do
 not. What the paper trains at full size is here in the miniature's drawn world, which stands in for CC3M (pairs), VIST
 (stories) and MMDialog (dialogues); test data are held out: their kind, colour and scene were never trained together.
-
-GILL and "without L_LDM" are one training here: GILL's mapper learns from L_CAP alone (Koh et al. 2023), and where the
-condition is dropped L_CAP holds it to the empty caption's encoding, which GILL's pictures are guided against.
 """
 
 from dataclasses import dataclass
@@ -39,7 +36,9 @@ SYSTEMS = {
     "lora": System(MLS, "stories", 0.5, (), "uas"),
     "prefix": System(MLS, "stories", 0.5, ("--prefix",), "uas"),
     "no-uas": System(MLS, "stories", 0.5, ("--no-uas",)),
-    "minigpt4": System(MLS, "stories", 0.5, ("--tasks", "text=1", *TEXT_ONLY)),
+    "minigpt4": System(MLS, "stories", 0.5, ("--tasks", "text=1", *TEXT_ONLY)),  # it narrates a picture that is given
+    "teller": System(MLS, "stories", 0.5, ("--tasks", "text+image=1", "--words-only", "--no-uas")),  # the next step
+    "gill": System("baselines/gill.py", "pairs", 1, ("--lr", "1e-3", "--warmup", "50", "--width", "64")),
     "sd": System("baselines/train_sd.py", "stories", 0.5, ("--lr", "1e-4", "--warmup", "50", "--min-snr-gamma", "0")),
     "dialogue": System(MLS, "dialogues", 0.5, (), "uas"),
     "divter": System(MLS, "described", 0.5, TEXT_ONLY),
@@ -70,9 +69,9 @@ FIVE = {"sd0": "zero-shot SD", "sd": "fine-tuned SD", "prefix": "MiniGPT-5 (pref
 
 def scorings() -> dict[str, Scoring]:
     found = {"cc3m/sd0": Scoring("pairs", draw=None)}
-    for system in ("uas", "no-cap", "no-ldm", *(f"vokens-{n}" for n in VOKENS if n != 8)):
+    for system in ("uas", "no-cfg", "no-cap", "no-ldm", *(f"vokens-{n}" for n in VOKENS if n != 8)):
         found[f"cc3m/{system}"] = Scoring("pairs", system)
-    found["cc3m/no-cfg"] = Scoring("pairs", "no-cfg", ("--guidance", "1"))  # it has no unconditional branch
+    found["cc3m/gill"] = Scoring("pairs", draw="gill")
     for guidance in GUIDANCES:
         if guidance != GUIDANCE:
             found[f"guidance/{guidance}"] = Scoring("pairs", "uas", ("--guidance", str(guidance)))
@@ -87,8 +86,8 @@ def scorings() -> dict[str, Scoring]:
     for system in ("minigpt4", "lora", "prefix"):
         found[f"narration/{system}"] = Scoring("stories", system, NARRATE)
     found["continued/lora"] = Scoring("stories", "lora", CONTINUE)
-    found["continued/words"] = Scoring("stories", "minigpt4", CONTINUE)
-    found["continued/two-stage"] = Scoring("stories", None, CONTINUE, "sd", "continued/words")
+    found["continued/words"] = Scoring("stories", "teller", CONTINUE)
+    found["continued/two-stage"] = Scoring("stories", None, CONTINUE, None, "continued/words")
     found["dialogue/minigpt5"] = Scoring("dialogues", "dialogue")
     found["dialogue/words"] = Scoring("described", "divter", ("--metrics", "bleu-1"))
     found["dialogue/divter"] = Scoring("dialogues", None, (), None, "dialogue/words")
@@ -134,7 +133,7 @@ TABLES = {
     "table5": Table("MMDialog: replies", ("IS", "BLEU-1", "BLEU-2", "ROUGE-L", "MM-Relevance", "all right"), {
         "Divter": "dialogue/divter", "MiniGPT-5": "dialogue/minigpt5"}),
     "table6": Table("CC3M: a caption's picture", ("CLIP-I", "CLIP-T", "IS", "FID", "all right"), {
-        "zero-shot SD": "cc3m/sd0", "GILL": "cc3m/no-ldm", "MiniGPT-5": "cc3m/uas", "without CFG": "cc3m/no-cfg",
+        "zero-shot SD": "cc3m/sd0", "GILL": "cc3m/gill", "MiniGPT-5": "cc3m/uas", "without CFG": "cc3m/no-cfg",
         "without L_CAP": "cc3m/no-cap", "without L_LDM": "cc3m/no-ldm"}),
     "figure6": Table("CC3M: guidance", ("CLIP-I", "CLIP-T", "IS", "FID", "all right"), {
         str(g): "cc3m/uas" if g == GUIDANCE else f"guidance/{g}" for g in GUIDANCES}),
@@ -146,7 +145,7 @@ PICTURES = {  # Figure 4 and its like for pairs: title, test data, {row of the g
     "figure4": ("a story's final step after its texts and pictures", "stories",
                 {"MiniGPT-5 (LoRA)": "last-both/lora", "without UAS": "last-both/no-uas", "fine-tuned SD, which reads "
                  "the texts": "last-texts/sd"}),
-    "pairs": ("captions", "pairs", {"zero-shot SD": "cc3m/sd0", "MiniGPT-5": "cc3m/uas", "GILL": "cc3m/no-ldm",
+    "pairs": ("captions", "pairs", {"zero-shot SD": "cc3m/sd0", "MiniGPT-5": "cc3m/uas", "GILL": "cc3m/gill",
                                     "without L_CAP": "cc3m/no-cap", "without CFG": "cc3m/no-cfg"}),
 }  # fmt: skip
 PARTS = (*TABLES, "table4", *PICTURES)
@@ -221,7 +220,7 @@ def train_job(options: Options, name: str, seed: int) -> Job:
     system, steps, run = SYSTEMS[name], options.steps_of(name), options.run(name, seed)
     given = {"weights": options.weights, "data": options.out / "data" / f"{system.data}.tar", "out": run}
     given |= {"steps": steps, "seed": seed, "workers": 0, "sample-every": 0, "device": options.device}
-    given |= {"batch-size": max(1, options.batch_size // (1 if system.script == UAS else 2))}
+    given |= {"batch-size": max(1, options.batch_size // (1 if system.data == "pairs" else 2))}
     given |= {"uas": options.run(system.start, seed)} if system.start else {}
     command = [system.script, *(AS_PAPER if system.script == MLS else ()), *system.switches, "--resume"]
     command += [word for key, value in given.items() for word in (f"--{key}", str(value))]

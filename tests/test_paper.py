@@ -100,9 +100,12 @@ def test_commands():
             if command[0] == MLS:
                 assert given(command, "--lora-rank") == ["8"] and given(command, "--text-weight") == ["0.01"], command
             assert command.count("--guidance") <= 1, command
-    for scoring, guidance in (("cc3m/uas", "3"), ("cc3m/no-cfg", "1"), ("guidance/7.5", "7.5")):
+    for scoring, guidance in (("cc3m/uas", "3"), ("cc3m/no-cfg", "3"), ("guidance/7.5", "7.5")):
         assert given(jobs[f"{scoring}.0"].commands[-1], "--guidance") == [guidance]
     assert given(jobs["minigpt4.0"].commands[0], "--tasks") == ["text=1"]
+    told, drawn = (jobs[f"continued/{name}.0"].commands[0] for name in ("words", "two-stage"))
+    assert given(told, "--checkpoint")[0].endswith("teller.0") and "--checkpoint" not in drawn  # the plain one draws
+    assert given(jobs["cc3m/gill.0"].commands[0], "--checkpoint")[0].endswith("runs/gill.0")
     (duel,) = jobs["table4.1"].commands
     first, second = duel[duel.index("--answers") + 1 :][:2]
     assert first.endswith("continued-lora.1") and second.endswith("continued-two-stage.1")
