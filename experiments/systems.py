@@ -5,9 +5,6 @@
 A system is a script of this repository with its switches. Trainings and answers differ between seeds, the test data do
 not. The data are pairs (the paper: CC3M), stories (VIST) and dialogues (MMDialog): the user's, or those of the drawn
 world, whose test data are held out: their kind, colour and scene were never trained together.
-
-GILL and "without L_LDM" are one training here: GILL's mapper learns from L_CAP alone (Koh et al. 2023), and where the
-condition is dropped L_CAP holds it to the empty caption's encoding, which GILL's pictures are guided against.
 """
 
 from dataclasses import dataclass
@@ -31,7 +28,7 @@ UAS, MLS = "train_uas.py", "train_mls.py"
 # Stage 2 as the paper has it, in the place of the miniature's own settings (config.json of its weights).
 AS_PAPER = ("--lora-rank", "8", "--lora-targets", "q_proj,v_proj", "--adapter-lr", "3e-4", "--text-weight", "0.01",
             "--blind-history", "0")  # fmt: skip
-TEXT_ONLY = ("--no-uas", "--no-ldm")
+TEXT_ONLY = ("--no-uas", "--words-only")
 SYSTEMS = {
     "uas": System(UAS, "pairs"),
     "no-cfg": System(UAS, "pairs", ("--no-cfg",)),
@@ -43,9 +40,10 @@ SYSTEMS = {
     "no-uas": System(MLS, "stories", ("--no-uas",)),
     "minigpt4": System(MLS, "stories", ("--tasks", "text=1", *TEXT_ONLY)),  # it narrates a picture that is given
     "teller": System(MLS, "stories", ("--tasks", "text+image=1", *TEXT_ONLY)),  # it tells the next step
+    "gill": System("baselines/gill.py", "pairs", small=("--lr", "1e-3", "--warmup", "50", "--width", "64")),
     "sd": System("baselines/train_sd.py", "stories", small=("--lr", "1e-4", "--warmup", "50", "--min-snr-gamma", "0")),
     "dialogue": System(MLS, "dialogues", (), "uas"),
-    "divter": System(MLS, "described", TEXT_ONLY),
+    "divter": System(MLS, "described", ("--no-uas", "--no-ldm")),
 }
 
 # ---- what is measured
@@ -75,6 +73,7 @@ def scorings() -> dict[str, Scoring]:
     found = {"cc3m/sd0": Scoring("pairs", draw=None)}
     for system in ("uas", "no-cfg", "no-cap", "no-ldm", *(f"vokens-{n}" for n in VOKENS if n != 8)):
         found[f"cc3m/{system}"] = Scoring("pairs", system)
+    found["cc3m/gill"] = Scoring("pairs", draw="gill")
     for guidance in GUIDANCES:
         found[f"guidance-{guidance}/uas"] = Scoring("pairs", "uas", guidance=guidance)
         found[f"guidance-{guidance}/sd0"] = Scoring("pairs", draw=None, guidance=guidance)
@@ -147,7 +146,7 @@ TABLES = {
                                           "BLEU-2, MMDialog's", "all right"), {
         "Divter": "dialogue/divter", "MiniGPT-5": "dialogue/minigpt5"}),
     "table6": Table("CC3M: a caption's picture", CAPTIONED, {
-        SD0: "cc3m/sd0", "GILL": "cc3m/no-ldm", "MiniGPT-5": "cc3m/uas", "without CFG": "cc3m/no-cfg",
+        SD0: "cc3m/sd0", "GILL": "cc3m/gill", "MiniGPT-5": "cc3m/uas", "without CFG": "cc3m/no-cfg",
         "without L_CAP": "cc3m/no-cap", "without L_LDM": "cc3m/no-ldm"}),
     "figure6": Table("CC3M: guidance", CAPTIONED, {
         f"{label}, {g}": f"guidance-{g}/{system}" for system, label in (("uas", "MiniGPT-5"), ("sd0", SD0))
@@ -163,7 +162,7 @@ PICTURES = {  # Figure 4 and its like for pairs: title, test data, {row of the g
     "figure4": ("a story's final step after its texts and pictures", "stories",
                 {"MiniGPT-5 (LoRA)": "last-both/lora", "without UAS": "last-both/no-uas", "fine-tuned SD, which reads "
                  "the texts": "last-texts/sd"}),
-    "pairs": ("captions", "pairs", {SD0: "cc3m/sd0", "MiniGPT-5": "cc3m/uas", "GILL": "cc3m/no-ldm",
+    "pairs": ("captions", "pairs", {SD0: "cc3m/sd0", "MiniGPT-5": "cc3m/uas", "GILL": "cc3m/gill",
                                     "without L_CAP": "cc3m/no-cap", "without CFG": "cc3m/no-cfg"}),
 }  # fmt: skip
 PARTS = (*TABLES, "table4", "figure3", *PICTURES)

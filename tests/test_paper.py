@@ -150,6 +150,9 @@ def test_commands():
         assert given(jobs[f"{scoring}.0"].commands[0], "--guidance") == [guidance]
     assert given(jobs["minigpt4.0"].commands[0], "--tasks") == ["text=1"]
     assert given(jobs["teller.0"].commands[0], "--tasks") == ["text+image=1"]
+    told, drawn = (jobs[f"continued/{name}.0"].commands[0] for name in ("words", "two-stages"))
+    assert given(told, "--checkpoint")[0].endswith("teller.0") and "--checkpoint" not in drawn  # the plain one draws
+    assert given(jobs["cc3m/gill.0"].commands[0], "--checkpoint")[0].endswith("runs/gill.0")
     for name in DUELS:
         (duel,) = jobs[f"table4/{name}.1"].commands
         first, second = duel[duel.index("--answers") + 1 :][:2]
