@@ -49,6 +49,7 @@ class Sampling:
     sampler: str = "pndm"
     steps: int = 50
     guidance: float = 7.5  # 1: no guidance
+    empty_caption: bool | None = None  # goes against its encoding, not against zeros; None: as the model was trained
     compile: bool = False  # torch.compile the token step, the UNet and the decoder
 
     def __post_init__(self):
@@ -68,7 +69,9 @@ def add_picture_options(parser: argparse.ArgumentParser, against: str) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser, words_first: bool = False) -> None:
     """`words_first`: with the option of that name."""
     add = parser.add_argument
-    add_picture_options(parser, against="the zero-voken condition")
+    add_picture_options(parser, against="vokens of zeros or, after --no-cfg, the empty caption")
+    about = "guidance against the empty caption, not against zeros; default: as the checkpoint was trained"
+    add("--empty-caption", action=argparse.BooleanOptionalAction, help=about)
     add("--temperature", type=float, default=Sampling.temperature, help="of the words; 0: always the likeliest")
     add("--top-p", type=float, default=Sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
     add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help="on words said before; 1: off")
@@ -191,7 +194,7 @@ def say(
         own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
         chances = torch.stack(own, 1).to(device)
     said = torch.zeros(len(prompts), tokenizer.vocabulary, dtype=torch.bool, device=device)
-    said[:, tokenizer.bos_id] = True
+    said[:, tokenizer.bos_id] = tokenizer.bos_id != tokenizer.eos_id  # a penalty on </s> would lengthen the answers
 
     ids, mask = pad_right(prompts, tokenizer.eos_id, device)
     batch = torch.arange(len(prompts), device=device)
@@ -241,15 +244,12 @@ def say(
 
 @torch.inference_mode()
 def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor, watch: Watch | None = None) -> Tensor:
-    """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1].
-
-    The unconditional branch of classifier-free guidance has zeros in the place of the features.
-    """
-    unet, decode, zeros = model.unet, model.vae.decode, torch.zeros_like(features)
+    """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1]."""
+    unet, decode = model.unet, model.vae.decode
     if sampling.compile:
         unet, decode = compiled(unet, replayed=True), compiled(decode)
     guided = sampling.guidance != 1
-    conditioning = model.mapper(torch.cat([zeros, features]) if guided else features)  # (2 M or M, S, Dc)
+    conditioning = model.guided(features, sampling.empty_caption) if guided else model.mapper(features)
     latents = latents.to(conditioning.device)
     return decode(denoise(unet, model.schedule, latents, conditioning, sampling, watch)).float()
 

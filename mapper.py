@@ -24,6 +24,8 @@ LAYERS = 4  # in the encoder and in the decoder
 class Attention(nn.Module):
     """Multi-head attention with torch.nn.MultiheadAttention's parameters: one matrix for query, key and value."""
 
+    heads = HEADS
+
     def __init__(self, width: int):
         super().__init__()
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
@@ -39,7 +41,7 @@ class Attention(nn.Module):
         else:
             q = F.linear(x, weight[:D], bias[:D])
             k, v = F.linear(memory, weight[D:], bias[D:]).chunk(2, dim=-1)
-        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
         y = F.scaled_dot_product_attention(q.expand(len(k), -1, -1, -1), k, v)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, D)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from llama import History, Llama, Vokens
 from lora import Prefix, add_lora
 from mapper import VokenMapper
+from prompts import System
 from qformer import ImageEncoder
 from scheduler import NoiseSchedule
 from text_encoder import TextEncoder
@@ -143,9 +144,15 @@ class MiniGPT5(nn.Module):
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
-        # What a released checkpoint brings beside these: Vicuna's tables as they were then, and its system line.
+        # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
+        # the special token that they begin with.
         self.tables: dict[str, Tensor] = {}
-        self.system: str | None = None
+        self.system: System | None = None
+        self.first_token: str | None = None
+        # After a training with --no-cfg, guidance goes against the empty caption. Its encoding (1, S, Dc) is made when
+        # it is first asked for, since the text encoder has to be loaded for it.
+        self.guides_against_empty_caption = False
+        self.empty_caption: Callable[[], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -194,6 +201,14 @@ class MiniGPT5(nn.Module):
         The last voken's own state is not used."""
         offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
         return hidden[sequences[:, None], starts[:, None] + offsets].float()
+
+    def guided(self, features: Tensor, empty_caption: bool | None = None) -> Tensor:
+        """Voken features (M, N, D) -> conditioning (2 M, S, Dc) for classifier-free guidance: the unconditional one for
+        each picture, then that of the features. The unconditional one is the mapper's output for zeros or, with
+        `empty_caption`, Stable Diffusion's own. None: as the checkpoint was trained."""
+        if self.guides_against_empty_caption if empty_caption is None else empty_caption:
+            return torch.cat([self.empty_caption().expand(len(features), -1, -1), self.mapper(features)])
+        return self.mapper(torch.cat([torch.zeros_like(features), features]))
 
     # ---- 3.3: the losses
 

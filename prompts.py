@@ -47,10 +47,28 @@ MLS_SYSTEM = (
 )
 STORY_SYSTEM = MLS_SYSTEM + "Please look at the images and tell the story."
 DIALOG_SYSTEM = MLS_SYSTEM + "Please talk with me and show images where they fit."
-WORDS_FIRST_SYSTEM = "Put every picture into words first."
-RELEASED_SYSTEMS = {  # how every prompt began that the released stage 2 checkpoint of that name was trained on
-    "stage2_vist": MLS_SYSTEM + "Please understanding images and generate story.",
-    "stage2_mmdialog": MLS_SYSTEM + "Please generate conversation with appropriate image.",
+
+
+class System(NamedTuple):
+    """The sentences that open every prompt, and what ends each turn of a dialogue."""
+
+    text: str
+    separator: str = "\n"
+
+
+WORDS_FIRST_SYSTEM = System("Put every picture into words first.")
+
+# How the released code worded the prompts of a training, by its data and year, as a checkpoint's metadata say it. The
+# tokenizer began every sequence with </s> until March 2024, when the dialogues' form changed, too.
+OLD_VIST = {"system": MLS_SYSTEM + "Please understanding images and generate story.", "first_token": "</s>"}
+OLD_CHAT = {"system": MLS_SYSTEM + "Please generate conversation with appropriate image.", "first_token": "</s>"}
+NEW_CHAT = {"system": MLS_SYSTEM + "Please generate conversations with appropriate images. ", "separator": " "}
+RELEASED_FORMS = {
+    "cc3m-2023": {"first_token": "</s>"},
+    "vist-2023": OLD_VIST,
+    "vist-2024": OLD_VIST | {"first_token": "<s>"},
+    "mmdialog-2023": OLD_CHAT | {"separator": "\n"},
+    "mmdialog-2024": NEW_CHAT | {"first_token": "<s>"},
 }
 STORY_REQUESTS = {  # {}: the step's text, or its picture
     "image": ("Generate an image with the scene description: {}", "Draw the scene that is described here: {}"),
@@ -171,18 +189,19 @@ def pictures_of(turns: list[Turn]) -> tuple:
     return tuple(picture for turn in turns for picture in turn.pictures)
 
 
-def story_source(before: list[Turn], request: str, system: str | None = None) -> str:
+def story_source(before: list[Turn], request: str, system: System | None = None) -> str:
     """The steps of a story so far and a request, which may hold picture marks of its own. `system` replaces
     STORY_SYSTEM for a checkpoint that was trained with other sentences (`MiniGPT5.system`).
 
     A space stands between two texts that no picture separates: together they could make a special token.
     """
     story = "".join(turn.text + (PICTURE_MARK * len(turn.pictures) or " ") for turn in before).rstrip(" ")
-    return f"{system or STORY_SYSTEM}###Human:{story}" + ("\n" if story else "") + f" {request} ###Assistant:"
+    opening = system.text if system else STORY_SYSTEM
+    return f"{opening}###Human:{story}" + ("\n" if story else "") + f" {request} ###Assistant:"
 
 
 def story_example(
-    before: list[Turn], turn: Turn, task: str, phrase: int, vokens: str, system: str | None = None
+    before: list[Turn], turn: Turn, task: str, phrase: int, vokens: str, system: System | None = None
 ) -> Example:
     """The step `turn` of a story after the steps before it, for `task`, in one of the phrasings of its request."""
     requests, content = STORY_REQUESTS[task], PICTURE_MARK if task == "text" else turn.text
@@ -194,14 +213,16 @@ def story_example(
     return Example(source, with_pictures(answer, vokens) + END, inputs, turn.pictures)
 
 
-def dialog_source(before: list[Turn], k: int, system: str | None = None) -> str:
+def dialog_source(before: list[Turn], k: int, system: System | None = None) -> str:
     """The turns before turn k and the mark of who speaks next: even turns are the human's, odd ones the assistant's."""
-    first = k - len(before)
-    turns = [f"{SPEAKERS[i % 2]} {with_pictures(turn, PICTURE_MARK)}\n" for i, turn in enumerate(before, first)]
-    return (system or DIALOG_SYSTEM) + "".join(turns) + SPEAKERS[k % 2]
+    first, (opening, separator) = k - len(before), system or System(DIALOG_SYSTEM)
+    turns = [
+        f"{SPEAKERS[i % 2]} {with_pictures(turn, PICTURE_MARK)}{separator}" for i, turn in enumerate(before, first)
+    ]
+    return opening + "".join(turns) + SPEAKERS[k % 2]
 
 
-def dialog_example(before: list[Turn], turn: Turn, k: int, vokens: str, system: str | None = None) -> Example:
+def dialog_example(before: list[Turn], turn: Turn, k: int, vokens: str, system: System | None = None) -> Example:
     """Turn k of a dialogue as the answer to the turns before it."""
     return Example(
         dialog_source(before, k, system), with_pictures(turn, vokens) + END, pictures_of(before), turn.pictures

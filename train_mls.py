@@ -81,6 +81,8 @@ def arguments() -> argparse.Namespace:
         help=f"share of each task among a story's steps, of {', '.join(TASKS)}; default: equal shares")  # fmt: skip
     add("--blind-history", type=float, default=0.0, metavar="SHARE",
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
+    add("--words-only", action="store_true",
+        help="train on the words of the answers without their pictures: the paper's fine-tuned MiniGPT-4")  # fmt: skip
     add("--text-weight", type=float, default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
     add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
     add("--lr", type=float, default=2e-5, help="learning rate of the voken rows and the mapper")
@@ -97,6 +99,8 @@ def arguments() -> argparse.Namespace:
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")
     checked_weights(args.tasks)  # before any data are drawn
+    if args.words_only and args.tasks.get("image"):
+        parser.error("--words-only leaves nothing of the task image: give --tasks text=1,text+image=1, or one of them")
     return args
 
 
@@ -124,8 +128,10 @@ def main() -> None:
         model.vae.encoder, model.queries = None, precomputed.shapes["queries"][0]
     lora = {"targets": args.lora_targets, "rank": args.lora_rank, "alpha": 2 * args.lora_rank}
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": lora}))
-    trains_mapper = not (args.no_ldm or args.freeze_mapper)  # without L_LDM no loss reaches it
+    trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
+    if trains_mapper:  # else what guidance goes against stays stage 1's
+        model.guides_against_empty_caption = args.no_cfg
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
     trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}
@@ -152,6 +158,7 @@ def main() -> None:
         weights=args.tasks,
         precomputed=precomputed,
         blind=args.blind_history,
+        words_only=args.words_only,
     )
     with run.world.rank_0_first():  # it writes the tars' indices for the other ranks
         batches = Batches(open_stories(tars), **run.data_options)

@@ -80,6 +80,7 @@ def main() -> None:
     parts = {"read_pictures": False, "read_captions": encodes_captions}
     init = given_checkpoint(args.init) if args.init else None
     model = load_minigpt5(args.weights, init, args.vokens, DTYPES[args.dtype], run.device, **parts)
+    model.guides_against_empty_caption = args.no_cfg  # zeros are not learned then
     if pictures == "moments":
         model.vae.encoder = None
     if args.start_as and not init:

@@ -1,18 +1,22 @@
 """Divter, MMDialog's baseline: a dialogue model describes a picture in words, a text-to-image model draws it.
 
     python baselines/divter.py dialogues.tar --out described.tar              # pictures as words: "picture: a red boat"
+    python baselines/divter.py mmdialog-train.tar --captions captions.csv --out described.tar       # of real pictures
     python train_mls.py --data described.tar --no-uas --no-ldm --out runs/divter
     python -m evaluation --data described-test.tar --checkpoint runs/divter --out divter.json       # what it says
     python baselines/stable_diffusion.py --data dialogues-test.tar --words divter-answers --answers drawn
     python -m evaluation --data dialogues-test.tar --answers drawn --out drawn.json                 # with the pictures
 
-In Divter (Sun et al. 2022) a captioner describes the pictures of the training dialogues. In the drawn world the facts
-of each are known, and a caption of them takes its place; a picture without known facts is an error.
+In Divter (Sun et al. 2022) a captioner describes the pictures of the training dialogues. Its captions come in a file: a
+.csv whose first line names the columns "file" and "caption", or a .jsonl of objects with these names, a line for each
+picture of the tar (KEY.1.jpg). In the drawn world the facts of each picture are known; without a file, a caption of
+them is used. A picture with neither is an error.
 
     {"text": "here it is", "image": "KEY.1.png"}  ->  {"text": "here it is picture: a red boat at sea", "image": null}
 """
 
 import argparse
+import csv
 import json
 import sys
 import zlib
@@ -40,21 +44,40 @@ def split_description(said: str) -> tuple[str, str | None]:
     return words.strip(), (description.partition(MARK)[0].strip() or None) if mark else None
 
 
-def in_words(turns: list[dict], key: str) -> list[dict]:
-    """Turns of a dialogue's JSON with the captions of their pictures. ValueError for a picture of unknown facts."""
+def read_captions(path: Path) -> dict[str, str]:
+    """Name of a picture -> its caption. ValueError where a line has not both."""
+    found = {}
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        lines = csv.DictReader(file) if path.suffix == ".csv" else filter(str.strip, file)
+        for number, line in enumerate(lines, 1 + (path.suffix == ".csv")):
+            try:
+                row = json.loads(line) if isinstance(line, str) else line
+                name, text = row["file"].strip(), " ".join(row["caption"].split())
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise ValueError(f"{path}: line {number} does not give a file and its caption") from None
+            if text:
+                found[name] = text
+    return found
+
+
+def in_words(turns: list[dict], key: str, captions: dict[str, str] | None = None) -> list[dict]:
+    """Turns of a dialogue's JSON with the captions of their pictures, or, without `captions`, with the facts of drawn
+    ones in words. The mark in anybody's text is taken apart. ValueError for a picture that nothing is known of."""
     rng, told = random_stream(0, zlib.crc32(key.encode()), DESCRIBED), []
     for turn in turns:
-        text = turn["text"]
-        if turn.get("image"):
+        said, names = [turn["text"].replace(MARK, "picture :")], turn.get("image") or []
+        for name in [names] if isinstance(names, str) else names:
             try:
-                text = f"{text} {MARK} {caption(Picture.from_label(turn.get('label')), rng)}"
+                text = captions[name] if captions is not None else caption(Picture.from_label(turn.get("label")), rng)
             except (TypeError, LookupError):
-                raise ValueError(f"{key}: a picture without a label of the drawn world") from None
-        told.append({"text": text.strip(), "image": None})
+                lacks = "a label of the drawn world: give --captions" if captions is None else "a caption"
+                raise ValueError(f"{key}: {name} is a picture without {lacks}") from None
+            said += [MARK, text.replace(MARK, "picture :")]
+        told.append({"text": " ".join(said).strip(), "image": None})
     return told
 
 
-def members(tar: str) -> Iterator[tuple[str, bytes]]:
+def members(tar: str, captions: dict[str, str] | None) -> Iterator[tuple[str, bytes]]:
     index = read_index(tar)
     for row in range(len(index.table)):
         key, content = index.key(row), read_member(tar, index.table[row], Member.JSON)
@@ -64,15 +87,20 @@ def members(tar: str) -> Iterator[tuple[str, bytes]]:
             raise ValueError(f"{tar}: {key}: {error}") from None
         if kind != "dialog":
             raise ValueError(f"{tar}: {key} is no dialogue")
-        yield f"{key}.json", as_json({"kind": "dialog", "turns": in_words(json.loads(content)["turns"], key)})
+        turns = in_words(json.loads(content)["turns"], key, captions)
+        yield f"{key}.json", as_json({"kind": "dialog", "turns": turns})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tar", help="dialogues of the drawn world, as `miniature/world.py dialogues` writes them")
+    parser.add_argument(
+        "tar", help="dialogues, as `python -m tars mmdialog` or `miniature/world.py dialogues` writes them"
+    )
+    parser.add_argument("--captions", type=Path, metavar="FILE", help=".csv or .jsonl with the file and the caption of "
+                        "every picture; default: the pictures are drawn ones, whose facts are known")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="tar to write")
     args = parser.parse_args()
-    write_tar(args.out, members(args.tar))
+    write_tar(args.out, members(args.tar, read_captions(args.captions) if args.captions else None))
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 

@@ -4,8 +4,11 @@
     python baselines/train_sd.py --data stories.tar --out runs/sd
     python baselines/stable_diffusion.py --data stories-test.tar --last --context texts --checkpoint runs/sd \\
         --answers sd-stories                                                                          # fine-tuned
-    python baselines/stable_diffusion.py --data stories-test.tar --task text+image --words narrated \\
-        --answers two-stages                               # draws what another system's answers say: two stages
+    python train_mls.py --data stories.tar --no-uas --words-only --tasks text+image=1 --out runs/teller
+    python -m evaluation --data stories-test.tar --task text+image --last --checkpoint runs/teller \\
+        --answers told --out told.json                     # two stages: MiniGPT-4, fine-tuned for this step, tells it,
+    python baselines/stable_diffusion.py --data stories-test.tar --task text+image --last --words told \\
+        --answers two-stages                               # Stable Diffusion draws what it told; --checkpoint as above
     python -m evaluation --data held-out.tar --answers sd-pairs --out sd-pairs.json
 
 What is drawn of a case (evaluation/cases.py):
@@ -14,7 +17,8 @@ What is drawn of a case (evaluation/cases.py):
     with --words      the words that the other system answered, which stay the answer's words; in a dialogue only the
                       description after "picture:" (divter.py), and no picture where there is none
 
-Pictures of the story so far cannot be told to it: --context has "none" and "texts" only.
+Pictures of the story so far cannot be told to it: --context has "none" and "texts" only. A checkpoint of gill.py reads
+the text in the text encoder's place.
 
     captions -> encoding (B, S, Dc), noise (B, C, h, w) -> latents (B, C, h, w) -> pixels (B, 3, H, W)
 """
@@ -32,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.divter import split_description
+from baselines.gill import is_gill, load_gill
 from common.files import fingerprint, read_json
 from common.images import to_image
 from evaluation.cases import (
@@ -55,19 +60,28 @@ from published.parts import frozen_dtypes, load_schedule, load_text_encoder, loa
 
 
 class StableDiffusion(nn.Module):
-    """The published parts in the folder `weights`. A checkpoint of train_sd.py replaces the UNet's weights."""
+    """The published parts in the folder `weights`. A checkpoint of train_sd.py replaces the UNet's weights, one of
+    gill.py the function `read`, which makes the conditioning (B, S, Dc) of texts."""
 
     sample_noise, sample_latents, ldm_loss = MiniGPT5.sample_noise, MiniGPT5.sample_latents, MiniGPT5.ldm_loss
     encode_pictures = MiniGPT5.encode_pictures
 
-    def __init__(self, weights: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        weights: Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        unet_dtype: torch.dtype | None = None,
+    ):
+        """dtype: of the frozen parts; unet_dtype: of the UNet, where it trains and should have another one."""
         super().__init__()
         folder, (reading, painting) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
         self.tokenizer = ClipTokenizer(folder / "tokenizer")
         self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
-        self.unet = load_unet(folder / "unet", painting, device)
+        self.unet = load_unet(folder / "unet", unet_dtype or painting, device)
         self.vae = load_vae(folder / "vae", painting, device)
         self.schedule = load_schedule(folder / "scheduler", device)
+        self.read = self.encode
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +95,7 @@ class StableDiffusion(nn.Module):
     @torch.inference_mode()
     def paint(self, texts: list[str], latents: Tensor, sampling: Sampling) -> Tensor:
         """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
-        conditioning = self.encode([""] * len(texts) + texts)
+        conditioning = torch.cat([self.encode([""] * len(texts)).float(), self.read(texts).float()])
         latents = denoise(self.unet, self.schedule, latents.to(self.device), conditioning, sampling)
         return self.vae.decode(latents).float()
 
@@ -141,7 +155,7 @@ def arguments() -> argparse.Namespace:
     add_weights_option(parser)
     add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
-    add("--checkpoint", type=Path, help="a run of train_sd.py; default: the UNet as published")
+    add("--checkpoint", type=Path, help="a run of train_sd.py or of gill.py; default: as published")
     add_picture_options(parser, against="the empty text")
     return read_arguments(parser)
 
@@ -158,7 +172,9 @@ def main() -> None:
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
     found = given_checkpoint(args.checkpoint) if args.checkpoint else None
-    if found:
+    if found and is_gill(found):
+        model.read = load_gill(args.weights, found, DTYPES[args.dtype], device).encode
+    elif found:
         model.load_trained(found)
     made = {"task": cases[0].task, "context": context_of(args, cases[0]), "data": data}
     made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}

@@ -2,12 +2,15 @@
 
     python baselines/train_sd.py --data stories.tar --out runs/sd                 # pictures, or precomputed features
     python baselines/train_sd.py --data stories.tar --out runs/sd --resume
+    torchrun --nproc-per-node 4 baselines/train_sd.py --weights weights --data vist-train.tar --out runs/sd \\
+        --batch-size 2 --accumulate 4 --gradient-checkpointing         # the paper's 32 samples a step, on four GPUs
     python baselines/stable_diffusion.py --data stories-test.tar --last --checkpoint runs/sd --answers sd-stories
 
 The condition is the frozen text encoder's encoding of the step's text after those of earlier steps, as many as there is
 room for (`stable_diffusion.told`). In half of the samples it is that of the step's text alone, so that one UNet serves
 both settings; one condition in ten is the empty text. The loss is L_LDM (Eq. 3, weighted by min-SNR as in stage 1,
-unless --min-snr-gamma is 0), and the whole UNet is trained. Options, folder, log and checkpoints are those of
+unless --min-snr-gamma is 0). The whole UNet is trained, in float32 whatever --dtype says: its weights, gradients and
+moments take 16 bytes a parameter, 14 GB at the published size. Options, folder, log and checkpoints are those of
 train_uas.py and train_mls.py.
 """
 
@@ -34,6 +37,7 @@ from tars.batches import Batches
 from tars.index import Unusable, expand
 from tars.precomputed import Precomputed, find_precomputed
 from tars.stories import StoryData
+from trainer.compiled import checkpoint_gradients
 from trainer.noise import Place, sample_noise
 from trainer.options import read_run_options
 from trainer.run import Run
@@ -54,7 +58,7 @@ class StorySteps(StoryData):
         if kind != "story" or not all(step.text and step.pictures for step in turns):
             raise Unusable("step without text or picture" if kind == "story" else "no story")
         texts = [step.text for step in turns]
-        return Example(told(texts if phrase % 2 else texts[-1:], self.clip_tokenizer), "", (), turns[-1].pictures)
+        return Example(told(texts if phrase % 2 else texts[-1:], self.clip_tokenizer), "", (), turns[-1].pictures[:1])
 
 
 def arguments() -> argparse.Namespace:
@@ -63,7 +67,7 @@ def arguments() -> argparse.Namespace:
     add("--data", nargs="+", help="interleaved tars of stories; default: drawn stories")
     add("--lr", type=float, default=1e-5, help="learning rate of the UNet")
     args = read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32)
-    for name in ("no_ldm", "compile", "gradient_checkpointing", "val"):
+    for name in ("no_ldm", "compile", "val"):
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} is not for this baseline")
     args.compile = False
@@ -73,9 +77,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     run = Run(args, "sd", StableDiffusion.save_trained, StableDiffusion.load_trained)
-    model = StableDiffusion(args.weights, DTYPES[args.dtype], run.device)
+    model = StableDiffusion(args.weights, DTYPES[args.dtype], run.device, torch.float32)
     # The gradients' buffer holds them in the usual order of memory, so the UNet's weights must be in no other one.
-    model.unet.to(torch.float32, memory_format=torch.contiguous_format).requires_grad_(True)
+    model.unet.to(memory_format=torch.contiguous_format).requires_grad_(True)
+    if args.gradient_checkpointing:
+        checkpoint_gradients(model)
     trained = list(model.unet.parameters())
     print(f"trained: {sum(p.numel() for p in trained):,} parameters, the whole UNet")
     optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01, torch's default

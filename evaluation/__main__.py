@@ -5,19 +5,24 @@
         --out texts.json --weights weights --inception pt_inception.pth --clip clip-vit-large-patch14
     python -m evaluation --data vist-val.tar --task image --last --answers their-answers --out theirs.json
 
+    python -m evaluation wins A/ B/ C/ --out wins.json        # whose pictures are preferred; study, tally: by people
+
 `--checkpoint` asks the model for the answers that `--answers` (default: a folder beside OUT) does not hold yet, so a
 stopped run goes on. With --answers alone they are only read. OUT gets all figures as JSON, a table is beside it (.md).
 
     metric                        of pictures that are wanted      a picture that did not come counts as
-    fid, is                       Inception's features             a grey picture
+    fid, fid-story, is            Inception's features             a grey picture
     clip-i, clip-t, hps           cosine with picture, with text   0
     judge-distance, judge-score   the miniature judge's features   a grey picture
+    judge-distance-story          the same, mean over stories      a grey picture
     image-image, image-text       as CLIP's, by the miniature's    0
     attributes                    facts that the judge sees        wrong in everything
 
     metric                        of words that are wanted         an answer without words counts as
     bleu-1, bleu-2                n-grams of all answers           too short
     rouge-l, meteor, s-bert       means over answers               0
+    rouge-l-released              as the released code's package   0
+    bleu-1-mmdialog, and -2-      means over replies of dialogues  0
     true                          answers without a wrong fact     wrong
     mm-relevance                  words and pictures of dialogues  parts not said, in both definitions
     relevance                     the released code's definition, by the miniature's pairing
@@ -28,6 +33,7 @@ code reports. A metric that cannot be computed is named with the reason.
 
 import argparse
 import gc
+import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +59,8 @@ from evaluation.cases import (
 )
 from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
+from evaluation.study import study, tally
+from evaluation.wins import wins
 from generation import add_sampling_options, sampling_of
 from prompts import TASKS
 from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
@@ -62,6 +70,7 @@ from tars.index import Unusable
 
 TOGETHER = 16  # cases whose pictures the networks see at a time
 LARGEST = 512  # pixels of a true picture's side, as released
+COMPARISONS = {"study": study, "tally": tally, "wins": wins}  # of several systems' answers, with options of their own
 
 
 # ---- cases into outcomes
@@ -135,6 +144,8 @@ def arguments() -> argparse.Namespace:
         "stage 2's for stories and dialogues where it is there, else stage 1's")  # fmt: skip
     add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: OUT without ending, -answers")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
+    add("--splits", type=int, metavar="N", help="parts of the Inception Score, released: 10; default: 10 or, of fewer "
+        "than 1,000 pictures, 1")  # fmt: skip
     for name, about in (
         ("inception", "FID's Inception, as torch-fidelity has it"),
         ("clip", "folder of a CLIP in the Hugging Face layout"),
@@ -149,6 +160,8 @@ def arguments() -> argparse.Namespace:
     args = parse(parser, "evaluate")
     if not args.out or args.out.suffix != ".json":
         parser.error("--out is needed, with the ending .json")
+    if args.splits is not None and args.splits < 1:
+        parser.error("--splits is at least 1")
     args.sampling = sampling_of(args)
     for name in ("judge", "pairing"):
         path = args.weights / f"{name}.safetensors"
@@ -160,6 +173,9 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in COMPARISONS:
+        COMPARISONS[sys.argv.pop(1)]()
+        return
     args = arguments()
     device = pick_device(args.device)
     cases, bad, data = given_cases(args)
@@ -181,7 +197,7 @@ def main() -> None:
         except Unavailable as error:
             unavailable[name] = str(error)
     outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)
-    bench = Bench(networks, look(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0])
+    bench = Bench(networks, look(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0], args.splits)
     figures, reasons = measure(args.metrics, bench, unavailable, outcomes)
     counts, whole = count_pictures(outcomes), [outcome for outcome in outcomes if not outcome.missing]
     of_pictures = [name for name in args.metrics if METRICS[name].of == "pictures"] if counts["missing"] else []
@@ -209,7 +225,7 @@ def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, setti
     checkpoint = given_checkpoint(args.checkpoint or shipped_checkpoint(place, names) or place)
     made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "trained": fingerprint([checkpoint])}
     made |= {"seed": args.seed, **asdict(args.sampling)}
-    open_answers(args.answers, settings | made)
+    open_answers(args.answers, settings | made, args.data)
     reads = cases[0].task != "caption"
     model = load_minigpt5(args.weights, checkpoint, dtype=DTYPES[args.dtype], device=device, read_pictures=reads)
     generate(model.eval(), cases, args.answers, args.context, args.sampling, args.seed, args.batch_size)

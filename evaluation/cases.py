@@ -252,10 +252,12 @@ def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
     return kept
 
 
-def open_answers(folder: Path, settings: dict) -> None:
-    """Make the folder for answers that are made with `settings`. ValueError where it holds others."""
+def open_answers(folder: Path, settings: dict, data: list[str] | None = None) -> None:
+    """Make the folder for answers that are made with `settings`, and note where the data are. ValueError where it holds
+    others."""
     check_settings(make_folder(folder), settings)
-    write_json(folder / SETTINGS, settings)
+    tars = {"tars": [str(Path(name).absolute()) for name in data]} if data else {}
+    write_json(folder / SETTINGS, settings | tars)
 
 
 def check_settings(folder: Path, settings: dict) -> None:
@@ -266,6 +268,30 @@ def check_settings(folder: Path, settings: dict) -> None:
         other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there[name] != value]
         if other:
             raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
+
+
+def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
+    """The cases that all folders of answers have answered. data: tars; default: those that a folder names. ValueError
+    for folders that were made for different cases, or have none in common."""
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"{missing[0]}: no such folder of answers")
+    settings = [read_json(folder / SETTINGS) for folder in folders if (folder / SETTINGS).is_file()]
+    told = {name: {str(one[name]) for one in settings if name in one} for name in ("task", "data")}
+    names = ", ".join(map(str, folders))
+    if different := [name for name, values in told.items() if len(values) > 1]:
+        raise ValueError(f"{names}: made for different cases ({', '.join(different)})")
+    tars = data or next((one["tars"] for one in settings if "tars" in one), None)
+    if not tars:
+        raise ValueError(f"{names}: --data is needed, they do not say which tars were asked about")
+    task = next(iter(told["task"]), "text+image")
+    asked = [read_cases(tars, task, last)[0] for last in (False, True)]
+    cases = next((cases for cases in asked if {digest(cases)} >= told["data"]), None)
+    if cases is None:
+        raise ValueError(f"{', '.join(tars)}: not the data that {names} were made for")
+    common = [case for case in cases if all(file_of(folder, case.key, ".json").is_file() for folder in folders)]
+    if not common:
+        raise ValueError(f"{names}: no case that all of them have answered")
+    return common
 
 
 def unanswered(cases: list[Case], folder: Path, batch_size: int) -> Iterator[list[Case]]:

@@ -22,6 +22,7 @@ from evaluation.metrics import (
     relevance_by_modality,
     relevance_in_order,
     rouge_l,
+    rouge_l_released,
     words,
 )
 from evaluation.scorers import Unavailable
@@ -54,6 +55,7 @@ class Outcome:
 class Bench(NamedTuple):
     networks: dict
     blank: dict  # what they see in a grey picture
+    splits: int | None = None  # parts of the Inception Score
 
 
 # ---- metrics of pictures
@@ -65,7 +67,19 @@ def distance(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
 
 
 def score(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
-    return inception_score(torch.stack(drawn(f"{name} classes", bench, outcomes)))
+    return inception_score(torch.stack(drawn(f"{name} classes", bench, outcomes)), bench.splits)
+
+
+def distance_per_story(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
+    """The mean over stories of each story's own distance, as in the paper's Table 2. A story with one picture has none.
+    Of so few pictures it is far above that of all together."""
+    stories = {}
+    for outcome in outcomes:
+        stories.setdefault(outcome.case.group, []).append(outcome)
+    stories = [story for story in stories.values() if sum(len(outcome.wanted) for outcome in story) > 1]
+    if not stories:
+        raise Unavailable("no story of which two pictures are wanted")
+    return mean([distance(name, bench, story) for story in stories])
 
 
 def drawn(name: str, bench: Bench, outcomes: list[Outcome]) -> list[Tensor]:
@@ -107,6 +121,18 @@ def attributes(bench: Bench, outcomes: list[Outcome]) -> dict[str, float]:
 def bleu(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
     texts = [(words(outcome.text), words(outcome.case.words)) for outcome in outcomes if outcome.case.words]
     return corpus_bleu(*map(list, zip(*texts, strict=True)), order)
+
+
+def bleu_of_replies(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
+    """MMDialog's own: texts are aligned from the left, here the answer's first with the only one that is wanted, and
+    the BLEU of each is divided by how many are wanted; then the mean over replies (Feng et al. 2022)."""
+    said = [next((s for s in o.segments if isinstance(s, str)), "") for o in outcomes if o.case.words]
+    known = [outcome.case.words for outcome in outcomes if outcome.case.words]
+    return mean([corpus_bleu([words(a)], [words(b)], order) for a, b in zip(said, known, strict=True)])
+
+
+def rouge_of_texts(bench: Bench, outcomes: list[Outcome]) -> float:
+    return mean([rouge_l_released(o.text.strip(), o.case.words.strip()) for o in outcomes if o.case.words])
 
 
 def over_answers(compare: Callable | None, bench: Bench, outcomes: list[Outcome]) -> float:
@@ -178,6 +204,10 @@ METRICS = {
     "clip-i": Metric("CLIP-I", "clip", "pictures", partial(beside_pictures, "clip")),
     "clip-t": Metric("CLIP-T", "clip", "pictures", partial(beside_texts, "clip")),
     "hps": Metric("HPS v2", "hps", "pictures", partial(beside_texts, "hps")),
+    "fid-story": Metric("FID, mean over stories", "inception", "pictures", partial(distance_per_story, "inception")),
+    "judge-distance-story": Metric(
+        "Frechet distance, judge, mean over stories", "judge", "pictures", partial(distance_per_story, "judge")
+    ),
     "judge-distance": Metric("Frechet distance, judge", "judge", "pictures", partial(distance, "judge")),
     "judge-score": Metric("Inception-style score, judge", "judge", "pictures", partial(score, "judge")),
     "image-image": Metric("image-image score, pairing", "pairing", "pictures", partial(beside_pictures, "pairing")),
@@ -186,11 +216,14 @@ METRICS = {
     "bleu-1": Metric("BLEU-1", None, "words", partial(bleu, 1)),
     "bleu-2": Metric("BLEU-2", None, "words", partial(bleu, 2)),
     "rouge-l": Metric("ROUGE-L", None, "words", partial(over_answers, rouge_l)),
+    "rouge-l-released": Metric("ROUGE-L, released package's", None, "words", rouge_of_texts),
     "true": Metric("words true of the picture", None, "words", truth),
     "meteor": Metric("METEOR", "meteor", "words", partial(over_answers, None)),
     "s-bert": Metric("S-BERT", "sbert", "words", sentence_similarity),
     "mm-relevance": Metric("MM-Relevance, released code's", "clip", "dialogues", partial(relevance, True, "clip")),
     "mm-relevance-mmdialog": Metric("MM-Relevance, MMDialog's", "clip", "dialogues", partial(relevance, False, "clip")),
+    "bleu-1-mmdialog": Metric("BLEU-1, MMDialog's", None, "dialogues", partial(bleu_of_replies, 1)),
+    "bleu-2-mmdialog": Metric("BLEU-2, MMDialog's", None, "dialogues", partial(bleu_of_replies, 2)),
     "relevance": Metric("MM-Relevance, pairing", "pairing", "dialogues", partial(relevance, True, "pairing")),
 }
 

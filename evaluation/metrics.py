@@ -47,13 +47,53 @@ def n_grams(text: list[str], n: int) -> Counter:
 
 def rouge_l(answer: list[str], reference: list[str]) -> float:
     """F1 in [0, 1] of the longest common subsequence (Lin 2004)."""
-    lengths = [0] * (len(reference) + 1)  # of what the answer so far shares with the reference's first words
-    for word in answer:
-        before = lengths
-        lengths = [0]
-        for j, known in enumerate(reference):
-            lengths.append(before[j] + 1 if word == known else max(before[j + 1], lengths[j]))
-    return 2 * lengths[-1] / max(len(answer) + len(reference), 1)
+    return 2 * len(common_subsequence(reference, answer)) / max(len(answer) + len(reference), 1)
+
+
+def rouge_l_released(answer: str, reference: str) -> float:
+    """ROUGE-L as the package `rouge` counts it, which the released code takes: words are what stands between spaces,
+    sentences end at full stops, and words count once, however often they come. What is shared is every word of a
+    longest common subsequence of any sentence of the answer and any of the reference."""
+    ours, theirs = ([part.split() or [""] for part in text.split(".") if part] for text in (answer, reference))
+    shared = {word for known in theirs for said in ours for word in common_subsequence(known, said)}
+    count = sum(len({word for sentence in side for word in sentence}) for side in (ours, theirs))
+    return 2 * len(shared) / max(count, 1)
+
+
+def common_subsequence(one: list[str], other: list[str]) -> list[str]:
+    """The longest common subsequence; of several equally long ones that which the package `rouge` finds."""
+    lengths = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]  # of the first i words and the first j
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            lengths[i + 1][j + 1] = lengths[i][j] + 1 if a == b else max(lengths[i][j + 1], lengths[i + 1][j])
+    found, i, j = [], len(one), len(other)
+    while i and j:
+        if one[i - 1] == other[j - 1]:
+            found, i, j = [one[i - 1], *found], i - 1, j - 1
+        elif lengths[i - 1][j] > lengths[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
+
+
+# ---- what judges say
+
+
+def agreement(verdicts: list[list[str]]) -> tuple[float | None, float | None]:
+    """Of each case's verdicts the share of pairs that agree, and Krippendorff's alpha for nominal data: 1 - observed /
+    expected disagreement (Krippendorff 2004). None where no case has two verdicts, or for alpha where all are alike."""
+    cases = [Counter(case) for case in verdicts if len(case) > 1]
+    if not cases:
+        return None, None
+    pairs = sum(case.total() * (case.total() - 1) for case in cases)
+    agreeing = sum(n * (n - 1) for case in cases for n in case.values())
+    total, together = sum(case.total() for case in cases), sum(cases, Counter())
+    observed = (
+        sum(case.total() - sum(n * (n - 1) for n in case.values()) / (case.total() - 1) for case in cases) / total
+    )
+    expected = 1 - sum(n * (n - 1) for n in together.values()) / (total * (total - 1))
+    return agreeing / pairs, 1 - observed / expected if expected else None
 
 
 # ---- features
@@ -69,37 +109,31 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
 
         |mu - nu|^2 + trace(A) + trace(B) - 2 trace((A B)^(1/2))
 
-    A B has the eigenvalues of the symmetric A^(1/2) B A^(1/2), whose roots' sum is the last trace. Biased upwards for
-    few samples, so only figures of like n compare. ValueError for fewer than two of either.
+    With A = R^T R and B = S^T S the last trace is the sum of the singular values of R S^T, since their squares are the
+    eigenvalues of A B. Biased upwards for few samples, so only figures of like n compare. ValueError for fewer than two
+    of either.
     """
     if min(len(one), len(other)) < 2:
         raise ValueError("a covariance needs two pictures at least")
-    (mean, covariance), (other_mean, other_covariance) = moments(one), moments(other)
-    root = symmetric_root(covariance)
-    mixed = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
-    between = (mean - other_mean).square().sum()
-    return (between + covariance.trace() + other_covariance.trace() - 2 * mixed).clamp(min=0).item()
+    between = (one.double().mean(0) - other.double().mean(0)).square().sum()
+    root, other_root = covariance_root(one), covariance_root(other)
+    mixed = torch.linalg.svdvals(root @ other_root.T).sum()
+    return (between + root.square().sum() + other_root.square().sum() - 2 * mixed).clamp(min=0).item()
 
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, D) -> mean (D,) and covariance (D, D), in double precision."""
-    features = features.double()
-    return features.mean(0), torch.cov(features.T).reshape(features.shape[1], features.shape[1])
+def covariance_root(features: Tensor) -> Tensor:
+    """(n, D) -> R (min(n, D), D) in double precision, of which R^T R is the covariance of the features."""
+    centred = (features.double() - features.double().mean(0)) / (len(features) - 1) ** 0.5
+    return centred if len(centred) <= centred.shape[1] else torch.linalg.qr(centred, mode="r").R
 
 
-def symmetric_root(matrix: Tensor) -> Tensor:
-    """The square root of a positive semidefinite matrix; eigenvalues that rounding made negative count as 0."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-
-
-def inception_score(probabilities: Tensor, splits: int = 10) -> float:
+def inception_score(probabilities: Tensor, splits: int | None = None) -> float:
     """exp(mean KL(p(y | picture) || p(y))) in [1, K] of probabilities (n, K), the mean over so many parts of the
-    pictures (Salimans et al. 2016), or one part where those would have fewer than 100. n pictures cannot score above n,
-    so only figures of like n compare. ValueError without a picture."""
-    if not len(probabilities):
-        raise ValueError("no picture came")
-    splits = splits if len(probabilities) >= 100 * splits else 1
+    pictures (Salimans et al. 2016); by default over 10, as released, or one where those would have fewer than 100.
+    n pictures cannot score above n, so only figures of like n compare. ValueError for fewer pictures than parts."""
+    if len(probabilities) < (splits or 1):
+        raise ValueError(f"{len(probabilities):,} pictures for {splits:,} parts" if splits else "no picture came")
+    splits = splits or (10 if len(probabilities) >= 1000 else 1)
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))  # data may come sorted
     scores = []
     for p in probabilities.double()[order].tensor_split(splits):

@@ -1,16 +1,22 @@
-"""The paper's experiments in the miniature's drawn world: runs what is missing, then writes experiments/report/.
+"""The paper's experiments, in the miniature's drawn world or on real data: runs what is missing, then writes a report.
 
     python experiments/paper.py                                # all tables and figures, three seeds, two jobs at a time
     python experiments/paper.py --only table6 figure7          # of these what is missing
     python experiments/paper.py --list                         # what would run, in order
     python experiments/paper.py --report-only                  # write the report from what there is
     python experiments/paper.py --steps 40 --n 12 --seeds 0 --out runs/small --report runs/small/report
+    python experiments/paper.py --data DIR --weights weights --out runs/real --report runs/real/report --clip ... --list
+
+DIR has the user's tars: pairs.tar, stories.tar and dialogues.tar to train on, pairs-test.tar and so on to test on, or
+folders of tars of these names; and captions.jsonl, what the dialogues' pictures show, for Divter. What needs one that
+is not there is left out. The sizes are then the paper's, unless others are given.
 
 Every training and scoring is a command of this repository (systems.py has the list). A job is finished when its last
 file is there, and files are written under other names first; so after Ctrl-C, a kill or a crash the same command goes
 on where it was. A job that fails is named, what needs it is left out, and all else is run. In OUT:
 
-    data/ runs/ answers/ scores/     tars, trainings, what the systems answered, figures
+    data/ runs/ answers/ scores/     drawn tars, trainings, what the systems answered, figures
+    study/                           on real data: pages on which people compare (Table 4)
     logs/ times.jsonl                what each job printed; its seconds
     settings.json                    budget and weights: going on with others is an error
 """
@@ -33,12 +39,13 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import add_weights_option, make_folder, read_arguments, run
 from common.files import fingerprint, read_json, write_json
 from experiments.report import write_report
-from experiments.systems import PARTS, SIZES, Job, Options, plan
+from experiments.systems import PAPER_SIZES, PARTS, SIZES, Job, Options, data_that_lack, plan
 from trainer.log import append_log
 from trainer.processes import stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)
+NETWORKS = ("inception", "clip", "hps", "sbert", "meteor")
 WAIT = 0.2  # seconds between looks at the running jobs
 
 
@@ -48,7 +55,7 @@ def check_settings(options: Options) -> None:
     # No experiment starts from the checkpoints that are there, but all take the options in their folder's config.json.
     files = sorted(path for path in files if path.parent.name != "minigpt5" or path.suffix == ".json")
     now = {name: value for name, value in asdict(options).items() if name in SIZES}
-    now |= {"weights": fingerprint(files), "networks": list(options.networks)}
+    now |= {"weights": fingerprint(files), "networks": list(options.networks), "data": str(options.data or "drawn")}
     path = options.out / "settings.json"
     there = read_json(path) if path.is_file() else now
     other = [f"{name} {there.get(name)}, not {value}" for name, value in now.items() if there.get(name) != value]
@@ -132,41 +139,51 @@ def work(jobs: dict[str, Job], out: Path, at_a_time: int, lock: int) -> tuple[li
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, defaults = parser.add_argument, Options(Path(), Path())
+    add = parser.add_argument
     add("--out", type=Path, default=Path("runs/paper"), help="folder of all jobs")
     add("--report", type=Path, default=ROOT / "experiments" / "report", metavar="DIR", help="folder of the report")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--seeds", nargs="+", type=int, default=list(SEEDS), help="of trainings and answers; a claim needs two or more")
-    add(
-        "--steps",
-        type=int,
-        default=defaults.steps,
-        help="of each training of stage 1; systems.py has the others' share",
-    )
-    add("--batch-size", type=int, default=defaults.batch_size, help="of stage 1; stage 2 takes half as many")
-    add("--n", type=int, default=defaults.n, help="test pairs, stories' steps or dialogues' turns of a scoring")
-    add("--samples", type=int, default=defaults.samples, help="training pairs; a quarter of stories and of dialogues")
-    add("--denoise", type=int, default=defaults.denoise, help="denoising steps of a picture")
+    add("--data", type=Path, metavar="DIR", help="the user's tars, in the place of the drawn world")
+    for name, about in (
+        ("steps", "of each training of stage 1; systems.py has the others' share"),
+        ("batch_size", "of stage 1; systems.py has stage 2's"),
+        ("n", "test pairs, stories' steps or dialogues' turns of a scoring; with --data 0: all"),
+        ("samples", "drawn training pairs; a quarter of stories and of dialogues"),
+        ("denoise", "denoising steps of a picture"),
+    ):
+        about += f"; default: {getattr(Options, name)}, with --data {PAPER_SIZES[name]}"
+        add(f"--{name.replace('_', '-')}", type=int, help=about)
     add("--jobs", type=int, default=2, help="processes at a time, which share the cores")
     add_weights_option(parser)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    for name in ("inception", "clip", "sbert", "meteor"):
+    for name in NETWORKS:
         add(f"--{name}", type=Path, metavar="PATH", help="as evaluation's; without it the miniature's own, or none")
     add("--list", action="store_true", help="print the jobs that are missing, run none")
     add("--report-only", action="store_true", help="run none")
     args = read_arguments(parser)
-    if min(args.steps, args.batch_size, args.n - 1, args.samples, args.denoise, args.jobs) < 1 or min(args.seeds) < 0:
+    for name in SIZES:
+        if getattr(args, name) is None:
+            setattr(args, name, PAPER_SIZES[name] if args.data else getattr(Options, name))
+    least = dict.fromkeys(SIZES, 1) | ({"n": 0, "samples": 0} if args.data else {"n": 2})
+    wrong = [name for name in SIZES if getattr(args, name) < least[name]]
+    if wrong or args.n == 1 or args.jobs < 1 or min(args.seeds) < 0:
         parser.error("--n is at least 2, seeds are at least 0, all other numbers at least 1")
+    if args.data and not args.data.is_dir():
+        parser.error(f"--data {args.data}: no such folder")
     return args
 
 
 def main() -> None:
     args = arguments()
     out, weights, seeds = args.out.resolve(), args.weights.resolve(), sorted(set(args.seeds))
-    paths = {name: getattr(args, name) for name in ("inception", "clip", "sbert", "meteor")}
+    paths = {name: getattr(args, name) for name in NETWORKS}
     networks = tuple(word for name, path in paths.items() if path for word in (f"--{name}", str(path.resolve())))
     sizes = {name: getattr(args, name) for name in SIZES}
-    options = Options(out, weights, device=args.device, networks=networks, **sizes)
+    data = args.data.resolve() if args.data else None
+    options = Options(out, weights, device=args.device, networks=networks, data=data, **sizes)
+    for path in data_that_lack(options):
+        print(f"{path}: not there, so what needs it is left out")
     jobs = plan(options, seeds, args.only)
     if args.list:
         for name, job in jobs.items():

@@ -217,7 +217,7 @@ def ids_with(tokenizer: Tokenizer, mark: str) -> set[int]:
 def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
     """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
     answer's in random order. The ids and how much each counts."""
-    words_first, described = row.source.startswith(WORDS_FIRST_SYSTEM), False
+    words_first, described = row.source.startswith(WORDS_FIRST_SYSTEM.text), False
     told = ANSWER_WEIGHT if words_first else 1
     told = TOLD_WEIGHT if row.inputs and not row.outputs else told
     weighted = [(picture_words(picture), 1) for picture in row.inputs]

@@ -19,6 +19,7 @@ from common.cli import run  # isort: skip
 
 import torch
 
+from prompts import RELEASED_FORMS
 from published.check import check
 from published.convert import convert, pack
 from published.fetch import SOURCES, fetch, fetch_smollm2
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", type=Path, required=True, help="the weights folder")
     command.add_argument("--config", type=Path, help="config.json to use; default: the one in --out or beside FILE")
     command.add_argument("--dtype", **dtype)
+    wording = "how the prompts of MiniGPT-5's checkpoints were worded; default: as known by SHA-256, else ours"
+    command.add_argument("--form", choices=["ours", *RELEASED_FORMS], help=wording)
     command = commands.add_parser("pack", help="a run's checkpoint in 16 bit, without what stage 1's file holds")
     command.add_argument("checkpoint", type=Path, help="trained.safetensors of a run's step")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beside it, if there: uas.safetensors")
@@ -55,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.command == "smollm2":
         fetch_smollm2(options.folder, DTYPES.get(options.dtype))
     elif options.command == "convert":
-        convert(options.files, options.out, options.config, DTYPES.get(options.dtype))
+        convert(options.files, options.out, options.config, DTYPES.get(options.dtype), options.form)
     elif options.command == "pack":
         pack(options.checkpoint, options.out, DTYPES[options.dtype])
     else:

@@ -10,15 +10,20 @@ A file is recognised by the names of its tensors, not by its own name, and is on
 Pickles are read through torch.load(weights_only=True) alone. Nothing is left half-written: a file gets its name when it
 is whole, and the file that makes a part complete (index, config.json) is written last.
 
+A released checkpoint of MiniGPT-5 does not say how its prompts were worded. The published files are known by their
+SHA-256, and with it their form (prompts.RELEASED_FORMS); that of any other file is named by --form.
+
 Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole
 tables. Their other rows are smaller than Vicuna's, since weight decay acted on them, and the released model runs with
 those, so such a table is kept whole, under Vicuna's name.
 """
 
+import hashlib
 import re
 import shutil
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -28,7 +33,7 @@ from torch import Tensor
 from common.cli import make_folder
 from common.files import read_json, write_json
 from llama import Llama
-from prompts import RELEASED_SYSTEMS
+from prompts import RELEASED_FORMS
 from published.gguf_file import chat_form, is_gguf, read_gguf
 from published.loading import (
     STAGE_1,
@@ -75,6 +80,14 @@ def can_be_mapped(path: Path) -> bool:
         return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[str, str] | None = None) -> int:
     """Write the file, print its size, return the number of bytes of its tensors."""
     make_folder(path.parent)
@@ -111,12 +124,25 @@ TRAINED_NAMES = (  # without the wrappers of Lightning and peft: Vicuna's
 PROJECTION_NAMES = (  # without the buffers of its frozen parts, which MiniGPT-4's file holds, too
     (r"^(Qformer|llama_model)\..*(position_ids|rotary_emb\.inv_freq)$", None),
 )
+FORMS = {  # SHA-256 of the released checkpoints: how their prompts were worded
+    "ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34": "cc3m-2023",
+    "d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1": "vist-2023",
+    "68e9dc76b9dec11c6d38dc6be3b8e54cc04645776b3095868ee7e90e8e341734": "mmdialog-2024",
+}  # the link to the last changed with the code of March 2024, those to the others never did
+NEW_ROWS = 9  # of a released checkpoint's tables: [IMG0]..[IMG7] and the image placeholder
 EVA_BLOCKS = 39  # of the published file's 40: BLIP-2 uses the last but one's output
 
 
-def convert(files: list[Path], out: Path, config: Path | None = None, dtype: torch.dtype | None = None) -> None:
+def convert(
+    files: list[Path],
+    out: Path,
+    config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    form: str | None = None,
+) -> None:
     """Convert `files` (folders stand for the weight files in them) into `out`. `config` is the config.json to use where
-    none lies beside the files: the tensors do not tell the number of heads."""
+    none lies beside the files: the tensors do not tell the number of heads. `form`: of RELEASED_FORMS, how the prompts
+    of MiniGPT-5's checkpoints were worded; None: as the files' hashes say."""
     groups: dict[str, list[Path]] = {}
     for path in weight_files(files):
         names = read_tensors(path)
@@ -126,6 +152,8 @@ def convert(files: list[Path], out: Path, config: Path | None = None, dtype: tor
             raise WeightsError(f"{path}: not a file that MiniGPT-5 is made of (it holds {some})")
         groups.setdefault(kind, []).append(path)
     for kind, convert_files in KINDS.items():
+        if convert_files is convert_trained:
+            convert_files = partial(convert_trained, form=form)
         try:
             if kind in groups:
                 convert_files(groups[kind], out, config, dtype)
@@ -268,7 +296,9 @@ def convert_projection(paths: list[Path], out: Path, config: Path | None, dtype:
     save(tensors, out / "minigpt4" / "llama_proj.safetensors", dtype)
 
 
-def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
+def convert_trained(
+    paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None, form: str | None
+) -> None:
     """Released Lightning checkpoints of MiniGPT-5 -> minigpt5/uas.safetensors (stage 1) or mls-*.safetensors (stage 2).
 
     Stage 2 kept `fc` and `t2i_decoder_prompt` frozen and did not store them. They are taken from stage 1's file.
@@ -276,20 +306,25 @@ def convert_trained(paths: list[Path], out: Path, config: Path | None, dtype: to
     for path in paths:
         tensors = {our_name(key, TRAINED_NAMES): value[:] for key, value in read_tensors(path).items()}
         metadata, target = {"format": "minigpt5", "source": path.name, "stage": "uas"}, out / "minigpt5" / STAGE_1
+        wording = form or FORMS.get(sha256(path))
+        if wording is None:
+            print(f"{path}: by its SHA-256 no released file; without --form its prompts are worded as ours")
+        metadata |= RELEASED_FORMS.get(wording, {})
         if "t2i_decoder_prompt" not in tensors:
             if not target.is_file():
                 raise WeightsError(f"{path}: stage 2 continues stage 1, whose checkpoint must be converted first")
             frozen = ("fc.", "t2i_decoder_prompt")
             tensors |= {name: value[:] for name, value in tensor_slices(target).items() if name.startswith(frozen)}
             metadata |= {"stage": "mls", "lora_alpha": "16"}
-            if path.stem in RELEASED_SYSTEMS:
-                metadata["system"] = RELEASED_SYSTEMS[path.stem]
             target = target.with_name(f"mls-{path.stem.removeprefix('stage2_')}.safetensors")
         for name, vokens in zip(TABLES, ("vokens.input", "vokens.output"), strict=True):
             table, published = tensors.pop(name), vicuna_table(out, name)
-            rows = len(table) - 9 if published is None else len(published)  # [IMG0]..[IMG7], the placeholder
+            rows = len(table) - NEW_ROWS if published is None else len(published)
             if len(table) <= rows or (published is not None and table.shape[1] != published.shape[1]):
                 raise WeightsError(f"{path}: {name} has shape {tuple(table.shape)}, which does not extend Vicuna's")
+            if len(table) != rows + NEW_ROWS:
+                added = f"{name} has {len(table) - rows} rows more than Vicuna, not {NEW_ROWS}"
+                raise WeightsError(f"{path}: {added}: [PAD] row in between? Which ones the vokens are is not clear")
             tensors[vokens], table = table[rows:].clone(), table[:rows]  # a file may not hold two views of a table
             metadata["vokens"] = str(len(tensors[vokens]) - 1)
             if published is None or not torch.equal(table, published.to(table.dtype)):

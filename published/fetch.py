@@ -1,6 +1,5 @@
 """`python -m published fetch`: download the published files, compare their hashes, convert them."""
 
-import hashlib
 import os
 import shutil
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.files import read_json
-from published.convert import convert
+from published.convert import convert, sha256
 from published.loading import WeightsError
 
 # Published files: bytes, SHA-256, name in the repository.
@@ -62,14 +61,6 @@ SOURCES = {  # part: repositories in the order tried, their files (an index adds
     ),
 }
 WANTED = ("model.", "lm_head.", "vision_model.", "qformer.", "query_tokens")  # of an index: not BLIP-2's language model
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> None:

@@ -14,7 +14,8 @@ A checkpoint is a safetensors file of `MiniGPT5.trained_parameters` and its meta
     model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
     prefix_encoder.*                             its prefix
     model.embed_tokens.weight, lm_head.weight    Vicuna's tables, where a released checkpoint has others than Vicuna
-    metadata                                     stage, vokens; lora_alpha; "system": how its prompts begin
+    metadata                                     stage, vokens; lora_alpha; "guidance": "empty caption" (--no-cfg); how
+                                                 its prompts are worded: "system", "separator", "first_token"
 
 A file that does not hold all of what the model trains is laid over uas.safetensors in the same folder: what it does not
 hold is taken from there. Every number that sizes the model to be built is checked before it is used.
@@ -34,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from common.files import read_json, written_whole
 from minigpt5 import MiniGPT5
+from prompts import System
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that weights may have, as safetensors names them
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")  # without a folder: an index must not lead out of its own
@@ -295,6 +297,10 @@ def save_trained(model: MiniGPT5, path: Path, stage: str) -> None:
     metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(model.tokenizer.voken_ids))}
     if model.lora:
         metadata["lora_alpha"] = str(model.lora[0].scale * model.lora[0].lora_A.out_features)
+    if model.guides_against_empty_caption:
+        metadata["guidance"] = "empty caption"
+    if model.first_token:
+        metadata["first_token"] = model.first_token
     save_safetensors(model.trained_parameters() | model.tables, path, metadata)
 
 
@@ -313,14 +319,20 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
         for key, tensor in open_checkpoint(file).tensors.items():
             if key in TABLES:
                 model.tables[key] = load_table(model, file, key, tensor)
-    model.system = checkpoint.metadata.get("system")
+    metadata, special = checkpoint.metadata, model.tokenizer.special
+    model.system = System(metadata["system"], metadata.get("separator", "\n")) if "system" in metadata else None
+    model.first_token = metadata.get("first_token")
+    if model.first_token:
+        if model.first_token not in special:
+            raise WeightsError(f"{path}: first_token {model.first_token!r:.80} is no special token of the tokenizer")
+        model.tokenizer.bos_id = special[model.first_token]
 
 
 def load_table(model: MiniGPT5, path: Path, key: str, stored) -> nn.Parameter:
     """Replace one of Vicuna's tables by the `stored` one of a checkpoint; returns the new one."""
     module, pieces = model.llama.get_submodule(key.removesuffix(".weight")), model.tokenizer.base_vocabulary
     shape, dtype, width = stored.get_shape(), stored.get_dtype(), module.weight.shape[1]
-    if len(shape) != 2 or shape[0] < pieces or shape[1] != width or dtype not in FLOATS:
+    if tuple(shape) != (pieces, width) or dtype not in FLOATS:
         raise WeightsError(f"{path}: {key} {tuple(shape)} {dtype} is no table of {pieces} rows of width {width}")
     module.weight = nn.Parameter(stored[:].to(module.weight.device, module.weight.dtype), requires_grad=False)
     return module.weight

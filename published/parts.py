@@ -15,13 +15,13 @@ file.
 import dataclasses
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.files import read_json
 from llama import Llama, LlamaConfig
@@ -283,6 +283,13 @@ def load_schedule(folder: Path, device: Device = "cpu") -> NoiseSchedule:
     return schedule
 
 
+@torch.no_grad()
+def encode_empty_caption(diffusion: Path, dtype: DType, device: Device) -> Tensor:
+    """(1, S, Dc) float32: the encoding that Stable Diffusion is guided against. No mask: it reads the padding, too."""
+    ids, _ = ClipTokenizer(diffusion / "tokenizer")([""])
+    return load_text_encoder(diffusion / "text_encoder", dtype, device)(ids.to(device)).float()
+
+
 # ---- the whole stack
 
 
@@ -366,6 +373,8 @@ def load_minigpt5(
     with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
         model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, image_encoder, text_encoder, clip_tokenizer)
     model.mapper.to(device)
+    model.empty_caption = cache(partial(encode_empty_caption, diffusion, reading, device))
+    model.guides_against_empty_caption = bool(trained) and trained.metadata.get("guidance") == "empty caption"
     if trained and trained.adapters:
         try:
             model.add_adapters(**trained.adapters)

@@ -104,6 +104,7 @@ class StoryData(TarData):
     input picture takes. limit: of tokens in a sequence, pictures and <s> counted; the oldest turns are left out whole,
     the last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). weights: of TASKS, for stories.
     precomputed: tensors that take the place of pictures. blind: share of story steps whose history has no pictures.
+    words_only: answers have no pictures.
     """
 
     def __init__(
@@ -117,9 +118,11 @@ class StoryData(TarData):
         weights: dict[str, float] | None = None,
         precomputed: Precomputed = NOTHING,
         blind: float = 0.0,
+        words_only: bool = False,
     ):
         self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
         self.to_input, self.to_output, self.precomputed, self.blind = to_input, to_output, precomputed, blind
+        self.words_only = words_only
         self.weights = checked_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
         self.items_per_step = len(self.weights)
         self.items_of_first_step = int("image" in self.weights)
@@ -174,6 +177,8 @@ class StoryData(TarData):
             raise Unusable("step without text or picture")
         if not turn.text and not turn.pictures:
             raise Unusable("empty turn")
+        if self.words_only and task != "text":  # whose picture is part of the question
+            turn = Turn(turn.text)
         if kind == "story" and uniform(phrase) < self.blind:  # high bits; the wording takes the low ones
             before = [Turn(step.text) for step in before]
 

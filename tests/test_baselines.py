@@ -1,13 +1,17 @@
 """The paper's baselines: Stable Diffusion alone, fine-tuned and as the second of two stages; Divter's dialogues."""
 
+import csv
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from helpers import assert_close, randomise
 from random_weights import write_random_weights
+from safetensors.torch import load_file
 
-from baselines import divter, stable_diffusion, train_sd
+from baselines import divter, gill, stable_diffusion, train_sd
 from baselines.stable_diffusion import StableDiffusion, text_of, told
 from common.cli import MINIATURE, run
 from common.files import write_json
@@ -17,7 +21,10 @@ from generation import Sampling
 from miniature import exam, world
 from miniature.facts import Picture
 from miniature.words import facts_in
+from prompts import Turn
 from published.loading import open_safetensors
+from tars.precomputed import NOTHING
+from trainer import compiled
 
 QUICK = ("--steps", 1, "--sampler", "dpm", "--device", "cpu")
 
@@ -101,6 +108,22 @@ def test_resumes_and_changes_the_pictures(monkeypatch, weights, tars, tmp_path):
     assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
+def test_trains_the_published_weights_unrounded(monkeypatch, weights, tars, tmp_path):
+    """The UNet trains from its float32 weights where the frozen parts are in bfloat16, and is computed twice where
+    memory is short. A step with several pictures trains its first."""
+    recomputed, function = [], compiled.checkpoint
+    monkeypatch.setattr(compiled, "checkpoint", lambda *given, **more: recomputed.append(1) or function(*given, **more))
+    options = ("--weights", weights, "--data", tars / "stories.tar", "--batch-size", 2, "--workers", 0, "--lr", 0,
+               "--steps", 1, "--device", "cpu", "--dtype", "bf16", "--out", tmp_path / "run")  # fmt: skip
+    call(monkeypatch, train_sd, *options, "--gradient-checkpointing")
+    trained = load_file(tmp_path / "run" / "step-00000001" / "trained.safetensors")
+    for name, parameter in StableDiffusion(weights).trained_parameters().items():
+        assert torch.equal(trained[name], parameter), name
+    assert recomputed
+    steps = train_sd.StorySteps([str(tars / "stories.tar")], StableDiffusion(weights).tokenizer, None, NOTHING)
+    assert steps.fit("story", [Turn("one", (4,)), Turn("two", (5, 6))], "image", 1) == ("one two", "", (), (5,))
+
+
 def test_overfits_one_step(monkeypatch, weights, tmp_path):
     world.write_stories(tmp_path / "one.tar", 1, 1, size=32)
     call(monkeypatch, train_sd, "--weights", weights, "--data", tmp_path / "one.tar", "--batch-size", 4, "--lr", 3e-3,
@@ -171,6 +194,99 @@ def test_described_dialogues(monkeypatch, tars, tmp_path):
     assert described > 3
 
 
+def test_captions_of_real_pictures(monkeypatch, tmp_path):
+    """Dialogues without labels, with two pictures in a turn: captions come from a file, in either form."""
+    turns = [{"text": "a picture: look", "image": None}, {"text": "two", "image": ["7.0.jpg", "7.1.jpg"]}]
+    turns += [{"text": "", "image": "7.2.jpg"}]
+    told = json.dumps({"kind": "dialog", "turns": turns}).encode()
+    shown = [(f"7.{k}.jpg", b"a picture is not read") for k in range(3)]
+    world.write_tar(tmp_path / "real.tar", iter([("7.json", told), *shown]))
+    captions = {"7.0.jpg": "Two dogs, a cat", "7.1.jpg": 'A  "house"\non a hill', "7.2.jpg": "one picture: a boat"}
+    with open(tmp_path / "c.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("caption", "file"), *((text, name) for name, text in captions.items())])
+    lines = [json.dumps({"file": name, "caption": text}) for name, text in captions.items()]
+    (tmp_path / "c.jsonl").write_text("\n\n".join(lines))
+    for kind in ("csv", "jsonl"):
+        call(monkeypatch, divter, tmp_path / "real.tar", "--captions", tmp_path / f"c.{kind}", "--out", tmp_path / kind)
+        cases = read_cases([str(tmp_path / kind)], "image", False)[0]
+        assert [case.turn.text for case in cases] == [
+            'two picture: Two dogs, a cat picture: A "house" on a hill',
+            "picture: one picture : a boat",
+        ]
+        assert cases[0].before[0].text == "a picture : look"
+        assert divter.split_description(cases[1].turn.text) == ("", "one picture : a boat")
+    (tmp_path / "c.jsonl").write_text("\n".join(lines[:2]))
+    with pytest.raises(ValueError, match=r"7: 7\.2\.jpg is a picture without a caption"):
+        call(monkeypatch, divter, tmp_path / "real.tar", "--captions", tmp_path / "c.jsonl", "--out", tmp_path / "x")
+    with pytest.raises(ValueError, match=r"7\.0\.jpg is a picture without a label of the drawn world: give --captions"):
+        call(monkeypatch, divter, tmp_path / "real.tar", "--out", tmp_path / "x")
+    for name, text in (("a.csv", "file,text\nx,y\n"), ("a.jsonl", '{"file": "x"}'), ("a.jsonl", "[]")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=r"a\.\w+: line [12] does not give a file and its caption"):
+            divter.read_captions(tmp_path / name)
+    assert not (tmp_path / "x").exists()
+
+
+def test_gill_mapper():
+    """GILL's own: torch.nn.Transformer with 4 heads between two linear layers, under the names of its checkpoints."""
+    ours = randomise(gill.GillMapper(24, 12, 7, width=32))
+    theirs = torch.nn.Transformer(
+        32, nhead=4, num_encoder_layers=4, num_decoder_layers=4, dim_feedforward=128, dropout=0.0, batch_first=True,
+        norm_first=True,
+    )  # fmt: skip
+    theirs.load_state_dict(ours.tfm.state_dict(), strict=True)
+    features = torch.randn(3, 5, 24)
+    expected = ours.model(theirs(ours.fc(features), ours.query_embs.repeat(3, 1, 1)))
+    assert_close(ours(features), expected, 1e-5, "GILL's mapper")
+    published = gill.GillMapper(4096, 1024, 77)
+    assert published.query_embs.shape == (1, 77, 512) and len(published.tfm.encoder.layers) == 4
+
+
+def test_gill_reads_the_states_of_its_vokens(weights):
+    """Each voken's own state, of a whole pass through the language model, and its embedding."""
+    model, texts, expected = gill.Gill(weights, vokens=3, width=16), ["a boat", "two dogs in the [IMG0] snow"], []
+    assert not [p for p in model.llama.parameters() if p.requires_grad]
+    randomise(model.vokens)
+    for text in texts:
+        ids = [1, *model.tokenizer.encode(model.tokenizer.plain(text)), *model.tokenizer.voken_ids]
+        embeddings = model.vokens.embed(model.llama, torch.tensor([ids]))
+        expected.append((model.llama(embeddings) + embeddings)[0, -3:])
+    text_loss, conditioning = model.read(texts)
+    assert_close(conditioning, model.mapper(torch.stack(expected)), 1e-5, "conditioning")
+    assert conditioning.shape == (2, 77, 32) and text_loss > 0
+    (conditioning.square().sum() + text_loss).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.trained_parameters().values())
+
+
+def test_gill_learns_and_paints(monkeypatch, weights, tars, tmp_path):
+    """It comes nearer to Stable Diffusion's encodings, resumes exactly, and paints against the empty caption."""
+    options = ("--weights", weights, "--data", tars / "pairs.tar", "--batch-size", 2, "--workers", 0, "--warmup", 1,
+               "--log-every", 1, "--width", 16, "--vokens", 4, "--device", "cpu",
+               "--gradient-checkpointing")  # fmt: skip
+    call(monkeypatch, gill, *options, "--out", tmp_path / "one", "--steps", 30, "--save-every", 29)
+    log = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    print([record["cap_loss"] for record in log])
+    assert log[-1]["cap_loss"] < 0.7 * log[0]["cap_loss"] and log[-1]["text_loss"] < log[0]["text_loss"]
+    assert log[0]["loss"] == pytest.approx(log[0]["cap_loss"] + 0.01 * log[0]["text_loss"], rel=1e-5)
+    shutil.copytree(tmp_path / "one" / "step-00000029", tmp_path / "two" / "step-00000029")
+    call(monkeypatch, gill, *options, "--out", tmp_path / "two", "--steps", 30, "--resume")
+    files = [tmp_path / name / "step-00000030" / "trained.safetensors" for name in ("one", "two")]
+    one, two = map(load_file, files)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+    asked, denoise = [], stable_diffusion.denoise
+    monkeypatch.setattr(stable_diffusion, "denoise", lambda *given: asked.append(given[3]) or denoise(*given))
+    drawn = ("--weights", weights, "--data", tars / "pairs.tar", *QUICK, "--n", 2, "--batch-size", 2)
+    call(monkeypatch, stable_diffusion, *drawn, "--answers", tmp_path / "a", "--checkpoint", tmp_path / "one")
+    call(monkeypatch, stable_diffusion, *drawn, "--answers", tmp_path / "b")
+    model, cases = StableDiffusion(weights), read_cases([str(tars / "pairs.tar")], "image", False)[0][:2]
+    texts = [case.turn.text for case in cases]
+    ours = gill.load_gill(weights, files[0], None, torch.device("cpu")).encode(texts)
+    assert_close(asked[0], torch.cat([model.encode(["", ""]), ours]), 1e-6, "GILL's conditioning")
+    assert_close(asked[1], model.encode(["", "", *texts]), 1e-6, "Stable Diffusion's")
+    assert (pictures(tmp_path / "a", [cases[0].key])[0] - pictures(tmp_path / "b", [cases[0].key])[0]).abs().max() > 0
+
+
 def test_errors(monkeypatch, capsys, weights, tars, tmp_path):
     def fails(module, pattern, *arguments):
         monkeypatch.setattr(sys, "argv", ["x.py", *map(str, arguments)])
@@ -188,6 +304,8 @@ def test_errors(monkeypatch, capsys, weights, tars, tmp_path):
     fails(stable_diffusion, "neither a checkpoint", "--data", tars / "pairs.tar", *given, "--checkpoint", tmp_path)
     fails(divter, "is no dialogue", tars / "stories.tar", "--out", tmp_path / "x.tar")
     fails(train_sd, "not for this baseline", "--no-ldm", "--out", tmp_path / "run")
+    fails(gill, "--no-cfg is not for this baseline", "--no-cfg", "--out", tmp_path / "run")
+    fails(gill, "--width must be a multiple of the mapper's 4 heads", "--width", 10, "--out", tmp_path / "run")
     with pytest.raises(ValueError, match="without a label"):
         divter.in_words([{"text": "look", "image": "1.0.png", "label": None}], "1")
     label = Picture.label(world.sample_pair(0, 0)[0])

@@ -11,16 +11,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import SAMPLES, pairs, picture_bytes, write_tar
+from helpers import SAMPLES, assert_close, pairs, picture_bytes, write_tar
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import evaluation.__main__ as evaluation
+import generation
 import sample
+import train_mls
 import train_uas
+from baselines.stable_diffusion import StableDiffusion
 from common.cli import run
 from minigpt5 import MiniGPT5
 from prompts import UAS_REQUESTS
-from published.loading import checkpoint_folders, find_checkpoint
+from published.loading import checkpoint_folders, find_checkpoint, open_checkpoint
+from published.parts import load_minigpt5
 from tars.batches import PairData
 from trainer import run as trainer_run
 from trainer.log import read_log
@@ -176,6 +181,48 @@ def test_switches_reach_the_losses(monkeypatch, weights, tar, tmp_path):
     train(monkeypatch, weights, tar, tmp_path / "on", "--steps", 1)
     assert [drop_rate for (_, _, _, drop_rate), _ in noise] == [0, 0, 0.1, 0.1]
     assert [options["min_snr_gamma"] for _, options in losses] == [0, 5]
+
+
+def test_guidance_of_a_run_without_cfg(monkeypatch, weights, tar, tmp_path):
+    """sample.py without options guides against the empty caption, as Stable Diffusion encodes it, where the checkpoint
+    was trained with --no-cfg; else against zeros. An option says otherwise. So does evaluation, and stage 2's training
+    decides anew."""
+    model = StableDiffusion(weights)
+    empty, zeros = model.encode([""])[0], []
+    asked = noting(monkeypatch, generation, "denoise")
+
+    def unconditional(name: str, *options) -> torch.Tensor:
+        """The first half of what sample.py gives the UNet."""
+        prompt = ("--prompt", "a boat", "--steps", 1, "--max-new-tokens", 1, "--force-image", "--out", tmp_path / "out")
+        call(sample.main, monkeypatch, "--weights", weights, "--checkpoint", tmp_path / name, *prompt, *options)
+        return asked[-1][0][3][:-1].squeeze(0)
+
+    train(monkeypatch, weights, tar, tmp_path / "with", "--steps", 1)
+    train(monkeypatch, weights, tar, tmp_path / "without", "--steps", 2, "--no-cfg", "--sample-every", 2)
+    assert torch.equal(asked[-1][0][3][0], empty)  # samples.png of the run itself
+    for name in ("with", "without"):
+        mapper = load_minigpt5(weights, find_checkpoint(tmp_path / name)).mapper
+        zeros.append(mapper(torch.zeros(1, 8, 64))[0])
+    assert torch.equal(unconditional("without"), empty) and (zeros[1] - empty).abs().max() > 0.1
+    assert_close(unconditional("without", "--no-empty-caption"), zeros[1], 1e-5, "zeros, by option")
+    assert_close(unconditional("with"), zeros[0], 1e-5, "zeros")
+    assert torch.equal(unconditional("with", "--empty-caption"), empty)
+    assert len(unconditional("without", "--guidance", 1)) == 0
+
+    options = ("--weights", weights, "--data", tar, "--n", 1, "--steps", 1, "--metrics", "image-text")
+    options += ("--force-image", "--max-new-tokens", 1, "--out", tmp_path / "x.json", "--device", "cpu")
+    call(evaluation.main, monkeypatch, *options, "--checkpoint", tmp_path / "without")
+    assert torch.equal(asked[-1][0][3][0], empty)
+
+    stage_2 = ("--weights", weights, "--uas", tmp_path / "without", "--drawn", 2, "--steps", 1, "--batch-size", 1)
+    stage_2 += ("--workers", 0, "--sample-every", 0)
+    for name, switches, is_recorded in (
+        ("a", (), False),
+        ("b", ("--no-cfg",), True),
+        ("c", ("--freeze-mapper",), True),
+    ):
+        call(train_mls.main, monkeypatch, *stage_2, "--out", tmp_path / name, *switches)
+        assert ("guidance" in open_checkpoint(find_checkpoint(tmp_path / name)).metadata) == is_recorded
 
 
 def test_captions_are_plain_text_in_requests(monkeypatch, weights, tmp_path):

@@ -11,7 +11,7 @@ import transformers
 from helpers import randomise
 from test_llama import FAMILY, SIZES, generated_strings
 
-from prompts import END, Turn, chatml, dialog_source, uas_texts
+from prompts import END, System, Turn, chatml, dialog_source, uas_texts
 from published.__main__ import main
 from published.gguf_file import chat_form, smollm_tokenizer
 from published.loading import WeightsError
@@ -147,7 +147,7 @@ def test_chatml():
         "system\nbe kind.<|im_end|>\n<|im_start|>user\nhello.<|im_end|>\n<|im_start|>assistant\na boat.<|im_end|>\n"
         "<|im_start|>user\nagain!<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert chatml(dialog_source(turns, 3, "be kind.")) == expected
+    assert chatml(dialog_source(turns, 3, System("be kind."))) == expected
     assert chatml("###Human: hello. ###Assistant:") == "user\nhello.<|im_end|>\n<|im_start|>assistant\n"
     assert chatml("a boat. ###") == "a boat.<|im_end|>"
     source, target = uas_texts("a red boat", 2)

@@ -167,6 +167,7 @@ SCRIPTS += (
     "baselines.stable_diffusion",
     "baselines.divter",
     "baselines.train_sd",
+    "baselines.gill",
 )
 PROBE = """
 import os, sys, importlib

@@ -19,7 +19,8 @@ import published.__main__ as weights_command
 import sample
 import train_mls
 from miniature.world import write_dialogues, write_stories
-from minigpt5 import MiniGPT5
+from minigpt5 import MiniGPT5, collate
+from prompts import Turn
 from published.loading import WeightsError, checkpoint_folders, load_trained, save_trained
 from published.parts import load_minigpt5
 from trainer import run as trainer_run
@@ -168,6 +169,26 @@ def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
     assert all(r["loss"] == pytest.approx(0.01 * r["text_loss"] + r["ldm_loss"]) for r in both)
     bare = train(monkeypatch, weights, data / "stories.tar", tmp_path / "bare", "--steps", 1, "--no-ldm")
     assert "ldm_loss" not in bare[0]
+
+
+def test_words_only(monkeypatch, weights, data, tmp_path, capsys):
+    """The paper's fine-tuned MiniGPT-4: it learns the words of the step that it is asked for, whose picture is neither
+    answered nor read; those before it are read. Nothing of the mapper trains."""
+    batches, losses = noting(monkeypatch, train_mls, "collate"), noting(monkeypatch, MiniGPT5, "losses")
+    options = ("--words-only", "--tasks", "text+image=1", "--no-uas", "--lora-rank", 2)
+    for name in ("stories", "dialogues"):
+        log = train(monkeypatch, weights, data / f"{name}.tar", tmp_path / name, "--steps", 2, *options)
+        assert all("ldm_loss" not in record and record["text_loss"] > 0 for record in log)
+    stories, dialogues = ([pair for (_, pairs, *_), _ in part for pair in pairs] for part in (batches[:2], batches[2:]))
+    assert dialogues and not any("[IMG" in target for _, target in stories + dialogues)
+    assert all(len(target) > 8 and target.endswith(" ###") and target[:-4] not in source for source, target in stories)
+    assert all(inputs["inputs"] is not None for _, inputs in losses[:2])
+    places = sum(source.count("<ImageHere>") for source, _ in stories)
+    assert places == sum(len(inputs["inputs"]) for _, inputs in losses[:2])
+    trained = load_file(checkpoint_folders(tmp_path / "stories")[0] / "trained.safetensors")
+    assert any(tensor.abs().sum() > 0 for name, tensor in trained.items() if "lora_B" in name)
+    training = ("--weights", weights, "--data", data / "stories.tar", "--out", tmp_path / "no", "--words-only")
+    fails(train_mls.main, monkeypatch, capsys, "--words-only leaves nothing of the task image", *training)
 
 
 def test_switches_reach_data_and_losses(monkeypatch, weights, data, tmp_path):
@@ -376,7 +397,7 @@ def test_chat_forgets_what_leaves_no_room(monkeypatch, weights, tmp_path):
 
 
 def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, weights, uas, tmp_path):
-    """By metadata, as `weights.py convert` writes it; others have our own sentence."""
+    """By metadata, as `published convert` writes it; others have our own sentence."""
     tensors, heard = load_file(checkpoint_folders(uas)[0] / "trained.safetensors"), []
     metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
     save_file(tensors, tmp_path / "ours.safetensors", metadata)
@@ -401,6 +422,40 @@ def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, wei
         ask(monkeypatch, weights, tmp_path / "out", *options)
         for prompt, sentence in zip(heard[-2:], sentences, strict=True):
             assert prompt.startswith(f"{sentence}###Human:")
+
+
+def test_form_of_the_released_chats(monkeypatch, weights, uas, tmp_path):
+    """As the loader of March 2024 words a history: parts joined by single spaces, no line break, <s> first."""
+    opening = "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I "
+    opening += "provide it to you. Please generate conversations with appropriate images."
+    turns = [Turn("hi"), Turn("hello", (0,)), Turn("and now?")]
+    parts = [opening, "###Human: hi", "###Assistant: hello", "<Img><ImageHere></Img>", "###Human: and now?"]
+    parts += ["###Assistant:"]
+    metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
+    tensors = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
+    save_file(tensors, tmp_path / "chat.safetensors", metadata | prompts.RELEASED_FORMS["mmdialog-2024"])
+    model = load_minigpt5(weights, tmp_path / "chat.safetensors")
+    assert prompts.dialog_source(turns, 3, model.system) == " ".join(parts)
+    assert generation.prompt_ids(model, "a boat")[0] == 1
+
+    save_file(tensors, tmp_path / "old.safetensors", metadata | prompts.RELEASED_FORMS["cc3m-2023"])
+    model = load_minigpt5(weights, tmp_path / "old.safetensors")
+    batch = collate(model.tokenizer, [("a boat", "[IMG0] ###")], 1)
+    assert generation.prompt_ids(model, "a boat")[0] == batch.ids[0, 0] == model.tokenizer.eos_id == 2
+    saved = tmp_path / "again.safetensors"
+    save_trained(model, saved, "uas")  # what goes on from there has it, too
+    assert load_minigpt5(weights, saved).tokenizer.bos_id == 2
+    logits, picked = torch.zeros(1, len(model.tokenizer)), []
+    logits[0, 2] = 1.0  # says </s> at once: the first token is no word of the answer
+    monkeypatch.setattr(type(model.vokens), "logits", lambda *_: logits)
+    monkeypatch.setattr(
+        generation, "pick_tokens", lambda _, said, *rest: picked.append(said.clone()) or logits.argmax(-1)
+    )
+    generation.say(model, [generation.prompt_ids(model, "a boat")], None, generation.Sampling(), [torch.Generator()])
+    assert not picked[0].any()
+    save_file(tensors, tmp_path / "bad.safetensors", metadata | {"first_token": "<b>"})
+    with pytest.raises(ValueError, match="first_token '<b>' is no special token"):
+        load_minigpt5(weights, tmp_path / "bad.safetensors")
 
 
 def test_errors(monkeypatch, weights, data, uas, tmp_path, capsys):

@@ -14,9 +14,22 @@ from PIL import Image
 from random_weights import write_random_weights
 
 from experiments import claims, paper, report
-from experiments.claims import CLAIMS, verdict
+from experiments.claims import CLAIMS, FAILS, HOLDS, NOISE, UNMEASURED, Claim, seeds_to_decide, verdict
 from experiments.duel import WAYS, compare, judged
-from experiments.systems import METRICS, MLS, PARTS, SCORINGS, SYSTEMS, TABLES, Job, Options, plan
+from experiments.systems import (
+    DUELS,
+    METRICS,
+    MLS,
+    PARTS,
+    RIVALS,
+    SCORINGS,
+    SYSTEMS,
+    TABLES,
+    Job,
+    Options,
+    data_that_lack,
+    plan,
+)
 from miniature.facts import Picture, Thing
 from miniature.judge import Judge
 from miniature.pairing import Pairing
@@ -72,15 +85,48 @@ def test_plan():
     jobs = plan(options, [0, 1], list(PARTS))
     order = list(jobs)
     assert all(order.index(need) < order.index(name) for name, job in jobs.items() for need in job.needs)
-    assert {f"{name}.{seed}" for name in (*SYSTEMS, *SCORINGS, "table4") for seed in (0, 1)} < set(jobs)
+    compared = ("figure3", *(f"table4/{name}" for name in DUELS))
+    assert {f"{name}.{seed}" for name in (*SYSTEMS, *SCORINGS, *compared) for seed in (0, 1)} < set(jobs)
     assert len({job.done for job in jobs.values()}) == len(jobs)
     fewer = plan(options, [0], ["figure6"])
     trained = [name for name in fewer if name.rpartition(".")[0] in SYSTEMS]
     assert trained == ["uas.0"]
-    for claim in CLAIMS:
-        assert claim.metric in METRICS and {claim.better, claim.worse} <= set(SCORINGS), claim.text
     for table in TABLES.values():
         assert set(table.columns) <= set(METRICS) and set(table.rows.values()) <= set(SCORINGS)
+
+
+def test_plan_of_real_data(tmp_path):
+    """The same trainings and scorings as in the drawn world, at the paper's sizes and with no setting of the miniature;
+    people in the place of the judge. What needs data that are not there is left out."""
+    options = Options(
+        tmp_path / "out", tmp_path / "weights", data=tmp_path, networks=("--hps", "h"), **paper.PAPER_SIZES
+    )
+    assert len(data_that_lack(options)) == 7 and plan(options, [0], list(PARTS)) == {}
+    for name in ("pairs.tar", "pairs-test.tar", "stories.tar", "stories-test.tar"):
+        (tmp_path / name).touch()
+    assert {path.name for path in data_that_lack(options)} == {"dialogues.tar", "dialogues-test.tar", "captions.jsonl"}
+    assert not any(name.startswith(("dialogue", "divter")) for name in plan(options, [0], list(PARTS)))
+    (tmp_path / "dialogues").mkdir()  # of several tars
+    for name in ("dialogues-test.tar", "captions.jsonl"):
+        (tmp_path / name).touch()
+    jobs, drawn = plan(options, [0], list(PARTS)), plan(Options(paper.ROOT / "runs", paper.ROOT), [0], list(PARTS))
+    assert set(jobs) == set(drawn) | {"captions"} and options.tar("dialogues") == tmp_path / "dialogues"
+    commands = {name: job.commands for name, job in jobs.items()}
+    for name, lines in commands.items():
+        for command in lines:
+            assert command[0] != "miniature/world.py" and not {"--sampler", "--lora-rank", "--temperature"} & set(
+                command
+            )
+            assert "--guidance" not in command or name.startswith("guidance-"), command
+    assert given(commands["uas.0"][0], "--steps") == ["110000"] and given(commands["uas.0"][0], "--batch-size") == [
+        "48"
+    ]
+    assert given(commands["lora.0"][0], "--steps") == ["17000"] and given(commands["lora.0"][0], "--batch-size") == [
+        "32"
+    ]
+    assert commands["table4/two-stages.0"][0][:3] == ["-m", "evaluation", "study"]
+    assert given(commands["figure3.0"][0], "--hps") == ["h"]
+    assert given(commands["data/described"][0], "--captions") == [str(tmp_path / "captions.jsonl")]
 
 
 def given(command: list[str], option: str) -> list[str]:
@@ -100,12 +146,22 @@ def test_commands():
             if command[0] == MLS:
                 assert given(command, "--lora-rank") == ["8"] and given(command, "--text-weight") == ["0.01"], command
             assert command.count("--guidance") <= 1, command
-    for scoring, guidance in (("cc3m/uas", "3"), ("cc3m/no-cfg", "1"), ("guidance/7.5", "7.5")):
-        assert given(jobs[f"{scoring}.0"].commands[-1], "--guidance") == [guidance]
+    for scoring, guidance in (("cc3m/uas", "3"), ("cc3m/no-cfg", "3"), ("guidance-7.5/sd0", "7.5")):
+        assert given(jobs[f"{scoring}.0"].commands[0], "--guidance") == [guidance]
     assert given(jobs["minigpt4.0"].commands[0], "--tasks") == ["text=1"]
-    (duel,) = jobs["table4.1"].commands
-    first, second = duel[duel.index("--answers") + 1 :][:2]
-    assert first.endswith("continued-lora.1") and second.endswith("continued-two-stage.1")
+    assert given(jobs["teller.0"].commands[0], "--tasks") == ["text+image=1"]
+    told, drawn = (jobs[f"continued/{name}.0"].commands[0] for name in ("words", "two-stages"))
+    assert given(told, "--checkpoint")[0].endswith("teller.0") and "--checkpoint" not in drawn  # the plain one draws
+    assert given(jobs["cc3m/gill.0"].commands[0], "--checkpoint")[0].endswith("runs/gill.0")
+    for name in DUELS:
+        (duel,) = jobs[f"table4/{name}.1"].commands
+        first, second = duel[duel.index("--answers") + 1 :][:2]
+        assert first.endswith("continued-lora.1") and second.endswith(f"continued-{name}.1")
+    (wins,) = jobs["figure3.1"].commands
+    assert {folder.rpartition("/")[2] for folder in wins[3 : wins.index("--out")]} == {
+        f"{name.replace('/', '-')}.1" for name in RIVALS.values()
+    }
+    assert not any("--last" in job.commands[-1] for name, job in jobs.items() if name.startswith("narration/"))
 
 
 SMALL = ("--steps", 1, "--n", 2, "--samples", 8, "--denoise", 1, "--device", "cpu", "--jobs", 1)
@@ -116,15 +172,19 @@ def test_every_job_and_the_report(monkeypatch, weights, tmp_path):
     monkeypatch.setattr(paper.subprocess, "Popen", InProcess)
     monkeypatch.setattr(paper, "WAIT", 0)
     small = (*SMALL, "--weights", weights, "--out", tmp_path / "out", "--report", tmp_path / "report")
-    parts = ("table1", "table3", "table4", "table5", "table6", "figure7", "figure4", "pairs")
+    parts = ("table1", "table3", "table4", "table5", "table6", "figure3", "figure7", "figure4", "pairs")
     call(monkeypatch, *small, "--seeds", 0, "--only", *parts)
     shown = (tmp_path / "report" / "README.md").read_text()
     for part in ("table3", "table5", "table6", "figure7"):
         for label in TABLES[part].rows:
             row = next(
-                line for line in shown.split(report.NAMES[part])[1].splitlines() if line.startswith(f"| {label} |")
+                line
+                for line in shown.split(f"## {report.NAMES[part]}.")[1].splitlines()
+                if line.startswith(f"| {label} |")
             )
             assert any(cell[:1].isdigit() for cell in row.split("| ")[2:]), row
+            assert ("(paper " in row) == (part != "figure7" and label != "MiniGPT-5 (prefix)"), row
+    assert "| MiniGPT-5 | 0." in shown.split("## Figure 3")[1] and "(paper 0.5718)" in shown.split("## Table 4")[1]
     assert "**not decided (one seed)**" in shown and "**not measured**" in shown  # of Table 2 nothing was asked for
     pictures = {path.name: Image.open(path).size for path in (tmp_path / "report").glob("*.png")}
     assert set(pictures) == {"figure6.png", "figure7.png", "figure4.png", "pairs.png"} and pictures["figure4.png"][
@@ -205,6 +265,48 @@ def test_stops_and_goes_on(tmp_path):
 # ---- claims and duels
 
 
+def test_every_claim_can_be_measured():
+    """Each compares figures that the report has, and says where the paper says so; no two are the same."""
+    known = {(name, metric) for table in TABLES.values() for name in table.rows.values() for metric in table.columns}
+    known |= {(f"two-stages/{side}", way) for side in ("first", "second") for way in WAYS}
+    known |= {(f"figure3/{name}", "wins") for name in RIVALS.values()}
+    for claim in CLAIMS:
+        sides = {name for pair in claim.comparisons for side in pair for name in side}
+        assert {(name, claim.metric) for name in sides} <= known, claim
+        assert claim.source.startswith(("Table ", "Figure ")), claim
+    assert len({str(claim) for claim in CLAIMS}) == len(CLAIMS) > 70
+
+
+def test_claims_say_what_the_papers_tables_say():
+    """Every claim about a table is right of the paper's own figures there, but for what its two digits cannot show."""
+    theirs = report.paper_figures(json.loads(report.PUBLISHED.read_text()))
+    checked, equal = 0, []
+    for claim in CLAIMS:
+        for better, worse in claim.comparisons:
+            for difference in claims.differences(better, worse, claim.metric, theirs):
+                checked += 1
+                if claim.same or claim.margin:
+                    assert -claim.margin <= difference and (not claim.same or difference <= claim.margin), claim
+                elif difference == 0:
+                    equal.append((claim.text, better, worse))
+                else:
+                    assert difference > 0, (claim, better, worse, difference)
+    assert checked > 70, checked
+    assert [(better, worse) for _, better, worse in equal] == [(("last-both/lora",), ("last-both/prefix",))]
+
+
+def test_published_values_are_all_shown():
+    """The rows and columns of published.json are those of the report."""
+    published = json.loads(report.PUBLISHED.read_text())
+    for part, rows in published.items():
+        if part in TABLES:
+            assert set(rows) <= set(TABLES[part].rows), part
+            assert {metric for row in rows.values() for metric in row} <= set(TABLES[part].columns), part
+    assert set(published) == {"source", "table1", "table2", "table3", "table4", "table5", "table6"}
+    assert published["table1"]["text context: MiniGPT-5 (LoRA)"] == {"CLIP-I": 0.64, "IS": 23.86, "FID": 61.34}
+    assert sum(len(row) for part in TABLES for row in published.get(part, {}).values()) == 16 * 3 + 7 * 2 + 6 + 10 + 24
+
+
 @pytest.mark.parametrize(
     "differences, expected",
     [
@@ -223,9 +325,44 @@ def test_verdict(differences, expected):
     assert verdict(differences) == expected
 
 
+def test_verdict_with_a_margin():
+    """Not worse by more than the margin; and the same: the whole interval between the margins."""
+    near, below, above = [-0.003, -0.0031, -0.0029], [-0.01, -0.011, -0.009], [0.01, 0.011, 0.009]
+    assert [verdict(d, 0.004) for d in (near, below, above)] == [HOLDS, FAILS, HOLDS]
+    assert [verdict(d, 0.004, same=True) for d in (near, below, above)] == [HOLDS, FAILS, FAILS]
+    assert verdict([-0.003, 0.003, 0.0], 0.004, same=True) == NOISE == verdict([-0.006, 0.003, 0.0], 0.004)
+
+
+def test_rule_is_students():
+    """Against scipy: t itself, and verdicts as a t-test of each side of the margin gives them."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    assert max(abs(claims.student(k) / stats.t.ppf(0.975, k) - 1) for k in range(1, 1000)) < 0.003
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(300):
+        found = (0.02 * torch.randn(4, generator=generator) + 0.05 * torch.randn(1, generator=generator)).tolist()
+        up, down = (stats.ttest_1samp(found, -0.01, alternative=side).pvalue for side in ("greater", "less"))
+        expected = HOLDS if up < 0.025 else FAILS if down < 0.025 else NOISE
+        seen.add(expected)
+        assert verdict(found, 0.01) == expected or min(abs(up - 0.025), abs(down - 0.025)) < 1e-3
+    assert seen == {HOLDS, FAILS, NOISE}
+
+
+def test_seeds_to_decide():
+    """The smallest number of seeds with which the same mean and deviation are decided."""
+    for found in ([0.01, 0.10, 0.19], [0.05, 0.10, -0.03], [-0.2, 0.1, -0.1]):
+        many = seeds_to_decide(found)
+        mean, deviation = sum(found) / 3, claims.statistics.stdev(found)
+
+        def decided(k: int, mean=mean, deviation=deviation) -> bool:
+            return abs(mean) > claims.student(k - 1) * deviation / k**0.5
+
+        assert decided(many) and not decided(many - 1)
+    assert seeds_to_decide([0.1, -0.1, 0.0]) is None
+    assert seeds_to_decide([0.0, 0.002, 0.001], 0.004, same=True) == 3  # 4.3 * 0.001 < 0.003 * 3 ** 0.5
+
+
 def test_differences():
     """Seed by seed; where less is better the sign turns; a seed that lacks one of them is left out."""
-    claim = claims.Claim("x", "y", "FID", "one", "other")
     figures = {
         ("one", 0): {"FID": 2.0},
         ("other", 0): {"FID": 5.0},
@@ -233,8 +370,23 @@ def test_differences():
         ("other", 1): {"FID": 3.0},
     }
     figures |= {("one", 2): {"FID": 4.0}, ("other", 2): {"IS": 3.0}}
-    assert claims.differences(claim, figures) == [3.0, -1.0]
-    assert claims.differences(claim._replace(metric="IS"), figures) == []
+    assert claims.differences(("one",), ("other",), "FID", figures) == [3.0, -1.0]
+    assert claims.differences(("one",), ("one", "other"), "FID", figures) == [1.5, -0.5]  # the mean of both
+    assert claims.differences(("one",), ("other",), "IS", figures) == []
+
+
+def test_the_weakest_comparison_decides():
+    """A claim holds where all its comparisons do, and is not measured where one of them is not, unless one fails."""
+    figures = {
+        (name, seed): {"IS": value + seed} for seed in range(3) for name, value in (("a", 3), ("b", 2), ("c", 1))
+    }
+
+    def found(*worse: str):
+        return claims.judge(Claim("x", "Table 1", "IS", claims.above("b", *worse)), figures)
+
+    assert found("c").verdict == HOLDS and found("c", "a").verdict == FAILS and found("c", "a").worse == ("a",)
+    assert found("c", "none").verdict == UNMEASURED and found("a", "none").verdict == FAILS
+    assert found("c", "b").verdict == NOISE and found("c").differences == [1, 1, 1]
 
 
 def test_judged():

@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 
 import train_mls
 import train_uas
+from baselines import train_sd
+from baselines.stable_diffusion import StableDiffusion
 from common.cli import run
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
@@ -34,7 +36,7 @@ from trainer.log import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-SCRIPTS = {"uas": train_uas, "mls": train_mls}
+SCRIPTS = {"uas": train_uas, "mls": train_mls, "sd": train_sd}
 FIXED = ["--warmup", 5, "--lr", 1e-3, "--log-every", 1, "--sample-every", 0, "--workers", 0, "--steps", 4]
 
 
@@ -128,6 +130,11 @@ def folder(tmp_path_factory):
         ("mls", 2, "lora", [*mls, *texts, "--val", stories, "--sample-every", 3]),
         ("mls", 2, "prefix", [*mls, *texts, "--prefix", "--gradient-checkpointing"]),
     ]
+    return make_runs(folder, jobs)
+
+
+def make_runs(folder: Path, jobs: list[tuple]) -> Path:
+    """Runs of the jobs in `folder`, one after the other; returns it."""
     jobs = [(stage, ranks, str(folder / out), list(map(str, a)), *more) for stage, ranks, out, a, *more in jobs]
     for job in jobs:
         Path(job[2]).mkdir(exist_ok=True)
@@ -194,6 +201,21 @@ def test_mls_on_two_ranks_is_that_of_two_forward_passes(folder):
     """With LoRA's dropout and texts without pictures; means over tokens and over pictures are a forward pass's own."""
     compare(folder, "mls-two", "mls-one")
     assert Counter(keys(folder, "mls-two")) == Counter(keys(folder, "mls-one"))
+
+
+def test_fine_tuned_sd_on_two_ranks_with_less_memory(tmp_path):
+    """Two processes that compute the UNet twice make the steps of one that accumulates."""
+    weights, stories = write_random_weights(tmp_path / "weights", small=True), tmp_path / "stories.tar"
+    write_stories(stories, 3, 0, "train")
+    sd = ["--weights", weights, "--data", stories, *FIXED, "--batch-size", 2]
+    jobs = [("sd", 1, "one", [*sd, "--accumulate", 2]), ("sd", 2, "two", [*sd, "--gradient-checkpointing"])]
+    compare(make_runs(tmp_path, jobs), "two", "one")
+    assert Counter(keys(tmp_path, "two")) == Counter(keys(tmp_path, "one"))
+    counts = [json.loads(file.read_text())["sent"] for file in sorted((tmp_path / "two").glob("rank-*"))]
+    parameters = sum(p.numel() for p in StableDiffusion(weights).unet.parameters())
+    assert (
+        counts[0] == counts[1] and counts[0].count(4 * (parameters + 1)) == 4
+    )  # the gradients and the loss, each step
 
 
 def test_which_steps_have_pictures(folder):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import sample
 import train_mls
 import train_uas
+from baselines import gill, train_sd
 from common.cli import MINIATURE
 from common.page import save_image
 from miniature import pretrain
@@ -119,6 +120,8 @@ ASK = ["--image", "a.png", "--steps", "2", "--max-new-tokens", "4", "--force-ima
         (train_uas, TRAIN),
         (train_mls, TRAIN),
         (train_mls, [*TRAIN, "--prefix", "--gradient-checkpointing"]),
+        (train_sd, [*TRAIN, "--gradient-checkpointing"]),
+        (gill, TRAIN),
         (sample, [*ASK, "--turns", "2"]),
         (sample, [*ASK, "--int8"]),
     ],

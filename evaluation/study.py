@@ -1,0 +1,171 @@
+"""People compare two systems: a page that asks them, and the table of what they said (the paper's Table 4, Figure 5).
+
+    python -m evaluation study A/ B/ --out study/      # two folders of answers of words and pictures
+    python -m evaluation tally study/*.json            # after the judges' files have been put there
+
+study/index.html holds all that it shows, so that it can be sent to the judges and needs no network. Of each case it has
+the history and both continuations side by side, at random places for each judge, and three questions. The judges save
+files; they and the page say "left", "right" and 0 or 1, and only study/study.json knows whose answers these are.
+
+Agreement between judges: the share of pairs of judgements of the same case and question that agree, and Krippendorff's
+alpha for nominal data, which is 1 where all agree and 0 where they agree as often as by chance.
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from common.cli import make_folder, read_arguments
+from common.files import read_json, write_json, write_text
+from evaluation.cases import Case, compared_cases, pictures_of, read_answer
+from evaluation.metrics import agreement
+from tars.index import Unusable
+
+TEMPLATE = Path(__file__).with_name("study.html")
+QUESTIONS = {
+    "language continuity": "Which text goes on better from what came before?",
+    "image quality": "Which picture is better made?",
+    "multimodal coherence": "Where do text and picture go better together, and with what came before?",
+}
+LARGEST, SMALL = 512, 128  # pixels of a picture's longer side in the page; up to SMALL it is shown pixel by pixel
+VERDICTS = ("first", "second", "tie")
+
+
+def picture_part(picture: Image.Image) -> dict:
+    picture, buffer = picture.convert("RGB"), io.BytesIO()
+    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    small = max(picture.size) <= SMALL
+    picture.save(buffer, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 90}))
+    kind, content = "png" if small else "jpeg", base64.b64encode(buffer.getvalue()).decode()
+    return {"image": f"data:image/{kind};base64,{content}", "small": small}
+
+
+def parts_of(segments: list[str | Image.Image]) -> list[dict]:
+    return [{"text": part} if isinstance(part, str) else picture_part(part) for part in segments]
+
+
+def continuation(folder: Path, case: Case) -> list[dict]:
+    """An answer, with a remark for words or a picture that did not come."""
+    segments = read_answer(folder, case.key).segments
+    has_words = any(isinstance(segment, str) for segment in segments)
+    missing = [] if has_words or not case.words else ["(no words)"]
+    missing += [] if sum(not isinstance(s, str) for s in segments) or not case.pictures else ["(no picture)"]
+    return parts_of(segments) + [{"text": text, "missing": True} for text in missing]
+
+
+def study() -> None:
+    """`python -m evaluation study`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m evaluation study", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("answers", nargs=2, type=Path, metavar="DIR", help="folders of answers with --task text+image, or to dialogues")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for index.html and study.json")
+    add("--data", nargs="+", help="the tars that were asked about; default: as a folder of answers says")
+    add("--n", type=int, default=50, help="so many cases, chosen at random; 0: all")
+    add("--seed", type=int, default=0, help="of the choice of cases and their order")
+    args = read_arguments(parser)
+    if args.n < 0:
+        parser.error("--n is at least 0")
+    cases = compared_cases(args.answers, args.data)
+    if cases[0].task not in ("text+image", "reply"):
+        raise ValueError(
+            f"{args.answers[0]}: a study compares words and pictures; these answers are to {cases[0].task}"
+        )
+    random.Random(args.seed).shuffle(cases)
+    shown = []
+    for case in cases:
+        try:
+            before = [[turn.text, *pictures_of(case, turn.pictures)] for turn in case.before]
+        except Unusable:  # a picture of the history that cannot be read
+            continue
+        before = [parts_of([part for part in turn if part != ""]) for turn in before]
+        shown.append({"key": case.key, "before": before, "answers": [continuation(f, case) for f in args.answers]})
+        if len(shown) == args.n:
+            break
+    number = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
+    page = json.dumps({"id": number, "questions": QUESTIONS, "cases": shown}).replace("<", "\\u003c")  # ends no script
+    out = make_folder(args.out)
+    write_json(out / "study.json", {"study": number, "systems": [str(f) for f in args.answers], "cases": len(shown)})
+    write_text(out / "index.html", TEMPLATE.read_text(encoding="utf-8").replace("/*STUDY*/null", page))
+    print(f"{len(shown):,} cases, {(out / 'index.html').stat().st_size / 1e6:.1f} MB, see {out / 'index.html'}")
+
+
+# ---- what the judges said
+
+
+def read_judges(files: list[Path]) -> tuple[list[str], dict[str, dict]]:
+    """Of files of one study the names of the two systems, and each judge's answers: {case: {question: choice, "left": 0
+    or 1}}. Of a judge who saved twice the later file counts. ValueError for files of several studies or of none."""
+    records = {path: read_json(path) for path in files}
+    keys = [path for path, record in records.items() if "systems" in record]
+    if len(keys) != 1:
+        raise ValueError(f"the study's own study.json should be among the files once, not {len(keys)} times")
+    own, judges = records.pop(keys[0]), {}
+    for path, record in sorted(records.items(), key=lambda item: str(item[1].get("saved"))):
+        if record.get("study") != own["study"] or not isinstance(record.get("answers"), dict):
+            raise ValueError(f"{path}: no judge's answers to the study of {keys[0]}")
+        judges[str(record.get("judge"))] = record["answers"]
+    if not judges:
+        raise ValueError(f"{keys[0]}: no judge's file beside it")
+    return own["systems"], judges
+
+
+def verdict_of(answers: dict, question: str) -> str | None:
+    """ "first", "second" or "tie"; None where the judge has not answered. ValueError for anything else."""
+    choice, left = answers.get(question), answers.get("left")
+    if choice is None:
+        return None
+    if choice not in ("left", "right", "tie") or left not in (0, 1):
+        raise ValueError(f"a judge's answer {choice!r:.40} with {left!r:.40} on the left is none of the page's")
+    return "tie" if choice == "tie" else VERDICTS[left if choice == "left" else 1 - left]
+
+
+def count(judges: dict[str, dict]) -> dict[str, dict]:
+    """{question: shares of the verdicts, how many there are, and how far judges agree (None: not known)}."""
+    found = {}
+    for question in QUESTIONS:
+        by_case = {}
+        for answers in judges.values():
+            for case, given in answers.items():
+                if (verdict := verdict_of(given, question)) is not None:
+                    by_case.setdefault(case, []).append(verdict)
+        told = Counter(verdict for verdicts in by_case.values() for verdict in verdicts)
+        total = sum(told.values())
+        shares = {verdict: told[verdict] / max(total, 1) for verdict in VERDICTS}
+        agreed, alpha = agreement(list(by_case.values()))
+        found[question] = shares | {"judgements": total, "agreement": agreed, "alpha": alpha}
+    return found
+
+
+def tally_table(systems: list[str], judges: dict[str, dict], found: dict[str, dict]) -> str:
+    """Markdown."""
+    names = [f"{Path(name).name} better" for name in systems]
+    lines = [f"{len(judges)} judge{'s' * (len(judges) > 1)}", ""]
+    lines += [f"| | {' | '.join(names)} | tie | judgements | judges agree | alpha |", "| --- |" + " ---: |" * 6]
+    for question, row in found.items():
+        shares = " | ".join(f"{row[verdict]:.2%}" for verdict in VERDICTS)
+        agreed = "-" if row["agreement"] is None else f"{row['agreement']:.2%}"
+        alpha = "-" if row["alpha"] is None else f"{row['alpha']:.3f}"
+        lines.append(f"| {question} | {shares} | {row['judgements']:,} | {agreed} | {alpha} |")
+    return "\n".join(lines) + "\n"
+
+
+def tally() -> None:
+    """`python -m evaluation tally`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m evaluation tally", description=__doc__, formatter_class=raw)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="study.json and the judges' files")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="figures as JSON")
+    args = read_arguments(parser)
+    systems, judges = read_judges(args.files)
+    found = count(judges)
+    if args.out:
+        write_json(args.out, {"systems": systems, "judges": sorted(judges), "questions": found})
+    print(tally_table(systems, judges, found))

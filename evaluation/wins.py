@@ -1,0 +1,92 @@
+"""Which of several systems people would prefer most often (the paper's Figure 3).
+
+    python -m evaluation wins A/ B/ C/ --hps HPS_v2_compressed.pt --out wins.json
+    python -m evaluation wins A/ B/ C/ --out wins.json                                 # the miniature
+
+Of each case the first picture of every folder of answers is compared, and the most preferred one wins; systems whose
+pictures are equally good share the case, and one without a picture cannot win. By HPS v2 the picture with the highest
+cosine with the case's text is preferred. Without --hps a stand-in for the miniature's drawn world decides: most right
+facts first, in the eyes of its judge, then the higher image-text score of its pairing.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.cli import add_weights_option, pick_device, read_arguments
+from common.files import write_json
+from evaluation.cases import Case, compared_cases, read_answer
+from evaluation.comparisons import Bench, encode
+from evaluation.metrics import cosine
+from evaluation.scorers import Unavailable, look, open_network
+from miniature.judge import ATTRIBUTES, asks_for, right
+
+TOGETHER = 16  # cases whose pictures the networks see at a time
+Preference = tuple[float, ...]  # compared in order
+
+
+def preferences(cases: list[Case], folder: Path, bench: Bench) -> list[Preference | None]:
+    """How much each case's picture is preferred; None where none came."""
+    found = []
+    for start in tqdm(range(0, len(cases), TOGETHER), desc=folder.name, unit=f" x {TOGETHER} cases", delay=2):
+        batch = cases[start : start + TOGETHER]
+        answers = [read_answer(folder, case.key) for case in batch]
+        pictures = [[segment for segment in answer.segments if not isinstance(segment, str)] for answer in answers]
+        seen = iter(look(bench.networks, [first[0] for first in pictures if first]))
+        texts = encode(bench, "hps" if "hps" in bench.networks else "pairing", [case.turn.text for case in batch])
+        for case, text, came in zip(batch, texts, pictures, strict=True):
+            found.append(preference(case, text, next(seen)) if came else None)
+    return found
+
+
+def preference(case: Case, text: torch.Tensor, seen: dict) -> Preference:
+    if "hps" in seen:
+        return (cosine(text, seen["hps"]).item(),)
+    is_right = right(seen["facts"], case.facts)
+    facts = sum(is_right[name] for name in ATTRIBUTES if asks_for(case.facts, name))
+    return facts, cosine(text, seen["pairing"]).item()
+
+
+def count_wins(rows: list[list[Preference | None]]) -> list[float]:
+    """Preferences of several systems, each in the same order of cases -> the share of cases that each of them wins."""
+    wins = [0.0] * len(rows)
+    for case in zip(*rows, strict=True):
+        best = max((one for one in case if one is not None), default=None)
+        winners = [i for i, one in enumerate(case) if one is not None and one == best]
+        for i in winners:
+            wins[i] += 1 / len(winners)
+    return [share / len(rows[0]) for share in wins]
+
+
+def wins() -> None:
+    """`python -m evaluation wins`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m evaluation wins", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("answers", nargs="+", type=Path, metavar="DIR", help="folders of answers, two or more")
+    add("--out", type=Path, required=True, metavar="FILE", help="shares as JSON")
+    add("--data", nargs="+", help="the tars that were asked about; default: as a folder of answers says")
+    add("--hps", type=Path, metavar="PATH", help="weights: HPS_v2_compressed.pt")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_weights_option(parser)
+    args = read_arguments(parser)
+    if len(set(args.answers)) < max(2, len(args.answers)):
+        parser.error("two or more different folders of answers are needed")
+    cases, device = (
+        [case for case in compared_cases(args.answers, args.data) if case.pictures],
+        pick_device(args.device),
+    )
+    paths = {"hps": args.hps} if args.hps else {n: args.weights / f"{n}.safetensors" for n in ("judge", "pairing")}
+    if not cases or not (args.hps or all(case.facts for case in cases)):
+        raise ValueError("no picture was wanted" if not cases else "pictures without labels of the drawn world: --hps?")
+    try:
+        bench = Bench({name: open_network(name, path, device) for name, path in paths.items()}, {})
+    except Unavailable as error:
+        raise ValueError(str(error)) from None
+    rows = [preferences(cases, folder, bench) for folder in args.answers]
+    shares = dict(zip(map(str, args.answers), count_wins(rows), strict=True))
+    write_json(args.out, {"by": "HPS v2" if args.hps else "facts", "cases": len(cases), "wins": shares})
+    lines = [f"{len(cases):,} cases", "", "| | cases won |", "| --- | ---: |"]
+    print("\n".join([*lines, *(f"| {name} | {share:.2%} |" for name, share in shares.items())]))
