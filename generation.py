@@ -13,7 +13,7 @@ D width of the language model, C latent channels, h w latent height and width.
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 
@@ -31,11 +31,13 @@ from scheduler import SAMPLERS, NoiseSchedule
 
 MAX_PICTURES = 8  # of an answer, as far as its positions are concerned
 Segments = list[str | Image.Image]  # an answer: text and pictures in turn
+Watch = Callable[..., None]  # is called with ids=, the first prompt's answer so far, after every token; with done=,
+# the number of denoising steps, steps=, how many there will be, and latents= (M, C, h, w) after every step
 
 
 @dataclass
 class Sampling:
-    """How an answer is sampled. The defaults are the released code's."""
+    """How an answer is sampled. The defaults are the released code's. ValueError for values out of range."""
 
     temperature: float = 1.0  # 0: always the likeliest token
     top_p: float = 0.9
@@ -49,6 +51,12 @@ class Sampling:
     guidance: float = 7.5  # 1: no guidance
     compile: bool = False  # torch.compile the token step, the UNet and the decoder
 
+    def __post_init__(self):
+        if not 0 < self.top_p <= 1 or self.temperature < 0 or self.repetition_penalty <= 0:
+            raise ValueError("top-p is in (0, 1], temperature at least 0, repetition-penalty above 0")
+        if min(self.max_new_tokens, self.steps) < 1:
+            raise ValueError("max-new-tokens and steps are at least 1")
+
 
 def add_picture_options(parser: argparse.ArgumentParser, against: str) -> None:
     add = parser.add_argument
@@ -57,7 +65,8 @@ def add_picture_options(parser: argparse.ArgumentParser, against: str) -> None:
     add("--sampler", choices=sorted(SAMPLERS), default=Sampling.sampler, help="diffusion sampler")
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, words_first: bool = False) -> None:
+    """`words_first`: with the option of that name."""
     add = parser.add_argument
     add_picture_options(parser, against="the zero-voken condition")
     add("--temperature", type=float, default=Sampling.temperature, help="of the words; 0: always the likeliest")
@@ -66,22 +75,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help=penalty)
     add("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer, in tokens")
     add("--force-image", action="store_true", help="begin every answer with a picture")
-
-
-def add_words_first_option(parser: argparse.ArgumentParser) -> None:
-    about = "before a picture the language model describes it, and the vokens are read after that description alone"
-    parser.add_argument("--words-first", action=argparse.BooleanOptionalAction, default=False, help=about)
+    if words_first:
+        about = "before a picture the language model describes it; the vokens are read after that description alone"
+        add("--words-first", action=argparse.BooleanOptionalAction, default=False, help=about)
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The options that were added as a Sampling. ValueError for values out of range."""
-    given = {name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__}
-    sampling = Sampling(**given)
-    if not 0 < sampling.top_p <= 1 or sampling.temperature < 0 or sampling.repetition_penalty <= 0:
-        raise ValueError("--top-p is in (0, 1], --temperature at least 0, --repetition-penalty above 0")
-    if min(sampling.max_new_tokens, sampling.steps) < 1:
-        raise ValueError("--max-new-tokens and --steps are at least 1")
-    return sampling
+    """The options that were added as a Sampling."""
+    return Sampling(**{name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__})
 
 
 # ---- prompts
@@ -102,15 +103,6 @@ def room_wanted(model: MiniGPT5, sampling: Sampling) -> int:
     half of all."""
     longest = sampling.max_new_tokens + len(model.tokenizer.voken_ids)
     return min(longest, model.llama.config.max_position_embeddings // 2)
-
-
-def fit(model: MiniGPT5, sampling: Sampling, prompts: Iterable[str]) -> tuple[int, list[int]]:
-    """The number and the token ids of the first prompt that leaves room for an answer, or else of the last one."""
-    for number, prompt in enumerate(prompts):
-        found = number, prompt_ids(model, prompt)
-        if room_after(model, found[1]) >= room_wanted(model, sampling):
-            break
-    return found
 
 
 # ---- words
@@ -134,8 +126,7 @@ def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tu
     """Token sequences -> ids (B, T) padded on the right, and the mask (B, T) that is 1 on tokens."""
     T = max(map(len, sequences))
     ids = torch.tensor([ids + [fill] * (T - len(ids)) for ids in sequences], device=device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in sequences], device=device)
-    return ids, mask
+    return ids, torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in sequences], device=device)
 
 
 def read(model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, pixels: Tensor | None = None) -> Tensor:
@@ -174,6 +165,7 @@ def say(
     pixels: Tensor | None,
     sampling: Sampling,
     generators: list[torch.Generator],
+    watch: Watch | None = None,
 ) -> list[tuple[list[int], Tensor]]:
     """The words of each answer to `prompts`, token ids: (ids, voken features (M, N, D) of its M pictures).
 
@@ -183,13 +175,13 @@ def say(
     The stop ids stay in it. The repetition penalty counts <s> and what was said, not the prompt. ValueError for a
     prompt that leaves no room.
     """
-    tokenizer, device = model.tokenizer, model.device
+    tokenizer, device, positions = model.tokenizer, model.device, model.llama.config.max_position_embeddings
+    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions))
     vokens, N = tokenizer.voken_ids, len(tokenizer.voken_ids)
     rooms, longest = [room_after(model, ids) for ids in prompts], max(map(len, prompts))
     if min(rooms) < N:
         raise ValueError(f"the prompt has {longest} tokens, room is for {min(rooms) + longest - N}")
     limits = [min(room, sampling.max_new_tokens + MAX_PICTURES * N) for room in rooms]
-    positions = model.llama.config.max_position_embeddings
     answers = [Answer(positions - room, positions - room + more) for room, more in zip(rooms, limits, strict=True)]
 
     cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling, device)
@@ -219,6 +211,8 @@ def say(
                 with_picture += [i] if token == vokens[0] else []
                 answer.used += len(fed[i])
                 answer.active = not tokenizer.ends(answer.ids) and answer.used + N <= answer.limit
+        if watch:
+            watch(ids=answers[0].ids)
         last = position == sampling.max_new_tokens or not any(answer.active for answer in answers)
         if last and not with_picture:
             break
@@ -246,7 +240,7 @@ def say(
 
 
 @torch.inference_mode()
-def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor) -> Tensor:
+def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor, watch: Watch | None = None) -> Tensor:
     """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1].
 
     The unconditional branch of classifier-free guidance has zeros in the place of the features.
@@ -257,11 +251,16 @@ def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor
     guided = sampling.guidance != 1
     conditioning = model.mapper(torch.cat([zeros, features]) if guided else features)  # (2 M or M, S, Dc)
     latents = latents.to(conditioning.device)
-    return decode(denoise(unet, model.schedule, latents, conditioning, sampling)).float()
+    return decode(denoise(unet, model.schedule, latents, conditioning, sampling, watch)).float()
 
 
 def denoise(
-    unet: Callable, schedule: NoiseSchedule, latents: Tensor, conditioning: Tensor, sampling: Sampling
+    unet: Callable,
+    schedule: NoiseSchedule,
+    latents: Tensor,
+    conditioning: Tensor,
+    sampling: Sampling,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Noise (M, C, h, w) -> latents. conditioning: (M, S, Dc), or with guidance (2 M, S, Dc), the unconditional ones
     first: each step then goes `guidance` times as far from the unconditional prediction to the other one."""
@@ -274,6 +273,8 @@ def denoise(
             without, given = prediction.chunk(2)
             prediction = without + sampling.guidance * (given - without)
         latents = sampler.step(prediction, index, latents)
+        if watch:
+            watch(done=index + 1, steps=len(sampler.timesteps), latents=latents)
     return latents
 
 
@@ -301,6 +302,7 @@ def answer(
     sampling: Sampling,
     generators: list[torch.Generator],
     pad: bool = True,
+    watch: Watch | None = None,
 ) -> list[Segments]:
     """Text and pictures in turn, for each of the prompts, token ids as `prompt_ids` makes them, and its input pictures.
 
@@ -309,8 +311,8 @@ def answer(
     """
     if sampling.words_first:
         sampling = replace(sampling, words_first=False)
-        said = answer(model, prompts, pictures, sampling, generators, pad)
-        return draw_described(model, said, sampling, generators)
+        said = answer(model, prompts, pictures, sampling, generators, pad, watch)
+        return draw_described(model, said, sampling, generators, watch)
     for ids, given in zip(prompts, pictures, strict=True):
         places = ids.count(model.tokenizer.image_id) // model.queries
         if places != len(given):
@@ -320,7 +322,7 @@ def answer(
         size = model.image_encoder.vision_model.config.image_size
         pixels = torch.stack([preprocess_input(picture, size, pad) for given in pictures for picture in given])
         pixels = pixels.to(model.device, dtype_of(model.image_encoder))
-    said = say(model, prompts, pixels, sampling, generators)
+    said = say(model, prompts, pixels, sampling, generators, watch)
     counts = [len(features) for _, features in said]
     painted = []
     if sum(counts):
@@ -328,13 +330,17 @@ def answer(
         features, latents = torch.cat([features for _, features in said]), torch.cat(latents)
         at_once = 1 if sampling.compile else len(features)  # another number of pictures would be compiled anew
         for part, noise in zip(features.split(at_once), latents.split(at_once), strict=True):
-            painted += map(to_image, paint(model, part, sampling, noise))
+            painted += map(to_image, paint(model, part, sampling, noise, watch))
     remaining = iter(painted)
     return [segments_of(model, ids, remaining) for ids, _ in said]
 
 
 def draw_described(
-    model: MiniGPT5, said: list[Segments], sampling: Sampling, generators: list[torch.Generator]
+    model: MiniGPT5,
+    said: list[Segments],
+    sampling: Sampling,
+    generators: list[torch.Generator],
+    watch: Watch | None,
 ) -> list[Segments]:
     """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
     small blue ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
@@ -345,7 +351,7 @@ def draw_described(
         return said
     captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in with_picture]
     alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)
-    drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture])
+    drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture], True, watch)
     for i, (picture,) in zip(with_picture, drawn, strict=True):
         picture.info["description"] = descriptions[i]
         words = " ".join(s for s in said[i] if isinstance(s, str)).replace(f"({descriptions[i]})", "").strip()

@@ -1,17 +1,19 @@
 """Vicuna, the frozen language model, and the embedding rows that MiniGPT-5 adds to its vocabulary.
 
-The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. Only `Vokens` trains here: the
-input and output embedding rows of the generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section
-3.2.1). They are parameters of their own, so the frozen tables are neither copied nor touched by an optimiser. Left out:
-grouped-query attention and scaled rotary positions, which no Vicuna-7B with 2k or 4k positions uses.
+The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. Others of its family load as
+well: Llama 2 and 3, TinyLlama, SmolLM2. Only `Vokens` trains here: the input and output embedding rows of the
+generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section 3.2.1). They are parameters of their own,
+so the frozen tables are neither copied nor touched by an optimiser. Left out: biases, sliding windows, and all scaling
+of rotary positions but Llama 3's.
 
     ids            (B, T)      token ids, vokens and placeholder above the base vocabulary
     embeddings     (B, T, D)   Vokens.embed, then pictures may be written over placeholders
     hidden         (B, T, D)   Llama.forward, after the final norm
     logits         (B, T, V')  Vokens.logits, V' = V + n + 1
-    KV cache       (B, S, H, Dh) a layer, S slots allocated once
+    KV cache       (B, S, Hk, Dh) a layer, S slots allocated once
 
-B batch, T tokens, S cache slots, D width, H heads, Dh head width, V vocabulary, n vokens of a picture.
+B batch, T tokens, S cache slots, D width, H heads, Hk key-value heads, Dh head width, V vocabulary, n vokens of a
+picture.
 """
 
 from dataclasses import dataclass
@@ -19,6 +21,27 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3 stretches its rotary positions over longer texts than it was first trained on; by default not at all.
+
+    Frequencies that turn at least high_freq_factor times within the original positions stay, those that turn at most
+    low_freq_factor times are divided by `factor`, and between the two the share that is divided falls linearly.
+    """
+
+    rope_type: str = "default"  # or "llama3"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self):
+        if self.rope_type != "llama3" and (self.rope_type, self.factor) != ("default", 1.0):
+            raise ValueError(f"rope_scaling of type {self.rope_type!r:.80} is not supported, only 'llama3'")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("rope_scaling has a low_freq_factor that is not below its high_freq_factor")
 
 
 @dataclass
@@ -30,19 +53,41 @@ class LlamaConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
+    num_key_value_heads: int = 0  # each serves as many attention heads; 0: every attention head has its own
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6  # v1.5 has 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False  # lm_head is embed_tokens
 
     def __post_init__(self):
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} is not {self.num_attention_heads} heads of even width")
+        heads = self.num_attention_heads
+        if not self.head_dim and self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be shared by {heads} attention heads")
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        if self.head_dim % 2:
+            raise ValueError(f"attention heads have width {self.head_dim}, which is not even")
+        if heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_key_value_heads} key-value heads cannot be shared by {heads} attention heads")
 
 
-def rotary_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """(Dh/2,): the angle that each pair of channels turns from one position to the next."""
+    head_width, scaling = config.head_dim, config.rope_scaling
+    frequencies = config.rope_theta ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
+    if scaling.rope_type == "llama3":
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    return frequencies
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """positions (B, T) -> cos and sin (B, T, 1, Dh) in float32, each of the Dh/2 angles twice. The first half of the
     sines is negative, so that `rotate` needs no more than a roll."""
-    frequencies = theta ** (-torch.arange(0, head_width, 2, device=positions.device).float() / head_width)
     angles = positions[..., None, None].float() * frequencies  # (B, T, 1, Dh/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -62,8 +107,7 @@ class KVCache:
     """
 
     def __init__(self, config: LlamaConfig, batch: int, slots: int, dtype: torch.dtype, device):
-        head_width = config.hidden_size // config.num_attention_heads
-        shape = (batch, slots + 1, config.num_attention_heads, head_width)
+        shape = (batch, slots + 1, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)  # a tensor each: of one for all, torch.compile would copy the whole
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
@@ -83,7 +127,7 @@ class KVCache:
         return torch.where(attention_mask.bool(), positions, self.padding)
 
     def update(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key, value (B, T, H, Dh) at `positions` (B, T); returns what attention reads (B, S, H, Dh)."""
+        """Store key, value (B, T, Hk, Dh) at `positions` (B, T); returns what attention reads (B, S, Hk, Dh)."""
         keys, values = self.keys[layer], self.values[layer]
         keys[self.batch, positions] = key
         values[self.batch, positions] = value
@@ -112,7 +156,7 @@ class History:
         return positions
 
     def update(self, layer: int, _positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append key, value (B, T, H, Dh) to the layer's; returns all of them (B, S, H, Dh)."""
+        """Append key, value (B, T, Hk, Dh) to the layer's; returns all of them (B, S, Hk, Dh)."""
         if layer in self.layers:
             key, value = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (key, value), strict=True))
         if not torch.is_grad_enabled():
@@ -135,22 +179,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        D = config.hidden_size
-        self.layer, self.heads = layer, config.num_attention_heads
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, D, bias=False)
-        self.v_proj = nn.Linear(D, D, bias=False)
-        self.o_proj = nn.Linear(D, D, bias=False)
+        D, H, Hk, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.layer, self.heads = layer, (H, Hk, Hk)
+        self.q_proj = nn.Linear(D, H * Dh, bias=False)
+        self.k_proj = nn.Linear(D, Hk * Dh, bias=False)
+        self.v_proj = nn.Linear(D, Hk * Dh, bias=False)
+        self.o_proj = nn.Linear(H * Dh, D, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache) -> Tensor:
-        B, T, D = x.shape
-        q, k, v = (project(x).view(B, T, self.heads, -1) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(torch.stack([q, k]), *rotary)  # (B, T, H, Dh) each
+        B, T, _ = x.shape
+        projections = zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
+        q, k, v = (project(x).view(B, T, heads, -1) for project, heads in projections)  # (B, T, H or Hk, Dh)
+        q, k = rotate(torch.cat([q, k], dim=2), *rotary).split(self.heads[:2], dim=2)
         if cache is not None:
-            k, v = cache.update(self.layer, positions, k, v)  # (B, S, H, Dh)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, ., Dh)
-        y = self.attend(q, k, v, mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+            k, v = cache.update(self.layer, positions, k, v)  # (B, S, Hk, Dh)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or Hk, ., Dh)
+        y = self.attend(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -193,6 +238,8 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | History | None = None
@@ -219,10 +266,9 @@ class Llama(nn.Module):
         else:
             positions, mask = torch.arange(T, device=device).expand(B, T), None
 
-        head_width = self.config.hidden_size // self.config.num_attention_heads
         if mask is not None:
             mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # here once, not in each layer
-        table = rotary_table(positions, head_width, self.config.rope_theta)
+        table = rotary_table(positions, rotary_frequencies(self.config, device))
         rotary = tuple(t.to(embeddings.dtype) for t in table)
         x = embeddings
         for block in self.model.layers:
@@ -238,7 +284,7 @@ class Vokens(nn.Module):
     """
 
     def __init__(self, llama: Llama, vokens: int, base_vocabulary: int):
-        """The rows start as the mean of Vicuna's, on the same device, in float32."""
+        """The rows start as the mean of the language model's, on the same device, in float32."""
         super().__init__()
         self.base = base_vocabulary
         tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()

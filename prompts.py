@@ -10,6 +10,8 @@
 A caption is stage 1's (UAS); "image", "text+image" and "text" are stage 2's tasks (MLS) at step k of a story. The marks
 (###Human:, <Img> ...) are the released code's; the requests are worded anew.
 
+`CHAT_FORMS` says how a language model other than Vicuna has its marks: its tokenizer puts them in their place.
+
 A text of the outside world is cleaned and escaped once, where it enters: `clean_caption` or `one_line` cleans it, and
 `Tokenizer.plain` escapes what would be read as a special token. The readers of tars and sample.py do this for turns.
 A caption is cleaned by its reader and escaped when its prompt is made, since Stable Diffusion's text encoder, for which
@@ -171,6 +173,19 @@ def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
     pictured = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
     first = pictured[-1] // 2 * 2 if pictured and words_first else start
     return turns[first : first + 2] * (first < start) + turns[start:k]
+
+
+def chatml(text: str) -> str:
+    """A prompt or an answer with the marks of ChatML. Every sequence begins with <s>, which here is <|im_start|>."""
+    speakers = r"\s*###(Human|Assistant): ?"
+    if not text.startswith("###") and re.search(speakers, text):
+        text = "system\n" + text
+    roles = {"Human": "user", "Assistant": "assistant"}
+    text = re.sub(speakers, lambda match: f"<|im_end|>\n<|im_start|>{roles[match[1]]}\n", text)
+    return re.sub(" ?###$", "<|im_end|>", text.removeprefix("<|im_end|>\n<|im_start|>"))
+
+
+CHAT_FORMS = {"vicuna": str, "chatml": chatml}  # by the name that config.json has as chat_form
 
 
 def user_turn(tokenizer: Tokenizer, text: str, words: Words | None, pictures: tuple = ()) -> Turn:

@@ -1,9 +1,11 @@
 """Ask MiniGPT-5: text and pictures in, text and pictures out.
 
-    python sample.py --prompt "a red boat on the sea at night"
-    python sample.py --prompt "a kite flies over the meadow." --turns 4      # a story, step by step
-    python sample.py --chat                                                  # a chat in the terminal
-    python sample.py --weights weights --prompt "what is this?" --image a.jpg --image b.jpg --out out/answer
+    python sample.py "a red boat on the sea at night"
+    python sample.py "a cat in the snow" --count 8                    # eight seeds on one sheet
+    python sample.py --prompts prompts.txt --count 4                  # a prompt a line
+    python sample.py "a kite flies over the meadow." --turns 4        # a story, step by step
+    python sample.py --chat                                           # a chat in the terminal
+    python sample.py "what is this?" --image a.jpg --image b.jpg --weights weights --out out/answer
 
 The default weights are the miniature's. It knows balls, houses, trees, boats, fish, cars, stars, flowers, cats, birds,
 balloons and kites, one or two in a picture; red, orange, yellow, green, blue, purple, pink and white; small and big;
@@ -11,23 +13,36 @@ left, middle and right; the sea, a meadow, the snow, a city, a desert and the mo
 in words what it is going to draw (--words-first), and which words of yours it does not know.
 
 Prints the answer and writes into OUT the pictures 0.png, 1.png ..., storyboard.png (pictures with their words),
-index.html (the same as one page without other files) and answer.json:
-{"segments": [{"text": ...} | {"image": "0.png", "description": ...}, ...], "seed": ..., "prompt": ...}.
+index.html (the same as one page without other files) and answer.json: {"segments": [{"text": ...} |
+{"image": "0.png", "description": ...}, ...], "seed": ..., "prompt": ...}; what you said has "from": "you".
+
+The same from Python:
+
+    from sample import load
+    model = load()                                       # the miniature; load("weights") for others
+    model.draw("a red boat on the sea").save("boat.png")
+    model.chat("draw a cat in the snow"), model.chat("now at night")
+    for step in model.story("a kite flies over the meadow.", steps=4):
+        print(step)                                      # text and pictures (PIL.Image) in turn
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from common.cli import DTYPES, can_compile, make_folder, parse, pick_device, run  # isort: skip
+from common.cli import (  # isort: skip
+    DTYPES, MINIATURE, can_compile, make_folder, parse, pick_device, run, suited_options
+)  # fmt: skip
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
+import prompts
 from common.images import read_image
 from common.page import write_answer
 from common.spelling import Words
@@ -35,44 +50,169 @@ from generation import (
     Sampling,
     Segments,
     add_sampling_options,
-    add_words_first_option,
     answer,
-    fit,
     prompt_ids,
+    room_after,
+    room_wanted,
     sampling_of,
 )
 from minigpt5 import MiniGPT5
-from prompts import (
-    STORY_REQUESTS,
-    WORDS_FIRST_SYSTEM,
-    Turn,
-    chat_history,
-    clean_caption,
-    description_in,
-    dialog_source,
-    one_line,
-    own_turn,
-    plain_words,
-    story_source,
-    user_turn,
-)
+from prompts import Turn
 from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
+
+BATCH = 8  # prompts that are answered at once
+SHIPPED = {"draw": (), "chat": CHAT_FILES, "story": STORY_FILES}  # stage 2's files, by what the model is for
+
+
+def load(
+    weights: Path | str = MINIATURE,
+    checkpoint: Path | str | None = None,
+    purpose: str = "draw",
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    read_pictures: bool = True,
+    int8: bool = False,
+    **sampling,
+) -> "Session":
+    """A model to draw, chat and tell stories with.
+
+    weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`,
+    for the `purpose` "chat" or "story" stage 2's where there is one and the weights do not put words first.
+    sampling: fields of `Sampling` that differ from the defaults of the weights. ValueError where something is missing.
+    """
+    weights, suited = Path(weights), suited_options(Path(weights), "sample")
+    suited = {name: value for name, value in suited.items() if name in Sampling.__dataclass_fields__}
+    sampling = Sampling(**suited | sampling)
+    files = () if sampling.words_first else SHIPPED[purpose]
+    found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
+    if found is None:
+        print("no trained checkpoint found: the embedding rows and the mapper are random, pictures will be noise")
+    torch.manual_seed(seed)  # of the embedding rows and the mapper, where there is no checkpoint
+    options = {"dtype": DTYPES[dtype], "device": pick_device(device), "read_pictures": read_pictures, "int8": int8}
+    return Session(load_minigpt5(weights, found, **options).eval(), sampling, seed, Words.of(weights))
+
+
+class Session:
+    """A model, how its answers are sampled, and a conversation with it: its turns, in the forms that the two stages
+    were trained to read. Every text is cleaned, and special tokens in it become plain text.
+
+    watch: is called while an answer is made (`generation.Watch`).
+    """
+
+    def __init__(self, model: MiniGPT5, sampling: Sampling, seed: int, words: Words | None = None):
+        self.model, self.sampling, self.watch = model, sampling, None
+        self.words_first = sampling.words_first
+        self.words = words if self.words_first else None
+        self.system = prompts.WORDS_FIRST_SYSTEM if self.words_first else model.system
+        self.new(seed)
+
+    def new(self, seed: int = 0) -> None:
+        """Begin a new conversation."""
+        self.turns, self.generator = [], torch.Generator().manual_seed(seed)
+
+    def draw(self, prompt: str, seed: int = 0) -> Image.Image:
+        """The picture for a prompt, without regard to the conversation. ValueError if the answer has none."""
+        words, pictures = split(self.answers([prompt], [seed])[0])
+        if not pictures:
+            raise ValueError(f"no picture was drawn for {prompt!r}; the answer was {words!r}")
+        return pictures[0]
+
+    def answers(self, texts: list[str], seeds: list[int], pictures: tuple[Image.Image, ...] = ()) -> list[Segments]:
+        """An answer to each text by itself, with its seed. The pictures come with every one of them."""
+        model, said = self.model, []
+        if pictures or self.words_first or model.lora or model.prefix:
+            turns = [self.turn(text, pictures) for text in texts]
+            ids = [prompt_ids(model, prompts.dialog_source([turn], 1, self.system)) for turn in turns]
+        else:  # stage 1 reads bare captions
+            clean = [prompts.clean_caption(text) or prompts.one_line(text) for text in texts]
+            ids = [prompt_ids(model, model.tokenizer.plain(text)) for text in clean]
+        for first in range(0, len(ids), BATCH):
+            part = ids[first : first + BATCH]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + BATCH]]
+            said += answer(model, part, [list(pictures)] * len(part), self.sampling, generators, watch=self.watch)
+        return said
+
+    def chat(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Segments:
+        """The answer to the next turn of the conversation. Where that fails, the conversation stays as it was."""
+        turns = [*self.turns, self.turn(text, pictures)]
+        k = len(turns)
+        heard = prompts.chat_history(turns, k, self.words_first)
+        return self.go_on(turns, heard, lambda heard: prompts.dialog_source(heard, k, self.system))
+
+    def story(self, text: str, steps: int = 4, pictures: tuple[Image.Image, ...] = ()) -> Iterator[Segments]:
+        """A new story that begins with this sentence, and perhaps its picture, told in so many answers."""
+        self.begin(text, pictures)
+        for _ in range(steps):
+            yield self.next_step()
+
+    def begin(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
+        self.turns = [self.turn(text, pictures)]
+
+    def next_step(self) -> Segments:
+        """The next answer of a story: a picture for its first sentence if it has none, then step after step, each of
+        which reads the pictures before it."""
+        *before, last = self.turns
+        if not before and not last.pictures and not prompts.description_in(last.text):
+            request = prompts.STORY_REQUESTS["image"][0].format(last.text)
+            ids = prompt_ids(self.model, prompts.story_source([], request, self.system))
+            segments = self.ask(ids, [], force_image=not self.words_first)
+            self.turns = [self.own_turn([last.text, *split(segments)[1]])]
+            return segments
+        request = prompts.STORY_REQUESTS["text+image"][0]
+        return self.go_on(self.turns, self.turns, lambda told: prompts.story_source(told, request, self.system))
+
+    def missing(self, text: str) -> list[str]:
+        """The words of a text that are not in the world of the weights, where these bring a list of it."""
+        return self.words.missing(prompts.plain_words(text)) if self.words else []
+
+    def turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
+        return prompts.user_turn(self.model.tokenizer, text, self.words, pictures)
+
+    def own_turn(self, segments: Segments) -> Turn:
+        return prompts.own_turn(self.model.tokenizer, *split(segments))
+
+    def go_on(self, turns: list[Turn], heard: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:
+        """The answer to the `source` of the turns `heard`; it becomes the turn after `turns`. The oldest turns are left
+        out where they would leave too little room for it."""
+        for first in range(len(heard)):
+            ids = prompt_ids(self.model, source(heard[first:]))
+            if room_after(self.model, ids) >= room_wanted(self.model, self.sampling):
+                break
+        segments = self.ask(ids, [picture for turn in heard[first:] for picture in turn.pictures])
+        self.turns = [*turns, self.own_turn(segments)]
+        return segments
+
+    def ask(self, ids: list[int], pictures: list[Image.Image], **otherwise) -> Segments:
+        sampling = replace(self.sampling, **otherwise)
+        return answer(self.model, [ids], [pictures], sampling, [self.generator], watch=self.watch)[0]
+
+
+def split(segments: Segments) -> tuple[str, tuple[Image.Image, ...]]:
+    """An answer's words and its pictures."""
+    words = " ".join(segment for segment in segments if isinstance(segment, str))
+    return words, tuple(segment for segment in segments if not isinstance(segment, str))
+
+
+# ---- the command
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--prompt", help="what to say to the model")
+    add("text", nargs="?", metavar="PROMPT", help="what to say to the model")
+    add("--prompt", help="the same as PROMPT")
+    add("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line; each is answered by itself")
+    add("--count", type=int, default=1, help="answers to each prompt, with the seeds SEED, SEED + 1 ...")
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
     add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
-    add("--chat", action="store_true", help="chat: a line a turn, `/image FILE` adds a picture, an empty line ends")
+    add("--chat", action="store_true", help="chat in the terminal, a line a turn; /help lists the commands")
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5 "
         "stage 1's; without words first stage 2's for stories, chats and pictures that are given")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
-    add_sampling_options(parser)
-    add_words_first_option(parser)
+    add_sampling_options(parser, words_first=True)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (bench/README.md)")
     add("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
@@ -80,13 +220,17 @@ def arguments() -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
     args = parse(parser, "sample")
-    args.prompt = args.prompt and valid(args.prompt).strip()
-    if not args.prompt and not args.chat:
-        parser.error("--prompt is needed, or --chat")
+    if args.text and args.prompt:
+        parser.error("PROMPT and --prompt are the same: give one of them")
+    args.prompt = valid(args.prompt or args.text or "").strip()
+    if bool(args.prompt) + bool(args.prompts) != 1 and not (args.chat and not args.prompts):
+        parser.error("a PROMPT is needed, or --prompts, or --chat")
     if args.chat and args.turns is not None:
         parser.error("--chat and --turns exclude each other: the second tells a story")
-    if args.turns is not None and args.turns < 1:
-        parser.error("--turns is at least 1")
+    if (args.prompts or args.count != 1) and (args.chat or args.turns is not None):
+        parser.error("--prompts and --count are for single answers, not for --chat or --turns")
+    if min(args.count, 1 if args.turns is None else args.turns) < 1:
+        parser.error("--count and --turns are at least 1")
     if args.threads < 0:
         parser.error("--threads is at least 0")
     return args
@@ -97,102 +241,75 @@ def valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-class Conversation:
-    """The turns so far, in the forms that the two stages were trained to read.
+class Terminal:
+    """Prints answers and numbers their pictures. Somebody who looks on sees the words as they come, and a bar where the
+    pictures take longer than two seconds."""
 
-    Every text comes in through `turn` or `caption`, which clean it and make special tokens in it plain text.
-    """
+    def __init__(self, session: Session, out: Path):
+        self.tokenizer, self.out, self.count = session.model.tokenizer, out, 0
+        self.printed, self.bar = "", None
+        session.watch = self.watch
 
-    def __init__(self, model: MiniGPT5, sampling: Sampling, seed: int, words: Words | None = None):
-        self.model, self.sampling, self.turns = model, sampling, []
-        self.words_first = sampling.words_first
-        self.words = words if self.words_first else None
-        self.system = WORDS_FIRST_SYSTEM if self.words_first else model.system
-        self.generator = torch.Generator().manual_seed(seed)
+    def watch(self, ids: list[int] | None = None, done: int = 0, steps: int = 0, latents: object = None) -> None:
+        if ids is not None:
+            words = self.tokenizer.decode(ids, skip_special=True).strip().rstrip("#\N{REPLACEMENT CHARACTER}").rstrip()
+            if sys.stdout.isatty() and words.startswith(self.printed):
+                print(words.removeprefix(self.printed), end="", flush=True)
+                self.printed = words
+            return
+        if done == 1:
+            self.bar = tqdm(total=steps, desc="pictures", unit="step", delay=2, leave=False, disable=None)
+        self.bar.update()
+        if done == steps:
+            self.bar.close()
 
-    def turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
-        return user_turn(self.model.tokenizer, text, self.words, pictures)
-
-    def report_unknown(self, text: str) -> None:
-        """Says which words of a text are not in the world of the weights, where these bring a list of it."""
-        if self.words and (missing := self.words.missing(plain_words(text))):
-            print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
-
-    def own_turn(self, segments: Segments) -> Turn:
-        return own_turn(self.model.tokenizer, *split(segments))
-
-    def caption(self, text: str) -> Segments:
-        """Stage 1's answer to the bare words, cleaned as its captions were: a picture."""
-        return self.ask(prompt_ids(self.model, self.model.tokenizer.plain(clean_caption(text) or one_line(text))), [])
-
-    def reply(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Segments:
-        """A turn of a chat and the answer to it. Where that fails, the chat stays as it was."""
-        turns = [*self.turns, self.turn(text, pictures)]
-        k = len(turns)
-        heard = chat_history(turns, k, self.words_first)
-        return self.go_on(turns, heard, lambda heard: dialog_source(heard, k, self.system))
-
-    def begin(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
-        """The first sentence of a story, and perhaps its picture."""
-        self.turns = [self.turn(text, pictures)]
-
-    def next_step(self) -> Segments:
-        """The next answer of a story: a picture for its first sentence if it has none, then step after step."""
-        *before, last = self.turns
-        if not before and not last.pictures and not description_in(last.text):
-            request = story_source([], STORY_REQUESTS["image"][0].format(last.text), self.system)
-            segments = self.ask(prompt_ids(self.model, request), [], force_image=not self.words_first)
-            self.turns = [self.own_turn([last.text, *split(segments)[1]])]
-            return segments
-        request = STORY_REQUESTS["text+image"][0]
-        return self.go_on(self.turns, self.turns, lambda told: story_source(told, request, self.system))
-
-    def go_on(self, turns: list[Turn], heard: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:
-        """The answer to the `source` of the turns `heard`; it becomes the turn after `turns`. The oldest turns are left
-        out where they would leave too little room for it."""
-        first, ids = fit(self.model, self.sampling, (source(heard[k:]) for k in range(len(heard))))
-        segments = self.ask(ids, [picture for turn in heard[first:] for picture in turn.pictures])
-        self.turns = [*turns, self.own_turn(segments)]
-        return segments
-
-    def ask(self, ids: list[int], pictures: list[Image.Image], **otherwise) -> Segments:
-        return answer(self.model, [ids], [pictures], replace(self.sampling, **otherwise), [self.generator])[0]
+    def show(self, *segments: str | Image.Image) -> None:
+        """Prints an answer: what is not on the screen yet, and where its pictures are."""
+        if self.printed:
+            print()
+        for segment in segments:
+            words = segment if isinstance(segment, str) else f"({segment.info.get('description', '')})"
+            if words != "()" and not self.printed:
+                print(words)
+            if not isinstance(segment, str):
+                print(f"[{self.out / f'{self.count}.png'}]")
+                self.count += 1
+        self.printed = ""
 
 
-def split(segments: Segments) -> tuple[str, tuple[Image.Image, ...]]:
-    """An answer's words and its pictures."""
-    words = " ".join(segment for segment in segments if isinstance(segment, str))
-    return words, tuple(segment for segment in segments if not isinstance(segment, str))
+COMMANDS = """/image FILE   show a picture with your next line
+/new          begin a new chat
+/help         list these commands
+/quit         end the chat; so does an empty line"""
 
 
-def show(segments: Segments, out: Path, first: int = 0) -> int:
-    """Prints an answer whose first picture has the number `first`; returns the number after its last one."""
-    for segment in segments:
-        if isinstance(segment, str):
-            print(segment)
-        else:
-            print(f"[{out / f'{first}.png'}] {segment.info.get('description', '')}".rstrip())
-            first += 1
-    return first
-
-
-def chat(conversation: Conversation, args: argparse.Namespace, pictures: list[Image.Image]) -> None:
-    """Answers --prompt, if it is given, then line after line of the terminal until an empty one."""
-    said, count = [], 0
+def chat(session: Session, args: argparse.Namespace, pictures: list[Image.Image]) -> None:
+    """Answers PROMPT, if it is given, then line after line of the terminal until an empty one."""
+    turns, terminal = [], Terminal(session, args.out)
+    print("Ask for a picture, then for changes. /help lists the commands.")
     for line in chain([args.prompt] if args.prompt else [], iter(read_line, "")):
+        command, _, rest = line.partition(" ")
         try:
-            if line.startswith("/image "):
-                pictures.append(read_image(line.removeprefix("/image ").strip()))
-                continue
-            given, pictures = pictures, []
-            conversation.report_unknown(line)
-            segments = conversation.reply(line, tuple(given))
+            if command == "/quit":
+                return
+            if command == "/new":
+                session.new(args.seed)
+                print("A new chat begins.")
+            elif command == "/image":
+                pictures.append(read_image(rest.strip()))
+                print(f"{rest.strip()} goes with your next line.")
+            elif line.startswith("/"):
+                print(COMMANDS)
+            else:
+                given, pictures = pictures, []
+                report_unknown(session, line)
+                segments = session.chat(line, tuple(given))
+                turns += [("you", [line, *given]), ("model", segments)]
+                write_answer(turns, "chat", args.seed, args.out)
+                terminal.count += len(given)
+                terminal.show(*segments)
         except ValueError as error:  # a file that is no picture, or more words than there is room for
             print(f"error: {error}", file=sys.stderr)
-            continue
-        said += [f"> {line}", *given, *segments]
-        write_answer(said, "chat", args.seed, args.out)
-        count = show(segments, args.out, count + len(given))
 
 
 def read_line() -> str:
@@ -202,45 +319,55 @@ def read_line() -> str:
         return ""
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. ValueError where it has none."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    if not any(lines):
+        raise ValueError(f"{path}: no prompt in it")
+    return list(filter(None, lines))
+
+
+def report_unknown(session: Session, *texts: str) -> None:
+    for text in texts:
+        if missing := session.missing(text):
+            print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
+
+
 def main() -> None:
     args = arguments()
     pictures, out = [read_image(path) for path in args.image], make_folder(args.out)
     start = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = STORY_FILES if args.turns is not None else CHAT_FILES if args.chat or pictures else ()
-    shipped = shipped_checkpoint(args.weights / "minigpt5", () if args.words_first else names)
-    checkpoint = given_checkpoint(args.checkpoint) if args.checkpoint else shipped
-    torch.manual_seed(args.seed)  # of the embedding rows and the mapper, where there is no checkpoint
-    reads = bool(pictures) or args.chat or args.turns is not None
-    device, dtype = pick_device(args.device), DTYPES[args.dtype]
     if args.compile is None:  # compiling takes minutes: for one answer that is too long
-        args.compile = args.chat and can_compile(device)
-    sampling = sampling_of(args)
-    model = load_minigpt5(args.weights, checkpoint, dtype=dtype, device=device, read_pictures=reads, int8=args.int8)
-    conversation = Conversation(model.eval(), sampling, args.seed, Words.of(args.weights))
+        args.compile = args.chat and can_compile(pick_device(args.device))
+    purpose = "story" if args.turns is not None else "chat" if args.chat or pictures else "draw"
+    options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "seed", "int8")}
+    session = load(purpose=purpose, read_pictures=purpose != "draw", **options, **vars(sampling_of(args)))
     loaded = time.perf_counter()
-    if checkpoint is None:
-        print("no trained checkpoint found: the embedding rows and the mapper are random, pictures will be noise")
     if args.compile:
         print("compiling takes minutes: at the first words and picture, and when a chat outgrows 256, 512 ... tokens")
 
     if args.chat:
-        return chat(conversation, args, pictures)
-    conversation.report_unknown(args.prompt)
+        return chat(session, args, pictures)
+    texts, terminal = [args.prompt] if args.prompt else read_prompts(args.prompts), Terminal(session, out)
+    report_unknown(session, *texts)
     if args.turns is not None:
-        conversation.begin(args.prompt, tuple(pictures))
-        segments, count = [args.prompt, *pictures], show([args.prompt, *pictures], out)
-        for _ in range(args.turns):
-            step = conversation.next_step()
-            segments += step
-            write_answer(segments, args.prompt, args.seed, out)
-            count = show(step, out, count)
+        turns = [("you", [args.prompt, *pictures])]
+        terminal.show(args.prompt, *pictures)
+        for segments in session.story(args.prompt, args.turns, tuple(pictures)):
+            turns.append(("model", segments))
+            write_answer(turns, args.prompt, args.seed, out)
+            terminal.show(*segments)
     else:
-        replies = bool(pictures) or sampling.words_first or model.lora or model.prefix
-        segments = conversation.reply(args.prompt, tuple(pictures)) if replies else conversation.caption(args.prompt)
-        write_answer(segments, args.prompt, args.seed, out)
-        show(segments, out)
+        count, turns = args.count, []
+        seeds = [args.seed + k for k in range(count)] * len(texts)
+        said = session.answers([text for text in texts for _ in range(count)], seeds, tuple(pictures))
+        for number, text in enumerate(texts):
+            turns += [("you", [text])] if len(said) > 1 else []
+            turns.append(("model", list(chain(*said[number * count : (number + 1) * count]))))
+        write_answer(turns, args.prompt or args.prompts.name, args.seed, out)
+        terminal.show(*chain(*(segments for _, segments in turns)))
     answered = time.perf_counter()
     print(f"loaded in {loaded - start:.1f} s, answered in {answered - loaded:.1f} s, see {out / 'answer.json'}")
 

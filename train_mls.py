@@ -27,10 +27,11 @@ from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import TEXT_WEIGHT, collate
 from prompts import SPEAKERS, TASKS
-from published.loading import find_checkpoint, given_checkpoint
+from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
 from tars.batches import Batches
+from tars.datasets import packed
 from tars.index import expand
 from tars.precomputed import find_precomputed
 from tars.stories import StoryData, checked_weights
@@ -65,7 +66,11 @@ def picture_title(source: str, target: str) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", help="tars that `python -m tars vist|mmdialog` writes; default: drawn stories")
+    add(
+        "--data",
+        nargs="+",
+        help="tars of stories or dialogues, or .jsonl lists of them (tars/datasets.py); default: drawn stories",
+    )
     add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
     add("--no-uas", action="store_true", help="start from untrained vokens and mapper (an ablation of the paper)")
     add("--prefix", action="store_true", help="prefix tuning instead of LoRA")
@@ -85,9 +90,9 @@ def arguments() -> argparse.Namespace:
     args = read_run_options(parser, "train_mls", out="runs/mls", epochs=4, batch_size=32)
     if args.uas and args.no_uas:
         parser.error("--uas and --no-uas exclude each other")
-    if args.lora_rank < 1:
-        parser.error("--lora-rank must be at least 1")
-    if not 0 <= args.text_weight < float("inf"):
+    if not 1 <= args.lora_rank <= MAX_RANK:
+        parser.error(f"--lora-rank must be at least 1 and at most {MAX_RANK:,}")
+    if args.text_weight < 0:
         parser.error("--text-weight must be 0 or more")
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")
@@ -104,8 +109,8 @@ def main() -> None:
     # ---- data, as far as the model needs them
     size = picture_size(args.weights)
     with run.world.rank_0_first():
-        tars = expand(args.data or run.draw_data("stories", write_stories, size))
-    held_out_tars = expand(args.val) if args.val else []
+        tars = expand(packed("turns", args.data, run.out / "data") or run.draw_data("stories", write_stories, size))
+        held_out_tars = expand(packed("turns", args.val, run.out / "val")) if args.val else []
     precomputed = find_precomputed(tars + held_out_tars, args.weights)
     is_precomputed = "queries" in precomputed.shapes
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")

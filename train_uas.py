@@ -28,6 +28,7 @@ from prompts import uas_texts
 from published.loading import given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from tars.batches import open_pairs
+from tars.datasets import packed
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
@@ -42,7 +43,8 @@ MAX_TOKENS = 256  # of a sequence; a longer caption is cut at its end
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", nargs="+", help="tars, folders of tars, patterns or brace lists; default: drawn pictures")
+    about = "tars, folders or brace lists of them; folders of KEY.jpg with KEY.txt; a .csv or .jsonl (tars/datasets.py)"
+    add("--data", nargs="+", help=f"{about}; default: drawn pictures")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from vokens and mapper of this checkpoint or run")
     add("--lr", type=float, default=2e-5, help="learning rate of the vokens' embedding rows")
     add("--output-lr", type=float, help="learning rate of their rows in the output embedding; default: --lr")
@@ -64,9 +66,10 @@ def main() -> None:
     # ---- data
     size = picture_size(args.weights)
     with run.world.rank_0_first():  # it draws the pictures, and writes the tars' indices for the other ranks
-        data = args.data or run.draw_data("pairs", write_pairs, size)
+        data = packed("pairs", args.data, run.out / "data") or run.draw_data("pairs", write_pairs, size)
+        val = packed("pairs", args.val, run.out / "val")
         to_output = partial(preprocess_output, size=size)
-        batches, held_out = open_pairs(data, args.val, args.weights, to_output, **run.data_options)
+        batches, held_out = open_pairs(data, val, args.weights, to_output, **run.data_options)
     precomputed = batches.dataset.precomputed
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
     pictures = "moments" if "moments" in precomputed.shapes else "pixels"
@@ -80,7 +83,7 @@ def main() -> None:
     if pictures == "moments":
         model.vae.encoder = None
     if args.start_as and not init:
-        model.vokens.start_as(model.llama, model.tokenizer.encode(args.start_as))
+        model.vokens.start_as(model.llama, model.tokenizer.encode(model.tokenizer.plain(args.start_as)))
     empty_caption = (
         None if args.no_cap else model.encode_captions([""] if encodes_captions else precomputed.empty_caption)
     )

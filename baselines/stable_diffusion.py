@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.divter import split_description
-from common.files import read_json
+from common.files import fingerprint, read_json
 from common.images import to_image
 from evaluation.cases import (
     SETTINGS,
@@ -52,7 +52,6 @@ from prompts import TASKS
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import given_checkpoint, matched, save_safetensors
 from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
-from tars.precomputed import fingerprint
 
 
 class StableDiffusion(nn.Module):

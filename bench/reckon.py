@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from common.cli import run
 from generation import Sampling, paint
 from llama import Llama, LlamaConfig
-from minigpt5 import IGNORE, Batch, MiniGPT5, Noise
+from minigpt5 import Batch, MiniGPT5, Noise
 from scheduler import NoiseSchedule, ScheduleConfig
 from trainer.compiled import checkpoint_gradients
 from unet import UNet, UNetConfig
@@ -88,14 +88,15 @@ def fused_attention(
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)[0]
 
 
-def published_stack() -> MiniGPT5:
+def published_stack(*configs) -> MiniGPT5:
     """All that a training step from precomputed features needs, or a picture, on the meta device, as on a GPU: frozen
-    parts in bfloat16, what trains in float32."""
-    words = LlamaConfig().vocab_size
+    parts in bfloat16, what trains in float32. `configs` of Llama, UNet and VAE, where they are not the published."""
+    llama, unet, vae = configs or (LlamaConfig(), UNetConfig(), VAEConfig())
+    words = llama.vocab_size
     tokenizer = SimpleNamespace(base_vocabulary=words, image_id=words + VOKENS)
     tokenizer.voken_ids = list(range(words, words + VOKENS))
     with torch.device("meta"):
-        frozen = [Llama(LlamaConfig()), UNet(UNetConfig()), VAE(VAEConfig())]
+        frozen = [Llama(llama), UNet(unet), VAE(vae)]
         frozen = [part.bfloat16().requires_grad_(False) for part in frozen]
         frozen[1].to(memory_format=torch.channels_last)
         model = MiniGPT5(tokenizer, *frozen, NoiseSchedule(ScheduleConfig()), 77)
@@ -114,18 +115,19 @@ def kept_of(model: MiniGPT5, *parts: nn.Module) -> int:
 
 
 def step_of(model: MiniGPT5, batch: int, tokens: int, captioned: bool) -> Callable[[], None]:
-    """The losses of rows with a picture at the end of each, and the backward pass into gradients that are there."""
+    """The losses of rows with a picture at the end of each, and the backward pass into gradients that are there. All
+    tokens and latents are zeros, on the model's device."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     target = VOKENS + 3  # with "###"
-    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-    ends = torch.zeros(batch, target, dtype=torch.long, device="meta")
-    which = torch.zeros(batch, dtype=torch.long, device="meta")
-    rows = Batch(ids, ends, torch.full_like(ends, IGNORE), which, which, torch.ones(batch, device="meta"))
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
+    ends = torch.arange(tokens - target, tokens, device=model.device).repeat(batch, 1)
+    which = torch.zeros(batch, dtype=torch.long, device=model.device)
+    rows = Batch(ids, ends, torch.zeros_like(ends), which, ends[:, 0] - 1, torch.ones(batch, device=model.device))
     size, width = model.unet.config.sample_size, model.unet.config.cross_attention_dim
-    latents = torch.zeros(batch, model.unet.config.in_channels, size, size, device="meta")
+    latents = torch.zeros(batch, model.unet.config.in_channels, size, size, device=model.device)
     draws = Noise(which.bool(), latents, latents, which)
-    captions = torch.zeros(batch, 77, width, device="meta"), torch.zeros(1, 77, width, device="meta")
+    captions = torch.zeros(batch, 77, width, device=model.device), torch.zeros(1, 77, width, device=model.device)
 
     def step() -> None:
         model.losses(rows, draws, (latents, latents), captions if captioned else None)["loss"].backward()
@@ -133,8 +135,8 @@ def step_of(model: MiniGPT5, batch: int, tokens: int, captioned: bool) -> Callab
     return step
 
 
-def picture_of(model: MiniGPT5) -> Callable[[], None]:
-    """A picture of 50 guided steps, from voken features to pixels."""
+def picture_of(model: MiniGPT5, steps: int = 50) -> Callable[[], None]:
+    """A picture of so many guided steps, from voken features to pixels."""
     features = torch.zeros(1, VOKENS, model.llama.config.hidden_size, device="meta")
     size = model.unet.config.sample_size
     latents = torch.zeros(1, model.unet.config.in_channels, size, size, device="meta")
@@ -142,7 +144,7 @@ def picture_of(model: MiniGPT5) -> Callable[[], None]:
 
     def picture() -> None:
         with patch.object(torch.Tensor, "tolist", lambda _: alphas):
-            paint(model, features, Sampling(), latents)
+            paint(model, features, Sampling(steps=steps), latents)
 
     return picture
 

@@ -78,9 +78,9 @@ class Libraries:
         self.mapper = peers.PeerMapper(mapper).eval().requires_grad_(False)
         self.pipeline = open_pipeline(weights, dtype, self.device)
 
-    def compiled(self, weights: Path, dtype: torch.dtype) -> "Libraries":
-        """With a pipeline of its own, compiled as diffusers' documentation advises."""
-        other, mode = copy.copy(self), "max-autotune" if self.device.type == "cuda" else "default"
+    def compiled(self, weights: Path, dtype: torch.dtype, mode: str | None = None) -> "Libraries":
+        """With a pipeline of its own, compiled as diffusers' documentation advises, or in another mode."""
+        other, mode = copy.copy(self), mode or ("max-autotune" if self.device.type == "cuda" else "default")
         other.pipeline = pipeline = open_pipeline(weights, dtype, self.device)
         for part in (pipeline.unet, pipeline.vae):
             part.to(memory_format=torch.channels_last)

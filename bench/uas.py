@@ -19,8 +19,6 @@ and ends with the optimiser's step. Memory is what a step needs above weights an
 
 import argparse
 import sys
-from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: not bench/, whose data.py and sample.py would hide the product's
@@ -33,61 +31,15 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
+from bench.steps import GAMMA, Ours, make_batches, optimizer_of, step_of
 from common.cli import read_arguments, run
-from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise, collate
+from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise
 from prompts import uas_texts
 from published.parts import load_minigpt5
-from train_uas import MAX_TOKENS
-from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, count_graphs
+from trainer.compiled import checkpoint_gradients, compile_losses, count_graphs
 from trainer.noise import step_generator
-from vae import to_pixels
 
 BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 16}
-LR, GAMMA = 2e-5, 5.0
-CAPTION = "a small red boat with white sails lies on the calm sea at night while two stars shine over a dark hill"
-
-
-def make_batches(model: MiniGPT5, size: int, number: int = 4) -> list[dict]:
-    """Batches as tars/ makes them, in the host's memory: random pictures, captions of 8 to 20 words, and what
-    `python -m tars precompute` would store in their place."""
-    generator, batches = torch.Generator().manual_seed(0), []
-    for n in range(number):
-        captions = [" ".join(CAPTION.split()[: 8 + (5 * n + 3 * i) % 13]) for i in range(size)]
-        shape = (size, 3, model.picture_size, model.picture_size)
-        pictures = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        moments = [torch.stack(model.encode_pictures(part), 1).cpu() for part in pictures.split(8)]
-        batch = {"captions": captions, "pictures": pictures, "moments": torch.cat(moments)}
-        batch["pixels"] = to_pixels(pictures)  # as the released code's loader has them
-        batches.append({**batch, "encoding": model.encode_captions(captions).cpu()})
-    return batches
-
-
-def optimizer_of(rows: list[nn.Parameter], mapper: list[nn.Parameter], fused: bool | None) -> torch.optim.AdamW:
-    groups = [{"params": rows, "lr": LR}, {"params": mapper, "lr": 10 * LR}]
-    return torch.optim.AdamW(groups, eps=1e-8, fused=fused)
-
-
-class Ours:
-    """The step of train_uas.py. `precomputed`: from "moments" and "encoding", not from pictures and words."""
-
-    def __init__(self, model: MiniGPT5, precomputed: bool, compiled: bool):
-        self.model, self.empty = model, model.encode_captions([""])
-        self.pictures, self.texts = ("moments", "encoding") if precomputed else ("pictures", "captions")
-        self.round_length = bucket_length if compiled else int
-        self.optimizer = optimizer_of(list(model.vokens.parameters()), list(model.mapper.parameters()), fused=True)
-
-    def backward(self, batch: dict, draws: Noise) -> Tensor:
-        model = self.model
-        pairs = [uas_texts(model.tokenizer.plain(caption)) for caption in batch["captions"]]
-        rows = collate(model.tokenizer, pairs, model.queries, self.round_length, limit=MAX_TOKENS).to(model.device)
-        posterior = model.encode_pictures(batch[self.pictures])
-        captions = (model.encode_captions(batch[self.texts]), self.empty)
-        loss = model.losses(rows, draws, posterior, captions, min_snr_gamma=GAMMA)["loss"]
-        loss.backward()
-        return loss.detach()
-
-    def gradients(self) -> list[Tensor]:
-        return [self.model.vokens.input.grad, self.model.vokens.output.grad, self.model.mapper.t2i_decoder_prompt.grad]
 
 
 class Released(nn.Module):
@@ -168,21 +120,6 @@ class Released(nn.Module):
     def gradients(self) -> list[Tensor]:
         rows = [table.grad[self.tokenizer.base_vocabulary :] for table in self.tables]
         return [*rows, self.mapper.t2i_decoder_prompt.grad]
-
-
-def step_of(contender: Ours | Released, batches: list[dict], model: MiniGPT5) -> Callable:
-    """A call is one step, on one batch after the other."""
-    numbers, size = count(), len(batches[0]["captions"])
-
-    def step() -> None:
-        i = next(numbers)
-        contender.backward(
-            batches[i % len(batches)], model.sample_noise(size, step_generator(0, i, 0)).to(model.device)
-        )
-        contender.optimizer.step()
-        contender.optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def losses_and_gradients(contender: Ours | Released, batch: dict, draws: Noise) -> list[Tensor]:

@@ -1,11 +1,13 @@
-"""What all commands share: one line for an error, defaults that go with the weights, the device, the number type."""
+"""What all commands share: what is printed, one line for an error, defaults that go with the weights, the device, the
+number type."""
 
 import argparse
-import math
+import io
 import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # OpenMP's idle threads sleep: by default they spin, and on cores that others use, too, a command then takes 3 to 10
@@ -18,14 +20,54 @@ from common.files import read_json
 
 MINIATURE = Path(__file__).resolve().parents[1] / "miniature" / "weights"
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+LARGEST_NUMBER, LARGEST_COUNT = 1e30, 1 << 31  # of an option: float32 overflows not far above the first
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # characters that a terminal obeys
+UPWARDS = re.compile(r"\n*(\x1b\[A)*")  # how a progress bar reaches its line
+SHORTAGE = re.compile(r".*(allocat|(out of|shared) memory|open files|start new thread).*")  # in torch's words
+
+
+class Printed(io.TextIOWrapper):
+    """Standard output or error. Control characters, which a file may hold, and characters that its encoding does not
+    have are written as "?". What nobody can read (a closed pipe, a full disk) is dropped: results are in files."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text if UPWARDS.fullmatch(text) else CONTROL.sub("?", text))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def open_streams() -> None:
+    """Standard input, output and error that raise no error; those that were closed at the start are empty."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
+        setattr(sys, name, stream)
+        if name == "stdin":
+            getattr(stream, "reconfigure", dict)(errors="replace")
+            continue
+        with suppress(OSError):  # a stream in memory, which takes everything
+            file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115
+            setattr(sys, name, Printed(file, stream.encoding, "replace", line_buffering=stream.line_buffering))
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. What the user can mend (files, values, disk space) ends in one line and exit status 2."""
+    """Run a command. What the user can mend (files, values, disk space, memory) ends in one line and exit status 2."""
+    open_streams()
     try:
         main()
-    except (ValueError, OSError) as error:  # WeightsError and ImageError are ValueErrors
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # WeightsError and ImageError are ValueErrors
+        message, shortage = str(error), SHORTAGE.search(str(error))
+        if isinstance(error, OSError) and error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, MemoryError):
+            message = f"not enough memory {message}"
+        elif isinstance(error, RuntimeError):  # torch's, of several lines; all others are faults of the program
+            if not shortage:
+                raise
+            message = shortage[0] + "; --workers 0 needs no shared memory" * ("shared memory" in shortage[0])
         script = Path(sys.argv[0])
         name = script.parent.name if script.name == "__main__.py" else script.name  # python -m NAME
         print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
@@ -39,23 +81,31 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=Path, default=MINIATURE, metavar="DIR", help=layout)
 
 
-def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
-    """Add --weights and read the command line. What suits a size is its weights' to say: options that are not given
-    take the values that WEIGHTS/minigpt5/config.json has under `command`, where there is one. ValueError if it names an
-    unknown option."""
-    first = argparse.ArgumentParser(add_help=False)
-    add_weights_option(first)
-    add_weights_option(parser)
-    path = first.parse_known_args()[0].weights / "minigpt5" / "config.json"
+def suited_options(weights: Path, command: str) -> dict:
+    """What suits a size is its weights' to say: the options that WEIGHTS/minigpt5/config.json has under `command`, and
+    none where there is no such file."""
+    path = weights / "minigpt5" / "config.json"
     suited = read_json(path).get(command, {}) if path.is_file() else {}
     if not isinstance(suited, dict):
         raise ValueError(f"{path}: {command} should be an object of options and values")
+    return suited
+
+
+def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
+    """Add --weights and read the command line. Options that are not given take the values of `suited_options`.
+    ValueError if these name an unknown option."""
+    first = argparse.ArgumentParser(add_help=False)
+    add_weights_option(first)
+    add_weights_option(parser)
+    weights = first.parse_known_args()[0].weights
+    path, suited = weights / "minigpt5" / "config.json", suited_options(weights, command)
     if unknown := set(suited) - set(vars(parser.parse_args([]))):
         raise ValueError(f"{path}: {command} has no option {', '.join(sorted(unknown))}")
     options = {option.dest: option for option in parser._actions}
     for name, value in suited.items():
         option, is_flag = options[name], isinstance(value, bool)
-        if is_flag != (option.nargs == 0) or not isinstance(value, str | int | float) or value != value:
+        is_list = isinstance(option, argparse._AppendAction) or option.nargs not in (None, 0)
+        if is_list or is_flag != (option.nargs == 0) or not isinstance(value, str | int | float) or value != value:
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, which is no value for it")
         if option.choices and value not in option.choices:
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, not one of {', '.join(option.choices)}")
@@ -65,14 +115,16 @@ def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
 
 
 def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line with the defaults said in --help, and only numbers that are any."""
+    """The command line with the defaults said in --help, and only numbers that can be computed with."""
     for option in parser._actions:
         if option.help and option.default not in (None, False, [], argparse.SUPPRESS) and "default" not in option.help:
             option.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{name.replace('_', '-')} must be a finite number")
+        if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
+            parser.error(f"--{name.replace('_', '-')} must be a finite number, of at most {LARGEST_NUMBER:g}")
+        if isinstance(value, int) and name != "seed" and abs(value) >= LARGEST_COUNT:
+            parser.error(f"--{name.replace('_', '-')} must be below {LARGEST_COUNT:,}")
     if not 0 <= getattr(args, "seed", 0) < 1 << 63:
         parser.error("--seed must be at least 0 and below 2^63")
     return args

@@ -1,46 +1,105 @@
 """Files that are there whole or not at all: written under a temporary name, then renamed."""
 
+import fcntl
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
-    """A request to end (SIGTERM) leaves the block as an error does, unless it is handled otherwise already. A second
-    one does not break off what is done on the way out."""
+    """A request to end (SIGTERM, SIGHUP) leaves the block as an error does, unless it is handled otherwise already. A
+    second one does not break off what is done on the way out."""
 
-    def end(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(128 + signal.SIGTERM)
+    def end(number: int, _) -> None:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        sys.exit(128 + number)
 
     in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
-    if not in_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
+    both = (signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in both if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
 def written_whole(path: Path | str) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block is through, removed when it fails."""
+    """A temporary name beside `path`, renamed to it when the block is through, removed when it fails. An OSError that
+    names no file, as that of a full disk, gets the name `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with ended_in_order():
         try:
             yield temporary
             os.replace(temporary, path)
+        except OSError as error:
+            if error.filename is None:
+                error.filename, error.strerror = str(path), f"not written: {error.strerror}"
+            raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None:
+    """Remove what is left of files and folders whose names match the regular expression `names`, because a process was
+    killed while it wrote or removed them. A process that still runs keeps its own, unless the folder is locked by this
+    one: then there is no other that writes there, and an equal process number is an accident."""
+    for path in sorted(folder.glob(".*.tmp")):
+        found = re.fullmatch(rf"\.(?:{names})\.(\d+)\.tmp", path.name)
+        if not found or not (is_locked or has_ended(int(found[1]))):
+            continue
+        print(f"removed: {path}, which an earlier process could not finish")
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that it holds, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process of this machine has ended. This process itself counts as ended: it writes nothing yet."""
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # somebody else's
+        pass
+    return False
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Make this process the only one that writes into `folder`, until it closes the returned file or ends. ValueError
+    where another process is that already. A file system without locks (some network disks) protects nothing."""
+    file = open(folder / "lock", "a", encoding="utf-8")  # noqa: SIM115, the lock lasts as long as the file is open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by workers
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"{folder}: another process is writing there; wait for it, or name another folder") from None
+    except OSError:
+        pass
+    return file
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -51,7 +110,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_file(path, text.encode())
+    """`text` in UTF-8, with "?" for each byte of a file's name that is not."""
+    write_file(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -69,3 +129,23 @@ def read_json(path: Path, error: type[ValueError] = ValueError) -> dict:
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def fingerprint(files: Iterable[Path | str], *settings: object, pages: int = 64) -> str:
+    """A short hash of files and settings, from the files' sizes and about so many pages of each: copies have the same
+    one, and any training changes it."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in files:
+        size = os.path.getsize(path)
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for start in range(0, size, max(4096, size // pages)):
+                file.seek(start)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value in a JSON file is a number that a tensor can hold, and not NaN."""
+    largest = 1 << 63 if isinstance(value, int) else float("inf")
+    return isinstance(value, int | float) and abs(value) < largest

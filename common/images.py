@@ -5,15 +5,22 @@ the same bytes.
 """
 
 import io
+import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture that claims more, or a longer side, is refused undecoded:
 MAX_RATIO = 100  # it may be padded to a square of its long side, or its short side made as long as the model's
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would take more, and start Ghostscript for PostScript
+UNREAD = re.compile(rb"....(ftyp|jP  )|\xff\x4f\xff\x51", re.DOTALL)  # how AVIF, HEIC and JPEG 2000 begin
+ORIENTATION = 0x0112  # of the EXIF data: how a picture was turned before it was stored
+UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"), 2))
+UPRIGHT |= dict(enumerate(("ROTATE_270", "TRANSVERSE", "ROTATE_90"), 6))
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of a note in a PNG, which nobody reads: 64 MB, not 1
 
 
 class ImageError(ValueError):
@@ -28,6 +35,8 @@ def read_image(source: bytes | str | Path) -> Image.Image:
     """Bytes or a path -> RGB picture, of an animation the first frame, transparent parts on white. Raises ImageError
     with one line. It is turned upright as its EXIF data say, which the released code does not do."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and os.path.exists(source) and not os.path.isfile(source):
+        raise ImageError("no file", f"{name}: not a regular file")  # a pipe would block, a device have no end
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -36,7 +45,11 @@ def read_image(source: bytes | str | Path) -> Image.Image:
                 raise ImageError("too large", f"{name}: {image.width}x{image.height} has a side over {MAX_LENGTH:,}")
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise ImageError("too long", f"{name}: {image.width}x{image.height} is over {MAX_RATIO} to 1")
-            ImageOps.exif_transpose(image, in_place=True)
+            image = upright(image)
+            if image.mode == "F":  # 0 to 1, or 0 to 255
+                levels = np.nan_to_num(np.array(image), copy=False)
+                levels *= 255 if levels.max() <= 1 else 1
+                image = Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8))
             if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):  # 16-bit grey: convert() would only clip it
                 levels = np.array(image, np.int32).clip(0, 65535)
                 levels += 128
@@ -49,13 +62,31 @@ def read_image(source: bytes | str | Path) -> Image.Image:
     except FileNotFoundError:
         raise ImageError("no file", f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise ImageError("not an image", f"{name}: not an image") from None
+        reason = "format not read" if UNREAD.match(first_bytes(source)) else "not an image"
+        raise ImageError(reason, f"{name}: {reason}") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too large", f"{name}: {error}") from None
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over: struct.error, zlib.error ...
         raise ImageError("broken image", f"{name}: broken image ({error})") from None
+
+
+def first_bytes(source: bytes | str | Path) -> bytes:
+    if isinstance(source, bytes):
+        return source[:16]
+    with open(source, "rb") as file:
+        return file.read(16)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data say. Only the orientation is read: other entries are often damaged."""
+    image.load()  # which turns a TIFF
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # Pillow raises whatever it stumbles over
+        return image
+    return image.transpose(Image.Transpose[UPRIGHT[orientation]]) if orientation in UPRIGHT else image
 
 
 def resize_and_crop(image: Image.Image, size: int, pad: bool) -> Image.Image:
@@ -86,6 +117,8 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """(3, height, width) in [-1, 1], clamped -> RGB picture."""
+    """(3, height, width) in [-1, 1], clamped -> RGB picture. ValueError where a number is not finite."""
+    if not pixels.isfinite().all():
+        raise ValueError("the picture is not finite: weights, a checkpoint or --guidance are out of range")
     array = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray((array * 255).round().astype(np.uint8))

@@ -11,7 +11,25 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.files import write_json, write_text, written_whole
 
-STYLE = "body{font:18px serif;max-width:40em;margin:2em auto}img{width:100%;max-width:32em;image-rendering:auto}"
+Turn = tuple[str, list[str | Image.Image]]  # who speaks, and text and pictures in turn
+ACROSS = 8  # pictures beside one another on a storyboard
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 18px/1.5 system-ui, sans-serif; max-width: 42rem; margin: 0 auto; padding: 1rem }
+h2 { font-size: 0.8rem; margin: 0; opacity: 0.6 }
+p, figure { margin: 0.4rem 0; overflow-wrap: anywhere }
+section { margin: 1rem 0; width: fit-content; max-width: 100% }
+.you { margin-left: auto; max-width: 85%; padding: 0.5rem 1rem; border-radius: 1rem; background: #8883 }
+img { display: block; width: 100%; border-radius: 0.5rem }
+.small { width: min(100%, 20rem); image-rendering: pixelated }
+figcaption { font-size: 0.85rem; opacity: 0.7 }"""
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+{body}"""
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -20,33 +38,38 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(temporary, "PNG")
 
 
-def draw_grid(columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
-    """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath."""
-    font = ImageFont.load_default(12)
-    tall = max(len(pictures) for _, pictures in columns)
-    sheet = Image.new("RGB", (len(columns) * (side + 8), tall * (side + 8) + 52), "white")
+def draw_grid(
+    columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192, across: int | None = None
+) -> None:
+    """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath; with
+    `across` at most so many columns beside one another, the others below them."""
+    font, across = ImageFont.load_default(12), min(across or len(columns), len(columns))
+    height = max(len(pictures) for _, pictures in columns) * (side + 8) + 52
+    sheet = Image.new("RGB", (across * (side + 8), -(-len(columns) // across) * height), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (caption, pictures) in enumerate(columns):
-        left = column * (side + 8) + 4
+    for number, (caption, pictures) in enumerate(columns):
+        left, top = number % across * (side + 8) + 4, number // across * height
         for row, picture in enumerate(pictures):
             square = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, "white")
-            sheet.paste(square, (left, row * (side + 8) + 4))
+            sheet.paste(square, (left, top + row * (side + 8) + 4))
         lines = [""]
         for word in caption[:1000].split():  # three lines hold fewer characters
             if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
                 lines.append(word)
             else:
                 lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((left, tall * (side + 8) + 2), "\n".join(lines[:3]), fill="black", font=font)
+        pen.multiline_text((left, top + height - 50), "\n".join(lines[:3]), fill="black", font=font)
     save_image(sheet, path)
 
 
-def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out: Path) -> None:
+def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
     """Writes the pictures 0.png, 1.png ..., storyboard.png, index.html and answer.json into `out`, each under a
-    temporary name first. Pictures of an older answer in the folder that are not written over are removed."""
+    temporary name first. Pictures of an older answer in the folder that are not written over are removed.
+
+    turns: who speaks, "you" or "model", and text and pictures in turn."""
     old = pictures_of(out / "answer.json")
     described, columns, words = [], [], ""
-    for segment in segments:
+    for speaker, segment in ((speaker, segment) for speaker, segments in turns for segment in segments):
         if isinstance(segment, str):
             described.append({"text": segment})
             words = f"{words} {segment}".strip()
@@ -57,13 +80,13 @@ def write_answer(segments: list[str | Image.Image], prompt: str, seed: int, out:
             described.append({"image": name} | ({"description": description} if description else {}))
             columns.append((words, [segment]))
             words = ""
+        described[-1] |= {"from": "you"} if speaker == "you" else {}
     if words and columns:  # words after the last picture stand below it, too
         columns[-1] = (f"{columns[-1][0]} {words}".strip(), columns[-1][1])
     if columns:
-        draw_grid(columns, out / "storyboard.png", side=min(max(192, columns[0][1][0].width), 512))
-    body = "".join(paragraph(segment) for segment in segments)
-    page = f'<!doctype html><meta charset="utf-8"><title>{html.escape(prompt)}</title><style>{STYLE}</style>{body}\n'
-    write_text(out / "index.html", page)
+        draw_grid(columns, out / "storyboard.png", min(max(192, columns[0][1][0].width), 512), ACROSS)
+    body = "".join(paragraphs(*turn) for turn in ([] if turns[0][0] == "you" else [("you", [prompt])]) + turns)
+    write_text(out / "index.html", PAGE.format(title=html.escape(prompt), style=STYLE, body=body))
     write_json(out / "answer.json", {"segments": described, "seed": seed, "prompt": prompt})
     for name in old - pictures_of(out / "answer.json"):
         (out / name).unlink(missing_ok=True)
@@ -80,12 +103,19 @@ def pictures_of(record: Path) -> set[str]:
     return names | {"storyboard.png"} if names else names
 
 
-def paragraph(segment: str | Image.Image) -> str:
-    """HTML of a text, or of a picture, whose data stand in the page itself."""
-    if isinstance(segment, str):
-        return f"<p>{html.escape(segment)}</p>"
-    buffer = io.BytesIO()
-    segment.save(buffer, "PNG")
-    alt = html.escape(segment.info.get("description", ""))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img alt="{alt}" title="{alt}" src="data:image/png;base64,{data}"></p>'
+def paragraphs(speaker: str, segments: list[str | Image.Image]) -> str:
+    """HTML of what somebody says; a picture's data stand in the page itself."""
+    parts = []
+    for segment in segments:
+        if isinstance(segment, str):
+            parts.append(f"<p>{html.escape(segment)}</p>")
+            continue
+        buffer = io.BytesIO()
+        segment.save(buffer, "PNG")
+        data, alt = base64.b64encode(buffer.getvalue()).decode(), html.escape(segment.info.get("description", ""))
+        kind = "small" if segment.width < 256 else "large"
+        caption = f"<figcaption>{alt}</figcaption>" if alt else ""
+        image = f'<img class="{kind}" alt="{alt or "picture"}" src="data:image/png;base64,{data}">'
+        parts.append(f"<figure>{image}{caption}</figure>")
+    name = {"you": "You", "model": "MiniGPT-5"}[speaker]
+    return f'<section class="{speaker}"><h2>{name}</h2>{"".join(parts)}</section>\n'

@@ -38,7 +38,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.files import write_json, write_text
+from common.files import fingerprint, write_json, write_text
 from common.images import resize_and_crop
 from evaluation.cases import (
     CONTEXTS,
@@ -59,7 +59,6 @@ from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped
 from published.parts import load_minigpt5
 from tars.batches import describe
 from tars.index import Unusable
-from tars.precomputed import fingerprint
 
 TOGETHER = 16  # cases whose pictures the networks see at a time
 LARGEST = 512  # pixels of a true picture's side, as released

@@ -51,6 +51,7 @@ CONTEXTS = {  # what of the steps before a story's step is told
     "both": lambda before: before,
 }
 SETTINGS = "_answers.json"
+MAX_NAME = 180  # characters of a key in the name of a file: 255 are allowed, with endings and as a temporary name
 
 
 def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> None:
@@ -195,7 +196,11 @@ class Answer(NamedTuple):
 
 
 def file_of(folder: Path, key: str, ending: str) -> Path:
-    return folder / f"{quote(key, safe=' ')}{ending}"
+    """The file of a case. A name that few file systems would take is cut, with a hash of the key at its end."""
+    name = quote(key, safe=" ")
+    if len(name) > MAX_NAME:
+        name = f"{name[:MAX_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return folder / f"{name}{ending}"
 
 
 def write_answer(folder: Path, key: str, segments: list[str | Image.Image], unusable: str | None = None) -> None:
@@ -222,7 +227,7 @@ def read_answer(folder: Path, key: str) -> Answer | None:
     found = content.get("segments")
     for segment in found if isinstance(found, list) else [None]:
         if isinstance(segment, dict) and isinstance(segment.get("text"), str):
-            segments.append(segment["text"])
+            segments.append(segment["text"].encode("utf-8", "replace").decode())
         elif isinstance(segment, dict) and isinstance(segment.get("image"), str):
             try:
                 segments.append(read_image(folder / Path(segment["image"]).name))

@@ -13,7 +13,9 @@ The released code takes CLIP ViT-L/14, for MM-Relevance ViT-B/32. The libraries 
 Nothing is downloaded: what is not where the command line says ends in `Unavailable`, one line that says why.
 """
 
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,9 +104,18 @@ class PreferenceClip:
 
 
 class SentenceBert:
+    """A model of sentence-transformers. The library imports the classes that modules.json names, also from files of the
+    folder, so that only those of S-BERT are let through."""
+
+    classes = re.compile(r"sentence_transformers\.(\w+\.)*(Transformer|Pooling|Normalize)")
+
     def __init__(self, folder: Path, device: torch.device):
         from sentence_transformers import SentenceTransformer
 
+        modules = folder / "modules.json"
+        for module in json.loads(modules.read_text(encoding="utf-8")):
+            if not self.classes.fullmatch(module["type"]):
+                raise Unavailable(f"{modules}: module type {module['type']!r:.80} is not supported")
         self.net = SentenceTransformer(str(folder), device=str(device), local_files_only=True)
 
     def texts(self, texts: list[str]) -> Tensor:

@@ -31,10 +31,9 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import add_weights_option, make_folder, read_arguments, run
-from common.files import read_json, write_json
+from common.files import fingerprint, read_json, write_json
 from experiments.report import write_report
 from experiments.systems import PARTS, SIZES, Job, Options, plan
-from tars.precomputed import fingerprint
 from trainer.log import append_log
 from trainer.processes import stop_signals
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import read_json
+from common.cli import suited_options
 from generation import Sampling
 from miniature.exam import Exam, Figures, Said, ask, draw_prompts, look
 from miniature.facts import Picture
@@ -69,8 +69,7 @@ def read_chats(path: Path) -> list[list[Wish]]:
 
 def sampling_of_sample(weights: Path) -> Sampling:
     """The defaults of sample.py with these weights."""
-    path = weights / "minigpt5" / "config.json"
-    suited = read_json(path).get("sample", {}) if path.is_file() else {}
+    suited = suited_options(weights, "sample")
     return Sampling(**{name: value for name, value in suited.items() if name in Sampling.__dataclass_fields__})
 
 

@@ -355,8 +355,7 @@ def same_kind(rng: np.random.Generator, named: list[Thing]) -> str:
         words = " ".join(adjectives_of(rng, one))
         if chance(rng, 0.15):
             return f"{with_article(f'{words} {noun}'.strip())} and another {pick(rng, ['', words])} {noun}"
-        count = one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)
-        return f"{count} {words} {plural(noun)}"
+        return f"{one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)} {words} {plural(noun)}"
     facts = [" ".join(adjectives_of(rng, replace(thing))) for thing in named]
     if not all(facts):
         return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"

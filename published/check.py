@@ -12,8 +12,7 @@ from published.clip_tokenizer import ClipTokenizer
 from published.convert import readable
 from published.fetch import KNOWN, sha256
 from published.loading import WeightsError, matched, open_checkpoint, tensor_slices, with_file_below
-from published.parts import load, load_image_encoder, load_schedule, size_mismatches
-from tokenizer import Tokenizer
+from published.parts import load, load_image_encoder, load_schedule, load_tokenizer, size_mismatches, tokenizer_file
 from unet import UNetConfig
 
 # 2.0, 2.1 and 2.1-base have the same names, shapes and number of bytes.
@@ -24,11 +23,11 @@ UNCHECKED = ((r"^(model|lm_head|prefix_encoder)\.", None),)  # of a checkpoint: 
 def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
     """(name, its folders and files, a function that loads it). On the meta device a loader reads headers only."""
     vicuna, sd = root / "vicuna", root / "stable-diffusion"
-    pieces, projection = vicuna / "tokenizer.model", root / "minigpt4/llama_proj.safetensors"
+    pieces, projection = tokenizer_file(vicuna), root / "minigpt4/llama_proj.safetensors"
     clip, header = sd / "tokenizer", {"dtype": None, "device": "meta"}
     return [
         ("vicuna", [vicuna], partial(load, "llama", vicuna, **header)),
-        ("vicuna tokenizer", [pieces], partial(Tokenizer, pieces)),
+        ("vicuna tokenizer", [pieces], partial(load_tokenizer, vicuna)),
         ("image encoder", [root / "blip2", projection], partial(load_image_encoder, root, device="meta")),
         ("unet", [sd / "unet"], partial(load, "unet", sd / "unet", **header)),
         ("vae", [sd / "vae"], partial(load, "vae", sd / "vae", **header)),
@@ -44,7 +43,7 @@ def check(root: Path, hashes: bool = False) -> list[str]:
     if not root.is_dir():
         raise WeightsError(f"{root}: no such folder")
     rows, problems, loaded = [("part", "state", "file", "dtype", "size", "published")], [], {}
-    trained = sorted((root / "minigpt5").glob("*.safetensors"))
+    trained = sorted((root / "minigpt5").glob("[!.]*.safetensors"))
     for name, places, read in [*parts(root), *((f.stem, [f], partial(check_trained, f, loaded)) for f in trained)]:
         found, described = [], []
         try:
@@ -52,7 +51,7 @@ def check(root: Path, hashes: bool = False) -> list[str]:
         except ValueError as error:
             found += getattr(error, "problems", [str(error)])
         for place in places:
-            files = [place] if place.suffix else sorted(place.glob("*.safetensors"))
+            files = [place] if place.suffix else sorted(place.glob("[!.]*.safetensors"))
             files = [file for file in files if file.is_file()]
             for file in files:
                 published, problem = compared(file, root, hashes)

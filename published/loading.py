@@ -40,6 +40,7 @@ SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")  # without a folder: an index 
 STAGE_1 = "uas.safetensors"
 STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # names of stage 2's files
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # Vicuna's input and output embedding
+MAX_RANK = 1024  # of LoRA's matrices
 NO_TABLES = tuple((f"^{re.escape(name)}$", None) for name in TABLES)
 
 # (pattern, replacement) of published tensor names, applied one after the other; a name is left out where it is None.
@@ -66,19 +67,21 @@ class Uninitialised(TorchFunctionMode):
 
 def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     """The safetensors files of `folder` that hold keys starting with one of `wanted`, through the index where there is
-    one. Files with a second suffix are passed over: half-precision variants (`*.fp16.safetensors`)."""
+    one. Files with a second suffix are variants: `*.fp16.safetensors` count where there is nothing else."""
     folder, wanted = Path(folder), tuple(wanted)
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
-    for index in sorted(folder.glob("*.safetensors.index.json")):
+    for index in sorted(folder.glob("[!.]*.safetensors.index.json")):
         weight_map = read_json(index, WeightsError).get("weight_map")
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
         if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):
             raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
         return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
-    files = sorted(f for f in folder.glob("*.safetensors") if len(f.suffixes) == 1)
+    found = sorted(folder.glob("[!.]*.safetensors"))  # without macOS's ._model.safetensors
+    files = [f for f in found if len(f.suffixes) == 1] or [f for f in found if f.suffixes[:-1] == [".fp16"]]
     if not files:
-        raise WeightsError(f"{folder}: no .safetensors file")
+        others = f", only the variants {', '.join(f.name for f in found)}" if found else ""
+        raise WeightsError(f"{folder}: no .safetensors file{others}")
     return files
 
 
@@ -170,7 +173,7 @@ def load(
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{folder / 'config.json'}: no model has these sizes ({reason})") from None
     files = tensor_files(files) if isinstance(files, Path) else files
-    wanted, state = model.state_dict(), {}
+    wanted, state = dict(model.named_parameters()), {}  # a parameter that has two names, since it is tied, has one here
     found = matched(wanted, files, names)
     for name, tensor in found.items():
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
@@ -179,6 +182,8 @@ def load(
     if 0 < len(views) < len(found):  # map those anew: the first mapping keeps in memory what was read for the copies
         found = matched(wanted, files, names)
         state |= {name: found[name] for name in views}
+    loaded = {wanted[name]: nn.Parameter(tensor) for name, tensor in state.items()}
+    state = {name: loaded[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -201,7 +206,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dic
 
 def checkpoint_folders(out: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    return sorted(Path(out).glob("step-" + "[0-9]" * 8), reverse=True)
+    return sorted((path for path in Path(out).glob("step-" + "[0-9]" * 8) if path.is_dir()), reverse=True)
 
 
 def find_checkpoint(place: Path) -> Path | None:
@@ -248,7 +253,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     vokens = rows_of(tensors, "vokens.input", range(2, 1025), path) - 1
     matrices, adapters = [name for name in tensors if name.endswith(".lora_A.weight")], {}
     if matrices:
-        rank = rows_of(tensors, matrices[0], range(1, 1025), path)
+        rank = rows_of(tensors, matrices[0], range(1, MAX_RANK + 1), path)
         targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
         try:
             alpha = float(metadata.get("lora_alpha", 2 * rank))

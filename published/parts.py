@@ -1,7 +1,8 @@
 """One loader for each part of the stack, and for all of MiniGPT-5: sizes from config.json, tensors as loading.py has
 them. All parts are frozen and in eval mode.
 
-    weights/vicuna                     load_llama           config.json *.safetensors
+    weights/vicuna                     load_llama           config.json *.safetensors, of any Llama
+                                       load_tokenizer       tokenizer.model, or tokenizer.json and config.json
     weights/blip2, weights/minigpt4    load_image_encoder   the names of Salesforce/blip2-flan-t5-xxl, and llama_proj
     weights/stable-diffusion/unet      load_unet            as published for 2.1-base and 2.1, and so the others:
     weights/stable-diffusion/vae       load_vae             with the attention's old or new names
@@ -25,6 +26,7 @@ from torch import nn
 from common.files import read_json
 from llama import Llama, LlamaConfig
 from minigpt5 import MiniGPT5
+from prompts import CHAT_FORMS
 from published import loading
 from published.clip_tokenizer import ClipTokenizer
 from published.cpu import HAS_AMX, use_float32_kernels
@@ -41,7 +43,7 @@ from published.loading import (
 from qformer import ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import NoiseSchedule, ScheduleConfig
 from text_encoder import ACTIVATIONS, TextConfig, TextEncoder
-from tokenizer import Tokenizer
+from tokenizer import BytePairTokenizer, Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -65,7 +67,12 @@ PARTS = {
     "llama": Part(
         Llama,
         LlamaConfig,
-        {"rope_scaling": (None,)},
+        {
+            "model_type": ("llama", None),
+            "hidden_act": ("silu", None),
+            **dict.fromkeys(("attention_bias", "mlp_bias"), (False, None)),
+            **dict.fromkeys(("sliding_window", "rope_parameters"), (None,)),
+        },
         names=((r"rotary_emb\.inv_freq$", None),),  # a buffer of old files; it follows from the configuration
     ),
     "unet": Part(
@@ -127,6 +134,11 @@ BLIP2_UNUSED = (  # parts of published files that MiniGPT-4 does not use
 
 def checked(value: object, default: object, name: str):
     """`value` of a config.json as the type of `default`. ValueError for another type or a size that no model has."""
+    if dataclasses.is_dataclass(default):
+        known = {field.name: field.default for field in dataclasses.fields(default)}
+        if not isinstance(value, dict) or not value.keys() <= known.keys():
+            raise ValueError(f"{name} {value!r:.200} is not supported")
+        return type(default)(**{key: checked(entry, known[key], f"{name}.{key}") for key, entry in value.items()})
     if isinstance(default, tuple):
         values = value if isinstance(value, list) else [value]  # one value stands for all levels
         if not 1 <= len(values) <= 16:
@@ -143,14 +155,15 @@ def checked(value: object, default: object, name: str):
     return value
 
 
-def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | None = None):
-    """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it.
+def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | None = None, values: dict | None = None):
+    """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it. `values`: what the
+    file would hold, where `path` is a file of another form.
 
     Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the published
     model's value: published files leave defaults out. WeightsError for another type, an impossible size, and a setting
     that has none of its `supported` values, among which None stands for one that is left out.
     """
-    values = read_json(path, WeightsError)
+    values = read_json(path, WeightsError) if values is None else values
     try:
         for name, allowed in (supported or {}).items():
             if values.get(name) not in allowed:
@@ -163,16 +176,16 @@ def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | Non
         given = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
         config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
         heads = getattr(config, "num_attention_heads", 1)
-        if getattr(config, "hidden_size", heads) % heads:
+        if not hasattr(config, "head_dim") and getattr(config, "hidden_size", heads) % heads:
             raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
     return config
 
 
-def config_of(part: str, path: Path):
-    """The configuration of a part in the published file `path`."""
-    return read_config(PARTS[part].config, Path(path), supported=PARTS[part].supported)
+def config_of(part: str, path: Path, values: dict | None = None):
+    """The configuration of a part in the published file `path`; `values` as in `read_config`."""
+    return read_config(PARTS[part].config, Path(path), supported=PARTS[part].supported, values=values)
 
 
 # ---- a part
@@ -198,6 +211,28 @@ def load_llama(folder: Path, dtype: DType = None, device: Device = "cpu") -> Lla
 def load_int8_llama(folder: Path, dtype: torch.dtype, device: Device = "cpu") -> Llama:
     """`load_llama` with the blocks' matrices in 8 bits, which are made of the mapped file row by row."""
     return with_fast_kernels(to_int8(load_llama(folder), dtype, device))
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """The language model's tokenizer: tokenizer.model, unless there is only a tokenizer.json."""
+    pieces, pairs = folder / "tokenizer.model", folder / "tokenizer.json"
+    return pairs if pairs.is_file() and not pieces.is_file() else pieces
+
+
+def load_tokenizer(folder: Path, vokens: int = 8) -> Tokenizer:
+    """The language model's tokenizer. Of a tokenizer.json, config.json names the tokens that begin and end a text, and
+    as `chat_form` the marks that the model knows from chats."""
+    file, path = tokenizer_file(folder), folder / "config.json"
+    if file.suffix == ".model":
+        return Tokenizer(file, vokens)
+    values = read_json(path, WeightsError)
+    bos, eos, form = values.get("bos_token_id"), values.get("eos_token_id"), values.get("chat_form", "vicuna")
+    eos = eos if isinstance(eos, list) else [eos]
+    if not eos or not all(type(i) is int for i in (bos, *eos)):
+        raise WeightsError(f"{path}: bos_token_id and eos_token_id should be token ids, found {bos!r:.80}, {eos!r:.80}")
+    if form not in CHAT_FORMS:
+        raise WeightsError(f"{path}: chat_form {form!r:.80} is not supported, only {' or '.join(CHAT_FORMS)}")
+    return BytePairTokenizer(file, bos, eos, CHAT_FORMS[form], vokens)
 
 
 def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu") -> ImageEncoder:
@@ -305,7 +340,7 @@ def load_minigpt5(
     diffusion = weights / "stable-diffusion"
     reading, painting = frozen_dtypes(weights, dtype, device)
     trained = open_checkpoint(checkpoint) if checkpoint else None
-    tokenizer = Tokenizer(weights / "vicuna" / "tokenizer.model", trained.vokens if trained else vokens)
+    tokenizer = load_tokenizer(weights / "vicuna", trained.vokens if trained else vokens)
     llama = (load_int8_llama if int8 else load_llama)(weights / "vicuna", reading, device)
     unet = load_unet(diffusion / "unet", painting, device)
     vae = load_vae(diffusion / "vae", painting, device)

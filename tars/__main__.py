@@ -1,4 +1,4 @@
-"""The published data sets into tars, and tars of pictures and captions into tars of precomputed tensors.
+"""Your own data and the published data sets into tars, and tars into tars of precomputed tensors.
 
 `python -m tars COMMAND --help` has the options.
 """
@@ -11,6 +11,8 @@ from common.cli import DTYPES, add_weights_option, pick_device, run
 from tars import datasets, precompute
 
 SOURCES = {
+    "pairs": "folders of KEY.jpg, KEY.txt; or a .csv or .jsonl of file and caption, and folders if elsewhere",
+    "turns": "a .jsonl of stories or dialogues, and folders of pictures if they lie elsewhere",
     "vist": "X.story-in-sequence.json or X_cleaned.json, and folders of pictures if they lie elsewhere",
     "mmdialog": "JSON lines, and folders of pictures if they lie elsewhere",
     "cc3m": "tsv of caption and path, and folders the paths start from if elsewhere; or folders of KEY.jpg, KEY.txt",

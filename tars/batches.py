@@ -28,6 +28,7 @@ import json
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -160,6 +161,11 @@ class TarData(Dataset):
         """A hash of the samples' keys in their order, by which a resumed run knows its data."""
         return hashlib.sha256(b"".join(index.keys.tobytes() + b"\n" for index in self.indices)).hexdigest()[:16]
 
+    def contents(self) -> str:
+        """A hash of the samples' sizes and of some bytes of each tar: other data may have the same keys."""
+        parts = (index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
     def count_items(self, index: TarIndex) -> np.ndarray:
         return np.ones(len(index.table), np.int64)
 
@@ -257,7 +263,7 @@ class FullBatches(Dataset):
 def ignore_signals(worker: int) -> None:
     """A signal to stop may reach all processes of a run, and more than once: from a terminal, from a scheduler, and
     from torchrun, which passes it on. The main process decides when its workers end, see `Batches.close`."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -271,7 +277,7 @@ class Batches:
     def __init__(self, dataset: TarData, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01):
         self.dataset, self.batch_size, self.seed, self.max_bad = dataset, batch_size, seed, max_bad
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.digest = dataset.digest()
+        self.data = {"seed": seed, "size": len(dataset), "digest": dataset.digest(), "contents": dataset.contents()}
         self.position, self.bad, self.seen = 0, Counter(), 0
         self.loader = None  # the running DataLoader's iterator
 
@@ -316,6 +322,9 @@ class Batches:
         workers, self.loader = getattr(self.loader, "_workers", []), None  # torch asks them to end, and waits 5 s
         for worker in workers:
             worker.kill()
+        with suppress(RuntimeError):  # by which torch tells of the first killed worker, if an error keeps its loader
+            for worker in workers:
+                worker.join(1)
 
     def state_dict(self) -> dict:
         """Where to go on after the last batch handed out, whatever the workers have prefetched: plain values.
@@ -325,11 +334,11 @@ class Batches:
         """
         epoch, position = divmod(self.position, len(self.dataset))
         counts = {"epoch": epoch, "position": position, "bad": dict(self.bad), "seen": self.seen}
-        return {"seed": self.seed, "size": len(self.dataset), "digest": self.digest, **counts}
+        return {**self.data, **counts}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on exactly there; workers, batch_size and world_size may differ. ValueError for other data or seed."""
-        for name, ours in (("seed", self.seed), ("size", len(self.dataset)), ("digest", self.digest)):
+        for name, ours in self.data.items():
             if state.get(name, ours) != ours:
                 raise ValueError(f"cannot resume: the checkpoint's data has {name} {state[name]}, this run's {ours}")
         self.close()

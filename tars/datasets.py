@@ -1,20 +1,27 @@
-"""The published data sets into tars: VIST and MMDialog for stage 2, CC3M for stage 1 (paper section 4.1).
+"""Data into tars: your own, and the published data sets, CC3M for stage 1, VIST and MMDialog for stage 2 (paper section
+4.1).
 
+    python -m tars pairs pictures/ --out mine.tar                     # a folder of KEY.jpg with KEY.txt
+    python -m tars pairs captions.csv pictures/ --out mine.tar        # columns file and caption; or .jsonl
+    python -m tars turns stories.jsonl pictures/ --out mine.tar       # stories and dialogues of your own
     python -m tars vist train.story-in-sequence.json images/train --out vist-train.tar
     python -m tars vist val_cleaned.json --out vist-val.tar           # as in the released repository
     python -m tars mmdialog train/train_conversations.txt --out mmdialog-train.tar
     python -m tars mmdialog test/test_conversations.txt --max-words 0 --out mmdialog-test.tar
-    python -m tars cc3m cc3m_train.tsv --out cc3m-train.tar           # or a folder of KEY.jpg with KEY.txt
+    python -m tars cc3m cc3m_train.tsv --out cc3m-train.tar
 
     source                            tar                                             read by
     a story of five steps             KEY.json, KEY.0.jpg .. KEY.4.jpg                stories.py
     a dialogue of two or more turns   KEY.json, KEY.0.jpg ... as many as it has       stories.py
     a caption and its picture         KEY.jpg, KEY.txt, KEY.json with its source      batches.py
 
-KEY is the sample's number in its source. Every picture is decoded once, to see that it can be, then copied byte for
-byte. Few samples are in memory at a time, and the tar does not depend on the number of threads.
+A line of stories.jsonl is {"kind": "story" or "dialog", "turns": [{"text": "...", "images": ["a.jpg"]}, ...]}; in a
+dialogue the human has the first turn, then the assistant. KEY is the sample's number in its source. Every picture is
+decoded once, to see that it can be, then copied byte for byte. Few samples are in memory at a time, and the tar does
+not depend on the number of threads.
 """
 
+import csv
 import json
 import os
 from collections import deque
@@ -26,13 +33,12 @@ from pathlib import Path
 
 from common.files import read_json
 from prompts import clean_caption
-from tars.batches import decode
-from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes
+from tars.batches import decode, read_caption
+from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes, member_of
 from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
 Job = Callable[[str], Sample]  # makes the sample of a key, or raises Unusable
-PICTURE_ENDINGS = tuple(ending for ending, member in ENDINGS.items() if member == Member.PICTURE)
 
 
 # ---- pictures
@@ -47,15 +53,41 @@ def read_picture(path: Path | None) -> tuple[str, bytes]:
     """The ending and the bytes of a picture that can be decoded. Raises Unusable."""
     if path is None:
         raise Unusable("missing picture")
-    try:
-        if path.stat().st_size > max_bytes(Member.PICTURE):
-            raise Unusable("too large")
-        content = path.read_bytes()
-    except OSError:
-        raise Unusable("picture not readable") from None
+    content = read_file(path, Member.PICTURE)
     decode(content)
     ending = path.suffix.lower().removeprefix(".")
-    return ending if ending in PICTURE_ENDINGS else "jpg", content
+    return ending if ENDINGS.get(ending) == Member.PICTURE else "jpg", content
+
+
+def read_file(path: Path, member: Member) -> bytes:
+    """The bytes of a regular file that is to be this member of a sample. Raises Unusable."""
+    try:
+        if not path.is_file():  # a pipe would block
+            raise Unusable("not a file")
+        if path.stat().st_size > max_bytes(member):
+            raise Unusable("too large")
+        return path.read_bytes()
+    except OSError:
+        raise Unusable("file not readable") from None
+
+
+def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
+    """Of each folder below, links to folders followed, the members of every key. A folder that is reached twice counts
+    once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        stat = os.stat(root)
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders.sort()
+        found = {}
+        for name in sorted(names, reverse=True):
+            if place := member_of(name):
+                key = name.rpartition(".")[0]  # nothing is numbered here
+                found.setdefault(key, {})[Member(min(place[1], Member.NUMBERED) % Member.NUMBERED)] = Path(root, name)
+        yield found
 
 
 def interleaved(key: str, kind: str, name: str, turns: Iterable[tuple[str, list[Path | None]]]) -> Sample:
@@ -93,7 +125,8 @@ def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[Job]:
         content, roots = read_json(file), folders or [file.parent]
         if isinstance(content.get("annotations"), list):
             stories, fields = raw_stories(content["annotations"]), RAW_FIELDS
-            places = {path.stem: path for folder in roots for path in walk_pictures(folder)}
+            found = [found for folder in roots for found in walk(folder)]
+            places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
         elif content and all(isinstance(steps, list) for steps in content.values()):
             stories, fields = content, CLEANED_FIELDS
             beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
@@ -116,12 +149,6 @@ def raw_stories(annotations: list) -> dict[str, list]:
         name = str(step["story_id"]) if known else f"annotation {number}"
         stories.setdefault(name, []).append(step if known else None)
     return stories
-
-
-def walk_pictures(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        yield from (Path(root, name) for name in sorted(names) if name.lower().rpartition(".")[2] in PICTURE_ENDINGS)
 
 
 def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], places: dict[str, Path]) -> Sample:
@@ -187,6 +214,61 @@ def mmdialog_sample(key: str, line: bytes, read: Callable[[object], tuple[str, l
     return dialogue
 
 
+# ---- your own stories and dialogues, pictures and captions
+
+
+def turns_jobs(path: Path, folders: list[Path]) -> Iterator[Job]:
+    with open(path, "rb") as file:
+        yield from (partial(turns_sample, line=line, folders=folders) for line in file if line.strip())
+
+
+def read_object(line: bytes | str) -> dict:
+    """A line of JSON. Raises Unusable."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        raise Unusable("broken JSON") from None
+    if not isinstance(content, dict):
+        raise Unusable("no JSON object")
+    return content
+
+
+def turns_sample(key: str, line: bytes, folders: list[Path]) -> Sample:
+    """A story or dialogue, which counts as a whole. Raises Unusable."""
+    content, told = read_object(line), []
+    kind, turns = content.get("kind", "story"), content.get("turns")
+    if kind not in ("story", "dialog") or not isinstance(turns, list) or len(turns) < 2:
+        raise Unusable("no kind, or fewer than two turns")
+    for turn in turns:
+        text, names = (turn.get("text"), turn.get("images", [])) if isinstance(turn, dict) else (None, None)
+        if not isinstance(text, str) or not text.strip():
+            raise Unusable("empty text")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise Unusable("images are no list of files")
+        told.append((text, [find_picture(folders, name) for name in names]))
+    sample = interleaved(key, kind, str(content.get("id", "")), told)
+    if sample.cut:
+        raise Unusable(sample.cut)
+    return sample
+
+
+def list_jobs(path: Path, folders: list[Path]) -> Iterator[Job]:
+    """Lines of a CSV whose first one names the columns "file" and "caption", or JSON objects with these names."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.DictReader(file) if path.suffix == ".csv" else file
+        if path.suffix == ".csv" and not {"file", "caption"} <= {*(lines.fieldnames or ())}:
+            raise ValueError(f"{path}: the first line should name the columns file and caption")
+        yield from (partial(listed_sample, line=line, folders=folders) for line in lines if line != "\n")
+
+
+def listed_sample(key: str, line: str | dict, folders: list[Path]) -> Sample:
+    content = read_object(line) if isinstance(line, str) else line
+    name, caption = content.get("file"), content.get("caption")
+    if not isinstance(name, str) or not isinstance(caption, str):
+        raise Unusable("no file or no caption")
+    return cc3m_sample(key, caption.encode("utf-8", "surrogateescape"), find_picture(folders, name), name)
+
+
 # ---- CC3M
 
 
@@ -208,17 +290,16 @@ def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Job]:
 
 
 def folder_jobs(folder: Path) -> Iterator[Job]:
-    """KEY.jpg with KEY.txt."""
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        paths = map(Path, sorted(names, reverse=True))
-        pictures = {path.stem: path for path in paths if path.suffix[1:].lower() in PICTURE_ENDINGS}
-        texts = {Path(name).stem for name in names if name.endswith(".txt")}
-        for stem in sorted(pictures.keys() | texts):
-            caption = Path(root, f"{stem}.txt").read_bytes() if stem in texts else None
-            picture = Path(root, pictures[stem]) if stem in pictures else None
-            source = os.path.relpath(Path(root, stem), folder)
-            yield partial(cc3m_sample, caption=caption, picture=picture, source=source)
+    """KEY.jpg with KEY.txt, or with the caption in KEY.json."""
+    for found in walk(folder):
+        for name in sorted(found):
+            source = os.path.relpath(next(iter(found[name].values())).with_name(name), folder)
+            yield partial(folder_sample, members=found[name], source=source)
+
+
+def folder_sample(key: str, members: dict[Member, Path], source: str) -> Sample:
+    caption = read_caption(lambda member: read_file(members[member], member) if member in members else None)
+    return cc3m_sample(key, caption.encode(), members.get(Member.PICTURE), source)
 
 
 def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: str) -> Sample:
@@ -260,6 +341,9 @@ def make_samples(jobs: Iterable[Job], workers: int) -> Iterator[Sample | str]:
             yield waiting.popleft().result()
 
 
+FILES = {"vist": "story-in-sequence.json or cleaned.json", "mmdialog": "conversations.txt", "turns": ".jsonl"}
+
+
 def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, workers: int = 1) -> Report:
     """Write the tar `out`. sources: files of the data set, and folders that hold its pictures; without a folder the
     pictures lie beside each file. ValueError for what cannot be read."""
@@ -267,15 +351,34 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
     for path in sources:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-    if kind != "cc3m" and not files:
-        what = "story-in-sequence.json or cleaned.json" if kind == "vist" else "conversations.txt"
-        raise ValueError(f"{sources[0]} is a folder: name the {what} file too")
+    if kind in FILES and not files:
+        raise ValueError(f"{sources[0]} is a folder: name the {FILES[kind]} file too")
     if kind == "vist":
         jobs = vist_jobs(files, folders)
     elif kind == "mmdialog":
         jobs = mmdialog_jobs(files, folders, max_words)
     elif files:
-        jobs = chain.from_iterable(tsv_jobs(path, folders or [path.parent]) for path in files)
+        jobs_of = {"turns": turns_jobs, "cc3m": tsv_jobs, "pairs": list_jobs}
+        readers = [tsv_jobs if path.suffix == ".tsv" else jobs_of[kind] for path in files]
+        jobs = chain.from_iterable(
+            read(path, folders or [path.parent]) for read, path in zip(readers, files, strict=True)
+        )
     else:
         jobs = chain.from_iterable(map(folder_jobs, folders))
     return write_samples(make_samples(jobs, workers), out)
+
+
+def packed(kind: str, data: list[str] | None, out: Path) -> list[str]:
+    """What --data names, with a tar OUT-0.tar, OUT-1.tar ... in the place of each folder of pictures and of each list
+    (.csv, .tsv, .jsonl). A tar that is there already is taken as it is, so that a run goes on with the same data."""
+    tars = []
+    for number, name in enumerate(data or []):
+        path, tar = Path(os.path.expanduser(name)), Path(f"{out}-{number}.tar")
+        if path.suffix in (".csv", ".tsv", ".jsonl") or (path.is_dir() and not any(path.glob("*.tar"))):
+            if not tar.exists():
+                print(f"packing {path} into {tar}", flush=True)
+                print(convert(kind, [path], tar, workers=min(8, os.cpu_count() or 1)))
+            tars.append(str(tar))
+        else:
+            tars.append(name)
+    return tars

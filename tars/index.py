@@ -1,12 +1,13 @@
 """Where the samples lie in webdataset tars: a tar is indexed once, then its members can be read at random.
 
-Members that share the path up to the first dot of the base name are one sample: `KEY.jpg|jpeg|png|webp` its picture,
-`KEY.txt` its caption, `KEY.json` more about it, `KEY.safetensors` its precomputed tensors (precomputed.py). A story or
-dialogue has `KEY.json` with a list of "turns" and the pictures `KEY.0.jpg`, `KEY.1.png` ... Only regular members count,
-and nothing is ever unpacked to disk.
+Members that share the path up to the last dot are one sample: `KEY.jpg|jpeg|png|webp ...` its picture, `KEY.txt` its
+caption, `KEY.json` more about it, `KEY.safetensors` its precomputed tensors (precomputed.py). A story or dialogue has
+`KEY.json` with a list of "turns" and the pictures `KEY.0.jpg`, `KEY.1.png` ... KEY may hold dots, too, but half a
+sample `KEY.more.jpg` beside a sample KEY is none: a note counts these. Only regular members count, and nothing is ever
+unpacked to disk.
 
     expand(["cc3m-train-{0000..0575}.tar", "more/"])  -> list of paths
-    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 8 or more)
+    read_index("x.tar")                               -> TarIndex: where the n samples lie, table (n, 4 or more)
 """
 
 import glob
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import IntEnum
@@ -23,10 +25,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from common.files import written_whole
+from common.files import fingerprint, written_whole
 
-CACHE = Path.home() / ".cache" / "minigpt5" / "index"  # for the indices of tars in folders that cannot be written
-INDEX_VERSION = 5
+HOME = os.path.expanduser("~")  # "~" where there is none
+CACHE = Path(tempfile.gettempdir() if HOME == "~" else HOME, ".cache", "minigpt5", "index")  # where tars lie read-only
+INDEX_VERSION, STAMP_PAGES = 7, 8
 UNDECODABLE = "surrogateescape"  # keeps member names that are not UTF-8 different from each other
 MAX_TARS = 100_000  # of one brace list
 MAX_PICTURES = 100  # of a story or dialogue: NAME has numbers of two digits
@@ -41,9 +44,12 @@ class Member(IntEnum):
 
 
 PAIR, STORY, DIALOG = range(3)  # what a sample is; a pair is whatever has no turns
-ENDINGS = dict.fromkeys(("jpg", "jpeg", "png", "webp"), Member.PICTURE)
+ENDINGS = dict.fromkeys(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"), Member.PICTURE)
+ENDINGS |= dict.fromkeys(("avif", "heic", "jp2"), Member.PICTURE)  # not read, but counted
 ENDINGS |= {"txt": Member.TEXT, "json": Member.JSON, "safetensors": Member.TENSORS}
-NAME = re.compile(r"((?:.*/)?[^/.]+)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL)  # key, number of a picture, ending
+NAME = re.compile(  # key, whose base name does not begin with a dot, number of a picture, ending
+    r"((?:.*/)?[^/.](?:[^/]*?[^/.])??)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL
+)
 MAX_BYTES = {Member.PICTURE: 64 << 20, Member.TEXT: 64 << 10, Member.JSON: 1 << 20, Member.TENSORS: 128 << 20}
 
 
@@ -88,9 +94,9 @@ def tars_of(item: str) -> list[str]:
     if "://" in item:
         download = f"`curl -LO {item}` or `huggingface-cli download`"
         raise ValueError(f"{item}: tars are read from disk; download them first, as with {download}")
-    path = Path(item).expanduser()
+    path = Path(os.path.expanduser(item))
     if item and path.is_dir():
-        found = sorted(str(tar) for tar in path.glob("*.tar") if tar.is_file())
+        found = sorted(str(tar) for tar in path.glob("[!.]*.tar") if tar.is_file())  # without macOS's ._x.tar
         if not found:
             raise ValueError(f"{item}: no .tar file in this folder")
         return found
@@ -109,8 +115,10 @@ def member_of(name: str) -> tuple[str, int] | None:
     found = NAME.fullmatch(name)
     key, number, ending = found.groups() if found else (None, None, "")
     member = ENDINGS.get(ending.lower())
-    if member is None or (number and member != Member.PICTURE):
+    if member is None:
         return None
+    if number and member != Member.PICTURE:
+        return f"{key}.{number}", member
     return key, Member.NUMBERED + int(number) if number else member
 
 
@@ -177,12 +185,14 @@ def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
 
 
 class TarIndex(NamedTuple):
-    """Where the members of a tar's n samples lie. All arrays are of numbers, so that the cache needs no pickle."""
+    """Where the members of a tar's n samples lie. All arrays are of numbers, so that the cache needs no pickle. Each
+    rank holds the indices of millions of samples in memory: the table has no columns after the last member that occurs,
+    and small numbers are of small types."""
 
-    stamp: np.ndarray  # INDEX_VERSION, the tar's size and its time of change in ns
-    table: np.ndarray  # (n, 2 * members): offset and size of each `Member`; -1: none
-    kinds: np.ndarray  # (n,): PAIR, STORY or DIALOG
-    turns: np.ndarray  # (n,): how many turns the JSON of a story or dialogue has; 0: a pair
+    stamp: np.ndarray  # INDEX_VERSION, the tar's size, its time of change in ns, a hash of some of its bytes
+    table: np.ndarray  # (n, 2 * members): offset and size of each `Member` up to the last that occurs; -1: none
+    kinds: np.ndarray  # (n,) int8: PAIR, STORY or DIALOG
+    turns: np.ndarray  # (n,) int32: how many turns the JSON of a story or dialogue has; 0: a pair
     keys: np.ndarray  # the keys one after another, UTF-8
     ends: np.ndarray  # (n + 1,): key i is keys[ends[i] : ends[i + 1]]
     note: np.ndarray  # what is wrong with the tar as a whole, UTF-8, mostly empty
@@ -203,6 +213,24 @@ def count_turns(content: bytes) -> tuple[int, int]:
         return PAIR, 0
 
 
+def sort_members(places: dict[str, dict], turns: dict[str, tuple[int, int]]) -> tuple[dict[str, dict], list[str]]:
+    """Members by key as their names say -> those of samples, and the keys that are no samples but lie beside one. Only
+    a story or dialogue has numbered pictures: elsewhere KEY.7.jpg is the picture of a sample KEY.7."""
+    for key in [key for key in places if key not in turns]:
+        for member in [member for member in places[key] if member >= Member.NUMBERED]:
+            places.setdefault(f"{key}.{member - Member.NUMBERED}", {})[Member.PICTURE] = places[key].pop(member)
+    samples, others = {}, []
+    for key, members in places.items():
+        folder, slash, name = key.rpartition("/")
+        shorter, found = f"{folder}{slash}{name.partition('.')[0]}", members.keys()
+        is_whole = found & {Member.PICTURE, Member.TENSORS} and found & {Member.TEXT, Member.JSON}
+        if shorter != key and places.get(shorter) and not is_whole and key not in turns:
+            others += [key] if members else []
+        elif members:
+            samples[key] = members
+    return samples, others
+
+
 def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     """Read headers and JSON of an uncompressed tar. The members of a key need not be adjacent; where a key has a member
     twice the later one counts, as when unpacking. A damaged tar ends where it is damaged; ValueError for what is no tar
@@ -219,15 +247,19 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
                         repeated += member in members
                         members[member] = header.offset_data, header.size
                         if member == Member.JSON and header.size <= max_bytes(member):
-                            turns[key] = count_turns(tar.extractfile(header).read())
+                            found = count_turns(tar.extractfile(header).read())
+                            turns |= {key: found} if found[1] else {}
                 except tarfile.TarError as error:
                     notes.append(f"cut short or damaged after {len(places):,} samples ({error})")
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"{path}: not readable as a tar ({error})") from None
     if repeated:
         notes.append(f"{repeated:,} members that their sample already had; the last counts")
+    places, others = sort_members(places, turns)
+    if others:
+        notes.append(f"{len(others):,} members beside a sample are not read, such as those of {others[0]}")
     keys = [key.encode("utf-8", UNDECODABLE) for key in places]
-    count = max([Member.NUMBERED, *(member + 1 for members in places.values() for member in members)])
+    count = max([Member.TEXT + 1, *(member + 1 for members in places.values() for member in members)])
     table = np.full((len(places), count, 2), -1, np.int64)
     for i, members in enumerate(places.values()):
         table[i, list(members)] = list(members.values())
@@ -235,8 +267,8 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     return TarIndex(
         stamp,
         table.reshape(len(places), 2 * count),
-        kinds_and_turns[:, 0],
-        kinds_and_turns[:, 1],
+        kinds_and_turns[:, 0].astype(np.int8),
+        kinds_and_turns[:, 1].astype(np.int32),
         np.frombuffer(b"".join(keys), np.uint8),
         np.cumsum([0, *map(len, keys)], dtype=np.int64),
         np.frombuffer("; ".join(notes).encode("utf-8", "replace"), np.uint8),
@@ -246,7 +278,9 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
 def is_consistent(index: TarIndex) -> bool:
     """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
     stamp, table, kinds, turns, keys, ends, note = index
-    if not all(array.dtype == np.int64 for array in (stamp, table, kinds, turns, ends)):
+    if not all(array.dtype == np.int64 for array in (stamp, table, ends)):
+        return False
+    if (kinds.dtype, turns.dtype) != (np.int8, np.int32):
         return False
     if not all(array.dtype == np.uint8 and array.ndim == 1 for array in (keys, note)):
         return False
@@ -260,12 +294,13 @@ def is_consistent(index: TarIndex) -> bool:
 
 
 def read_index(path: str) -> TarIndex:
-    """The index of a tar: cached beside it or in CACHE if that fits the tar's size and time of change, else scanned."""
+    """The index of a tar: cached beside it or in CACHE if that fits the tar's size, time of change and some of its
+    bytes, else scanned."""
     try:
-        stat = os.stat(path)
+        stat, contents = os.stat(path), int(fingerprint([path], pages=STAMP_PAGES), 16) >> 1
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
+    stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns, contents], np.int64)
     name = hashlib.sha256(os.path.abspath(path).encode("utf-8", UNDECODABLE)).hexdigest()[:32]
     caches = Path(f"{path}.index.npz"), CACHE / f"{name}.npz"
     for cache in caches:

@@ -29,13 +29,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.cli import make_folder
+from common.files import fingerprint
 from minigpt5 import encode_captions
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
 from tars.batches import PairData, Reader, TarData, decode
 from tars.index import Member, Unusable, expand, read_index
-from tars.precomputed import MARKER, Precomputed, fingerprint, identity, marker_bytes, read_marker
+from tars.precomputed import MARKER, Precomputed, identity, marker_bytes, read_marker
 from tars.stories import read_turns
 from tars.writer import Report, Sample, write_samples
 from vae import preprocess_output

@@ -11,7 +11,6 @@ tar these were made. Training refuses tensors of other weights, and a mixture. C
 S conditioning tokens, Q query embeddings, Dc and D their widths.
 """
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterable
@@ -22,12 +21,12 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from common.files import fingerprint
 from published.loading import tensor_files
 from published.parts import picture_size
 from tars.index import Member, Unusable, max_bytes, open_tar
 
 MARKER = ".precomputed.safetensors"  # name of the first member
-PAGES = 64  # of a file of weights that its fingerprint reads
 
 
 class Precomputed(NamedTuple):
@@ -44,20 +43,6 @@ NOTHING = Precomputed({}, {})
 
 
 # ---- which weights
-
-
-def fingerprint(files: Iterable[Path], *settings: object) -> str:
-    """A short hash of files and settings, from the files' sizes and some pages of each: copies have the same one, and
-    any training changes it."""
-    digest = hashlib.sha256(repr(settings).encode())
-    for path in files:
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            for start in range(0, size, max(4096, size // PAGES)):
-                file.seek(start)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
 
 
 def identity(weights: Path, name: str) -> str:

@@ -78,8 +78,8 @@ def checked_weights(weights: dict[str, float]) -> dict[str, float]:
     if unknown:
         raise ValueError(f"no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
     weights = {task: float(weights.get(task, 0)) for task in TASKS}
-    if not all(0 <= weight < float("inf") for weight in weights.values()) or not any(weights.values()):
-        raise ValueError("the weights of the tasks must be 0 or more, one of them above 0")
+    if not all(0 <= weight <= 1e30 for weight in weights.values()) or not any(weights.values()):
+        raise ValueError("the weights of the tasks must be from 0 to 1e30, one of them above 0")
     return {task: weight for task, weight in weights.items() if weight}
 
 

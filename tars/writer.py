@@ -2,6 +2,7 @@
 dropped, and why. datasets.py and precompute.py make the samples."""
 
 import io
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common.files import written_whole
+from common.files import remove_unfinished, written_whole
 from tars.batches import describe
 
 
@@ -41,6 +42,7 @@ def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None 
     report = Report()
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out}: " + ("a folder" if out.is_dir() else f"no folder {out.parent}"))
+    remove_unfinished(out.parent, re.escape(out.name))
     with written_whole(out) as temporary, tarfile.open(temporary, "w") as tar:
         for sample in tqdm(samples, total=total, unit=" samples", delay=2, leave=False):
             if isinstance(sample, str):

@@ -9,6 +9,7 @@ import torch
 def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=Path(__file__).parent / "golden", help="folder of the recordings")
     parser.addoption("--gpu", action="store_true", help="tests see the GPU: with `-k gpu`, as others want a CPU")
+    parser.addoption("--rehearse", action="store_true", help="the tests of test_gpu.py run on the CPU, to find slips")
 
 
 def pytest_configure(config):

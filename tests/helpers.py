@@ -6,6 +6,7 @@ import pytest
 import torch
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared"  # third-party pictures and vocabularies, not in the product
+DATA = {"seed": 0, "size": 1, "digest": "", "epoch": 0, "position": 0, "seen": 0, "bad": {}}  # of a run's state.json
 
 
 def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:

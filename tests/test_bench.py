@@ -1,24 +1,37 @@
 """Every benchmark runs at its smallest and writes whole results. What they measure here means nothing."""
 
+import io
 import json
 import math
+import signal
+import subprocess
+import sys
+import tarfile
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from random_weights import SMALL
 
 import bench.common
 import bench.components
 import bench.data
+import bench.gpu
+import bench.gpu_parts
+import bench.gpu_rows
 import bench.reckon
 import bench.sample
+import bench.scale
 import bench.uas
 from bench.common import agree, alternate, rows_of, seconds_of
 from llama import LlamaConfig
 from unet import UNetConfig
 from vae import VAEConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +92,77 @@ def test_reckon(monkeypatch, capsys):
         with torch.inference_mode():
             z = torch.nn.functional.linear(y.view(5, 11), weight.T)
         assert ledger.operations == 2 * 2 * 5 * 7 * 11 and ledger.alive == 4 * (5 * 11 + 5 * 7) and z.shape == x.shape
+
+
+def test_scale(tmp_path):
+    """Every row, and the tars that are assembled without tarfile are those that it would read."""
+    small = ["--tars", "3", "--pairs", "100", "--ranks", "2", "--workers", "1", "--read", "16"]
+    bench.scale.main([*small, "--folder", str(tmp_path), "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out" / "scale.json").read_text())
+    rows = {(row["what"], row["figure"]): row for row in record["rows"]}
+    assert {what for what, _ in rows} == {"index", "open", "order", "resume", "reader", "ranks and workers"}
+    assert all(row["measured"] >= 0 and row["met"] is None for row in rows.values())
+    assert rows["reader", "samples/s"]["measured"] > 0 and not list(tmp_path.glob("scale-*"))
+    (path,) = bench.scale.write_tars(tmp_path, 1, 12)
+    with tarfile.open(path) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    assert len(members) == 24 and members["000000011.txt"] == bench.scale.CAPTION
+    assert Image.open(io.BytesIO(members["000000007.png"])).size == (8, 8)
+    with pytest.raises(SystemExit):
+        bench.scale.main(["--tars", "3", "--pairs", "2"])
+
+
+def test_gpu_dry_run(tmp_path):
+    """Each part of the one run on a GPU, on the CPU and at its smallest; in one of its own processes, too."""
+    command = [sys.executable, "bench/gpu.py", "--dry-run", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=1800)
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(record["parts"]) == [*bench.gpu.SHARES, *bench.gpu.BESIDE] and all(record["parts"].values())
+    figures = {row["what"]: row for rows in record["parts"].values() for row in rows}
+    assert not [row for row in figures.values() if "error" in row]
+    assert set(bench.gpu.TARGETS) | set(bench.gpu_parts.MEMORY) <= set(figures)
+    verdicts = [row for what, row in figures.items() if what.startswith("test: ")]
+    assert len(verdicts) >= 8 and {row["value"] for row in verdicts} == {1.0}
+    table = (tmp_path / "gpu.md").read_text()
+    assert all(f"| {what} |" in table for what in figures) and not list(tmp_path.glob(".*"))
+
+
+def test_gpu_report(tmp_path):
+    """Targets stand beside the figures; a part that is cut off keeps what it has measured."""
+    rows = bench.gpu_rows.Rows(tmp_path / "words.jsonl")
+    rows.write({"machine": {"gpu": "NVIDIA H200", "versions": {"torch": "2"}}})
+    rows.add("decoding, compiled", 150.0, "tokens/s", note="a | b")
+    with rows.attempt("decoding, 8 bits, compiled"):
+        raise torch.OutOfMemoryError("much\nmore")
+    beside = bench.gpu_rows.Rows(tmp_path / "reckon.jsonl")
+    beside.add(bench.gpu_parts.MEMORY_48, 40.0, "GB")
+    bench.gpu_rows.Rows(tmp_path / "stage-1.jsonl").add(bench.gpu_parts.MEMORY_48, 49.0, "GB")
+    record = {"dry_run": False, "machine": {}, "parts": {"words": [], "stage-1": [], "reckon": []}}
+    bench.gpu.write_report(record, tmp_path, tmp_path, time.monotonic())
+    speed, lost = record["parts"]["words"]
+    assert (speed["target"], speed["met"]) == ("at least 200 tokens/s", False)
+    assert lost["error"] == "OutOfMemoryError: much more"
+    assert record["parts"]["stage-1"][0]["met"] and "target" not in record["parts"]["reckon"][0]
+    assert "| not measured |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_part_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.gpu.sys, "executable", "/bin/sleep")  # which refuses these words, and ends with 1
+    process = bench.gpu.Process("words", tmp_path, tmp_path, 5, is_dry=True)
+    process.finish(5)
+    (row,) = bench.gpu.read_rows(tmp_path / "words.jsonl")
+    assert row["error"].startswith("the process ended with 1")
+    process.process, process.ended = subprocess.Popen(["sleep", "60"], start_new_session=True), False
+    process.finish(0.2)
+    assert bench.gpu.read_rows(tmp_path / "words.jsonl")[1]["error"] == "cut off after 5 s"
+    assert process.process.returncode == -signal.SIGKILL
+
+
+def test_gpu_wants_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="--dry-run"):
+        bench.gpu.main(["--out", str(tmp_path)])
 
 
 def test_full_size_wants_a_gpu(tmp_path):

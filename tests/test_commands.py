@@ -351,7 +351,7 @@ def test_sample_from_a_run(monkeypatch, weights, tar, tmp_path, capsys):
 def test_captions_are_cleaned_as_in_training(monkeypatch, weights, tmp_path):
     asked = []
 
-    def answer(model, prompts, *rest):
+    def answer(model, prompts, *rest, watch):
         asked.extend(prompts)
         return [["words"]]
 

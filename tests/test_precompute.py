@@ -15,6 +15,7 @@ from test_commands import train as train_uas
 from test_mls_commands import train as train_mls
 
 import vae
+from common.files import fingerprint
 from common.images import read_image
 from miniature.world import write_dialogues, write_stories
 from published import parts
@@ -23,7 +24,7 @@ from tars import batches as tars_batches
 from tars import index as tars
 from tars import precompute
 from tars import stories as tars_stories
-from tars.precomputed import MARKER, find_precomputed, fingerprint, identity, read_marker
+from tars.precomputed import MARKER, find_precomputed, identity, read_marker
 from train_uas import main as train_stage1
 
 ALONE = ("--workers", 0)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import DATA
 from random_weights import write_random_weights
 from safetensors.torch import load_file
 from test_commands import fails, pairs, train, write_tar
@@ -227,7 +228,7 @@ def open_tiny():
 
 
 def save(out, step, model, optimizers, state):
-    state = {"step": step, **state}
+    state = {"step": step, **state, "data": DATA | state["data"]}
     return save_checkpoint(out, state, dict(model.named_parameters()), optimizers, model.save)
 
 

@@ -186,7 +186,7 @@ def test_a_text_injects_nothing(tmp_path, tokenizer, kind):
 
 def test_other_samples_pictures_cannot_be_named(tmp_path, tokenizer):
     names = {"1.0.png": "foreign picture name", "0.1.png": "no picture", "0.0.png": None, "x/0.0.jpg": None}
-    names |= dict.fromkeys(("0.0.gif", "0.100.png", "0.00.png", "", 3, ()), "foreign picture name")
+    names |= dict.fromkeys(("0.0.svg", "0.100.png", "0.00.png", "", 3, ()), "foreign picture name")
     for name, reason in names.items():
         content = json.dumps({"kind": "story", "turns": [{"text": "a", "image": [name]}] * 2}).encode()
         tar = write(tmp_path / "x.tar", {"0": content, "1": story(1)})
@@ -205,7 +205,11 @@ def test_which_members_are_numbered_pictures():
         ("0", Member.PICTURE),
     ]
     assert tars.max_bytes(Member.NUMBERED + 3) == tars.max_bytes(Member.PICTURE)
-    for name in ("0.100.jpg", "0.07.jpg", "0.1.txt", "0.1.2.jpg", "0.x.jpg", "0..jpg", ".1.jpg", "0.1."):
+    for name in ("0.100.jpg", "0.07.jpg", "0.x.jpg"):
+        assert tars.member_of(name) == (name.removesuffix(".jpg"), Member.PICTURE)
+    assert tars.member_of("0.1.txt") == ("0.1", Member.TEXT)
+    assert tars.member_of("0.1.2.jpg") == ("0.1", Member.NUMBERED + 2)
+    for name in ("0..jpg", ".1.jpg", "0.1.", "a/._0.jpg", "0.1.x"):
         assert tars.member_of(name) is None, name
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import read_json
+from common.files import is_number, read_json, remove
 from published.loading import WeightsError, checkpoint_folders, open_safetensors, save_safetensors
 from trainer.muon import Muon
 
-KEPT = 2  # newest checkpoints of a run; older ones are removed
+KEPT = 2  # newest checkpoints of a run that are intact; older ones are removed
 
 
 def save_checkpoint(
@@ -33,7 +33,8 @@ def save_checkpoint(
     save_trained: Callable[[Path], None],
 ) -> Path:
     """Write the folder of state["step"], which is on the disk when this returns, and remove all but the newest ones.
-    `save_trained` writes trained.safetensors.
+    Those that state["passed_over"] names are damaged: they do not count, and stay. `save_trained` writes
+    trained.safetensors.
 
     ValueError where that fails, and where a tensor is not finite; the earlier checkpoints then stay as they are.
     """
@@ -65,7 +66,8 @@ def save_checkpoint(
         raise ValueError(f"{folder}: not written: {reason}; checkpoints of this run: {kept}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in checkpoint_folders(out)[KEPT:]:
+    intact = [old for old in checkpoint_folders(out) if old.name not in state.get("passed_over", ())]
+    for old in intact[KEPT:]:
         remove_checkpoint(old)
     return folder
 
@@ -75,14 +77,7 @@ def remove_checkpoint(folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old.{os.getpid()}.tmp")
     with suppress(OSError):
         folder.replace(old)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_unfinished(out: Path) -> None:
-    """Remove what a process left that was killed while it wrote or removed a checkpoint."""
-    for path in sorted(out.glob(".*.tmp")):
-        print(f"removed: {path}, which an earlier process could not finish")
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove(old)
 
 
 def sync_folder(folder: Path) -> None:
@@ -103,47 +98,76 @@ def load_checkpoint(
     """Fill the trained tensors and the moments from the newest checkpoint of a run that is intact. Its state, or None
     where the run has no checkpoint. `load_trained` reads trained.safetensors in place.
 
-    A checkpoint that cannot be read is named and passed over. ValueError where that leaves none.
+    A checkpoint that cannot be read is named and passed over: "passed_over" of the state lists these, too. ValueError
+    where that leaves none.
     """
-    folders = checkpoint_folders(out)
+    folders, passed_over = checkpoint_folders(out), []
     for folder in folders:
         try:
             state = read_state(folder)
-            moments = read_moments(folder / "optimizer.safetensors", trained)
+            moments = read_moments(folder / "optimizer.safetensors", trained, optimizers)
             load_trained(folder / "trained.safetensors")
         except WeightsError as error:
             print(f"passed over: {error}")
+            passed_over.append(folder.name)
             continue
-        names = {parameter: name for name, parameter in trained.items()}
         for optimizer in optimizers:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                own = moments.get(names[parameter], {})
-                if own and ("average" in own) != isinstance(optimizer, Muon):
-                    raise ValueError(f"{folder}: {names[parameter]} had another optimiser; go on with the same --muon")
-                if own:
-                    optimizer.state[parameter] = {kind: t.to(parameter.device) for kind, t in own.items()}
-        return state
+            for parameter in parameters_of(optimizer):
+                optimizer.state[parameter] = moments[parameter]
+        return {**state, "passed_over": passed_over + state.get("passed_over", [])}
     if folders:
         raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
     return None
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def read_state(folder: Path) -> dict:
+    """state.json. WeightsError where anything in it is not of the type that a run writes."""
     path = folder / "state.json"
     state = read_json(path, WeightsError)
-    if "data" not in state or state.get("step") != int(folder.name.removeprefix("step-")):
-        raise WeightsError(f"{path}: the step is not the folder's, or there is no position in the data")
+    data = state.get("data") if isinstance(state.get("data"), dict) else {}
+    counts = [state.get("step"), state.get("nonfinite", 0)]
+    counts += [data.get(name) for name in ("seed", "size", "epoch", "position", "seen")]
+    sums = [data.get("bad"), data.get("sums", {}), data.get("passes", {})]
+    is_right = (
+        all(type(count) is int and count >= 0 and is_number(count) for count in counts)
+        and counts[0] == int(folder.name.removeprefix("step-"))
+        and all(isinstance(by_name, dict) and all(map(is_number, by_name.values())) for by_name in sums)
+        and isinstance(data.get("digest"), str)
+        and isinstance(state.get("arguments", {}), dict)
+        and isinstance(state.get("passed_over", []), list)
+    )
+    if not is_right:
+        raise WeightsError(f"{path}: not the state of a run after the step that its folder names")
     return state
 
 
-def read_moments(path: Path, trained: dict[str, nn.Parameter]) -> dict[str, dict[str, torch.Tensor]]:
-    """{name of a trained tensor: {kind of moment: tensor}}."""
-    moments = {}
+def read_moments(
+    path: Path, trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
+) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    """The moments of every parameter that an optimiser steps. WeightsError where one is missing or has another shape or
+    dtype, for which a fused optimiser would read and write beyond its end. ValueError for those of another optimiser.
+    """
+    names, moments = {parameter: name for name, parameter in trained.items()}, {}
     with open_safetensors(path) as file:
-        for key in file.keys():  # noqa: SIM118, a file is no dictionary
-            tensor, (kind, _, name) = file.get_tensor(key), key.partition(".")
-            shape = trained[name].shape if name in trained else None
-            if not tensor.is_floating_point() or tensor.shape not in ((), shape):
-                raise WeightsError(f"{path}: {key} fits no trained tensor ({tensor.dtype} {tuple(tensor.shape)})")
-            moments.setdefault(name, {})[kind] = tensor
+        stored = set(file.keys())
+        for optimizer, parameter in ((o, parameter) for o in optimizers for parameter in parameters_of(o)):
+            name, is_muon = names[parameter], isinstance(optimizer, Muon)
+            if f"{'exp_avg' if is_muon else 'average'}.{name}" in stored:
+                raise ValueError(f"{path}: {name} had another optimiser; go on with the same --muon")
+            shape = tuple(parameter.shape)
+            wanted = {"average": shape} if is_muon else {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+            for kind, shape in wanted.items():
+                key = f"{kind}.{name}"
+                tensor = file.get_slice(key) if key in stored else None
+                found = "missing" if tensor is None else f"{tensor.get_dtype()} {tuple(tensor.get_shape())}"
+                if found != f"F32 {shape}":
+                    raise WeightsError(f"{path}: {key} is {found}, expected F32 {shape}")
+                value = file.get_tensor(key)
+                if not value.isfinite().all():
+                    raise WeightsError(f"{path}: {key} is not finite")
+                moments.setdefault(parameter, {})[kind] = value.to(parameter.device)
     return moments

@@ -1,6 +1,7 @@
 """The files of a run that are for its reader: the log and two pictures.
 
     log.jsonl     a line every few steps: means of the losses since the last line, speed, memory, broken samples
+    tensorboard/  the numbers of the log for TensorBoard, with --tensorboard
     losses.png    the log as curves
     samples.png   real pictures above those that are painted from their vokens
 
@@ -8,85 +9,136 @@ They are in the run's folder.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import write_text
+from common.files import is_number, write_text
 from common.images import to_image
 from common.page import draw_grid, save_image
 from generation import Sampling, paint
 from minigpt5 import Batch, MiniGPT5, dtype_of, send
 from vae import to_pixels
 
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#555555")
+PALE = ("#b5d2e7", "#f2bcbc", "#bce0bc", "#ddd0ea", "#555555")
+PANEL = 800, 520  # pixels of a chart, twice those of the file
+NUMBERS = ("step", "loss", "lr")  # endings of the names whose values are numbers in every record of a log
 
 
 # ---- log.jsonl
 
 
-@contextmanager
-def one_line_write_errors(path: Path) -> Iterator[None]:
-    """An error while `path` is written names it: that of a full disk does not."""
+def open_board(out: Path, done: int):
+    """TensorBoard's writer for a run that goes on after step `done`; TensorBoard then hides what an earlier start of
+    the run wrote of later steps."""
+    from torch.utils.tensorboard import SummaryWriter  # here, since few runs have it
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
+
+
+def append_log(path: Path, record: dict, board=None) -> None:
+    """A line of the log. Its numbers also go to `board`, where there is one."""
     try:
-        yield
-    except OSError as error:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:  # that of a full disk does not name the file
         raise ValueError(f"{path}: not written: {error.strerror}") from None
-
-
-def append_log(path: Path, record: dict) -> None:
-    with one_line_write_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    if board:
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                board.add_scalar(name, value, record["step"])
+        board.flush()
 
 
 def read_log(path: Path) -> list[dict]:
-    """The whole lines of a log; a last line that was cut off is left out."""
+    """The records of a log. Lines that are none, such as a last one that was cut off, are left out: those that are no
+    object, and those whose step or losses are no numbers."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and all(is_number(v) for name, v in record.items() if name.endswith(NUMBERS)):
+            records.append(record)
     return records
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run goes through those steps again."""
-    lines = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= step]
-    with one_line_write_errors(path):
-        write_text(path, "".join(lines))
+    records = [record for record in read_log(path) if "step" in record]
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    if others := sum(map(bool, lines)) - len(records):
+        print(f"{path}: {others:,} lines are left out, because they are no records of a step")
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
 
 
 # ---- pictures of a run
 
 
+def axis_numbers(low: float, high: float) -> list[float]:
+    """Two to eight round numbers at equal distances, from `low` or below to `high` or above."""
+    distance = (high - low or abs(high) or 1.0) / 5
+    unit = 10.0 ** math.floor(math.log10(distance))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= distance)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [step * k for k in range(first, max(last, first + 1) + 1)]
+
+
+def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Each value replaced by the mean over the tenth of all points around it; at the ends they are fewer."""
+    reach, sums = len(points) // 20, [0.0, *accumulate(value for _, value in points)]
+    spans = [(max(0, i - reach), min(len(points), i + reach + 1)) for i in range(len(points))]
+    return [(step, (sums[b] - sums[a]) / (b - a)) for (step, _), (a, b) in zip(points, spans, strict=True)]
+
+
+def draw_panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves: list[tuple]) -> None:
+    """A chart whose left upper corner is `corner`. curves: (points, colour, width of the line)."""
+    font, points = ImageFont.load_default(22), [point for curve, _, _ in curves for point in curve]
+    steps = axis_numbers(0, max(step for step, _ in points))
+    values = axis_numbers(min(value for _, value in points), max(value for _, value in points))
+    left, top, right, bottom = corner[0] + 120, corner[1] + 70, corner[0] + PANEL[0] - 50, corner[1] + PANEL[1] - 80
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        across, up = step / steps[-1], (value - values[0]) / (values[-1] - values[0])
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    for value in values:
+        pen.line([place(0, value), place(steps[-1], value)], "#ddd", 2)
+        pen.text((left - 12, place(0, value)[1]), f"{value:.6g}", "#555", font, anchor="rm")
+    for step in steps:
+        pen.text((place(step, 0)[0], bottom + 14), f"{step:,.6g}", "#555", font, anchor="mt")
+    for curve, colour, width in curves:
+        pen.line([place(*point) for point in curve], colour, width, joint="curve")
+        if len(curve) == 1:
+            x, y = place(*curve[0])
+            pen.ellipse([x - width, y - width, x + width, y + width], colour)
+    pen.text((left, corner[1] + 20), title, "black", ImageFont.load_default(26))
+    pen.text(((left + right) / 2, bottom + 44), "step", "#555", font, anchor="mt")
+
+
 def plot_losses(records: list[dict], path: Path) -> None:
-    """One small chart for each loss over the steps, side by side, from 0 to its largest value; held-out losses are
-    black."""
-    names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss") if any(name in r for r in records)]
-    if not names:  # nothing was finite
+    """A chart for each loss and one for the learning rate, over the steps. Pale: the lines of the log; in full colour:
+    their running mean; black: held-out losses. A title ends with the last value of each curve."""
+    records = [record for record in records if "step" in record]
+    names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss", "lr") if any(name in r for r in records)]
+    if names in ([], ["lr"]):  # no loss was finite
         return
-    width, height, margin = 320, 220, 34
-    chart = Image.new("RGB", (width * len(names), height), "white")
-    pen, font = ImageDraw.Draw(chart), ImageFont.load_default(12)
-    for panel, name in enumerate(names):
+    columns = min(len(names), 3)
+    chart = Image.new("RGB", (PANEL[0] * columns, PANEL[1] * -(-len(names) // columns)), "white")
+    for panel, (name, colour, pale) in enumerate(zip(names, COLOURS, PALE, strict=False)):
         points, held_out = ([(r["step"], r[key]) for r in records if key in r] for key in (name, f"val_{name}"))
-        last, top = (max(numbers) for numbers in zip(*points, *held_out, strict=True))
-        left, right, bottom = panel * width + margin, (panel + 1) * width - 10, height - margin
-        pen.line([(left, margin), (left, bottom), (right, bottom)], fill="#888")
-        across, up = (right - left) / max(last, 1), (bottom - margin) / (top or 1.0)
-        for curve, colour in ((points, COLOURS[panel]), (held_out, "black")):
-            line = [(left + across * step, bottom - up * value) for step, value in curve]
-            pen.line(line if len(line) > 1 else line * 2, fill=colour, width=2)
-        ends = [f"{curve[-1][1]:.4f}" for curve in (points, held_out) if curve]
-        pen.text((left, 8), f"{name}  {', held out '.join(ends)}", fill="black", font=font)
-        pen.text((left - 30, margin - 6), f"{top:.2g}", fill="#555", font=font)
-        pen.text((right - 60, bottom + 6), f"step {last}", fill="#555", font=font)
-    save_image(chart, path)
+        mean = points if name == "lr" else smoothed(points)
+        title = f"{name}  {mean[-1][1]:.4g}" + (f", held out {held_out[-1][1]:.4g}" if held_out else "")
+        corner = panel % columns * PANEL[0], panel // columns * PANEL[1]
+        curves = [(points, pale, 2), (mean, colour, 4), (held_out, "black", 4)]
+        draw_panel(ImageDraw.Draw(chart), corner, title, [curve for curve in curves if curve[0]])
+    save_image(chart.reduce(2), path)  # drawn twice as large, so that its lines are smooth
 
 
 class Preview(NamedTuple):
@@ -115,5 +167,5 @@ def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     else:
         real = to_pixels(pictures[:4])
     model.train(was_training)
-    columns = zip(batch.picture_sequences.tolist(), real, painted, strict=False)
+    columns = zip(batch.picture_sequences.tolist(), real, painted.nan_to_num(), strict=False)
     draw_grid([(captions[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)

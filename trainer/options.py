@@ -1,11 +1,13 @@
 """The options that all training scripts have."""
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.cli import DTYPES, parse
 
 MAX_VOKENS = 128  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
+MAX_BATCH, MAX_WORKERS = 65_536, 1_024
 COUNTS = ("drawn", "batch_size", "accumulate", "max_nonfinite", "vokens", "val_batches")
 PERIODS = ("save_every", "log_every", "val_every")  # in steps
 RATES = ("lr", "output_lr", "mapper_lr", "adapter_lr", "muon")
@@ -37,6 +39,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--val-every", type=int, default=1000, help="steps between held-out losses; the last step always has them")
     add("--val-batches", type=int, default=20, help="held-out batches on each GPU, over which the losses are means")
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, each with means over these steps")
+    add("--tensorboard", action="store_true", help="write the log for TensorBoard, too, into OUT/tensorboard")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
@@ -57,7 +60,11 @@ def read_run_options(parser: argparse.ArgumentParser, command: str, **defaults) 
         check(getattr(args, name, 1) >= 1, f"--{name.replace('_', '-')} must be at least 1")
     for name in RATES:
         check((getattr(args, name, None) or 0) >= 0, f"--{name.replace('_', '-')} must be at least 0")
+    has_tensorboard = not args.tensorboard or find_spec("tensorboard")
+    check(has_tensorboard, "--tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'")
     check(0 <= args.max_bad <= 1, "--max-bad must be from 0 to 1")
+    check(args.batch_size <= MAX_BATCH, f"--batch-size must be at most {MAX_BATCH:,}")
+    check(0 <= args.workers <= MAX_WORKERS, f"--workers must be from 0 to {MAX_WORKERS:,}")
     check(args.epochs > 0 and args.warmup >= 0, "--epochs must be above 0, --warmup at least 0")
     check(args.steps is None or args.steps >= 1, "--steps must be at least 1")
     check(getattr(args, "vokens", 1) <= MAX_VOKENS, f"--vokens must be at most {MAX_VOKENS}")

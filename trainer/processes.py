@@ -28,9 +28,11 @@ def one_line_peer_errors() -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list]:
-    """A list of the requests to stop (SIGTERM, Ctrl-C) that the process has received; they do not end it."""
+    """A list of the requests to stop that the process has received: SIGTERM, Ctrl-C, the end of its terminal (SIGHUP,
+    unless nohup has it ignored). They do not end it."""
     received = []
-    numbers = signal.SIGTERM, signal.SIGINT
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    numbers += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield received

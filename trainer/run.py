@@ -34,13 +34,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import can_compile, make_folder, pick_device
+from common.files import lock_folder, remove_unfinished
 from published.loading import checkpoint_folders, load_trained, save_trained
 from tars.batches import Batches, describe
-from trainer.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
+from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.compiled import count_graphs
-from trainer.log import append_log, cut_log, paint_samples, plot_losses, read_log
+from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.noise import Place
 from trainer.processes import one_line_peer_errors, resume_command, stop_signals
+
+FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -169,7 +172,7 @@ class Meter:
         self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
     def steps_per_second(self) -> float:
-        return self.steps / (time.perf_counter() - self.start)
+        return self.steps / max(time.perf_counter() - self.start, 1e-9)  # a clock may stand still
 
 
 def peak_memory(device: torch.device) -> float:
@@ -205,7 +208,8 @@ class Run:
         self.out = make_folder(args.out)
         self.log = self.out / "log.jsonl"
         if self.world.rank == 0:
-            remove_unfinished(self.out)
+            self.lock = lock_folder(self.out)
+            remove_unfinished(self.out, FILES, is_locked=True)
         if checkpoint_folders(self.out) and not args.resume:
             raise ValueError(f"{self.out} holds a run already: --resume goes on with it, another --out starts anew")
 
@@ -286,6 +290,7 @@ class Run:
         load_trained = partial(self.load_trained, self.model)
         state = load_checkpoint(self.out, self.trained, self.optimizers, load_trained) if self.args.resume else None
         self.done = state["step"] if state else 0
+        self.passed_over = state["passed_over"] if state else []
         if len(set(self.world.gather(self.done))) > 1:
             raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
         if state:
@@ -301,6 +306,7 @@ class Run:
                     print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
         if self.world.rank == 0:
             cut_log(self.log, self.done)
+            self.board = open_board(self.out, self.done) if self.args.tensorboard else None
 
     def batches(self, step: int) -> Iterator[tuple[dict, Place]]:
         """This rank's batches of a step."""
@@ -341,7 +347,7 @@ class Run:
         record |= {"nonfinite": int(self.gradients.skipped), "memory_gb": round(peak_memory(self.device), 2)}
         record |= {"graphs": count_graphs()} if self.compiled else {}
         if self.world.rank == 0:
-            append_log(self.log, record)
+            append_log(self.log, record, self.board)
         bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
 
     def stop_if_nonfinite(self) -> None:
@@ -365,7 +371,7 @@ class Run:
         data = {**self.data.state_dict(), **self.add_up(bad=dict(self.data.bad), **self.meter.state())}
         data["seen"] = sum(self.world.gather(self.data.seen))
         state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped)}
-        state["arguments"] = stored_arguments(self.args)
+        state |= {"arguments": stored_arguments(self.args), "passed_over": self.passed_over}
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, stage=self.name)
             save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)
@@ -387,5 +393,5 @@ class Run:
         held_out.load_state_dict(start)
         record = {} if stopping else {f"val_{name}": value for name, value in self.means(meter).items()}
         if record and self.world.rank == 0:
-            append_log(self.log, {"step": self.done, **record})
+            append_log(self.log, {"step": self.done, **record}, self.board)
             bar.write(f"step {self.done}: " + ", ".join(f"{name} {value:.5g}" for name, value in record.items()))

@@ -273,7 +273,7 @@ def read_story(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path)
 def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str:
     """sample.py --prompt and --chat: what reaches the model, and the page that is written."""
     text = sample.valid(text)[:20_000]
-    conversation = sample.Conversation(SimpleNamespace(tokenizer=tokenizer(), system=None), sample.Sampling(), 0)
+    conversation = sample.Session(SimpleNamespace(tokenizer=tokenizer(), system=None), sample.Sampling(), 0)
     image = Image.new("RGB", (4, 4))
     for k in range(3):
         conversation.turns.append(conversation.turn(text, (image,) * k))
@@ -286,9 +286,10 @@ def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str
     sources.append((story_source([], STORY_REQUESTS["image"][0].format(turns[0].text)), 0))
     for source, pictures in sources:
         no_injection([(source, "")], pictures, 0, limit=10**9)
-    write_answer([text, image], text, 0, folder)
+    write_answer([("you", [text]), ("model", [text, image])], text, 0, folder)
     page = (folder / "index.html").read_text(encoding="utf-8")
-    require("<script" not in page.lower() and page.count("<p>") == 2, "a text brought HTML")
+    counts = page.count("<p>"), page.count("<figure>")
+    require("<script" not in page.lower() and counts == (2, 1), "a text brought HTML")
     return "used"
 
 

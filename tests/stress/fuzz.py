@@ -40,13 +40,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from data_families import DATA_FAMILIES, Wrong
+from run_families import RUN_FAMILIES
 from weight_families import WEIGHT_FAMILIES
 
 from common.images import ImageError
 from published.loading import WeightsError
 
 SECONDS, WAITING, BYTES = 10.0, 60.0, 1 << 30  # bounds for one input: of computing, with waiting, of memory
-FAMILIES = DATA_FAMILIES | WEIGHT_FAMILIES
+FAMILIES = DATA_FAMILIES | WEIGHT_FAMILIES | RUN_FAMILIES
 GOOD, BAD = ("used", "skipped", "refused"), ("traceback", "unclear", "hang", "memory", "crash", "wrong")
 
 

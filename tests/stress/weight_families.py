@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from bad_files import BAD_CONFIGS, BAD_SAFETENSORS, MAY_LOAD, bad_config, cut, flip
 from data_families import require, void
+from helpers import DATA
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
@@ -56,7 +57,7 @@ def trained() -> tuple:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     folder = Path(tempfile.mkdtemp())
-    state, save = {"step": 7, "data": {}}, partial(save_trained, model, stage="uas")
+    state, save = {"step": 7, "data": DATA}, partial(save_trained, model, stage="uas")
     saved = save_checkpoint(folder, state, model.trained_parameters(), [optimizer], save)
     contents = {path.name: path.read_bytes() for path in saved.iterdir()}
     shutil.rmtree(folder)
@@ -122,7 +123,7 @@ def read_bad_run(what: str, rng: Random, folder: Path) -> str:
         for file, content in contents.items():
             (folder / name / file).write_bytes(content)
     if older:
-        (folder / "step-00000003" / "state.json").write_text('{"step": 3, "data": {}}', encoding="utf-8")
+        (folder / "step-00000003" / "state.json").write_text(json.dumps({"step": 3, "data": DATA}), encoding="utf-8")
     newest = folder / "step-00000007"
     if what == "state.json":
         content = contents["state.json"]

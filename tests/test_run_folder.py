@@ -1,0 +1,190 @@
+"""The folder of a run: one process at a time writes there, and what is damaged in it is passed over with a reason."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DATA
+from random_weights import write_random_weights
+from safetensors.torch import load_file, save_file
+from test_commands import fails, pairs, train, write_tar
+from test_robust import load, open_tiny, save, stepped
+
+import train_uas
+from common.files import written_whole
+from published.loading import checkpoint_folders
+from trainer.log import cut_log, plot_losses, read_log
+from trainer.processes import stop_signals
+from trainer.run import FILES, Meter
+
+ROOT = Path(__file__).resolve().parents[1]
+HOLD = "import sys, time; from pathlib import Path; from common.files import lock_folder; "
+HOLD += "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_random_weights(tmp_path_factory.mktemp("weights"), small=True)
+
+
+@pytest.fixture(scope="module")
+def tar(tmp_path_factory):
+    return write_tar(tmp_path_factory.mktemp("data") / "pairs.tar", pairs(10))
+
+
+def test_two_runs_in_one_folder(monkeypatch, weights, tar, tmp_path, capsys):
+    """The second is refused and touches nothing; after the first, only remains of a run are removed."""
+    remains, foreign = tmp_path / ".step-00000001.4242.tmp", tmp_path / ".notes.tmp"
+    remains.mkdir()
+    foreign.touch()
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        pattern = re.escape(f"{tmp_path}: another process is writing there")
+        fails(train_uas.main, monkeypatch, capsys, pattern, "--weights", weights, "--data", tar, "--out", tmp_path)
+        assert remains.is_dir()
+    finally:
+        holder.kill()
+        holder.wait()
+    train(monkeypatch, weights, tar, tmp_path, "--steps", 1)
+    assert not remains.exists() and foreign.exists()
+
+
+def test_names_of_a_run_s_files():
+    for name in ("step-00000001", "step-00000001.old", "log.jsonl", "samples.png", "pairs-20000-0.tar"):
+        assert re.fullmatch(FILES, name)
+    assert not re.fullmatch(FILES, "notes") and not re.fullmatch(FILES, "step-1")
+
+
+def test_passed_over_checkpoints_do_not_count(tmp_path, capsys):
+    """Two newer ones are damaged. They stay, and the two newest intact ones are kept beside them, also by the next
+    process."""
+    model, optimizers, gradients = open_tiny()
+    for step in (1, 6, 7):
+        stepped(model, optimizers, gradients)
+        save(tmp_path, step, model, optimizers, {"data": {}})
+    save(tmp_path, 1, model, optimizers, {"data": {}, "passed_over": ["step-00000006", "step-00000007"]})
+    for step in (6, 7):
+        (tmp_path / f"step-0000000{step}" / "trained.safetensors").write_bytes(b"half")
+    for expected in ([2, 1], [3, 2], [4, 3]):
+        state = load(tmp_path, model, optimizers)
+        assert state["step"] == expected[1] and state["passed_over"][:2] == ["step-00000007", "step-00000006"]
+        save(tmp_path, expected[0], model, optimizers, {**state, "step": expected[0]})
+        found = [folder.name for folder in checkpoint_folders(tmp_path)]
+        assert found == [f"step-0000000{step}" for step in (7, 6, *expected)]
+
+
+def test_a_link_named_like_a_checkpoint(monkeypatch, weights, tar, tmp_path):
+    """One that leads nowhere is no checkpoint, and gives way to one."""
+    (tmp_path / "step-00000001").symlink_to(tmp_path / "nowhere")
+    (tmp_path / ".step-00000009.4242.tmp").symlink_to(tmp_path)
+    train(monkeypatch, weights, tar, tmp_path, "--steps", 1)
+    assert not (tmp_path / "step-00000001").is_symlink() and not list(tmp_path.glob(".*"))
+
+
+BAD_MOMENTS = {  # a change of optimizer.safetensors, and what is said
+    "scalar": (
+        lambda t: t.update({"exp_avg.bias": torch.tensor(0.0)}),
+        r"exp_avg\.bias is F32 \(\), expected F32 \(3,",
+    ),
+    "longer": (lambda t: t.update({"exp_avg_sq.bias": torch.ones(9)}), r"exp_avg_sq\.bias is F32 \(9,\)"),
+    "step": (lambda t: t.update({"step.bias": torch.ones(3)}), r"step\.bias is F32 \(3,\), expected F32 \(\)"),
+    "dtype": (lambda t: t.update({"exp_avg.bias": torch.ones(3).half()}), r"exp_avg\.bias is F16 \(3,\)"),
+    "integers": (lambda t: t.update({"average.matrix": torch.ones(3, 4).int()}), r"average\.matrix is I32 \(3, 4\)"),
+    "missing": (lambda t: t.pop("exp_avg.bias"), r"exp_avg\.bias is missing"),
+    "all missing": (lambda t: t.clear(), r"step\.bias is missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MOMENTS)
+def test_moments_that_do_not_fit(tmp_path, capsys, case):
+    """A fused optimiser would write beyond their end, or start from zero without a word."""
+    change, pattern = BAD_MOMENTS[case]
+    model, optimizers, gradients = open_tiny()
+    for step in (1, 2):
+        stepped(model, optimizers, gradients)
+        save(tmp_path, step, model, optimizers, {"data": {}})
+    path = tmp_path / "step-00000002" / "optimizer.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    assert load(tmp_path, model, optimizers)["step"] == 1
+    assert re.fullmatch(rf"passed over: {re.escape(str(path))}: {pattern}.*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "2"},
+        {"step": True},
+        {"step": 2.0},
+        {"nonfinite": -1},
+        {"nonfinite": 10**30},
+        {"arguments": []},
+        {"data": []},
+        {"data": {name: value for name, value in DATA.items() if name != "position"}},
+        {"data": DATA | {"epoch": -1}},
+        {"data": DATA | {"bad": {"broken image": "many"}}},
+        {"data": DATA | {"sums": [1.0]}},
+        {"data": DATA | {"sums": {"loss": float("nan")}}},
+        {"data": DATA | {"digest": None}},
+    ],
+    ids=str,
+)
+def test_states_of_other_types(tmp_path, capsys, change):
+    model, optimizers, gradients = open_tiny()
+    stepped(model, optimizers, gradients)
+    for step in (1, 2):
+        save(tmp_path, step, model, optimizers, {"data": {}})
+    path = tmp_path / "step-00000002" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert load(tmp_path, model, optimizers)["step"] == 1
+    assert capsys.readouterr().out.startswith(f"passed over: {path}: not the state of a run")
+
+
+def test_log_lines_that_are_no_records(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    good = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1e30}]
+    odd = ["5", "[1]", "null", '"a"', '{"step": "x"}', '{"step": 1, "loss": null}', '{"step": 1, "loss": NaN}', "{"]
+    lines = [json.dumps(good[0]), *odd, "[" * 100_000, json.dumps(good[1])]
+    path.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    assert read_log(path) == good
+    plot_losses(read_log(path), tmp_path / "losses.png")
+    cut_log(path, 1)
+    assert read_log(path) == good[:1]
+    assert capsys.readouterr().out == f"{path}: 10 lines are left out, because they are no records of a step\n"
+
+
+def test_the_end_of_the_terminal_stops_a_run(monkeypatch):
+    """As SIGTERM does, unless nohup has it ignored; while a file is written, too."""
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+    assert received == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+    signal.signal(signal.SIGHUP, before)
+    assert received == []
+
+
+def test_a_file_in_the_making_goes_with_the_terminal(tmp_path):
+    with pytest.raises(SystemExit) as stop, written_whole(tmp_path / "x") as temporary:
+        temporary.touch()
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(1)
+    assert stop.value.code == 128 + signal.SIGHUP and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_a_clock_that_stands_still(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 5.0)
+    assert Meter().steps_per_second() == 0
