@@ -313,8 +313,10 @@ def bracketed(picture: Picture) -> str:
 def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -> list[Turn]:
     """One to five exchanges. A picture is given with the human's turn alone; the assistant's are in brackets."""
     turns, picture = [], None
-    for _ in range(1 + int(rng.integers(5))):
-        what = rng.random()
+    only_changes = chance(rng, 0.4)  # of two things: to learn which of them is meant takes most of the training
+    for _ in range(5 if only_changes else 1 + int(rng.integers(5))):
+        what = 0.9 if only_changes and (picture is None or len(picture.things) == 1) else rng.random()
+        what = 0.5 if only_changes and what < 0.85 else what
         shown = None
         if what < (0.25 if picture is None else 0.16):
             asked, answer = small_talk(rng)
@@ -331,7 +333,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             text, picture = change(rng, picture)
             asked, answer = text, bracketed(picture)
         else:
-            pairs, picture = chance(rng, 0.55), None  # more pairs of things, whose changes are harder
+            pairs, picture = only_changes or chance(rng, 0.4), None
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, slips)
             answer = bracketed(picture)
