@@ -122,7 +122,7 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
         place.mkdir(exist_ok=True)
         write_answer(turns, "chat", 0, place)
         board = place / "storyboard.png"
-        yield history + messages(segments), session, turns, gr.update(value=board if board.exists() else None)
+        yield gr.skip(), session, turns, gr.update(value=board if board.exists() else None)
 
     def say(message, history, session, turns, mode, seed, guidance, steps):
         text = message["text"].strip()
@@ -150,9 +150,6 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
             raise gr.Error("Say the story's first sentence before.", print_exception=False)
         yield from answered(history, session, turns, guidance, steps, session.next_step)
 
-    def renew():
-        return [], None, [], gr.update(value=None)
-
     with gr.Blocks(title="MiniGPT-5", fill_height=True) as page:
         session, turns = gr.State(None), gr.State([])
         gr.Markdown(ABOUT)
@@ -167,7 +164,7 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
             board = gr.DownloadButton("Storyboard")
         gr.Examples([{"text": text, "files": []} for text in EXAMPLES], box, label="Try")
         with gr.Accordion("Settings", open=False):
-            seed = gr.Number(0, label="Seed of the next new chat", precision=0, minimum=0)
+            seed = gr.Number(0, label="Seed of a chat, before its first line", precision=0, minimum=0)
             guidance = gr.Slider(1, 15, first.sampling.guidance, step=0.5, label="Guidance scale; 1: off")
             steps = gr.Slider(5, 100, first.sampling.steps, step=1, label="Denoising steps of a picture")
         outputs, settings = [history, session, turns, board], [seed, guidance, steps]
@@ -176,7 +173,7 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
         box.submit(lambda: None, None, box)
         told = next_step.click(go_on, [history, session, turns, guidance, steps], outputs, **alone)
         stop.click(None, cancels=[asked, told])
-        new.click(renew, None, outputs, cancels=[asked, told])
+        new.click(None, js="() => window.location.reload()")  # which also ends an answer in the making
     return page
 
 
@@ -185,7 +182,7 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5")
     add_sampling_options(parser, words_first=True)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every one of this machine's")

@@ -67,7 +67,7 @@ class Noise(NamedTuple):
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. A GPU copies from pinned memory while the host goes on; from other memory it would wait
     until the GPU has finished everything before."""
-    if tensor.device == device or device.type == "cpu":
+    if tensor.device == device or device.type != "cuda":
         return tensor.to(device)
     return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 

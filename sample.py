@@ -213,7 +213,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser, words_first=True)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (bench/README.md)")
     add("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")

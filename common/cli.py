@@ -46,7 +46,8 @@ def open_streams() -> None:
         stream = getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
         setattr(sys, name, stream)
         if name == "stdin":
-            getattr(stream, "reconfigure", dict)(errors="replace")
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
             continue
         with suppress(OSError):  # a stream in memory, which takes everything
             file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115
@@ -120,6 +121,9 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
         if option.help and option.default not in (None, False, [], argparse.SUPPRESS) and "default" not in option.help:
             option.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
+    for option in parser._actions:
+        if type(option) is argparse._StoreAction and option.nargs is None and getattr(args, option.dest) == []:
+            parser.error(f"--{option.dest.replace('_', '-')} needs a value")  # argparse reads "--name=--" as a list
     for name, value in vars(args).items():
         if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
             parser.error(f"--{name.replace('_', '-')} must be a finite number, of at most {LARGEST_NUMBER:g}")
@@ -131,13 +135,15 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one. Under torchrun each process takes the GPU of its local rank. ValueError
-    for one that is not there."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: not auto, cpu, cuda or cuda:N")
+    """ "auto" is the NVIDIA GPU where there is one, else the CPU; "mps" is Apple's GPU. Under torchrun each process
+    takes the GPU of its local rank. ValueError for one that is not there."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: not auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this torch sees no GPU of Apple's")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name in ("cpu", "mps"):
         return torch.device(name)
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch sees no GPU")

@@ -1,6 +1,5 @@
 """Files that are there whole or not at all: written under a temporary name, then renamed."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+TO_END = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # requests to end
+
 
 @contextmanager
 def ended_in_order() -> Iterator[None]:
@@ -26,8 +32,7 @@ def ended_in_order() -> Iterator[None]:
         sys.exit(128 + number)
 
     in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
-    both = (signal.SIGTERM, signal.SIGHUP)
-    numbers = [number for number in both if in_main and signal.getsignal(number) == signal.SIG_DFL]
+    numbers = [number for number in TO_END if in_main and signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, end)
     try:
@@ -49,7 +54,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
             os.replace(temporary, path)
         except OSError as error:
             if error.filename is None:
-                error.filename, error.strerror = str(path), f"not written: {error.strerror}"
+                error.filename, error.strerror = str(path), f"not written: {error.strerror or error}"
             raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -60,7 +65,7 @@ def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None
     killed while it wrote or removed them. A process that still runs keeps its own, unless the folder is locked by this
     one: then there is no other that writes there, and an equal process number is an accident."""
     for path in sorted(folder.glob(".*.tmp")):
-        found = re.fullmatch(rf"\.(?:{names})\.(\d+)\.tmp", path.name)
+        found = re.fullmatch(rf"\.(?:{names})\.(\d{{1,9}})\.tmp", path.name)
         if not found or not (is_locked or has_ended(int(found[1]))):
             continue
         print(f"removed: {path}, which an earlier process could not finish")
@@ -76,24 +81,22 @@ def remove(path: Path) -> None:
 
 
 def has_ended(process: int) -> bool:
-    """Whether a process of this machine has ended. This process itself counts as ended: it writes nothing yet."""
-    if process == os.getpid():
-        return True
+    """Whether a process of this machine has ended."""
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:  # somebody else's
-        pass
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)  # the other error is that it is somebody else's
     return False
 
 
 def lock_folder(folder: Path) -> TextIO:
     """Make this process the only one that writes into `folder`, until it closes the returned file or ends. ValueError
-    where another process is that already. A file system without locks (some network disks) protects nothing."""
+    where another process is that already. Windows and file systems without locks (some network disks) protect nothing.
+    """
     file = open(folder / "lock", "a", encoding="utf-8")  # noqa: SIM115, the lock lasts as long as the file is open
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by workers
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by workers
     except (BlockingIOError, PermissionError):
         file.close()
         raise ValueError(f"{folder}: another process is writing there; wait for it, or name another folder") from None

@@ -64,7 +64,7 @@ def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> No
     add("--n", type=int, default=0, help="the first so many cases; 0: all")
     add("--seed", type=int, default=0, help="same seed, same answers")
     add("--batch-size", type=int, default=16, help="cases answered at a time")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
 
 

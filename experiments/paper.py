@@ -149,7 +149,7 @@ def arguments() -> argparse.Namespace:
     add("--denoise", type=int, default=defaults.denoise, help="denoising steps of a picture")
     add("--jobs", type=int, default=2, help="processes at a time, which share the cores")
     add_weights_option(parser)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     for name in ("inception", "clip", "sbert", "meteor"):
         add(f"--{name}", type=Path, metavar="PATH", help="as evaluation's; without it the miniature's own, or none")
     add("--list", action="store_true", help="print the jobs that are missing, run none")

@@ -191,7 +191,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = read_arguments(parser, argv)
     if args.pictures < 1 or args.workers < 1:
         parser.error("--pictures and --workers are at least 1")

@@ -247,7 +247,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = read_arguments(parser, argv)
     if args.n is not None and args.n < 1:
         parser.error("--n is at least 1")

@@ -128,7 +128,8 @@ class LanguageRecipe(Recipe):
         return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        write_part(weights, "vicuna", "model", modules["llama"], asdict(LANGUAGE_SIZES))
+        sizes = {name: value for name, value in asdict(LANGUAGE_SIZES).items() if name != "rope_scaling"}
+        write_part(weights, "vicuna", "model", modules["llama"], sizes)
         write_file(weights / "vicuna" / "tokenizer.model", self.path.read_bytes())
         write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})
 

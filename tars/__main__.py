@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     add("--no-captions", action="store_true", help="leave captions to the text encoder in training: smaller tars")
     add("--batch-size", type=int, default=16, help="pictures encoded at once")
     add("--workers", type=int, default=2, help="processes that read pictures; 0: none")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     args = parser.parse_args()
     if args.command == "precompute" and (args.batch_size < 1 or args.workers < 0):

@@ -38,6 +38,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from common.files import TO_END
 from common.images import ImageError, read_image
 from prompts import UAS_REQUESTS, clean_caption
 from tars.index import Member, TarIndex, Unusable, expand, max_bytes, read_index
@@ -263,7 +264,7 @@ class FullBatches(Dataset):
 def ignore_signals(worker: int) -> None:
     """A signal to stop may reach all processes of a run, and more than once: from a terminal, from a scheduler, and
     from torchrun, which passes it on. The main process decides when its workers end, see `Batches.close`."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (*TO_END, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

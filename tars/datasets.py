@@ -34,7 +34,7 @@ from pathlib import Path
 from common.files import read_json
 from prompts import clean_caption
 from tars.batches import decode, read_caption
-from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes, member_of
+from tars.index import ENDINGS, MAX_PICTURES, Member, Unusable, max_bytes
 from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
@@ -84,9 +84,9 @@ def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
         folders.sort()
         found = {}
         for name in sorted(names, reverse=True):
-            if place := member_of(name):
-                key = name.rpartition(".")[0]  # nothing is numbered here
-                found.setdefault(key, {})[Member(min(place[1], Member.NUMBERED) % Member.NUMBERED)] = Path(root, name)
+            key, _, ending = name.rpartition(".")
+            if ending.lower() in ENDINGS and not name.startswith("."):
+                found.setdefault(key, {})[ENDINGS[ending.lower()]] = Path(root, name)
         yield found
 
 

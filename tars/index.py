@@ -47,9 +47,7 @@ PAIR, STORY, DIALOG = range(3)  # what a sample is; a pair is whatever has no tu
 ENDINGS = dict.fromkeys(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"), Member.PICTURE)
 ENDINGS |= dict.fromkeys(("avif", "heic", "jp2"), Member.PICTURE)  # not read, but counted
 ENDINGS |= {"txt": Member.TEXT, "json": Member.JSON, "safetensors": Member.TENSORS}
-NAME = re.compile(  # key, whose base name does not begin with a dot, number of a picture, ending
-    r"((?:.*/)?[^/.](?:[^/]*?[^/.])??)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL
-)
+NAME = re.compile(r"((?:.*/)?[^/.](?:[^/]*?[^/.])??)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL)  # key, number, ending
 MAX_BYTES = {Member.PICTURE: 64 << 20, Member.TEXT: 64 << 10, Member.JSON: 1 << 20, Member.TENSORS: 128 << 20}
 
 
@@ -221,8 +219,7 @@ def sort_members(places: dict[str, dict], turns: dict[str, tuple[int, int]]) -> 
             places.setdefault(f"{key}.{member - Member.NUMBERED}", {})[Member.PICTURE] = places[key].pop(member)
     samples, others = {}, []
     for key, members in places.items():
-        folder, slash, name = key.rpartition("/")
-        shorter, found = f"{folder}{slash}{name.partition('.')[0]}", members.keys()
+        shorter, found = re.sub(r"\.[^/]*\Z", "", key), members.keys()  # to the first dot of the base name
         is_whole = found & {Member.PICTURE, Member.TENSORS} and found & {Member.TEXT, Member.JSON}
         if shorter != key and places.get(shorter) and not is_whole and key not in turns:
             others += [key] if members else []

@@ -26,7 +26,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from common.cli import make_folder
 from common.files import fingerprint
@@ -110,9 +110,19 @@ class Encoders:
         return self.stored(encode_captions(self.text_encoder, self.tokenizer, captions))
 
 
+def handed_over(found: list | dict | str) -> list | dict | str:
+    """What a worker hands over, with its tensors in shared memory already. Where there is too little of it, the error
+    reaches the main process from here, which would wait for ever if the queue's own thread met it."""
+    for sample in found if isinstance(found, list) else [found]:
+        for value in sample.values() if isinstance(sample, dict) and get_worker_info() else ():
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    return found
+
+
 def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     pairs = PairData([tar], partial(preprocess_output, size=encoders.size))
-    for samples in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=list):
+    for samples in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=handed_over):
         yield from (sample for sample in samples if isinstance(sample, str))
         good = [sample for sample in samples if not isinstance(sample, str)]
         if not good:
@@ -129,7 +139,7 @@ def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) ->
 def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     side = encoders.image_encoder.vision_model.config.image_size
     stories = WholeStories(tar, partial(preprocess_input, size=side), partial(preprocess_output, size=encoders.size))
-    for story in DataLoader(stories, batch_size=None, num_workers=workers):
+    for story in DataLoader(stories, batch_size=None, num_workers=workers, collate_fn=handed_over):
         if isinstance(story, str):
             yield story
             continue

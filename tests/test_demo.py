@@ -87,8 +87,9 @@ def test_a_chat_and_a_story(visitor, tmp_path):
     visitor.wait(lambda: visitor.all(".thumbnail-item img"))
     visitor.say("what do you see?")
     visitor.wait(lambda: "tree" in visitor.text().partition("what do you see?")[2])
+    visitor.wait(lambda: not visitor.all(".generating"))
     visitor.press("New chat")
-    visitor.wait(lambda: not visitor.text().strip())
+    visitor.wait(lambda: visitor.all("textarea") and not visitor.text().strip())
     visitor.press("Story")
     visitor.say("a pink kite flies over the meadow.")
     for count in (1, 2, 3):

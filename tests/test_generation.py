@@ -194,7 +194,7 @@ def test_compiled_pictures_are_painted_one_by_one(model, monkeypatch):
     painted, paint = [], generation.paint
     plain = Sampling(max_new_tokens=4, steps=2, temperature=0, force_image=True)
 
-    def note(model, features, sampling, latents):
+    def note(model, features, sampling, latents, watch):
         painted.append(len(features))
         return paint(model, features, plain, latents)
 

@@ -15,7 +15,7 @@ from test_commands import picture_bytes, write_tar
 from common.files import write_json, written_whole
 from evaluation.cases import file_of, read_answer, write_answer
 from miniature.world import write_tar as draw_tar
-from tars import datasets, index
+from tars import datasets, index, precompute
 from tars.batches import Batches, PairData
 from tars.index import expand, read_index
 from tars.writer import Sample, write_samples
@@ -202,3 +202,12 @@ def test_what_a_killed_converter_left(tmp_path, capsys):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "x.tar"])
         (tmp_path / names[0]).touch()
     assert capsys.readouterr().out.count("could not finish") == 2
+
+
+def test_what_a_worker_hands_over_is_shared(monkeypatch):
+    """Already where the main process learns of an error: with too little shared memory it would wait for ever."""
+    sample = {"key": "0", "pixels": torch.ones(2)}
+    assert precompute.handed_over([sample, "broken"]) == [sample, "broken"] and not sample["pixels"].is_shared()
+    monkeypatch.setattr(precompute, "get_worker_info", lambda: True)
+    precompute.handed_over([sample, "broken"])
+    assert sample["pixels"].is_shared()

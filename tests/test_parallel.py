@@ -227,7 +227,7 @@ def test_one_rank_writes(folder):
     assert (folder / "two-one-two" / "printed-1").read_text() == ""
     printed = (folder / "two-one-two" / "printed-0").read_text()
     assert "stopped after step 1 of 4; to go on: torchrun --nnodes 1 --nproc-per-node 2 train_uas.py" in printed
-    written = {"log.jsonl", "losses.png", "samples.png", "step-00000004"}
+    written = {"lock", "log.jsonl", "losses.png", "samples.png", "step-00000004"}
     ours = {"printed-0", "printed-1", "rank-0-0.json", "rank-1-0.json"}
     assert {path.name for path in (folder / "two-val").iterdir()} == written | ours
 

@@ -240,7 +240,7 @@ def test_cc3m_folder(tmp_path):
     for name, content in {**files, "d.txt": b"four", "e.json": b"{}"}.items():
         (folder / name).write_bytes(content)
     report = convert("cc3m", [tmp_path / "pairs"], tmp_path / "x.tar")
-    assert report.kept == {"pairs": 2} and report.dropped == {"no caption": 1, "missing picture": 1}
+    assert report.kept == {"pairs": 2} and report.dropped == {"no caption": 2, "missing picture": 1}
     members = contents(tmp_path / "x.tar")
     assert members["000000001.png"] == picture(2, "PNG") and members["000000001.txt"] == b"two"
     assert told(members, "000000001") == {"source": "0/b"}

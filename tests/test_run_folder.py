@@ -81,6 +81,15 @@ def test_passed_over_checkpoints_do_not_count(tmp_path, capsys):
         assert found == [f"step-0000000{step}" for step in (7, 6, *expected)]
 
 
+def test_a_damaged_checkpoint_is_written_anew(monkeypatch, weights, tar, tmp_path):
+    """Then it counts again."""
+    train(monkeypatch, weights, tar, tmp_path, "--steps", 4, "--save-every", 2)
+    (tmp_path / "step-00000004" / "optimizer.safetensors").write_bytes(b"half")
+    train(monkeypatch, weights, tar, tmp_path, "--steps", 5, "--save-every", 2, "--resume")
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000005", "step-00000004"]
+    assert json.loads((tmp_path / "step-00000005" / "state.json").read_text())["passed_over"] == []
+
+
 def test_a_link_named_like_a_checkpoint(monkeypatch, weights, tar, tmp_path):
     """One that leads nowhere is no checkpoint, and gives way to one."""
     (tmp_path / "step-00000001").symlink_to(tmp_path / "nowhere")

@@ -111,17 +111,12 @@ def load_checkpoint(
             print(f"passed over: {error}")
             passed_over.append(folder.name)
             continue
-        for optimizer in optimizers:
-            for parameter in parameters_of(optimizer):
-                optimizer.state[parameter] = moments[parameter]
+        for optimizer, parameter, own in moments:
+            optimizer.state[parameter] = own
         return {**state, "passed_over": passed_over + state.get("passed_over", [])}
     if folders:
         raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
     return None
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def read_state(folder: Path) -> dict:
@@ -147,15 +142,16 @@ def read_state(folder: Path) -> dict:
 
 def read_moments(
     path: Path, trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
-) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+) -> list[tuple[torch.optim.Optimizer, nn.Parameter, dict[str, torch.Tensor]]]:
     """The moments of every parameter that an optimiser steps. WeightsError where one is missing or has another shape or
     dtype, for which a fused optimiser would read and write beyond its end. ValueError for those of another optimiser.
     """
-    names, moments = {parameter: name for name, parameter in trained.items()}, {}
+    names, moments = {parameter: name for name, parameter in trained.items()}, []
+    stepped = [(optimizer, p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     with open_safetensors(path) as file:
         stored = set(file.keys())
-        for optimizer, parameter in ((o, parameter) for o in optimizers for parameter in parameters_of(o)):
-            name, is_muon = names[parameter], isinstance(optimizer, Muon)
+        for optimizer, parameter in stepped:
+            name, is_muon, own = names[parameter], isinstance(optimizer, Muon), {}
             if f"{'exp_avg' if is_muon else 'average'}.{name}" in stored:
                 raise ValueError(f"{path}: {name} had another optimiser; go on with the same --muon")
             shape = tuple(parameter.shape)
@@ -166,8 +162,8 @@ def read_moments(
                 found = "missing" if tensor is None else f"{tensor.get_dtype()} {tuple(tensor.get_shape())}"
                 if found != f"F32 {shape}":
                     raise WeightsError(f"{path}: {key} is {found}, expected F32 {shape}")
-                value = file.get_tensor(key)
-                if not value.isfinite().all():
+                own[kind] = file.get_tensor(key).to(parameter.device)
+                if not own[kind].isfinite().all():
                     raise WeightsError(f"{path}: {key} is not finite")
-                moments.setdefault(parameter, {})[kind] = value.to(parameter.device)
+            moments.append((optimizer, parameter, own))
     return moments

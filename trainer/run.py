@@ -18,7 +18,6 @@ which helps between slow machines but is harder to see through. The hosts exchan
 import argparse
 import json
 import os
-import resource
 import sys
 import time
 from collections import Counter
@@ -41,7 +40,7 @@ from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.noise import Place
-from trainer.processes import one_line_peer_errors, resume_command, stop_signals
+from trainer.processes import one_line_peer_errors, peak_memory, resume_command, stop_signals
 
 FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
 
@@ -173,13 +172,6 @@ class Meter:
 
     def steps_per_second(self) -> float:
         return self.steps / max(time.perf_counter() - self.start, 1e-9)  # a clock may stand still
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 class Run:
@@ -371,6 +363,7 @@ class Run:
         data = {**self.data.state_dict(), **self.add_up(bad=dict(self.data.bad), **self.meter.state())}
         data["seen"] = sum(self.world.gather(self.data.seen))
         state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped)}
+        self.passed_over = [name for name in self.passed_over if name != f"step-{self.done:08d}"]  # written anew
         state |= {"arguments": stored_arguments(self.args), "passed_over": self.passed_over}
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, stage=self.name)
