@@ -51,13 +51,13 @@ WORDS = 203  # purpose of the random streams
 
 
 def changed_thing(picture: Picture, i: int, **facts) -> Picture | None:
-    """The picture with other facts of thing i; None where that does not fit or is held out."""
-    things = list(picture.things)
-    things[i] = replace(things[i], **facts)
-    thing = things[i]
-    if not fits(tuple(things), picture.scene) or held_out(thing.kind, thing.colour, picture.scene):
+    """The picture with other facts of thing i, which now comes first: who describes it begins with the thing that was
+    named, and knows whose the new facts are. None where that does not fit or is held out."""
+    thing = replace(picture.things[i], **facts)
+    things = (thing, *picture.things[:i], *picture.things[i + 1 :])
+    if not fits(things, picture.scene) or held_out(thing.kind, thing.colour, picture.scene):
         return None
-    return replace(picture, things=tuple(things))
+    return replace(picture, things=things)
 
 
 def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
@@ -124,8 +124,8 @@ def move(rng, picture):
     place = pick(rng, [p for p in PLACES if p != picture.things[i].place])
     after = changed_thing(picture, i, place=place)
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
-        other = "right" if place == "left" else "left"
-        after = changed_thing(changed_thing(picture, 1 - i, place=other) or picture, i, place=place)
+        other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
+        after = changed_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
     where = place_words(rng, place) if chance(rng, 0.6) else some(rng, TOWARDS[place])
     text = wished(rng, f"{pick(rng, ['put', 'put', 'move', 'place', 'draw', 'shift', 'bring'])} {name} {where}")
     if len(picture.things) == 1 and chance(rng, 0.3):
