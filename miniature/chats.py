@@ -231,7 +231,7 @@ def two_changes(rng, picture):
     first = pick(rng, [recolour, resize, move])(rng, picture)
     if first is None or first[1] is None:
         return None
-    second = pick(rng, [change_time, change_scene])(rng, first[1])
+    second = pick(rng, [change_time, change_scene, add, add])(rng, first[1])
     if second is None or second[1] is None:
         return None
     where = pick(rng, ["and", "and", ","])
@@ -313,11 +313,8 @@ def bracketed(picture: Picture) -> str:
 def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -> list[Turn]:
     """One to five exchanges. A picture is given with the human's turn alone; the assistant's are in brackets."""
     turns, picture = [], None
-    only_changes = chance(rng, 0.4)  # of two things: to learn which of them is meant takes most of the training
-    for _ in range(5 if only_changes else 1 + int(rng.integers(5))):
-        what = 0.9 if only_changes and (picture is None or len(picture.things) == 1) else rng.random()
-        what = 0.5 if only_changes and what < 0.85 else what
-        shown = None
+    for _ in range(1 + int(rng.integers(5))):
+        what, shown = rng.random(), None
         if what < (0.25 if picture is None else 0.16):
             asked, answer = small_talk(rng)
         elif picture is None and what < 0.32:
@@ -333,7 +330,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             text, picture = change(rng, picture)
             asked, answer = text, bracketed(picture)
         else:
-            pairs, picture = only_changes or chance(rng, 0.4), None
+            pairs, picture = chance(rng, 0.4), None
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, slips)
             answer = bracketed(picture)
