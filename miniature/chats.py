@@ -220,6 +220,8 @@ def exchange(rng, picture):
         return None
     colour = chance(rng, 0.4)
     after = changed_thing(picture, i, kind=other.kind, **({"colour": other.colour} if colour else {}))
+    if after is not None:  # what stays comes first: what is left of the old facts then belongs to the new thing
+        after = replace(after, things=after.things[::-1])
     phrase = thing_phrase(rng, Thing(other.kind, other.colour if colour else None))
     text = pick(rng, [f"{phrase} instead of {name}", f"replace {name} with {phrase}", f"turn {name} into {phrase}"])
     if len(picture.things) == 1 and chance(rng, 0.3):
