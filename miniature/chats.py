@@ -50,13 +50,13 @@ WORDS = 203  # purpose of the random streams
 
 
 def changed_thing(picture: Picture, i: int, **facts) -> Picture | None:
-    """The picture with other facts of thing i; None where that does not fit or is held out."""
-    things = list(picture.things)
-    things[i] = replace(things[i], **facts)
-    thing = things[i]
-    if not fits(tuple(things), picture.scene) or held_out(thing.kind, thing.colour, picture.scene):
+    """The picture with other facts of thing i, which now comes first: who describes it begins with the thing that was
+    named, and knows whose the new facts are. None where that does not fit or is held out."""
+    thing = replace(picture.things[i], **facts)
+    things = (thing, *picture.things[:i], *picture.things[i + 1 :])
+    if not fits(things, picture.scene) or held_out(thing.kind, thing.colour, picture.scene):
         return None
-    return replace(picture, things=tuple(things))
+    return replace(picture, things=things)
 
 
 def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
@@ -123,8 +123,8 @@ def move(rng, picture):
     place = pick(rng, [p for p in PLACES if p != picture.things[i].place])
     after = changed_thing(picture, i, place=place)
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
-        other = "right" if place == "left" else "left"
-        after = changed_thing(changed_thing(picture, 1 - i, place=other) or picture, i, place=place)
+        other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
+        after = changed_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
     where = place_words(rng, place) if chance(rng, 0.6) else some(rng, TOWARDS[place])
     text = wished(rng, f"{pick(rng, ['put', 'put', 'move', 'place', 'draw', 'shift', 'bring'])} {name} {where}")
     if len(picture.things) == 1 and chance(rng, 0.3):
@@ -219,6 +219,8 @@ def exchange(rng, picture):
         return None
     colour = chance(rng, 0.4)
     after = changed_thing(picture, i, kind=other.kind, **({"colour": other.colour} if colour else {}))
+    if after is not None:  # what stays comes first: what is left of the old facts then belongs to the new thing
+        after = replace(after, things=after.things[::-1])
     phrase = thing_phrase(rng, Thing(other.kind, other.colour if colour else None))
     text = pick(rng, [f"{phrase} instead of {name}", f"replace {name} with {phrase}", f"turn {name} into {phrase}"])
     if len(picture.things) == 1 and chance(rng, 0.3):
@@ -230,7 +232,7 @@ def two_changes(rng, picture):
     first = pick(rng, [recolour, resize, move])(rng, picture)
     if first is None or first[1] is None:
         return None
-    second = pick(rng, [change_time, change_scene])(rng, first[1])
+    second = pick(rng, [change_time, change_scene, add, add])(rng, first[1])
     if second is None or second[1] is None:
         return None
     where = pick(rng, ["and", "and", ","])
@@ -313,8 +315,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
     """One to five exchanges. A picture is given with the human's turn alone; the assistant's are in brackets."""
     turns, picture = [], None
     for _ in range(1 + int(rng.integers(5))):
-        what = rng.random()
-        shown = None
+        what, shown = rng.random(), None
         if what < (0.25 if picture is None else 0.16):
             asked, answer = small_talk(rng)
         elif picture is None and what < 0.32:
@@ -330,7 +331,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             text, picture = change(rng, picture)
             asked, answer = text, bracketed(picture)
         else:
-            pairs, picture = chance(rng, 0.55), None  # more pairs of things, whose changes are harder
+            pairs, picture = chance(rng, 0.4), None
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, slips)
             answer = bracketed(picture)

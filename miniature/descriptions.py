@@ -1,8 +1,9 @@
 """A picture in words, in one way only and with every fact: what the language model says before it draws.
 
-    "a small red boat on the left and a big white star on the right at sea by day"
+    "a boat that is small and red on the left and a star that is big and white on the right at sea by day"
 
-The things stand in the order in which they were named, so that who reads a wish can put it down word after word.
+The things stand in the order in which they were named, so that who reads a wish can put it down word after word. The
+kind comes before its size and colour: who is told "make the star blue" and writes the colour then knows whose it is.
 """
 
 from dataclasses import replace
@@ -22,8 +23,8 @@ TIMES_OF_DAY = {"day": "by day", "sunset": "at sunset", "night": "at night"}
 
 
 def describe(picture: Picture) -> str:
-    """Every fact of the picture, its things in their order: "a small red boat on the left at sea by day"."""
-    named = [f"a {t.size} {t.colour} {t.kind} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
+    """Every fact of the picture, its things in their order: "a boat that is small and red on the left at sea by day"."""
+    named = [f"a {t.kind} that is {t.size} and {t.colour} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
     return f"{' and '.join(named)} {SCENE_PLACES[picture.scene]} {TIMES_OF_DAY[picture.time]}"
 
 
