@@ -1,9 +1,9 @@
 """Chats as people type them: wishes, changes of the last picture in few words, small talk and questions at any time.
 
     hello                    hello, how nice to meet you.
-    a house in the city      (a big red house on the left in the city by day)
-    make it blue             (a big blue house on the left in the city by day)
-    thanks, now at night     (a big blue house on the left in the city at night)
+    a house in the city      (a house that is big and red on the left in the city by day)
+    make it blue             (a house that is big and blue on the left in the city by day)
+    thanks, now at night     (a house that is big and blue on the left in the city at night)
 
 Every picture of the assistant stands as its description in brackets; so the next change starts from words. A picture
 that somebody shows is read as such.
