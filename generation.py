@@ -67,18 +67,17 @@ def add_picture_options(parser: argparse.ArgumentParser, against: str) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, words_first: bool = False) -> None:
-    """`words_first`: with the option of that name."""
+    """The fields of `Sampling` as options; --words-first only where `words_first`."""
     add = parser.add_argument
     add_picture_options(parser, against="vokens of zeros or, after --no-cfg, the empty caption")
-    about = "guidance against the empty caption, not against zeros; default: as the checkpoint was trained"
-    add("--empty-caption", action=argparse.BooleanOptionalAction, help=about)
+    add("--empty-caption", action=argparse.BooleanOptionalAction, help="of both, the latter; default: as trained")
     add("--temperature", type=float, default=Sampling.temperature, help="of the words; 0: always the likeliest")
     add("--top-p", type=float, default=Sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
     add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help="on words said before; 1: off")
     add("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer, in tokens")
     add("--force-image", action="store_true", help="begin every answer with a picture")
     if words_first:
-        about = "before a picture the language model describes it; the vokens are read after that description alone"
+        about = "say in words what a picture shows, then draw that description"
         add("--words-first", action=argparse.BooleanOptionalAction, default=False, help=about)
 
 
@@ -244,14 +243,19 @@ def say(
 
 @torch.inference_mode()
 def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor, watch: Watch | None = None) -> Tensor:
-    """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1]."""
+    """Voken features (M, N, D) and noise (M, C, h, w) -> pixels (M, 3, H, W), about [-1, 1].
+
+    The unconditional branch of classifier-free guidance has zeros in the place of the features or, with
+    `empty_caption`, Stable Diffusion's encoding of the empty caption in the place of the mapper's output.
+    """
     unet, decode = model.unet, model.vae.decode
     if sampling.compile:
         unet, decode = compiled(unet, replayed=True), compiled(decode)
-    guided = sampling.guidance != 1
-    conditioning = model.guided(features, sampling.empty_caption) if guided else model.mapper(features)
-    latents = latents.to(conditioning.device)
-    return decode(denoise(unet, model.schedule, latents, conditioning, sampling, watch)).float()
+    guided, empty_caption = sampling.guidance != 1, sampling.empty_caption
+    conditioning = model.mapper(torch.cat([torch.zeros_like(features), features]) if guided else features)
+    if guided and (model.guides_against_empty_caption if empty_caption is None else empty_caption):
+        conditioning[: len(features)] = model.empty_caption()
+    return decode(denoise(unet, model.schedule, latents.to(model.device), conditioning, sampling, watch)).float()
 
 
 def denoise(
@@ -336,14 +340,10 @@ def answer(
 
 
 def draw_described(
-    model: MiniGPT5,
-    said: list[Segments],
-    sampling: Sampling,
-    generators: list[torch.Generator],
-    watch: Watch | None,
+    model: MiniGPT5, said: list[Segments], sampling: Sampling, generators: list[torch.Generator], watch: Watch | None
 ) -> list[Segments]:
     """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
-    small blue ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
+    boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
     `info` keeps the description."""
     descriptions = [description_in(" ".join(s for s in segments if isinstance(s, str))) for segments in said]
     with_picture = [i for i, description in enumerate(descriptions) if description]

@@ -202,14 +202,6 @@ class MiniGPT5(nn.Module):
         offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
         return hidden[sequences[:, None], starts[:, None] + offsets].float()
 
-    def guided(self, features: Tensor, empty_caption: bool | None = None) -> Tensor:
-        """Voken features (M, N, D) -> conditioning (2 M, S, Dc) for classifier-free guidance: the unconditional one for
-        each picture, then that of the features. The unconditional one is the mapper's output for zeros or, with
-        `empty_caption`, Stable Diffusion's own. None: as the checkpoint was trained."""
-        if self.guides_against_empty_caption if empty_caption is None else empty_caption:
-            return torch.cat([self.empty_caption().expand(len(features), -1, -1), self.mapper(features)])
-        return self.mapper(torch.cat([torch.zeros_like(features), features]))
-
     # ---- 3.3: the losses
 
     def text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

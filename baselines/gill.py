@@ -31,6 +31,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from common.images import preprocess_output
 from llama import Vokens
 from mapper import Attention, Transformer
 from miniature.world import write_pairs
@@ -45,7 +46,6 @@ from trainer.compiled import checkpoint_gradients
 from trainer.noise import Place
 from trainer.options import read_run_options
 from trainer.run import Run
-from vae import preprocess_output
 
 FORMAT = "gill"  # in a checkpoint's metadata
 HEADS, WIDTH = 4, 512  # of its mapper

@@ -23,7 +23,7 @@ TIMES_OF_DAY = {"day": "by day", "sunset": "at sunset", "night": "at night"}
 
 
 def describe(picture: Picture) -> str:
-    """Every fact of the picture, its things in their order: "a boat that is small and red on the left at sea by day"."""
+    """Every fact of the picture, its things in their order: "a boat that is small and red ... at sea by day"."""
     named = [f"a {t.kind} that is {t.size} and {t.colour} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
     return f"{' and '.join(named)} {SCENE_PLACES[picture.scene]} {TIMES_OF_DAY[picture.time]}"
 
