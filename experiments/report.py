@@ -1,6 +1,6 @@
 """Writes experiments/report/ from the scores that are there: README.md, plots and grids of pictures.
 
-    write_report(options, seeds, folder)
+    write_report(options, seeds, folder)      and figures.json: the figures of each seed, to decide claims anew
 
 A value is the mean over seeds with the sample deviation between them ("0.52 ± 0.03"); what is not measured is a dash.
 The paper's own value (published.json) stands behind ours.
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bench.common import hardware
 from common.cli import pick_device
-from common.files import read_json, write_text
+from common.files import read_json, write_json, write_text
 from common.page import draw_grid, save_image
 from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import (
@@ -331,4 +331,5 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
         lines += [f"## {'Figure 4. Pictures' if part == 'figure4' else 'Pictures'}: {title}", ""]
         lines += [f"From top to bottom: {'; '.join(rows)}.", "", f"![{title}]({part}.png)", ""] if rows else [NONE, ""]
     lines += ["## The paper's own figures", "", f"{published['source']} ([published.json](../published.json)).", ""]
+    write_json(folder / "figures.json", {f"{name} {seed}": row for (name, seed), row in figures.items()})
     write_text(folder / "README.md", "\n".join(lines))
