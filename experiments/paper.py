@@ -8,8 +8,8 @@
     python experiments/paper.py --data DIR --weights weights --out runs/real --report runs/real/report --clip ... --list
 
 DIR has the user's tars: pairs.tar, stories.tar and dialogues.tar to train on, pairs-test.tar and so on to test on, or
-folders of tars of these names; and captions.jsonl, what the dialogues' pictures show, for Divter. What needs one that
-is not there is left out. The sizes are then the paper's, unless others are given.
+folders of tars of these names; and captions.jsonl and captions-test.jsonl, what the dialogues' pictures show, for
+Divter. What needs one that is not there is left out. The sizes are then the paper's, unless others are given.
 
 Every training and scoring is a command of this repository (systems.py has the list). A job is finished when its last
 file is there, and files are written under other names first; so after Ctrl-C, a kill or a crash the same command goes

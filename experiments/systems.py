@@ -230,10 +230,9 @@ class Options:
         path = (self.out / "data" if made or not self.data else self.data) / f"{data}{'-test' if test else ''}"
         return path if path.is_dir() else path.with_name(f"{path.name}.tar")
 
-    @property
-    def captions(self) -> Path:
-        """What the user's pictures of dialogues show, for Divter."""
-        return self.data / "captions.jsonl"
+    def captions(self, test: bool = False) -> Path:
+        """What the pictures of the user's dialogues show, for Divter."""
+        return self.data / f"captions{'-test' if test else ''}.jsonl"
 
 
 def data_jobs(options: Options) -> dict[str, Job]:
@@ -247,15 +246,15 @@ def data_jobs(options: Options) -> dict[str, Job]:
         held_out = ["miniature/world.py", name, "--n", str(options.n), "--seed", "12", "--split", "held-out"]
         jobs[f"data/{name}"] = Job([] if options.data else [draw, [*see, "--out", str(made)]], made)
         jobs[f"test/{name}"] = Job([] if options.data else [[*held_out, "--out", str(test)]], test)
-    captions = ["--captions", str(options.captions)] if options.data else []
-    if options.data:
-        jobs["captions"] = Job([], options.captions)
     for kind, test in (("data", False), ("test", True)):
         source = options.tar("dialogues", test)
         source = source if test or options.data else source.with_name("dialogues-drawn.tar")
-        out, needs = options.tar("described", test), (f"{kind}/dialogues", *(["captions"] if captions else []))
-        describe = ["baselines/divter.py", str(source), *captions, "--out", str(out)]
-        jobs[f"{kind}/described"] = Job([describe], out, needs)
+        out, needs = options.tar("described", test), [f"{kind}/dialogues"]
+        describe = ["baselines/divter.py", str(source), "--out", str(out)]
+        if options.data:
+            jobs[f"{kind}/captions"] = Job([], options.captions(test))
+            needs, describe = [*needs, f"{kind}/captions"], [*describe, "--captions", str(options.captions(test))]
+        jobs[f"{kind}/described"] = Job([describe], out, tuple(needs))
     return jobs
 
 

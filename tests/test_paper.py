@@ -104,13 +104,21 @@ def test_plan_of_real_data(tmp_path):
     assert len(data_that_lack(options)) == 7 and plan(options, [0], list(PARTS)) == {}
     for name in ("pairs.tar", "pairs-test.tar", "stories.tar", "stories-test.tar"):
         (tmp_path / name).touch()
-    assert {path.name for path in data_that_lack(options)} == {"dialogues.tar", "dialogues-test.tar", "captions.jsonl"}
+    assert {path.name for path in data_that_lack(options)} == {
+        "dialogues.tar",
+        "dialogues-test.tar",
+        "captions.jsonl",
+        "captions-test.jsonl",
+    }
     assert not any(name.startswith(("dialogue", "divter")) for name in plan(options, [0], list(PARTS)))
     (tmp_path / "dialogues").mkdir()  # of several tars
-    for name in ("dialogues-test.tar", "captions.jsonl"):
+    for name in ("dialogues-test.tar", "captions.jsonl", "captions-test.jsonl"):
         (tmp_path / name).touch()
     jobs, drawn = plan(options, [0], list(PARTS)), plan(Options(paper.ROOT / "runs", paper.ROOT), [0], list(PARTS))
-    assert set(jobs) == set(drawn) | {"captions"} and options.tar("dialogues") == tmp_path / "dialogues"
+    assert (
+        set(jobs) == set(drawn) | {"data/captions", "test/captions"}
+        and options.tar("dialogues") == tmp_path / "dialogues"
+    )
     commands = {name: job.commands for name, job in jobs.items()}
     for name, lines in commands.items():
         for command in lines:
@@ -127,6 +135,7 @@ def test_plan_of_real_data(tmp_path):
     assert commands["table4/two-stages.0"][0][:3] == ["-m", "evaluation", "study"]
     assert given(commands["figure3.0"][0], "--hps") == ["h"]
     assert given(commands["data/described"][0], "--captions") == [str(tmp_path / "captions.jsonl")]
+    assert given(commands["test/described"][0], "--captions") == [str(tmp_path / "captions-test.jsonl")]
 
 
 def given(command: list[str], option: str) -> list[str]:
