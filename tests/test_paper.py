@@ -101,7 +101,7 @@ def test_plan_of_real_data(tmp_path):
     options = Options(
         tmp_path / "out", tmp_path / "weights", data=tmp_path, networks=("--hps", "h"), **paper.PAPER_SIZES
     )
-    assert len(data_that_lack(options)) == 7 and plan(options, [0], list(PARTS)) == {}
+    assert len(data_that_lack(options)) == 8 and plan(options, [0], list(PARTS)) == {}
     for name in ("pairs.tar", "pairs-test.tar", "stories.tar", "stories-test.tar"):
         (tmp_path / name).touch()
     assert {path.name for path in data_that_lack(options)} == {
