@@ -255,7 +255,7 @@ def paint(model: MiniGPT5, features: Tensor, sampling: Sampling, latents: Tensor
     conditioning = model.mapper(torch.cat([torch.zeros_like(features), features]) if guided else features)
     if guided and (model.guides_against_empty_caption if empty_caption is None else empty_caption):
         conditioning[: len(features)] = model.empty_caption()
-    return decode(denoise(unet, model.schedule, latents.to(model.device), conditioning, sampling, watch)).float()
+    return decode(denoise(unet, model.schedule, latents.to(conditioning.device), conditioning, sampling, watch)).float()
 
 
 def denoise(
