@@ -174,12 +174,15 @@ def test_tasks_and_switches(monkeypatch, weights, data, tmp_path):
 def test_words_only(monkeypatch, weights, data, tmp_path, capsys):
     """The paper's fine-tuned MiniGPT-4: it learns the words of the step that it is asked for, whose picture is neither
     answered nor read; those before it are read. Nothing of the mapper trains."""
-    batches, losses = noting(monkeypatch, train_mls, "collate"), noting(monkeypatch, MiniGPT5, "losses")
+    batches, losses = noting(monkeypatch, train_mls.StoryData, "collate"), noting(monkeypatch, MiniGPT5, "losses")
     options = ("--words-only", "--tasks", "text+image=1", "--no-uas", "--lora-rank", 2)
     for name in ("stories", "dialogues"):
         log = train(monkeypatch, weights, data / f"{name}.tar", tmp_path / name, "--steps", 2, *options)
         assert all("ldm_loss" not in record and record["text_loss"] > 0 for record in log)
-    stories, dialogues = ([pair for (_, pairs, *_), _ in part for pair in pairs] for part in (batches[:2], batches[2:]))
+    stories, dialogues = (
+        [(sample["source"], sample["target"]) for (_, samples), _ in part for sample in samples]
+        for part in (batches[:2], batches[2:])
+    )
     assert dialogues and not any("[IMG" in target for _, target in stories + dialogues)
     assert all(len(target) > 8 and target.endswith(" ###") and target[:-4] not in source for source, target in stories)
     assert all(inputs["inputs"] is not None for _, inputs in losses[:2])
@@ -445,7 +448,7 @@ def test_form_of_the_released_chats(monkeypatch, weights, uas, tmp_path):
     saved = tmp_path / "again.safetensors"
     save_trained(model, saved, "uas")  # what goes on from there has it, too
     assert load_minigpt5(weights, saved).tokenizer.bos_id == 2
-    logits, picked = torch.zeros(1, len(model.tokenizer)), []
+    logits, picked = torch.zeros(1, model.tokenizer.vocabulary), []
     logits[0, 2] = 1.0  # says </s> at once: the first token is no word of the answer
     monkeypatch.setattr(type(model.vokens), "logits", lambda *_: logits)
     monkeypatch.setattr(
