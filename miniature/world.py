@@ -81,7 +81,7 @@ def as_json(content: dict) -> bytes:
 
 
 def pair_members(key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
-    """Half of the texts are captions as people write them, half are whole descriptions (`wishes.describe`)."""
+    """Half of the texts are captions as people write them, half are whole descriptions (`descriptions.describe`)."""
     picture, text, jitter = sample_pair(seed, i, split)
     text = describe(picture) if random_stream(seed, i, DESCRIBED).random() < 0.5 else text
     yield f"{key}.png", png(picture, jitter, size)
