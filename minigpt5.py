@@ -212,9 +212,8 @@ class MiniGPT5(nn.Module):
     def ldm_loss(self, conditioning: Tensor, latents: Tensor, noise: Noise, gamma: float) -> Tensor:
         """L_LDM (Eq. 3) of each picture (M,). The released code weights it by min(SNR, gamma) / SNR; with gamma 0 it is
         the paper's."""
-        noisy = self.schedule.add_noise(latents, noise.noise, noise.timesteps)
+        noisy, target = self.schedule.add_noise(latents, noise.noise, noise.timesteps)
         predicted = self.unet(noisy, noise.timesteps, conditioning).float()
-        target = self.schedule.target(latents, noise.noise, noise.timesteps)
         return self.schedule.snr_weight(noise.timesteps, gamma) * (predicted - target).square().mean((1, 2, 3))
 
     def cap_loss(self, conditioning: Tensor, captions: tuple[Tensor, Tensor], drop: Tensor) -> Tensor:

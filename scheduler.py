@@ -4,7 +4,7 @@ Paper: MiniGPT-5, Eq. 3 (training noise); sampling is Stable Diffusion's. Covers
 prediction) and 2.1 (v prediction). Left out: samplers that add noise, timestep spacings other than "leading", which is
 also assumed where a file does not name one, and PNDM's Runge-Kutta start.
 
-    latents, noise (B, C, h, w), t (B,) -> add_noise, target    (B, C, h, w)
+    latents, noise (B, C, h, w), t (B,) -> add_noise            noisy latents and target, (B, C, h, w) each
     snr, snr_weight                                             (B,)
     sampler.timesteps                                           (calls of the UNet,), the order visited
     sampler.step(model_output, index, latents)                  (B, C, h, w)
@@ -49,17 +49,13 @@ class NoiseSchedule:
         betas = torch.linspace(start, end, config.num_train_timesteps, dtype=torch.float32) ** power
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0).to(device)
 
-    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents (B, C, h, w), in the latents' dtype."""
-        signal, spread = self._amplitudes(t, latents.dtype)
-        return signal * latents + spread * noise
-
-    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the UNet should predict from add_noise(latents, noise, t): the noise, or v."""
-        if self.config.prediction_type == "epsilon":
-            return noise
-        signal, spread = self._amplitudes(t, latents.dtype)
-        return signal * noise - spread * latents
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents and noise (B, C, h, w), timesteps t (B,) -> noisy latents, in the latents' dtype, and what the UNet
+        should predict from them, the noise or v; (B, C, h, w) each."""
+        a = self.alphas_cumprod[t][:, None, None, None]  # (B, 1, 1, 1)
+        signal, spread = a.sqrt().to(latents.dtype), (1 - a).sqrt().to(latents.dtype)
+        target = noise if self.config.prediction_type == "epsilon" else signal * noise - spread * latents
+        return signal * latents + spread * noise, target
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal-to-noise ratio a / (1 - a) at timesteps t (B,) -> (B,)."""
@@ -73,10 +69,6 @@ class NoiseSchedule:
             return torch.ones_like(snr)
         # A loss on epsilon is the loss on x_0 times SNR, a loss on v times SNR + 1; min(SNR, gamma) is wanted of both.
         return snr.clamp(max=gamma) / (snr if self.config.prediction_type == "epsilon" else snr + 1)
-
-    def _amplitudes(self, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        a = self.alphas_cumprod[t][:, None, None, None]  # (B, 1, 1, 1)
-        return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
 
 
 def leading_timesteps(config: ScheduleConfig, steps: int, below: int = 0) -> tuple[list[int], int]:

@@ -82,7 +82,7 @@ class DiffusionRecipe(Recipe):
     def losses(
         self, modules: nn.ModuleDict, latents: Tensor, noise: Tensor, t: Tensor, context: Tensor
     ) -> dict[str, Tensor]:
-        noisy, target = self.schedule.add_noise(latents, noise, t), self.schedule.target(latents, noise, t)
+        noisy, target = self.schedule.add_noise(latents, noise, t)
         # No min-SNR weights: they would all but take away the high noise, where it is decided what goes where.
         return {"loss": F.mse_loss(modules["unet"](noisy, t, context).float(), target)}
 

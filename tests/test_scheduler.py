@@ -76,7 +76,7 @@ def test_perfect_predictions_lead_back(name, prediction_type):
     schedule = NoiseSchedule(ScheduleConfig(prediction_type=prediction_type, set_alpha_to_one=True, steps_offset=0))
     clean = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     sampler = SAMPLERS[name](schedule, 10)
-    latents = schedule.add_noise(clean, clean.roll(1, -1), sampler.timesteps[:1])
+    latents, _ = schedule.add_noise(clean, clean.roll(1, -1), sampler.timesteps[:1])
     for index, t in enumerate(sampler.timesteps):
         a = schedule.alphas_cumprod[t]
         noise = (latents - a.sqrt() * clean) / (1 - a).sqrt()
@@ -94,10 +94,11 @@ def test_training_noise(prediction_type, beta_schedule, tmp_path):
 
     latents, noise = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0, 17, 500, 999])
-    torch.testing.assert_close(schedule.add_noise(latents, noise, t), reference.add_noise(latents, noise, t))
+    noisy, target = schedule.add_noise(latents, noise, t)
+    torch.testing.assert_close(noisy, reference.add_noise(latents, noise, t))
     velocity = reference.get_velocity(latents, noise, t)
-    torch.testing.assert_close(schedule.target(latents, noise, t), noise if prediction_type == "epsilon" else velocity)
-    assert schedule.add_noise(latents.bfloat16(), noise.bfloat16(), t).dtype == torch.bfloat16
+    torch.testing.assert_close(target, noise if prediction_type == "epsilon" else velocity)
+    assert schedule.add_noise(latents.bfloat16(), noise.bfloat16(), t)[0].dtype == torch.bfloat16
 
 
 def test_min_snr_weights():
