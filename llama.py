@@ -1,19 +1,14 @@
-"""Vicuna, the frozen language model, and the embedding rows that MiniGPT-5 adds to its vocabulary.
+"""Vicuna, the frozen language model.
 
 The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. Others of its family load as
-well: Llama 2 and 3, TinyLlama, SmolLM2. Only `Vokens` trains here: the input and output embedding rows of the
-generative vokens [IMG0]..[IMGn-1] and of the image placeholder (paper section 3.2.1). They are parameters of their own,
-so the frozen tables are neither copied nor touched by an optimiser. Left out: biases, sliding windows, and all scaling
-of rotary positions but Llama 3's.
+well: Llama 2 and 3, TinyLlama, SmolLM2. Left out: biases, sliding windows, and all scaling of rotary positions but
+Llama 3's. Embeddings come in and hidden states go out: minigpt5.py looks up both ends in its larger tables (`Vokens`).
 
-    ids            (B, T)      token ids, vokens and placeholder above the base vocabulary
-    embeddings     (B, T, D)   Vokens.embed, then pictures may be written over placeholders
-    hidden         (B, T, D)   Llama.forward, after the final norm
-    logits         (B, T, V')  Vokens.logits, V' = V + n + 1
+    embeddings     (B, T, D)
+    hidden         (B, T, D)   after the final norm
     KV cache       (B, S, Hk, Dh) a layer, S slots allocated once
 
-B batch, T tokens, S cache slots, D width, H heads, Hk key-value heads, Dh head width, V vocabulary, n vokens of a
-picture.
+B batch, T tokens, S cache slots, D width, H heads, Hk key-value heads, Dh head width.
 """
 
 from dataclasses import dataclass
@@ -61,21 +56,16 @@ class LlamaConfig:
     rope_scaling: RopeScaling = RopeScaling()
     tie_word_embeddings: bool = False  # lm_head is embed_tokens
 
-    def __post_init__(self):
-        heads = self.num_attention_heads
-        if not self.head_dim and self.hidden_size % heads:
-            raise ValueError(f"hidden_size {self.hidden_size} cannot be shared by {heads} attention heads")
-        self.head_dim = self.head_dim or self.hidden_size // heads
-        self.num_key_value_heads = self.num_key_value_heads or heads
-        if self.head_dim % 2:
-            raise ValueError(f"attention heads have width {self.head_dim}, which is not even")
-        if heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_key_value_heads} key-value heads cannot be shared by {heads} attention heads")
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """H, Hk, Dh: the numbers of attention heads and of key-value heads, and the width of each."""
+        H = self.num_attention_heads
+        return H, self.num_key_value_heads or H, self.head_dim or self.hidden_size // H
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """(Dh/2,): the angle that each pair of channels turns from one position to the next."""
-    head_width, scaling = config.head_dim, config.rope_scaling
+    (_, _, head_width), scaling = config.heads, config.rope_scaling
     frequencies = config.rope_theta ** (-torch.arange(0, head_width, 2, device=device).float() / head_width)
     if scaling.rope_type == "llama3":
         turns = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
@@ -107,10 +97,10 @@ class KVCache:
     """
 
     def __init__(self, llama: "Llama", batch: int, slots: int):
-        table, config = llama.model.embed_tokens.weight, llama.config
+        table, (_, Hk, Dh) = llama.model.embed_tokens.weight, llama.config.heads
         self.device = table.device
-        shape = (batch, slots + 1, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)  # a tensor each: of one for all, torch.compile would copy the whole
+        shape = (batch, slots + 1, Hk, Dh)
+        layers = range(llama.config.num_hidden_layers)  # a tensor each: torch.compile would copy one for all whole
         self.keys = [torch.zeros(shape, dtype=table.dtype, device=self.device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=table.dtype, device=self.device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
@@ -182,7 +172,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        D, H, Hk, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, (H, Hk, Dh) = config.hidden_size, config.heads
         self.layer, self.heads = layer, (H, Hk, Hk)
         self.q_proj = nn.Linear(D, H * Dh, bias=False)
         self.k_proj = nn.Linear(D, Hk * Dh, bias=False)
@@ -277,38 +267,3 @@ class Llama(nn.Module):
         for block in self.model.layers:
             x = block(x, rotary, positions, mask, cache)
         return self.model.norm(x)
-
-
-class Vokens(nn.Module):
-    """The trained embedding rows of n vokens and the image placeholder, for the input and for the output.
-
-    Token ids go on after the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
-    have more rows than the tokenizer has pieces (Vicuna v0's padding token). Rows from V on are never used.
-    """
-
-    def __init__(self, llama: Llama, vokens: int, base_vocabulary: int):
-        """The rows start as the mean of the language model's, on the same device, in float32."""
-        super().__init__()
-        self.base = base_vocabulary
-        tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()
-        means = (table[:base_vocabulary].mean(0, dtype=torch.float32) for table in tables)
-        self.input, self.output = (nn.Parameter(mean.repeat(vokens + 1, 1)) for mean in means)
-
-    @torch.no_grad()
-    def start_as(self, llama: Llama, ids: list[int]) -> None:
-        """Start the vokens as copies of the pieces `ids`, the last of which is repeated for the remaining vokens."""
-        ids = (ids + ids[-1:] * len(self.input))[: len(self.input) - 1]
-        for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
-            rows[:-1] = table[ids].to(rows.dtype)
-
-    def embed(self, llama: Llama, ids: Tensor) -> Tensor:
-        """ids (B, T) -> (B, T, D) in the frozen table's dtype."""
-        old = F.embedding(ids.clamp(max=self.base - 1), llama.model.embed_tokens.weight)
-        new = F.embedding((ids - self.base).clamp(min=0), self.input).to(old.dtype)
-        return torch.where((ids >= self.base)[..., None], new, old)
-
-    def logits(self, llama: Llama, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> logits of all V + n + 1 tokens in float32: every new token takes part in the softmax."""
-        old = llama.lm_head(hidden)[..., : self.base]
-        new = F.linear(hidden, self.output.to(hidden.dtype))
-        return torch.cat([old, new], dim=-1).float()

@@ -62,8 +62,8 @@ class Prefix(nn.Module):
 
     def __init__(self, config: LlamaConfig, tokens: int = 5, hidden: int = 1024):
         super().__init__()
-        self.heads, self.layers = config.num_key_value_heads, config.num_hidden_layers
-        D = self.heads * config.head_dim  # as in peft, also of the embedding
+        self.layers, (_, self.heads, head_width) = config.num_hidden_layers, config.heads
+        D = self.heads * head_width  # as in peft, also of the embedding
         self.embedding = nn.Embedding(tokens, D)
         self.transform = nn.Sequential(nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, 2 * self.layers * D))
 

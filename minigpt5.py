@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import History, Llama, Vokens
+from llama import History, Llama
 from lora import Prefix, add_lora
 from mapper import VokenMapper
 from prompts import System
@@ -117,6 +117,41 @@ def encode_captions(encoder: TextEncoder, tokenizer: Callable, captions: list[st
     mask, which Stable Diffusion does not give it."""
     device = next(encoder.parameters()).device
     return encoder(*(send(tensor, device) for tensor in tokenizer(captions)))
+
+
+class Vokens(nn.Module):
+    """The trained embedding rows of n vokens and the image placeholder, for the input and for the output.
+
+    Token ids go on after the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
+    have more rows than the tokenizer has pieces (Vicuna v0's padding token). Rows from V on are never used.
+    """
+
+    def __init__(self, llama: Llama, vokens: int, base_vocabulary: int):
+        """The rows start as the mean of the language model's, on the same device, in float32."""
+        super().__init__()
+        self.base = base_vocabulary
+        tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()
+        means = (table[:base_vocabulary].mean(0, dtype=torch.float32) for table in tables)
+        self.input, self.output = (nn.Parameter(mean.repeat(vokens + 1, 1)) for mean in means)
+
+    @torch.no_grad()
+    def start_as(self, llama: Llama, ids: list[int]) -> None:
+        """Start the vokens as copies of the pieces `ids`, the last of which is repeated for the remaining vokens."""
+        ids = (ids + ids[-1:] * len(self.input))[: len(self.input) - 1]
+        for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
+            rows[:-1] = table[ids].to(rows.dtype)
+
+    def embed(self, llama: Llama, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, D) in the frozen table's dtype."""
+        old = F.embedding(ids.clamp(max=self.base - 1), llama.model.embed_tokens.weight)
+        new = F.embedding((ids - self.base).clamp(min=0), self.input).to(old.dtype)
+        return torch.where((ids >= self.base)[..., None], new, old)
+
+    def logits(self, llama: Llama, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits of all V + n + 1 tokens in float32: every new token takes part in the softmax."""
+        old = llama.lm_head(hidden)[..., : self.base]
+        new = F.linear(hidden, self.output.to(hidden.dtype))
+        return torch.cat([old, new], dim=-1).float()
 
 
 class MiniGPT5(nn.Module):

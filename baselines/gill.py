@@ -32,10 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from common.images import preprocess_output
-from llama import Vokens
 from mapper import Attention, Transformer
 from miniature.world import write_pairs
-from minigpt5 import TEXT_WEIGHT, MiniGPT5, collate
+from minigpt5 import TEXT_WEIGHT, MiniGPT5, Vokens, collate
 from prompts import uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import matched, open_safetensors, rows_of, save_safetensors, tensor_slices

@@ -32,12 +32,13 @@ import random_weights as files
 
 from common.cli import MINIATURE
 from common.files import read_json
-from llama import Llama, LlamaConfig, Vokens
+from llama import Llama, LlamaConfig
 from mapper import VokenMapper
 from miniature.autoencoder import VAE_SIZES
 from miniature.painter import SCHEDULE, UNET_SIZES
 from miniature.reader import TEXT_SIZES
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
+from minigpt5 import Vokens
 from published.loading import tensor_files
 from published.parts import read_config
 from qformer import LN_VISION_EPS, ImageEncoder, QFormerConfig, VisionConfig

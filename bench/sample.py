@@ -43,9 +43,8 @@ from common.cli import read_arguments, run
 from common.images import to_image
 from common.page import save_image
 from generation import Sampling, answer, paint, prompt_ids, say
-from llama import Vokens
 from mapper import VokenMapper
-from minigpt5 import MiniGPT5, dtype_of, send
+from minigpt5 import MiniGPT5, Vokens, dtype_of, send
 from published.parts import load_minigpt5
 from tokenizer import Tokenizer
 

@@ -128,7 +128,8 @@ class LanguageRecipe(Recipe):
         return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
 
     def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        sizes = {name: value for name, value in asdict(LANGUAGE_SIZES).items() if name != "rope_scaling"}
+        defaults = ("rope_scaling", "num_key_value_heads", "head_dim")
+        sizes = {name: value for name, value in asdict(LANGUAGE_SIZES).items() if name not in defaults}
         write_part(weights, "vicuna", "model", modules["llama"], sizes)
         write_file(weights / "vicuna" / "tokenizer.model", self.path.read_bytes())
         write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from llama import Vokens
 from mapper import VokenMapper
+from minigpt5 import Vokens
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import readable
 from published.fetch import KNOWN, sha256

@@ -178,12 +178,24 @@ def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | Non
         config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
         if isinstance(config, UNetConfig):
             check_levels(config)
-        heads = getattr(config, "num_attention_heads", 1)
-        if not hasattr(config, "head_dim") and getattr(config, "hidden_size", heads) % heads:
-            raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
+        if hasattr(config, "num_attention_heads"):
+            check_heads(config)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
     return config
+
+
+def check_heads(config: LlamaConfig | QFormerConfig | TextConfig | VisionConfig) -> None:
+    """ValueError for widths and heads that do not go together."""
+    heads, head_width = config.num_attention_heads, getattr(config, "head_dim", 0)
+    if not head_width and config.hidden_size % heads:
+        raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
+    if isinstance(config, LlamaConfig):
+        _, key_value_heads, head_width = config.heads
+        if head_width % 2:
+            raise ValueError(f"attention heads have width {head_width}, which is not even")
+        if heads % key_value_heads:
+            raise ValueError(f"{key_value_heads} key-value heads cannot be shared by {heads} attention heads")
 
 
 def check_levels(config: UNetConfig) -> None:

@@ -11,7 +11,8 @@ import transformers
 from helpers import assert_close, randomise, shapes
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama import History, KVCache, Llama, LlamaConfig, RopeScaling, Vokens, rotary_frequencies
+from llama import History, KVCache, Llama, LlamaConfig, RopeScaling, rotary_frequencies
+from minigpt5 import Vokens
 from published.loading import WeightsError
 from published.parts import load_llama
 from tokenizer import Tokenizer

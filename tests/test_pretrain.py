@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama import Llama, Vokens
+from llama import Llama
 from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
 from miniature import judge as judging
@@ -23,6 +23,7 @@ from miniature.recipe import Setup
 from miniature.sets import cached, to_pixels, training_pictures
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.words import agrees, facts_in
+from minigpt5 import Vokens
 from prompts import WORDS_FIRST_SYSTEM
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError
