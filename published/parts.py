@@ -187,15 +187,14 @@ def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | Non
 
 def check_heads(config: LlamaConfig | QFormerConfig | TextConfig | VisionConfig) -> None:
     """ValueError for widths and heads that do not go together."""
-    heads, head_width = config.num_attention_heads, getattr(config, "head_dim", 0)
-    if not head_width and config.hidden_size % heads:
+    heads, width = config.num_attention_heads, getattr(config, "head_dim", 0)
+    if not width and config.hidden_size % heads:
         raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
-    if isinstance(config, LlamaConfig):
-        _, key_value_heads, head_width = config.heads
-        if head_width % 2:
-            raise ValueError(f"attention heads have width {head_width}, which is not even")
-        if heads % key_value_heads:
-            raise ValueError(f"{key_value_heads} key-value heads cannot be shared by {heads} attention heads")
+    width, key_value_heads = width or config.hidden_size // heads, getattr(config, "num_key_value_heads", 0) or heads
+    if isinstance(config, LlamaConfig) and width % 2:
+        raise ValueError(f"attention heads have width {width}, which is not even")
+    if heads % key_value_heads:
+        raise ValueError(f"{key_value_heads} key-value heads cannot be shared by {heads} attention heads")
 
 
 def check_levels(config: UNetConfig) -> None:
