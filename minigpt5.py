@@ -16,7 +16,8 @@ embeddings of an input picture, S conditioning tokens, D and Dc widths of the la
 C latent channels, h w latent height and width. Answers are made in generation.py, weights are loaded by published/.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -126,20 +127,18 @@ class Vokens(nn.Module):
     have more rows than the tokenizer has pieces (Vicuna v0's padding token). Rows from V on are never used.
     """
 
-    def __init__(self, llama: Llama, vokens: int, base_vocabulary: int):
-        """The rows start as the mean of the language model's, on the same device, in float32."""
+    def __init__(self, llama: Llama, vokens: int, base_vocabulary: int, start: list[int] | None = None):
+        """The rows start as the mean of the language model's, on the same device, in float32; the vokens' as copies of
+        those of the tokens `start`, where it is given, the last of which is repeated for the remaining vokens."""
         super().__init__()
         self.base = base_vocabulary
         tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()
         means = (table[:base_vocabulary].mean(0, dtype=torch.float32) for table in tables)
         self.input, self.output = (nn.Parameter(mean.repeat(vokens + 1, 1)) for mean in means)
-
-    @torch.no_grad()
-    def start_as(self, llama: Llama, ids: list[int]) -> None:
-        """Start the vokens as copies of the pieces `ids`, the last of which is repeated for the remaining vokens."""
-        ids = (ids + ids[-1:] * len(self.input))[: len(self.input) - 1]
-        for rows, table in ((self.input, llama.model.embed_tokens.weight), (self.output, llama.lm_head.weight)):
-            rows[:-1] = table[ids].to(rows.dtype)
+        if start:
+            ids = (start + start[-1:] * vokens)[:vokens]
+            for rows, table in zip((self.input, self.output), tables, strict=True):
+                rows.data[:-1] = table[ids].float()
 
     def embed(self, llama: Llama, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, D) in the frozen table's dtype."""
@@ -168,13 +167,16 @@ class MiniGPT5(nn.Module):
         image_encoder: ImageEncoder | None = None,
         text_encoder: TextEncoder | None = None,
         clip_tokenizer: Callable | None = None,
+        start_as: str | None = None,
     ):
+        """start_as: the vokens' rows start as those of this text's tokens."""
         super().__init__()
         self.tokenizer, self.clip_tokenizer, self.schedule = tokenizer, clip_tokenizer, schedule
         self.llama, self.unet, self.vae = llama, unet, vae
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         width = llama.config.hidden_size
-        self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary)
+        start = tokenizer.encode_plain(start_as) if start_as else None
+        self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary, start)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
@@ -321,13 +323,18 @@ class MiniGPT5(nn.Module):
         pictures = send(pictures, self.device)
         return pictures.unbind(1) if pictures.dim() == 5 else self.vae.encode(pictures)
 
-    def sample_noise(self, pictures: int, generator: torch.Generator, drop_rate: float = DROP_RATE) -> Noise:
-        """The random numbers of one step's M pictures, on the generator's device."""
-        drop = torch.rand(pictures, generator=generator, device=generator.device) < drop_rate
-        posterior, noise = self.sample_latents(pictures, generator), self.sample_latents(pictures, generator)
-        steps = len(self.schedule.alphas_cumprod)
-        timesteps = torch.randint(steps, (pictures,), generator=generator, device=generator.device)
-        return Noise(drop, posterior, noise, timesteps)
+    def sample_noise(
+        self, sequences: Iterable[int], generators: list[torch.Generator], drop_rate: float = DROP_RATE
+    ) -> Noise:
+        """The random numbers of a step's M pictures, on the generators' device. sequences: that of each picture, as in
+        `Batch.picture_sequences`; every sequence has a generator of its own."""
+        noise, steps = [], len(self.schedule.alphas_cumprod)
+        for sequence, pictures in Counter(sequences).items():
+            options = {"generator": generators[sequence], "device": generators[sequence].device}
+            drop = torch.rand(pictures, **options) < drop_rate
+            posterior, epsilon = (self.sample_latents(pictures, generators[sequence]) for _ in range(2))
+            noise.append((drop, posterior, epsilon, torch.randint(steps, (pictures,), **options)))
+        return Noise(*map(torch.cat, zip(*noise, strict=True)))
 
     def sample_latents(self, pictures: int, generator: torch.Generator) -> Tensor:
         """Standard normal (M, C, h, w), on the generator's device."""

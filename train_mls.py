@@ -26,7 +26,7 @@ from torch import Tensor
 from common.images import preprocess_output
 from lora import TARGETS
 from miniature.world import write_stories
-from minigpt5 import TEXT_WEIGHT, collate
+from minigpt5 import DROP_RATE, TEXT_WEIGHT, collate
 from prompts import SPEAKERS, TASKS
 from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
@@ -38,7 +38,6 @@ from tars.precomputed import find_precomputed
 from tars.stories import StoryData, checked_weights
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview
-from trainer.noise import Place, sample_noise, seed_dropout
 from trainer.options import read_run_options
 from trainer.run import Run
 
@@ -176,16 +175,16 @@ def main() -> None:
     multiple = -(-args.batch_size // 8)  # of pictures in a batch, when compiled
     weights = {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
 
-    def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
+    def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """ "loss" = --text-weight * "text_loss" + "ldm_loss" (Eq. 3) of some samples; without pictures, no L_LDM."""
-        seed_dropout(args, place)
         batch = collate(model.tokenizer, samples["ids"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:
             if run.preview is None:
                 titles = [picture_title(*pair) for pair in samples["pairs"]]
                 run.preview = Preview(batch, samples["inputs"], samples["outputs"], titles)
-            noise = sample_noise(args, model, batch.picture_sequences.tolist(), place)
+            drop_rate = DROP_RATE if model.training and not args.no_cfg else 0.0
+            noise = model.sample_noise(batch.picture_sequences.tolist(), generators, drop_rate)
             posterior = None if args.no_ldm else model.encode_pictures(samples["outputs"])
             if run.compiled:
                 batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple)
@@ -194,8 +193,8 @@ def main() -> None:
     # ---- training
     # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
     for step in run.steps(model, [optimizer], batches, held_out, losses_of):
-        for samples, place in run.batches(step):  # as many as --accumulate says
-            losses = losses_of(samples, place)
+        for samples, generators in run.batches(step):  # as many as --accumulate says
+            losses = losses_of(samples, generators)
             run.backward(losses)
         run.optimizer_step()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.images import preprocess_output
 from miniature.world import write_pairs
-from minigpt5 import collate
+from minigpt5 import DROP_RATE, collate
 from prompts import uas_texts
 from published.loading import given_checkpoint
 from published.parts import load_minigpt5, picture_size
@@ -33,7 +33,6 @@ from tars.datasets import packed
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
-from trainer.noise import Place, sample_noise
 from trainer.options import read_run_options
 from trainer.run import Run
 
@@ -77,14 +76,12 @@ def main() -> None:
 
     # ---- model, of which the voken rows and the mapper train
     encodes_captions = captions == "captions" and not args.no_cap
-    parts = {"read_pictures": False, "read_captions": encodes_captions}
+    parts = {"read_pictures": False, "read_captions": encodes_captions, "start_as": args.start_as}
     init = given_checkpoint(args.init) if args.init else None
     model = load_minigpt5(args.weights, init, args.vokens, DTYPES[args.dtype], run.device, **parts)
     model.guides_against_empty_caption = args.no_cfg  # zeros are not learned then
     if pictures == "moments":
         model.vae.encoder = None
-    if args.start_as and not init:
-        model.vokens.start_as(model.llama, model.tokenizer.encode_plain(args.start_as))
     empty_caption = (
         None if args.no_cap else model.encode_captions([""] if encodes_captions else precomputed.empty_caption)
     )
@@ -109,13 +106,14 @@ def main() -> None:
     # ---- losses
     round_length = bucket_length if run.compiled else int
 
-    def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
+    def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """ "loss" = 0.01 "text_loss" + "ldm_loss" (Eq. 3) + 0.1 "cap_loss" of some caption-picture pairs."""
         plain = map(model.tokenizer.plain, samples["captions"])
         texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
         batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)
         run.preview = run.preview or Preview(batch, None, samples[pictures], samples["captions"])
-        noise = sample_noise(args, model, range(len(texts)), place)
+        drop_rate = DROP_RATE if model.training and not args.no_cfg else 0.0
+        noise = model.sample_noise(batch.picture_sequences.tolist(), generators, drop_rate)
         posterior = None if args.no_ldm else model.encode_pictures(samples[pictures])
         encodings = None if args.no_cap else (model.encode_captions(samples[captions]), empty_caption)
         return model.losses(batch, noise, posterior, encodings, min_snr_gamma=args.min_snr_gamma)
@@ -123,8 +121,8 @@ def main() -> None:
     # ---- training
     # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
     for step in run.steps(model, optimizers, batches, held_out, losses_of):
-        for samples, place in run.batches(step):  # as many as --accumulate says
-            losses = losses_of(samples, place)
+        for samples, generators in run.batches(step):  # as many as --accumulate says
+            losses = losses_of(samples, generators)
             run.backward(losses)
         run.optimizer_step()
 

@@ -42,7 +42,6 @@ from published.parts import config_of, frozen_dtypes, load_llama, load_text_enco
 from tars.batches import open_pairs
 from tars.datasets import packed
 from trainer.compiled import checkpoint_gradients
-from trainer.noise import Place
 from trainer.options import read_run_options
 from trainer.run import Run
 
@@ -118,8 +117,8 @@ class Gill(nn.Module):
         parts = {"vokens": self.vokens, "mapper": self.mapper}
         return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
-    def save_trained(self, path: Path, stage: str) -> None:
-        save_safetensors(self.trained_parameters(), path, {"format": FORMAT, "stage": stage})
+    def save_trained(self, trained: dict[str, nn.Parameter], path: Path, stage: str) -> None:
+        save_safetensors(trained, path, {"format": FORMAT, "stage": stage})
 
     @torch.no_grad()
     def load_trained(self, path: Path) -> None:
@@ -184,7 +183,7 @@ def main() -> None:
         checkpoint_gradients(model)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # as GILL's code
 
-    def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
+    def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         text_loss, conditioning = model.read(samples["captions"])
         with torch.no_grad():  # Stable Diffusion's own encoding, without the padding mask
             target = text_encoder(tokenizer(samples["captions"])[0].to(run.device)).float()
@@ -193,8 +192,8 @@ def main() -> None:
 
     # Before a step this sets the learning rates, afterwards it logs, saves and validates.
     for step in run.steps(model, [optimizer], batches, held_out, losses_of):
-        for samples, place in run.batches(step):  # as many as --accumulate says
-            losses = losses_of(samples, place)
+        for samples, generators in run.batches(step):  # as many as --accumulate says
+            losses = losses_of(samples, generators)
             run.backward(losses)
         run.optimizer_step()
 

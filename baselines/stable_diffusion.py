@@ -104,8 +104,8 @@ class StableDiffusion(nn.Module):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.unet.named_parameters())
 
-    def save_trained(self, path: Path, stage: str) -> None:
-        save_safetensors(self.trained_parameters(), path, {"format": "stable-diffusion", "stage": stage})
+    def save_trained(self, trained: dict[str, nn.Parameter], path: Path, stage: str) -> None:
+        save_safetensors(trained, path, {"format": "stable-diffusion", "stage": stage})
 
     def load_trained(self, path: Path) -> None:
         """In place: an optimiser may hold the parameters. Raises WeightsError."""

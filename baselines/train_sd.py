@@ -31,6 +31,7 @@ from torch import Tensor
 from baselines.stable_diffusion import StableDiffusion, told
 from common.images import preprocess_output
 from miniature.world import write_stories
+from minigpt5 import DROP_RATE
 from prompts import Example, Turn
 from published.parts import picture_size
 from tars.batches import Batches
@@ -38,7 +39,6 @@ from tars.index import Unusable, expand
 from tars.precomputed import Precomputed, find_precomputed
 from tars.stories import StoryData
 from trainer.compiled import checkpoint_gradients
-from trainer.noise import Place, sample_noise
 from trainer.options import read_run_options
 from trainer.run import Run
 
@@ -92,8 +92,8 @@ def main() -> None:
         to_output = partial(preprocess_output, size=size)
         steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
 
-    def losses_of(samples: dict, place: Place) -> dict[str, Tensor]:
-        noise = sample_noise(args, model, range(args.batch_size), place).to(run.device)
+    def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
+        noise = model.sample_noise(range(args.batch_size), generators, 0.0 if args.no_cfg else DROP_RATE).to(run.device)
         drop = noise.drop.tolist()
         texts = ["" if dropped else text for (text, _), dropped in zip(samples["pairs"], drop, strict=True)]
         mean, log_variance = model.encode_pictures(samples["outputs"])
@@ -104,8 +104,8 @@ def main() -> None:
     batches = Batches(steps, **run.data_options)
     # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
     for step in run.steps(model, [optimizer], batches, None, losses_of):
-        for samples, place in run.batches(step):  # as many as --accumulate says
-            losses = losses_of(samples, place)
+        for samples, generators in run.batches(step):  # as many as --accumulate says
+            losses = losses_of(samples, generators)
             run.backward(losses)
         run.optimizer_step()
 

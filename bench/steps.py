@@ -10,7 +10,7 @@ from minigpt5 import MiniGPT5, Noise, collate
 from prompts import uas_texts
 from train_uas import MAX_TOKENS
 from trainer.compiled import bucket_length
-from trainer.noise import step_generator
+from trainer.run import step_generator
 from vae import to_pixels
 
 LR, GAMMA = 2e-5, 5.0
@@ -67,7 +67,7 @@ def step_of(contender, batches: list[dict], model: MiniGPT5) -> Callable[[], Non
     def step() -> None:
         i = next(numbers)
         contender.backward(
-            batches[i % len(batches)], model.sample_noise(size, step_generator(0, i, 0)).to(model.device)
+            batches[i % len(batches)], model.sample_noise([0] * size, [step_generator(0, i, 0)]).to(model.device)
         )
         contender.optimizer.step()
         contender.optimizer.zero_grad(set_to_none=True)

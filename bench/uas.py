@@ -37,7 +37,7 @@ from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise
 from prompts import uas_texts
 from published.parts import load_minigpt5
 from trainer.compiled import checkpoint_gradients, compile_losses, count_graphs
-from trainer.noise import step_generator
+from trainer.run import step_generator
 
 BATCH = {"tiny": 2, "miniature": 8, "half": 2, "full": 16}
 
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(report: Report, size: str, contenders: dict, batches: list[dict], model, args, dtype) -> None:
-    draws = model.sample_noise(len(batches[0]["captions"]), step_generator(1, 0, 0)).to(model.device)
+    draws = model.sample_noise([0] * len(batches[0]["captions"]), [step_generator(1, 0, 0)]).to(model.device)
     with exact_products():
         results = {name: losses_and_gradients(contender, batches[0], draws) for name, contender in contenders.items()}
     figures = {name: agree(f"uas step, {name}", r, results["ours"], dtype, gradients=3) for name, r in results.items()}

@@ -293,7 +293,8 @@ def with_file_below(path: Path, tensors: Collection[str], wanted: Collection[str
 # ---- saving and loading checkpoints
 
 
-def save_trained(model: MiniGPT5, path: Path, stage: str) -> None:
+def save_trained(model: MiniGPT5, trained: dict[str, nn.Parameter], path: Path, stage: str) -> None:
+    """Write a checkpoint of `trained`, the model's `trained_parameters`."""
     metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(model.tokenizer.voken_ids))}
     if model.lora:
         metadata["lora_alpha"] = str(model.lora[0].scale * model.lora[0].lora_A.out_features)
@@ -301,7 +302,7 @@ def save_trained(model: MiniGPT5, path: Path, stage: str) -> None:
         metadata["guidance"] = "empty caption"
     if model.first_token:
         metadata["first_token"] = model.first_token
-    save_safetensors(model.trained_parameters() | model.tables, path, metadata)
+    save_safetensors(trained | model.tables, path, metadata)
 
 
 @torch.no_grad()

@@ -309,7 +309,7 @@ def picture_size(weights: Path) -> int:
     if not weights.is_dir():
         raise WeightsError(f"{weights}: no such folder")
     unet, vae = (config_of(part, weights / "stable-diffusion" / part / "config.json") for part in ("unet", "vae"))
-    return unet.sample_size * vae.downsampling
+    return unet.sample_size * 2 ** (len(vae.block_out_channels) - 1)
 
 
 def frozen_dtypes(weights: Path, dtype: DType, device: Device) -> tuple[torch.dtype, torch.dtype]:
@@ -358,11 +358,12 @@ def load_minigpt5(
     read_pictures: bool = True,
     read_captions: bool = False,
     int8: bool = False,
+    start_as: str | None = None,
 ) -> MiniGPT5:
     """The stack in the folder `weights`, with the trained parts of `checkpoint` or untrained ones.
 
     dtype: see `frozen_dtypes`. The image encoder is left out without read_pictures, the text encoder without
-    read_captions. int8: the language model's matrices in 8 bits.
+    read_captions. int8: the language model's matrices in 8 bits. start_as: what untrained vokens start as.
     """
     weights = Path(weights)
     diffusion = weights / "stable-diffusion"
@@ -381,8 +382,9 @@ def load_minigpt5(
     loaded |= {"image encoder": image_encoder, "text encoder": text_encoder}
     if problems := size_mismatches(loaded):
         raise WeightsError(f"{weights}: {problems[0]}", problems)
+    encoders = (image_encoder, text_encoder, clip_tokenizer)
     with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
-        model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, image_encoder, text_encoder, clip_tokenizer)
+        model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, *encoders, start_as)
     model.mapper.to(device)
     model.empty_caption = cache(partial(encode_empty_caption, diffusion, reading, device))
     model.guides_against_empty_caption = bool(trained) and trained.metadata.get("guidance") == "empty caption"

@@ -238,9 +238,9 @@ def weights(tmp_path_factory):
     save_safetensors(Judge().state_dict(), folder / "judge.safetensors")
     (folder / "minigpt5").mkdir()
     model = load_minigpt5(folder, None)
-    save_trained(model, folder / "minigpt5" / "uas.safetensors", "uas")
+    save_trained(model, model.trained_parameters(), folder / "minigpt5" / "uas.safetensors", "uas")
     model.add_adapters(lora={})
-    save_trained(model, folder / "minigpt5" / "mls.safetensors", "mls")
+    save_trained(model, model.trained_parameters(), folder / "minigpt5" / "mls.safetensors", "mls")
     return folder
 
 

@@ -68,7 +68,7 @@ def losses_of(model, round_length=int) -> dict[str, torch.Tensor]:
     texts = [uas_texts(caption) for caption in CAPTIONS]
     batch = collate(model.tokenizer, texts, model.queries, round_length)
     generator = torch.Generator().manual_seed(1)
-    noise = model.sample_noise(len(texts), generator)
+    noise = model.sample_noise([0] * len(texts), [generator])
     posterior = model.sample_latents(len(texts), generator), model.sample_latents(len(texts), generator) - 3
     captions = model.encode_captions(CAPTIONS), model.encode_captions([""])
     return model.losses(batch, noise, tuple(t.to(model.device) for t in posterior), captions)

@@ -64,9 +64,9 @@ def weights(tmp_path_factory):
     patch.undo()
     (shop.weights / "minigpt5").mkdir(exist_ok=True)
     model = load_minigpt5(shop.weights, None, read_pictures=False)
-    save_trained(model, shop.weights / "minigpt5" / "uas.safetensors", "uas")
+    save_trained(model, model.trained_parameters(), shop.weights / "minigpt5" / "uas.safetensors", "uas")
     model.add_adapters(lora={})
-    save_trained(model, shop.weights / "minigpt5" / "mls-story.safetensors", "mls")
+    save_trained(model, model.trained_parameters(), shop.weights / "minigpt5" / "mls-story.safetensors", "mls")
     return shop.weights
 
 

@@ -18,8 +18,7 @@ from minigpt5 import Batch, collate
 from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.compiled import bucket_length, checkpoint_gradients, pad_pictures
-from trainer.noise import step_generator
-from trainer.run import Meter
+from trainer.run import Meter, step_generator
 
 VOKENS = "".join(f"[IMG{i}]" for i in range(8)) + " ###"
 WORDS = "a big red boat on the sea at night two small dogs in it and the moon above".split()  # noqa: SIM905
@@ -53,7 +52,7 @@ def losses_of(model, samples, seed: int = 0, padded: bool = False) -> dict:
     batch = collate(model.tokenizer, samples, model.queries, round_length, round_length)
     M = len(batch.picture_sequences)
     pixels = torch.rand(M, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    noise, posterior = model.sample_noise(M, step_generator(0, seed, 0)), model.encode_pictures(pixels)
+    noise, posterior = model.sample_noise([0] * M, [step_generator(0, seed, 0)]), model.encode_pictures(pixels)
     if padded:
         batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple=4)
     captions = [samples[row][0] for row in batch.picture_sequences.tolist()]
@@ -160,7 +159,10 @@ def test_a_stage_2_run_meets_few_shapes(weights):
         samples = texts(seed, 16, pictures=0.67)
         batch = collate(model.tokenizer, samples, model.queries, bucket_length, bucket_length)
         M = len(batch.picture_sequences)
-        noise, posterior = model.sample_noise(M, step_generator(0, seed, 0)), torch.zeros(2, M, 4, 16, 16).unbind()
+        noise, posterior = (
+            model.sample_noise([0] * M, [step_generator(0, seed, 0)]),
+            torch.zeros(2, M, 4, 16, 16).unbind(),
+        )
         model.losses(*pad_pictures(batch, noise, posterior, multiple=2))
         unpadded = collate(model.tokenizer, samples, 8)
         exact.add((unpadded.ids.shape[1], unpadded.targets.shape[1], M))
@@ -216,7 +218,7 @@ def test_no_value_is_read_in_a_step(weights, adapter):
     samples = texts(0, 4)
     rows = collate(model.tokenizer, samples, model.queries)
     captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
-    draws, pixels = model.sample_noise(4, step_generator(0, 0, 0)), torch.zeros(4, 3, 32, 32)
+    draws, pixels = model.sample_noise([0] * 4, [step_generator(0, 0, 0)]), torch.zeros(4, 3, 32, 32)
     with NoReading():
         losses = model.losses(rows, draws, model.encode_pictures(pixels), captions)
         losses["loss"].backward()
@@ -238,7 +240,7 @@ def test_no_waiting_on_a_gpu(weights):
     def step():
         rows = collate(model.tokenizer, samples, model.queries).to(device)
         draws, captions = (
-            model.sample_noise(4, step_generator(0, 0, 0)),
+            model.sample_noise([0] * 4, [step_generator(0, 0, 0)]),
             model.encode_captions([text for text, _ in samples]),
         )
         losses = model.losses(
@@ -298,7 +300,7 @@ def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
     samples = [(f"{words} <ImageHere>", target) for words, target in texts(0, 4)]
     with OneDevice():
         rows = collate(model.tokenizer, samples, model.queries).to(meta)
-        draws = model.sample_noise(4, step_generator(0, 0, 0)).to(model.device)
+        draws = model.sample_noise([0] * 4, [step_generator(0, 0, 0)]).to(model.device)
         posterior = model.encode_pictures(torch.zeros(4, 3, 32, 32))
         captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
         losses = model.losses(rows, draws, posterior, captions, torch.zeros(4, 3, 28, 28))

@@ -10,9 +10,9 @@ several processes, as torchrun starts them, each with a GPU: different samples i
     rank 1   samples B..2B-1   -> losses -> gradients --+
 
 Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
-of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU: the gradients of
-the trained parameters in one flat buffer. DistributedDataParallel would send them in pieces during the backward pass,
-which helps between slow machines but is harder to see through. The hosts exchange single numbers beside it.
+of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU, the gradients of
+the trained parameters in one flat buffer (DistributedDataParallel would send pieces during the backward pass). The
+hosts exchange single numbers beside it.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,14 +35,14 @@ from tqdm import tqdm
 from common.cli import can_compile, pick_device
 from common.files import lock_folder
 from published.loading import checkpoint_folders, load_trained, save_trained
-from tars.batches import Batches, describe
+from tars.batches import Batches
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
-from trainer.noise import Place
 from trainer.processes import one_line_peer_errors, peak_memory, resume_command, stop_signals
 
 FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
+NOISE, DROPOUT = 0, 1  # purposes of random streams
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
@@ -56,6 +56,12 @@ def total_steps(args: argparse.Namespace, samples: int, ranks: int) -> int:
     if args.steps is not None:
         return args.steps
     return max(1, round(args.epochs * samples / (ranks * args.batch_size * args.accumulate)))
+
+
+def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> torch.Generator:
+    """The generator of one sample or batch of a step."""
+    entropy = np.random.SeedSequence([seed, step, index, purpose]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(entropy) >> 1)
 
 
 def stored_arguments(args: argparse.Namespace) -> dict:
@@ -170,24 +176,15 @@ class Meter:
         kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
         self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
-    def steps_per_second(self) -> float:
-        return self.steps / max(time.perf_counter() - self.start, 1e-9)  # a clock may stand still
-
 
 class Run:
     """One training from its first to its last step, over several processes and several starts of the command.
 
-    save_trained(model, path, name) and load_trained(model, path) write and read the tensors of
+    save_trained(model, trained, path, name) and load_trained(model, path) write and read the tensors of
     `model.trained_parameters()`. `preview`: the `Preview` for samples.png; the script sets it, if it wants one.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        name: str,
-        save_trained: Callable[[nn.Module, Path, str], None] = save_trained,
-        load_trained: Callable[[nn.Module, Path], None] = load_trained,
-    ):
+    def __init__(self, args: argparse.Namespace, name: str, save_trained=save_trained, load_trained=load_trained):
         self.args, self.name, self.save_trained, self.load_trained = args, name, save_trained, load_trained
         self.device = pick_device(args.device)
         torch.set_float32_matmul_precision("high")  # float32 products of trained parts may use TF32
@@ -223,7 +220,7 @@ class Run:
         optimizers: list[torch.optim.Optimizer],
         data: Batches,
         held_out: Batches | None,
-        losses_of: Callable[[dict, Place], dict[str, Tensor]],
+        losses_of: Callable[[dict, list[torch.Generator]], dict[str, Tensor]],
     ) -> Iterator[int]:
         """The numbers of the steps, from 0, or with --resume from the one after the newest checkpoint. Before each the
         learning rates are set. After each comes what is due: a line of the log, pictures, a checkpoint, held-out
@@ -260,7 +257,7 @@ class Run:
         if self.done < self.total:
             print(f"stopped after step {self.done} of {self.total}; to go on: {resume_command()}")
         else:
-            print(f"done: {self.done} steps, broken samples: {describe(self.bad)}, see {self.out}")
+            print(f"done: {self.done} steps, {sum(self.bad.values()):,} broken samples, see {self.out}")
 
     def begin(self) -> None:
         """Get ready for the first step."""
@@ -301,10 +298,18 @@ class Run:
         if self.world.rank == 0:
             self.board = open_board(self.out, self.done) if self.args.tensorboard else None
 
-    def batches(self, step: int) -> Iterator[tuple[dict, Place]]:
-        """This rank's batches of a step."""
+    def batches(self, step: int) -> Iterator[tuple[dict, list[torch.Generator]]]:
+        """This rank's batches of a step, and a random generator for each sample."""
         for forward_pass in range(self.args.accumulate):
-            yield next(self.data), Place(step, forward_pass * self.world.size + self.world.rank)
+            yield next(self.data), self.generators(step, forward_pass * self.world.size + self.world.rank)
+
+    def generators(self, step: int, batch: int) -> list[torch.Generator]:
+        """A generator for each sample of a batch; dropout's is seeded, too. They depend on the seed and the place in
+        the run alone, so a resumed run has the same ones, with whatever number of processes. batch: its number among
+        the batches of all forward passes and ranks of the step."""
+        seed, size = self.args.seed, self.args.batch_size
+        torch.manual_seed(step_generator(seed, step, batch, DROPOUT).initial_seed())
+        return [step_generator(seed, step, index) for index in range(batch * size, (batch + 1) * size)]
 
     def backward(self, losses: dict[str, Tensor]) -> None:
         """Add the gradients of one forward pass to those of the step."""
@@ -335,7 +340,8 @@ class Run:
         self.bad = self.add_up(bad=dict(self.data.bad))["bad"]
         losses, samples_per_step = self.means(self.meter), self.world.size * self.args.batch_size * self.args.accumulate
         record = {"step": self.done, **losses, "lr": self.optimizers[0].param_groups[-1]["lr"]}
-        record |= {"samples_per_s": round(samples_per_step * self.meter.steps_per_second(), 3), "bad": self.bad}
+        seconds = max(time.perf_counter() - self.meter.start, 1e-9)  # a clock may stand still
+        record |= {"samples_per_s": round(samples_per_step * self.meter.steps / seconds, 3), "bad": self.bad}
         self.meter = Meter()
         record |= {"nonfinite": int(self.gradients.skipped), "memory_gb": round(peak_memory(self.device), 2)}
         record |= {"graphs": count_graphs()} if self.compiled else {}
@@ -367,7 +373,7 @@ class Run:
         self.passed_over = [name for name in self.passed_over if name != f"step-{self.done:08d}"]  # written anew
         state |= {"arguments": stored_arguments(self.args), "passed_over": self.passed_over}
         if self.world.rank == 0:
-            save_trained = partial(self.save_trained, self.model, stage=self.name)
+            save_trained = partial(self.save_trained, self.model, self.trained, stage=self.name)
             save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)
 
     def validate(self, bar: tqdm, received: list) -> None:
@@ -380,7 +386,7 @@ class Run:
         # Compiled losses keep what gradients need: without it they would have to be compiled once more.
         with closing(held_out), torch.set_grad_enabled(self.compiled):
             for n in range(min(args.val_batches, one_pass)):
-                meter.add(self.losses_of(next(held_out), Place(n, self.world.rank)))
+                meter.add(self.losses_of(next(held_out), self.generators(n, self.world.rank)))
                 if stopping := self.world.any(bool(received)):
                     break
         self.model.train(was_training)

@@ -57,7 +57,7 @@ def trained() -> tuple:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     folder = Path(tempfile.mkdtemp())
-    state, save = {"step": 7, "data": DATA}, partial(save_trained, model, stage="uas")
+    state, save = {"step": 7, "data": DATA}, partial(save_trained, model, model.trained_parameters(), stage="uas")
     saved = save_checkpoint(folder, state, model.trained_parameters(), [optimizer], save)
     contents = {path.name: path.read_bytes() for path in saved.iterdir()}
     shutil.rmtree(folder)
