@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import DTYPES, parse, run  # isort: skip
+from common.cli import parse, run  # isort: skip
 
 from PIL import Image
 
 from common.images import read_image, to_image
+from common.options import add_sampling_options
 from common.page import write_answer
-from generation import Segments, add_sampling_options, sampling_of
+from generation import Sampling, Segments, sampling_of
 from sample import Session, load
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -181,9 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5")
-    add_sampling_options(parser, words_first=True)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
+    add_sampling_options(parser, Sampling, words_first=True)
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every one of this machine's")
     add("--port", type=int, default=7860, help="port to listen at")

@@ -15,15 +15,15 @@ D width of the language model, C latent channels, h w latent height and width.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from common.graphs import compiled, compiled_step, lasting_cache
 from common.images import to_image
-from llama import KVCache, Llama
+from llama import KVCache
 from minigpt5 import MiniGPT5, dtype_of
 from prompts import description_in
 from qformer import preprocess_input
@@ -57,28 +57,6 @@ class Sampling:
             raise ValueError("top-p is in (0, 1], temperature at least 0, repetition-penalty above 0")
         if min(self.max_new_tokens, self.steps) < 1:
             raise ValueError("max-new-tokens and steps are at least 1")
-
-
-def add_picture_options(parser: argparse.ArgumentParser, against: str) -> None:
-    add = parser.add_argument
-    add("--steps", type=int, default=Sampling.steps, help="denoising steps of a picture")
-    add("--guidance", type=float, default=Sampling.guidance, help=f"guidance against {against}; 1: off")
-    add("--sampler", choices=sorted(SAMPLERS), default=Sampling.sampler, help="diffusion sampler")
-
-
-def add_sampling_options(parser: argparse.ArgumentParser, words_first: bool = False) -> None:
-    """The fields of `Sampling` as options; --words-first only where `words_first`."""
-    add = parser.add_argument
-    add_picture_options(parser, against="vokens of zeros or, after --no-cfg, the empty caption")
-    add("--empty-caption", action=argparse.BooleanOptionalAction, help="of both, the latter; default: as trained")
-    add("--temperature", type=float, default=Sampling.temperature, help="of the words; 0: always the likeliest")
-    add("--top-p", type=float, default=Sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
-    add("--repetition-penalty", type=float, default=Sampling.repetition_penalty, help="on words said before; 1: off")
-    add("--max-new-tokens", type=int, default=Sampling.max_new_tokens, help="longest answer, in tokens")
-    add("--force-image", action="store_true", help="begin every answer with a picture")
-    if words_first:
-        about = "say in words what a picture shows, then draw that description"
-        add("--words-first", action=argparse.BooleanOptionalAction, default=False, help=about)
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -187,7 +165,7 @@ def say(
 
     cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling)
     device = cache.device
-    step = compiled_next_token if sampling.compile else next_token
+    step = partial(compiled_step, next_token) if sampling.compile else next_token
     chances = torch.zeros(sampling.max_new_tokens, len(prompts), device=device)
     if sampling.temperature:  # at 0 no random number is used up, so that a picture's noise is the generator's first
         own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
@@ -359,39 +337,13 @@ def draw_described(
     return said
 
 
-# ---- torch.compile
-
-
-@cache
-def compiled(function: Callable, replayed: bool = False, **options: bool) -> Callable:
-    """`function` by torch.compile, one graph for each shape. `replayed`: a GPU is given all kernels at once (a CUDA
-    graph), and the next call overwrites what this one returned."""
-    return torch.compile(function, dynamic=False, options={"triton.cudagraphs": replayed, **options})
-
-
-def compiled_next_token(*inputs) -> tuple[Tensor, Tensor]:
-    """`next_token` compiled. Its attention is compiled, too: for one query, a fused kernel would leave most of a GPU
-    idle."""
-    torch.compiler.cudagraph_mark_step_begin()
-    with sdpa_kernel(SDPBackend.MATH):
-        hidden, picked = compiled(next_token, replayed=True, coordinate_descent_tuning=True)(*inputs)
-    return hidden.clone(), picked.clone()
-
-
-@lru_cache(maxsize=1)
-def lasting_cache(llama: Llama, batch: int, slots: int) -> KVCache:
-    """A cache that stays where it is in memory: a CUDA graph reads and writes the addresses that it was recorded
-    with."""
-    cache = KVCache(llama, batch, slots)
-    for tensor in (*cache.keys, *cache.values, cache.lengths):
-        torch._dynamo.mark_static_address(tensor, guard=False)
-    return cache
+# ---- the cache
 
 
 def open_cache(model: MiniGPT5, batch: int, slots: int, sampling: Sampling) -> KVCache:
     """An empty key-value cache, or one that holds the prefix of prefix tuning."""
     if sampling.compile:  # every size is compiled, so sizes are 256, 512, 1024 ... slots
-        cache = lasting_cache(model.llama, batch, max(256, 1 << (slots - 1).bit_length()))
+        cache = lasting_cache(KVCache, model.llama, batch, max(256, 1 << (slots - 1).bit_length()))
         cache.lengths.zero_()
     else:
         cache = KVCache(model.llama, batch, slots)

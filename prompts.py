@@ -10,7 +10,8 @@
 A caption is stage 1's (UAS); "image", "text+image" and "text" are stage 2's tasks (MLS) at step k of a story. The marks
 (###Human:, <Img> ...) are the released code's; the requests are worded anew.
 
-`CHAT_FORMS` says how a language model other than Vicuna has its marks: its tokenizer puts them in their place.
+A language model other than Vicuna may have other marks: its tokenizer puts them in their place
+(published/byte_pairs.py). How the released checkpoints' prompts were worded: published/convert.py.
 
 A text of the outside world is cleaned and escaped once, where it enters: `clean_caption` or `one_line` cleans it, and
 `Tokenizer.plain` escapes what would be read as a special token. The readers of tars and sample.py do this for turns.
@@ -19,11 +20,9 @@ nothing in it is special, reads it too. The functions here expect texts that are
 """
 
 import re
-from difflib import get_close_matches
-from pathlib import Path
 from typing import NamedTuple
 
-from common.files import read_json
+from common.texts import Words
 from tokenizer import Tokenizer
 
 END = " ###"  # ends every answer
@@ -58,18 +57,6 @@ class System(NamedTuple):
 
 WORDS_FIRST_SYSTEM = System("Put every picture into words first.")
 
-# How the released code worded the prompts of a training, by its data and year, as a checkpoint's metadata say it. The
-# tokenizer began every sequence with </s> until March 2024, when the dialogues' form changed, too.
-OLD_VIST = {"system": MLS_SYSTEM + "Please understanding images and generate story.", "first_token": "</s>"}
-OLD_CHAT = {"system": MLS_SYSTEM + "Please generate conversation with appropriate image.", "first_token": "</s>"}
-NEW_CHAT = {"system": MLS_SYSTEM + "Please generate conversations with appropriate images. ", "separator": " "}
-RELEASED_FORMS = {
-    "cc3m-2023": {"first_token": "</s>"},
-    "vist-2023": OLD_VIST,
-    "vist-2024": OLD_VIST | {"first_token": "<s>"},
-    "mmdialog-2023": OLD_CHAT | {"separator": "\n"},
-    "mmdialog-2024": NEW_CHAT | {"first_token": "<s>"},
-}
 STORY_REQUESTS = {  # {}: the step's text, or its picture
     "image": ("Generate an image with the scene description: {}", "Draw the scene that is described here: {}"),
     "text+image": ("What should happen then?", "Continue the story with an image.", "Show and tell me the next scene."),
@@ -80,62 +67,11 @@ TASKS = tuple(STORY_REQUESTS)
 
 # ---- cleaning
 
-STRAIGHT = str.maketrans("\u2018\u2019\u00b4`\u201c\u201d\u201e\u2012\u2013\u2014\u2015", "''''       ")
-
-
-def clean_caption(text: str) -> str:
-    """The released code's cleaning: lower case, .!"()*#:;~ to spaces, white space to single spaces."""
-    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
-
-
-def plain_words(text: str) -> str:
-    """What somebody typed, as the miniature reads it: `clean_caption`, with straight quotes and no dashes."""
-    return clean_caption(text.translate(STRAIGHT))
-
 
 def one_line(text: str) -> str:
     """A turn's text on one line, in valid UTF-8, and without "###", which would end the turn."""
     text = text.encode("utf-8", "replace").decode()
     return re.sub("#(?=##)", "# ", " ".join(text.split()))
-
-
-# ---- spelling: slips are read as the known words that were meant, and unknown words are named
-
-WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
-
-
-def words_in(text: str) -> list[str]:
-    return re.findall(WORD, text)
-
-
-class Words:
-    """The words that a small model knows. `unknown`: common words that it does not know, and that are no slips of words
-    that it knows."""
-
-    def __init__(self, known: list[str], unknown: list[str]):
-        self.known, self.unknown = known, {*unknown}
-
-    @classmethod
-    def of(cls, weights: Path) -> "Words":
-        """Those of minigpt5/words.json in a folder of weights; no words where it has no such list."""
-        path = weights / "minigpt5" / "words.json"
-        return cls(**read_json(path)) if path.is_file() else cls([], [])
-
-    def meant(self, word: str) -> str | None:
-        """The known word that is written like this, perhaps with a slip; None if there is none."""
-        if word in self.known or len(word) < 2:
-            return word
-        swapped = [other for other in self.known if len(other) == len(word) and sorted(other) == sorted(word)]
-        near = swapped or get_close_matches(word, self.known, 3, 0.75)
-        return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
-
-    def spelled(self, text: str) -> str:
-        """A clean text with known words in the place of their slips."""
-        return re.sub(WORD, lambda match: self.meant(match[0]) or match[0], text)
-
-    def missing(self, text: str) -> list[str]:
-        """The words of what somebody typed that are not known; none where no words are known at all."""
-        return [word for word in dict.fromkeys(words_in(plain_words(text))) if self.known and self.meant(word) is None]
 
 
 # ---- words first
@@ -238,22 +174,9 @@ def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
     return turns[first : first + 2] * (first < start) + turns[start:k]
 
 
-def chatml(text: str) -> str:
-    """A prompt or an answer with the marks of ChatML. Every sequence begins with <s>, which here is <|im_start|>."""
-    speakers = r"\s*###(Human|Assistant): ?"
-    if not text.startswith("###") and re.search(speakers, text):
-        text = "system\n" + text
-    roles = {"Human": "user", "Assistant": "assistant"}
-    text = re.sub(speakers, lambda match: f"<|im_end|>\n<|im_start|>{roles[match[1]]}\n", text)
-    return re.sub(" ?###$", "<|im_end|>", text.removeprefix("<|im_end|>\n<|im_start|>"))
-
-
-CHAT_FORMS = {"vicuna": str, "chatml": chatml}  # by the name that config.json has as chat_form
-
-
 def user_turn(tokenizer: Tokenizer, text: str, words: Words | None, pictures: tuple = ()) -> Turn:
     """What somebody typed, clean and escaped; with `words`, in lower case, without punctuation and without slips."""
-    clean = words.spelled(plain_words(text)) if words else ""
+    clean = words.spelled(text) if words else ""
     return Turn(tokenizer.plain(clean or one_line(text)), pictures)
 
 

@@ -40,15 +40,16 @@ from common.cli import (  # isort: skip
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import prompts
 from common.images import read_image
+from common.options import add_sampling_options
 from common.page import write_answer
+from common.terminal import Terminal, chat
+from common.texts import Words, clean_caption
 from generation import (
     Sampling,
     Segments,
-    add_sampling_options,
     answer,
     prompt_ids,
     room_after,
@@ -56,7 +57,7 @@ from generation import (
     sampling_of,
 )
 from minigpt5 import MiniGPT5
-from prompts import Turn, Words
+from prompts import Turn
 from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
 
@@ -129,7 +130,7 @@ class Session:
             turns = [self.turn(text, pictures) for text in texts]
             ids = [prompt_ids(model, prompts.dialog_source([turn], 1, self.system)) for turn in turns]
         else:  # stage 1 reads bare captions
-            clean = [prompts.clean_caption(text) or prompts.one_line(text) for text in texts]
+            clean = [clean_caption(text) or prompts.one_line(text) for text in texts]
             ids = [prompt_ids(model, model.tokenizer.plain(text)) for text in clean]
         for first in range(0, len(ids), BATCH):
             part = ids[first : first + BATCH]
@@ -169,6 +170,11 @@ class Session:
     def missing(self, text: str) -> list[str]:
         """The words of a text that are not in the world of the weights, where these bring a list of it."""
         return self.words.missing(text) if self.words else []
+
+    def report_missing(self, *texts: str) -> None:
+        for text in texts:
+            if missing := self.missing(text):
+                print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
 
     def turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
         return prompts.user_turn(self.model.tokenizer, text, self.words, pictures)
@@ -215,9 +221,7 @@ def arguments() -> argparse.Namespace:
         "stage 1's; without words first stage 2's for stories, chats and pictures that are given")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
-    add_sampling_options(parser, words_first=True)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (bench/README.md)")
+    add_sampling_options(parser, Sampling, words_first=True)
     add("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
@@ -241,96 +245,12 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-class Terminal:
-    """Prints answers and numbers their pictures. On a terminal the words are seen as they come, and a bar where the
-    pictures take longer than two seconds."""
-
-    def __init__(self, session: Session, out: Path):
-        self.tokenizer, self.out, self.count = session.model.tokenizer, out, 0
-        self.printed, self.bar = "", None
-        session.watch = self.watch if sys.stdout.isatty() else None
-
-    def watch(self, ids: list[int] | None = None, done: int = 0, steps: int = 0, latents: object = None) -> None:
-        if ids is not None:
-            words = self.tokenizer.decode(ids, skip_special=True).strip().rstrip("#\N{REPLACEMENT CHARACTER}").rstrip()
-            if words.startswith(self.printed):
-                print(words.removeprefix(self.printed), end="", flush=True)
-                self.printed = words
-            return
-        if done == 1:
-            self.bar = tqdm(total=steps, desc="pictures", unit="step", delay=2, leave=False, disable=None)
-        self.bar.update()
-        if done == steps:
-            self.bar.close()
-
-    def show(self, *segments: str | Image.Image) -> None:
-        """Prints an answer: what is not on the screen yet, and where its pictures are."""
-        if self.printed:
-            print()
-        for segment in segments:
-            words = segment if isinstance(segment, str) else f"({segment.info.get('description', '')})"
-            if words != "()" and not self.printed:
-                print(words)
-            if not isinstance(segment, str):
-                print(f"[{self.out / f'{self.count}.png'}]")
-                self.count += 1
-        self.printed = ""
-
-
-COMMANDS = """/image FILE   show a picture with your next line
-/new          begin a new chat
-/help         list these commands
-/quit         end the chat; so does an empty line"""
-
-
-def chat(session: Session, args: argparse.Namespace, pictures: list[Image.Image]) -> None:
-    """Answers PROMPT, if it is given, then line after line of the terminal until an empty one."""
-    turns, terminal = [], Terminal(session, args.out)
-    print("Ask for a picture, then for changes. /help lists the commands.")
-    for line in chain([args.prompt] if args.prompt else [], iter(read_line, "")):
-        command, _, rest = line.partition(" ")
-        try:
-            if command == "/quit":
-                return
-            if command == "/new":
-                session.new(args.seed)
-                print("A new chat begins.")
-            elif command == "/image":
-                pictures.append(read_image(rest.strip()))
-                print(f"{rest.strip()} goes with your next line.")
-            elif line.startswith("/"):
-                print(COMMANDS)
-            else:
-                given, pictures = pictures, []
-                report_unknown(session, line)
-                segments = session.chat(line, tuple(given))
-                turns += [("you", [line, *given]), ("model", segments)]
-                write_answer(turns, "chat", args.seed, args.out)
-                terminal.count += len(given)
-                terminal.show(*segments)
-        except ValueError as error:  # a file that is no picture, or more words than there is room for
-            print(f"error: {error}", file=sys.stderr)
-
-
-def read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:  # the end of what was piped in, or Ctrl-D
-        return ""
-
-
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. ValueError where it has none."""
     lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
     if not (found := list(filter(None, lines))):
         raise ValueError(f"{path}: no prompt in it")
     return found
-
-
-def report_unknown(session: Session, *texts: str) -> None:
-    for text in texts:
-        if missing := session.missing(text):
-            print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
 
 
 def main() -> None:
@@ -349,9 +269,9 @@ def main() -> None:
         print("compiling takes minutes: at the first words and picture, and when a chat outgrows 256, 512 ... tokens")
 
     if args.chat:
-        return chat(session, args, pictures)
+        return chat(session, out, args.prompt, args.seed, pictures)
     texts, terminal = [args.prompt] if args.prompt else read_prompts(args.prompts), Terminal(session, out)
-    report_unknown(session, *texts)
+    session.report_missing(*texts)
     if args.turns is not None:
         turns = [("you", [args.prompt, *pictures])]
         terminal.show(args.prompt, *pictures)

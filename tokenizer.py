@@ -2,7 +2,7 @@
 
 text -> encode -> ids, vokens and placeholder above the base vocabulary -> decode -> text
 
-`Tokenizer` is Vicuna's, a sentencepiece model. `BytePairTokenizer` is that of SmolLM2 or Llama 3, a tokenizer.json.
+`Tokenizer` is Vicuna's, a sentencepiece model; published/byte_pairs.py has that of SmolLM2 or Llama 3.
 """
 
 import re
@@ -101,38 +101,3 @@ class Tokenizer:
                 run.append(i)
             after_special = i in self.names
         return text + self.pieces.decode(run)
-
-
-class BytePairTokenizer(Tokenizer):
-    """Byte pairs of a tokenizer.json, read by the package `tokenizers`, with the same tokens added.
-
-    All tokens that the file calls special are special here. Which of them begins every sequence (`bos`) and which ones
-    end an answer (`eos`) is said elsewhere: in the language model's config.json. `in_chat_form`: one of
-    prompts.CHAT_FORMS. ValueError for another file.
-    """
-
-    def __init__(self, path: Path, bos: int, eos: list[int], in_chat_form: Callable[[str], str] = str, vokens: int = 8):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(f"{path}: reading it needs the package tokenizers: pip install tokenizers") from None
-        try:
-            self.pieces = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # of the class Exception itself
-            raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from None
-        if not isinstance(self.pieces.decoder, tokenizers.decoders.ByteLevel):
-            raise ValueError(f"{path}: only tokenizers of byte pairs are supported as tokenizer.json")
-        self.pieces.no_truncation()
-        self.bos_id, self.eos_id, self.in_chat_form = bos, eos[0], in_chat_form
-        known = self.pieces.get_added_tokens_decoder().items()
-        special = {token.content: i for i, token in known if token.special}
-        self.add_tokens(self.pieces.get_vocab_size(), special, vokens)
-        if not {bos, *eos} <= set(special.values()):
-            raise ValueError(f"{path}: bos_token_id {bos} and eos_token_id {eos} should be special tokens of it")
-        self.stops = [[i] for i in eos] + [self.encode(end) for end in ("###", " ###")]
-
-    def encode_plain(self, text: str) -> list[int]:
-        return self.pieces.encode(text, add_special_tokens=False).ids
-
-    def _decode_run(self, ids: list[int]) -> str:
-        return self.pieces.decode(ids, skip_special_tokens=False)

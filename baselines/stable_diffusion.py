@@ -30,7 +30,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DTYPES, add_weights_option, pick_device, read_arguments, run  # isort: skip
+from common.cli import DTYPES, add_model_options, pick_device, read_arguments, run  # isort: skip
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from baselines.divter import split_description
 from baselines.gill import is_gill, load_gill
 from common.files import fingerprint, read_json
 from common.images import to_image
+from common.options import add_picture_options
 from evaluation.cases import (
     SETTINGS,
     Case,
@@ -51,7 +52,7 @@ from evaluation.cases import (
     unanswered,
     write_answer,
 )
-from generation import Sampling, add_picture_options, denoise, sampling_of
+from generation import Sampling, denoise, sampling_of
 from minigpt5 import MiniGPT5
 from prompts import TASKS
 from published.clip_tokenizer import ClipTokenizer
@@ -152,11 +153,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_case_options(parser, ["none", "texts"])
-    add_weights_option(parser)
+    add_model_options(parser)
     add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
     add("--checkpoint", type=Path, help="a run of train_sd.py or of gill.py; default: as published")
-    add_picture_options(parser, against="the empty text")
+    add_picture_options(parser, Sampling, against="the empty text")
     return read_arguments(parser)
 
 

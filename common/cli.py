@@ -77,6 +77,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add_weights_option(parser)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    about = "of the frozen weights; auto: bf16 on a GPU (bench/README.md)"
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=about)
+
+
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
     layout = "folder of the published layout (README, Published weights); default: the miniature"
     parser.add_argument("--weights", type=Path, default=MINIATURE, metavar="DIR", help=layout)
@@ -93,11 +100,11 @@ def suited_options(weights: Path, command: str) -> dict:
 
 
 def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
-    """Add --weights and read the command line. Options that are not given take the values of `suited_options`.
-    ValueError if these name an unknown option."""
+    """Add --weights, --device and --dtype, and read the command line. Options that are not given take the values of
+    `suited_options`. ValueError if these name an unknown option."""
     first = argparse.ArgumentParser(add_help=False)
     add_weights_option(first)
-    add_weights_option(parser)
+    add_model_options(parser)
     weights = first.parse_known_args()[0].weights
     path, suited = weights / "minigpt5" / "config.json", suited_options(weights, command)
     if unknown := set(suited) - set(vars(parser.parse_args([]))):

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from common.files import fingerprint, write_json, write_text
 from common.images import resize_and_crop
+from common.options import add_sampling_options
 from evaluation.cases import (
     CONTEXTS,
     Case,
@@ -61,7 +62,7 @@ from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from evaluation.study import study, tally
 from evaluation.wins import wins
-from generation import add_sampling_options, sampling_of
+from generation import Sampling, sampling_of
 from prompts import TASKS
 from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
@@ -156,7 +157,7 @@ def arguments() -> argparse.Namespace:
         ("pairing", "the miniature's pairing; default: pairing.safetensors in WEIGHTS, if there"),
     ):
         add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
-    add_sampling_options(parser)
+    add_sampling_options(parser, Sampling)
     args = parse(parser, "evaluate")
     if not args.out or args.out.suffix != ".json":
         parser.error("--out is needed, with the ending .json")

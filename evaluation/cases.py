@@ -31,15 +31,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import DTYPES, make_folder
+from common.cli import make_folder
 from common.files import read_json, write_json
 from common.images import ImageError, read_image
 from common.page import save_image
+from common.texts import clean_caption
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
-from prompts import TASKS, Example, Turn, clean_caption, dialog_example, history_start, story_example, uas_texts
+from prompts import TASKS, Example, Turn, dialog_example, history_start, story_example, uas_texts
 from tars.batches import decode, describe, read_caption, read_member
 from tars.index import Member, Unusable, expand, read_index
 from tars.stories import read_turns
@@ -64,8 +65,6 @@ def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> No
     add("--n", type=int, default=0, help="the first so many cases; 0: all")
     add("--seed", type=int, default=0, help="same seed, same answers")
     add("--batch-size", type=int, default=16, help="cases answered at a time")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
 
 
 class Case(NamedTuple):

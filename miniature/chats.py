@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from common.texts import plain_words, words_in
 from miniature import phrases
 from miniature.descriptions import describe, from_left
 from miniature.facts import (
@@ -44,7 +45,6 @@ from miniature.wishes import (
     wish,
 )
 from miniature.words import COLOUR_WORDS, PLACE_PHRASES, SCENE_NOUNS, SIZE_WORDS, TIME_CLAUSES, choices, plural, some
-from prompts import plain_words, words_in
 
 WORDS = 203  # purpose of the random streams
 

@@ -18,6 +18,7 @@ import numpy as np
 import sentencepiece
 
 from common.files import written_whole
+from common.texts import plain_words
 from miniature.chats import bracketed, change, chat
 from miniature.descriptions import as_named, describe, from_left
 from miniature.facts import PLACES, Picture, pick, random_stream
@@ -38,7 +39,6 @@ from prompts import (
     chat_history,
     dialog_example,
     history_start,
-    plain_words,
     story_example,
     uas_texts,
 )

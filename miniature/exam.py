@@ -17,6 +17,7 @@ from PIL import Image
 from baselines.stable_diffusion import StableDiffusion
 from common.images import to_image, to_tensor
 from common.page import draw_grid
+from common.texts import Words, clean_caption
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids
 from miniature.descriptions import describe
@@ -27,7 +28,7 @@ from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import sample_pair
 from minigpt5 import MiniGPT5
-from prompts import WORDS_FIRST_SYSTEM, Turn, Words, clean_caption, dialog_source, pictures_of, user_turn
+from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, pictures_of, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time

@@ -33,7 +33,8 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
 from common.files import write_json
-from generation import add_sampling_options, sampling_of
+from common.options import add_sampling_options
+from generation import Sampling, sampling_of
 from miniature.exam import (
     LONGEST,
     Exam,
@@ -242,7 +243,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", type=Path, default=FOLDER / "prompts.jsonl", help="prompts of the part people")
     add("--chats", type=Path, default=FOLDER / "chats.jsonl", help="chats of the part people")
     add("--seeds", type=seeds, default=[0, 1, 2], help="of the part people; default: 0,1,2")
-    add_sampling_options(parser, words_first=True)
+    add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from common.texts import plain_words
 from miniature import phrases
 from miniature.descriptions import as_named
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, home, pick, sample_picture
@@ -33,7 +34,6 @@ from miniature.words import (
     verb,
     with_article,
 )
-from prompts import plain_words
 
 SLIPS = 0.05  # share of texts with slips of the fingers
 
@@ -144,7 +144,7 @@ def place_words(rng: np.random.Generator, place: str) -> str:
 
 
 def wish(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -> tuple[str, Picture]:
-    """What somebody types, as the language model reads it (`prompts.plain_words`), and a picture that it wishes for.
+    """What somebody types, as the language model reads it (`texts.plain_words`), and a picture that it wishes for.
     `slips`: the share of texts with slips of the fingers."""
     if chance(rng, 0.2):  # a caption: names most, in the words of captions
         picture = sample_picture(rng, split)

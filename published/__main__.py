@@ -19,9 +19,8 @@ from common.cli import run  # isort: skip
 
 import torch
 
-from prompts import RELEASED_FORMS
 from published.check import check
-from published.convert import convert, pack
+from published.convert import RELEASED_FORMS, convert, pack
 from published.fetch import SOURCES, fetch, fetch_smollm2
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -11,7 +11,7 @@ Pickles are read through torch.load(weights_only=True) alone. Nothing is left ha
 is whole, and the file that makes a part complete (index, config.json) is written last.
 
 A released checkpoint of MiniGPT-5 does not say how its prompts were worded. The published files are known by their
-SHA-256, and with it their form (prompts.RELEASED_FORMS); that of any other file is named by --form.
+SHA-256, and with it their form (RELEASED_FORMS); that of any other file is named by --form.
 
 Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole
 tables. Their other rows are smaller than Vicuna's, since weight decay acted on them, and the released model runs with
@@ -33,7 +33,7 @@ from torch import Tensor
 from common.cli import make_folder
 from common.files import read_json, write_json
 from llama import Llama
-from prompts import RELEASED_FORMS
+from prompts import MLS_SYSTEM
 from published.gguf_file import chat_form, is_gguf, read_gguf
 from published.loading import (
     STAGE_1,
@@ -124,6 +124,18 @@ TRAINED_NAMES = (  # without the wrappers of Lightning and peft: Vicuna's
 PROJECTION_NAMES = (  # without the buffers of its frozen parts, which MiniGPT-4's file holds, too
     (r"^(Qformer|llama_model)\..*(position_ids|rotary_emb\.inv_freq)$", None),
 )
+# How the released code worded the prompts of a training, by its data and year, as a checkpoint's metadata say it. The
+# tokenizer began every sequence with </s> until March 2024, when the dialogues' form changed, too.
+OLD_VIST = {"system": MLS_SYSTEM + "Please understanding images and generate story.", "first_token": "</s>"}
+OLD_CHAT = {"system": MLS_SYSTEM + "Please generate conversation with appropriate image.", "first_token": "</s>"}
+NEW_CHAT = {"system": MLS_SYSTEM + "Please generate conversations with appropriate images. ", "separator": " "}
+RELEASED_FORMS = {
+    "cc3m-2023": {"first_token": "</s>"},
+    "vist-2023": OLD_VIST,
+    "vist-2024": OLD_VIST | {"first_token": "<s>"},
+    "mmdialog-2023": OLD_CHAT | {"separator": "\n"},
+    "mmdialog-2024": NEW_CHAT | {"first_token": "<s>"},
+}
 FORMS = {  # SHA-256 of the released checkpoints: how their prompts were worded
     "ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34": "cc3m-2023",
     "d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1": "vist-2023",

@@ -102,7 +102,7 @@ def read_gguf(path: Path) -> tuple[dict, dict, dict[str, Quantised]]:
 
 
 def chat_form(template: object) -> str:
-    """The name in prompts.CHAT_FORMS of a published chat template, a program in Jinja's language that is not run."""
+    """The name in byte_pairs.CHAT_FORMS of a published chat template, a program in Jinja's language that is not run."""
     return "chatml" if re.search(r"<\|im_start\|>", str(template)) else "vicuna"
 
 

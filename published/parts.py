@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from common.files import read_json
 from llama import Llama, LlamaConfig
 from minigpt5 import MiniGPT5
-from prompts import CHAT_FORMS
 from published import loading
+from published.byte_pairs import CHAT_FORMS, BytePairTokenizer
 from published.clip_tokenizer import ClipTokenizer
 from published.cpu import HAS_AMX, use_float32_kernels
 from published.int8 import to_int8
@@ -43,7 +43,7 @@ from published.loading import (
 from qformer import ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import NoiseSchedule, ScheduleConfig
 from text_encoder import ACTIVATIONS, TextConfig, TextEncoder
-from tokenizer import BytePairTokenizer, Tokenizer
+from tokenizer import Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 

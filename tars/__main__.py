@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from common.cli import DTYPES, add_weights_option, pick_device, run
+from common.cli import DTYPES, add_model_options, pick_device, run
 from tars import datasets, precompute
 
 SOURCES = {
@@ -35,13 +35,11 @@ def arguments() -> argparse.Namespace:
     add = command.add_argument
     add("sources", nargs="+", metavar="TAR", help="tars of pairs, or of stories and dialogues; folders, lists")
     add("--out", type=Path, required=True, help="the tar to write; of several sources the folder")
-    add_weights_option(command)
+    add_model_options(command)
     add("--store", choices=precompute.STORE, default="fp16", help="dtype of what is written")
     add("--no-captions", action="store_true", help="leave captions to the text encoder in training: smaller tars")
     add("--batch-size", type=int, default=16, help="pictures encoded at once")
     add("--workers", type=int, default=2, help="processes that read pictures; 0: none")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU (README, Memory)")
     args = parser.parse_args()
     if args.command == "precompute" and (args.batch_size < 1 or args.workers < 0):
         parser.error("--batch-size is at least 1, --workers at least 0")

@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from common.files import TO_END
 from common.images import ImageError, read_image
-from prompts import UAS_REQUESTS, clean_caption
+from common.texts import clean_caption
+from prompts import UAS_REQUESTS
 from tars.index import MAX_BYTES, Member, TarIndex, Unusable, expand, read_index
 from tars.precomputed import NOTHING, Precomputed, find_precomputed, read_tensors
 

@@ -32,7 +32,7 @@ from itertools import chain
 from pathlib import Path
 
 from common.files import read_json
-from prompts import clean_caption
+from common.texts import clean_caption
 from tars.batches import decode, read_caption
 from tars.index import ENDINGS, MAX_BYTES, MAX_PICTURES, Member, Unusable
 from tars.writer import Report, Sample, write_samples

@@ -18,6 +18,7 @@ from test_commands import ask, fails, train
 import sample
 import train_mls
 import train_uas
+from common import terminal
 from common.cli import Printed, open_streams, run
 from common.images import ImageError, read_image
 from generation import Sampling, prompt_ids, say
@@ -63,10 +64,10 @@ def test_streams_that_are_closed_or_strict(monkeypatch):
     open_streams()
     print("x", file=sys.stdout)
     print("x", file=sys.stderr)
-    assert sample.read_line() == ""
+    assert terminal.read_line() == ""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red \xff boat\n"), "utf-8", "strict"))
     open_streams()
-    assert sample.read_line() == "a red \ufffd boat"
+    assert terminal.read_line() == "a red \ufffd boat"
 
 
 def test_a_picture_outlives_its_terminal(weights, tmp_path):

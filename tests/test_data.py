@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from common.images import preprocess_output
-from prompts import UAS_REQUESTS, clean_caption, uas_texts
+from common.texts import clean_caption
+from prompts import UAS_REQUESTS, uas_texts
 from tars import batches as batches_module
 from tars import index as tars
 from tars.batches import SAMPLE, Batches, PairData, describe, epoch_order, random_bits

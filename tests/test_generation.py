@@ -12,10 +12,12 @@ from random_weights import write_random_weights
 from torch._dynamo.testing import CompileCounter
 
 import generation
+from common import graphs, options
 from common.images import to_tensor
 from generation import Sampling, pick_tokens, prompt_ids, room_after, room_wanted, segments_of
 from published.parts import load_minigpt5
 from qformer import preprocess_input
+from scheduler import SAMPLERS
 
 PICTURE = "<Img><ImageHere></Img>"
 
@@ -157,6 +159,10 @@ def test_pick_tokens():
     assert (counts / 4000 - (torch.tensor(logits) / 2).softmax(-1)).abs().max() < 1e-3
 
 
+def test_every_sampler_has_its_option():
+    assert {*options.SAMPLERS} == {*SAMPLERS}
+
+
 def test_compiled_answers(model, monkeypatch):
     """The same answers as without torch.compile, every shape compiled once, whatever the prompt."""
     counters = {}
@@ -165,8 +171,10 @@ def test_compiled_answers(model, monkeypatch):
         counters.setdefault(function, CompileCounter())
         return torch.compile(function, backend=counters[function], fullgraph=True, dynamic=False)
 
-    monkeypatch.setattr(generation, "compiled", cache(traced))
-    generation.lasting_cache.cache_clear()
+    traced = cache(traced)
+    monkeypatch.setattr(generation, "compiled", traced)
+    monkeypatch.setattr(graphs, "compiled", traced)
+    graphs.lasting_cache.cache_clear()
     sampling = Sampling(max_new_tokens=24, steps=3, top_p=0.99)
     for prompts in (["a red boat", "and what then?"], ["the kite drifts", "a"], ["go on with a longer prompt", "so"]):
         said = [say(model, prompts, None, s, generators(2)) for s in (sampling, replace(sampling, compile=True))]
@@ -199,7 +207,7 @@ def test_compiled_pictures_are_painted_one_by_one(model, monkeypatch):
         return paint(model, features, plain, latents)
 
     monkeypatch.setattr(generation, "paint", note)
-    monkeypatch.setattr(generation, "compiled_next_token", generation.next_token)
+    monkeypatch.setattr(generation, "compiled_step", lambda function, *inputs: function(*inputs))
     both = [answer(model, ["a", "b"], [[], []], replace(plain, compile=c), generators(2)) for c in (False, True)]
     assert painted[0] >= 2 and painted[1:] == [1] * painted[0]
     pictures = [[to_tensor(s) for words in said for s in words if not isinstance(s, str)] for said in both]

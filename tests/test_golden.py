@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import llama
 from common.images import preprocess_output, read_image, resize_and_crop, to_image
+from common.texts import clean_caption
 from generation import Sampling, paint, prompt_ids, say
 from llama import KVCache
 from minigpt5 import MiniGPT5, Noise, collate
-from prompts import clean_caption
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import TRAINED_NAMES, convert
 from published.loading import our_name, save_safetensors

@@ -17,8 +17,8 @@ from helpers import pairs, write_tar
 from safetensors.torch import load_file
 from test_commands import train
 
-import generation
 from bench.gpu import not_compiled
+from common import graphs
 from generation import Sampling, paint, prompt_ids, say
 from minigpt5 import collate
 from prompts import uas_texts
@@ -37,7 +37,7 @@ def device(request, monkeypatch):
     """The GPU, with float32 products in float32; on the CPU, to rehearse, nothing is compiled."""
     torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    for cached in (generation.compiled, generation.lasting_cache):
+    for cached in (graphs.compiled, graphs.lasting_cache):
         cached.cache_clear()
     if request.config.getoption("--gpu") and torch.cuda.is_available():
         yield torch.device("cuda", 0)
@@ -46,7 +46,7 @@ def device(request, monkeypatch):
             yield torch.device("cpu")
     else:
         pytest.skip("needs a GPU, and --gpu")
-    for cached in (generation.compiled, generation.lasting_cache):
+    for cached in (graphs.compiled, graphs.lasting_cache):
         cached.cache_clear()
     torch._dynamo.reset()
 

@@ -11,8 +11,9 @@ import transformers
 from helpers import randomise
 from test_llama import FAMILY, SIZES, generated_strings
 
-from prompts import END, System, Turn, chatml, dialog_source, uas_texts
+from prompts import END, System, Turn, dialog_source, uas_texts
 from published.__main__ import main
+from published.byte_pairs import chatml
 from published.gguf_file import chat_form, smollm_tokenizer
 from published.loading import WeightsError
 from published.parts import load_llama, load_tokenizer

@@ -8,6 +8,7 @@ from helpers import assert_close
 from transformers import Blip2Config, Blip2Model, CLIPTextModel, CLIPTokenizer, LlamaForCausalLM, T5Config
 
 import sample
+from common import terminal
 from common.cli import MINIATURE
 from common.images import read_image, to_tensor
 from miniature.judge import load_judge, read, right_shares
@@ -140,7 +141,7 @@ def test_a_story_goes_on_from_its_words(tmp_path, monkeypatch):
 def test_a_chat_remembers_its_picture(tmp_path, monkeypatch):
     """Over an exchange in between, which is all that the published history holds."""
     lines = iter(["draw a big blue house in the city", "hello", "how are you?", "at night please"])
-    monkeypatch.setattr(sample, "read_line", lambda: next(lines, ""))
+    monkeypatch.setattr(terminal, "read_line", lambda: next(lines, ""))
     segments = segments_of(["--chat"], tmp_path, monkeypatch)
     first, last = [facts_in(segment["description"]) for segment in segments if "image" in segment]
     assert first.scene == last.scene == "city" and last.time == "night"

@@ -21,6 +21,7 @@ import train_mls
 from miniature.world import write_dialogues, write_stories
 from minigpt5 import MiniGPT5, collate
 from prompts import Turn
+from published.convert import RELEASED_FORMS
 from published.loading import WeightsError, checkpoint_folders, load_trained, save_trained
 from published.parts import load_minigpt5
 from trainer import run as trainer_run
@@ -436,12 +437,12 @@ def test_form_of_the_released_chats(monkeypatch, weights, uas, tmp_path):
     parts += ["###Assistant:"]
     metadata = {"format": "minigpt5", "stage": "mls", "vokens": "8"}
     tensors = load_file(checkpoint_folders(uas)[0] / "trained.safetensors")
-    save_file(tensors, tmp_path / "chat.safetensors", metadata | prompts.RELEASED_FORMS["mmdialog-2024"])
+    save_file(tensors, tmp_path / "chat.safetensors", metadata | RELEASED_FORMS["mmdialog-2024"])
     model = load_minigpt5(weights, tmp_path / "chat.safetensors")
     assert prompts.dialog_source(turns, 3, model.system) == " ".join(parts)
     assert generation.prompt_ids(model, "a boat")[0] == 1
 
-    save_file(tensors, tmp_path / "old.safetensors", metadata | prompts.RELEASED_FORMS["cc3m-2023"])
+    save_file(tensors, tmp_path / "old.safetensors", metadata | RELEASED_FORMS["cc3m-2023"])
     model = load_minigpt5(weights, tmp_path / "old.safetensors")
     batch = collate(model.tokenizer, [("a boat", "[IMG0] ###")], 1)
     assert generation.prompt_ids(model, "a boat")[0] == batch.ids[0, 0] == model.tokenizer.eos_id == 2

@@ -4,7 +4,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.cli import DTYPES, parse
+from common.cli import parse
 
 MAX_VOKENS = 128  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
 MAX_BATCH, MAX_WORKERS = 65_536, 1_024
@@ -40,8 +40,6 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--val-batches", type=int, default=20, help="held-out batches on each GPU, over which the losses are means")
     add("--log-every", type=int, default=10, help="steps between lines of log.jsonl, each with means over these steps")
     add("--tensorboard", action="store_true", help="write the log for TensorBoard, too, into OUT/tensorboard")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=DTYPES, default="auto", help="of the frozen weights; auto: bf16 on a GPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
     add("--gradient-checkpointing", action="store_true", help="compute frozen layers twice, which saves memory")
 

@@ -1,0 +1,58 @@
+"""Texts of the outside world: cleaned as captions are, and spelled right."""
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from common.files import read_json
+
+STRAIGHT = str.maketrans("\u2018\u2019\u00b4`\u201c\u201d\u201e\u2012\u2013\u2014\u2015", "''''       ")
+
+
+def clean_caption(text: str) -> str:
+    """The released code's cleaning: lower case, .!"()*#:;~ to spaces, white space to single spaces."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
+
+
+def plain_words(text: str) -> str:
+    """What somebody typed, as the miniature reads it: `clean_caption`, with straight quotes and no dashes."""
+    return clean_caption(text.translate(STRAIGHT))
+
+
+# ---- spelling: slips are read as the known words that were meant, and unknown words are named
+
+WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
+
+
+def words_in(text: str) -> list[str]:
+    return re.findall(WORD, text)
+
+
+class Words:
+    """The words that a small model knows. `unknown`: common words that it does not know, and that are no slips of words
+    that it knows."""
+
+    def __init__(self, known: list[str], unknown: list[str]):
+        self.known, self.unknown = known, {*unknown}
+
+    @classmethod
+    def of(cls, weights: Path) -> "Words":
+        """Those of minigpt5/words.json in a folder of weights; no words where it has no such list."""
+        path = weights / "minigpt5" / "words.json"
+        return cls(**read_json(path)) if path.is_file() else cls([], [])
+
+    def meant(self, word: str) -> str | None:
+        """The known word that is written like this, perhaps with a slip; None if there is none."""
+        if word in self.known or len(word) < 2:
+            return word
+        swapped = [other for other in self.known if len(other) == len(word) and sorted(other) == sorted(word)]
+        near = swapped or get_close_matches(word, self.known, 3, 0.75)
+        return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
+
+    def spelled(self, text: str) -> str:
+        """What somebody typed, as `plain_words` has it, with known words in the place of their slips."""
+        return re.sub(WORD, lambda match: self.meant(match[0]) or match[0], plain_words(text))
+
+    def missing(self, text: str) -> list[str]:
+        """The words of what somebody typed that are not known; none where no words are known at all."""
+        return [word for word in dict.fromkeys(words_in(plain_words(text))) if self.known and self.meant(word) is None]
