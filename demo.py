@@ -26,7 +26,7 @@ from PIL import Image
 from common.images import read_image, to_image
 from common.options import add_sampling_options
 from common.page import write_answer
-from generation import Sampling, Segments, sampling_of
+from generation import Sampling, Segments
 from sample import Session, load
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -190,7 +190,7 @@ def main() -> None:
     if gr is None:
         raise ValueError("gradio is not installed: pip install -e '.[demo]'")
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "int8")}
-    session = load(purpose="chat", sampling=sampling_of(args), **options)
+    session = load(purpose="chat", sampling=Sampling.of(vars(args)), **options)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from other servers
     with tempfile.TemporaryDirectory(prefix="minigpt5-") as folder:
         page = build(session, Path(folder))

@@ -12,7 +12,6 @@ B prompts, T tokens, N vokens of a picture, M output and P input pictures, Q que
 D width of the language model, C latent channels, h w latent height and width.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,10 +57,10 @@ class Sampling:
         if min(self.max_new_tokens, self.steps) < 1:
             raise ValueError("max-new-tokens and steps are at least 1")
 
-
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The options that were added as a Sampling."""
-    return Sampling(**{name: value for name, value in vars(args).items() if name in Sampling.__dataclass_fields__})
+    @classmethod
+    def of(cls, options: dict) -> "Sampling":
+        """Those of the options that are fields of it."""
+        return cls(**{name: value for name, value in options.items() if name in cls.__dataclass_fields__})
 
 
 # ---- prompts

@@ -45,7 +45,7 @@ import prompts
 from common.images import read_image
 from common.options import add_sampling_options
 from common.page import write_answer
-from common.terminal import Terminal, chat
+from common.terminal import Terminal, chat, read_prompts
 from common.texts import Words, clean_caption
 from generation import (
     Sampling,
@@ -54,7 +54,6 @@ from generation import (
     prompt_ids,
     room_after,
     room_wanted,
-    sampling_of,
 )
 from minigpt5 import MiniGPT5
 from prompts import Turn
@@ -86,9 +85,7 @@ def load(
     """
     weights = Path(weights)
     if sampling is None:
-        suited = suited_options(weights, "sample").items()
-        suited = {name: value for name, value in suited if name in Sampling.__dataclass_fields__}
-        sampling = Sampling(**suited | changes)
+        sampling = replace(Sampling.of(suited_options(weights, "sample")), **changes)
     files = () if sampling.words_first else SHIPPED[purpose]
     found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if found is None:
@@ -222,7 +219,6 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser, Sampling, words_first=True)
-    add("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
@@ -240,30 +236,18 @@ def arguments() -> argparse.Namespace:
         parser.error("--prompts and --count are for single answers, not for --chat or --turns")
     if min(args.count, 1 if args.turns is None else args.turns) < 1:
         parser.error("--count and --turns are at least 1")
-    if args.threads < 0:
-        parser.error("--threads is at least 0")
     return args
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty. ValueError where it has none."""
-    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
-    if not (found := list(filter(None, lines))):
-        raise ValueError(f"{path}: no prompt in it")
-    return found
 
 
 def main() -> None:
     args = arguments()
     pictures, out = [read_image(path) for path in args.image], make_folder(args.out)
     start = time.perf_counter()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.compile is None:  # compiling takes minutes: for one answer that is too long
         args.compile = args.chat and can_compile(pick_device(args.device))
     purpose = "story" if args.turns is not None else "chat" if args.chat or pictures else "draw"
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "seed", "int8")}
-    session = load(purpose=purpose, read_pictures=purpose != "draw", sampling=sampling_of(args), **options)
+    session = load(purpose=purpose, read_pictures=purpose != "draw", sampling=Sampling.of(vars(args)), **options)
     loaded = time.perf_counter()
     if args.compile:
         print("compiling takes minutes: at the first words and picture, and when a chat outgrows 256, 512 ... tokens")

@@ -52,7 +52,7 @@ from evaluation.cases import (
     unanswered,
     write_answer,
 )
-from generation import Sampling, denoise, sampling_of
+from generation import Sampling, denoise
 from minigpt5 import MiniGPT5
 from prompts import TASKS
 from published.clip_tokenizer import ClipTokenizer
@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    device, sampling = pick_device(args.device), sampling_of(args)
+    device, sampling = pick_device(args.device), Sampling.of(vars(args))
     cases, _, data = given_cases(args)
     if args.words and not args.words.is_dir():
         raise ValueError(f"{args.words}: no such folder of answers")

@@ -88,3 +88,11 @@ def read_line() -> str:
         return input("> ").strip()
     except EOFError:  # the end of what was piped in, or Ctrl-D
         return ""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. ValueError where it has none."""
+    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    if not (found := list(filter(None, lines))):
+        raise ValueError(f"{path}: no prompt in it")
+    return found

@@ -62,7 +62,7 @@ from evaluation.comparisons import METRICS, Bench, Outcome, measure
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from evaluation.study import study, tally
 from evaluation.wins import wins
-from generation import Sampling, sampling_of
+from generation import Sampling
 from prompts import TASKS
 from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--out is needed, with the ending .json")
     if args.splits is not None and args.splits < 1:
         parser.error("--splits is at least 1")
-    args.sampling = sampling_of(args)
+    args.sampling = Sampling.of(vars(args))
     for name in ("judge", "pairing"):
         path = args.weights / f"{name}.safetensors"
         if getattr(args, name) is None and path.is_file():

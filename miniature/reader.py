@@ -26,7 +26,7 @@ from miniature.recipe import Recipe, Setup, reset, write_part
 from miniature.sets import training_set
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
-from published.clip_tokenizer import ClipTokenizer
+from published.clip_tokenizer import ClipTokenizer, join_pair
 from text_encoder import TextConfig, TextEncoder
 
 TEXT_SIZES = TextConfig(
@@ -65,14 +65,7 @@ def byte_pairs(words: Counter) -> list[tuple[str, str]]:
             return found
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         found.append(best)
-        for word, parts in split.items():
-            joined = []
-            for part in parts:
-                if joined and (joined[-1], part) == best:
-                    joined[-1] += part
-                else:
-                    joined.append(part)
-            split[word] = joined
+        split = {word: join_pair(parts, best) for word, parts in split.items()}
 
 
 def write_clip_tokenizer(folder: Path, seed: int) -> None:

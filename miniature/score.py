@@ -34,7 +34,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
 from common.files import write_json
 from common.options import add_sampling_options
-from generation import Sampling, sampling_of
+from generation import Sampling
 from miniature.exam import (
     LONGEST,
     Exam,
@@ -257,7 +257,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    sampling = sampling_of(args)
+    sampling = Sampling.of(vars(args))
     sheets = make_folder(args.sheets) if args.sheets else None
     if args.out:
         make_folder(args.out.parent)

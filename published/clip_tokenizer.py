@@ -101,6 +101,17 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+def join_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """The parts of a word, with every such pair of neighbours as one part."""
+    joined = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
+
+
 MAX_WORD_LENGTH = 2000  # characters; 77 tokens hold fewer, and the time to merge them grows with their square
 
 
@@ -150,13 +161,7 @@ class ClipTokenizer:
             pair = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if pair not in self.ranks:
                 break
-            joined = []
-            for part in parts:
-                if joined and (joined[-1], part) == pair:
-                    joined[-1] += part
-                else:
-                    joined.append(part)
-            parts = joined
+            parts = join_pair(parts, pair)
         return tuple(self.vocabulary.get(part, self.vocabulary[self.END]) for part in parts)
 
     def encode(self, text: str) -> list[int]:

@@ -18,7 +18,7 @@ import sample
 import train_mls
 import train_uas
 from evaluation.cases import check_settings, read_answer, write_answer
-from generation import sampling_of
+from generation import Sampling
 from published.loading import matched, save_safetensors
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.log import cut_log, plot_losses, read_log
@@ -199,7 +199,7 @@ def read_bad_options(what: str, rng: Random, folder: Path) -> str:
     try:
         with mock.patch("sys.argv", [what, "--out", str(folder), *given]), mock.patch("sys.stderr", mock.Mock()):
             args = SCRIPTS[what].arguments()
-            sampling = sampling_of(args) if what == "sample" else None
+            sampling = Sampling.of(vars(args)) if what == "sample" else None
     except (SystemExit, ValueError) as error:  # argparse or the script says what is wrong
         require("\n" not in str(error), f"{error}")
         return "skipped"
