@@ -13,7 +13,6 @@ to zero. The miniature has its own defaults, in WEIGHTS/minigpt5/config.json.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 from common.cli import DTYPES  # isort: skip
@@ -22,14 +21,11 @@ from common.cli import run as run_command  # isort: skip
 import torch
 from torch import Tensor
 
-from common.images import preprocess_output
 from miniature.world import write_pairs
 from minigpt5 import DROP_RATE, collate
 from prompts import uas_texts
 from published.loading import given_checkpoint
-from published.parts import load_minigpt5, picture_size
-from tars.batches import open_pairs
-from tars.datasets import packed
+from published.parts import load_minigpt5
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
@@ -63,12 +59,7 @@ def main() -> None:
     run = Run(args, "uas")
 
     # ---- data
-    size = picture_size(args.weights)
-    with run.world.rank_0_first():  # it draws the pictures, and writes the tars' indices for the other ranks
-        data = packed("pairs", args.data, run.out / "data") or run.draw_data("pairs", write_pairs, size)
-        val = packed("pairs", args.val, run.out / "val")
-        to_output = partial(preprocess_output, size=size)
-        batches, held_out = open_pairs(data, val, args.weights, to_output, **run.data_options)
+    batches, held_out = run.open_pairs(write_pairs)  # those of --data and --val; without --data drawn ones
     precomputed = batches.dataset.precomputed
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
     pictures = "moments" if "moments" in precomputed.shapes else "pixels"

@@ -26,21 +26,16 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import DTYPES  # isort: skip
 from common.cli import run as run_command  # isort: skip
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
-from common.images import preprocess_output
 from mapper import Attention, Transformer
 from miniature.world import write_pairs
 from minigpt5 import TEXT_WEIGHT, MiniGPT5, Vokens, collate
 from prompts import uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import matched, open_safetensors, rows_of, save_safetensors, tensor_slices
-from published.parts import config_of, frozen_dtypes, load_llama, load_text_encoder, load_tokenizer, picture_size
-from tars.batches import open_pairs
-from tars.datasets import packed
+from published.parts import config_of, frozen_dtypes, load_llama, load_text_encoder, load_tokenizer
 from trainer.compiled import checkpoint_gradients
 from trainer.options import read_run_options
 from trainer.run import Run
@@ -164,14 +159,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     run = Run(args, "gill", Gill.save_trained, Gill.load_trained)
-    size = picture_size(args.weights)
-    with run.world.rank_0_first():  # it draws the pictures, and writes the tars' indices for the other ranks
-        data = packed("pairs", args.data, run.out / "data") or run.draw_data("pairs", write_pairs, size)
-        val = packed("pairs", args.val, run.out / "val")
-        batches, held_out = open_pairs(
-            data, val, args.weights, partial(preprocess_output, size=size), **run.data_options
-        )
-
+    batches, held_out = run.open_pairs(write_pairs)
     model = Gill(args.weights, DTYPES[args.dtype], run.device, args.vokens, args.width)
     sd, dtype = args.weights / "stable-diffusion", frozen_dtypes(args.weights, DTYPES[args.dtype], run.device)[0]
     text_encoder, tokenizer = load_text_encoder(sd / "text_encoder", dtype, run.device), ClipTokenizer(sd / "tokenizer")

@@ -3,8 +3,6 @@
 The run's folder holds log.jsonl, losses.png and samples.png (log.py), and checkpoints (checkpoint.py). One run may have
 several processes, as torchrun starts them, each with a GPU: different samples in each, one step in all.
 
-    torchrun --nproc-per-node 2 train_uas.py --weights weights --data 'cc3m-train-{0000..0575}.tar'
-
     rank 0   samples 0..B-1    -> losses -> gradients --+
                                                         +-- mean, (trained parameters + 1,) -> the same step in both
     rank 1   samples B..2B-1   -> losses -> gradients --+
@@ -34,8 +32,11 @@ from tqdm import tqdm
 
 from common.cli import can_compile, pick_device
 from common.files import lock_folder
+from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
-from tars.batches import Batches
+from published.parts import picture_size
+from tars.batches import Batches, open_pairs
+from tars.datasets import packed
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
@@ -64,11 +65,6 @@ def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> to
     return torch.Generator().manual_seed(int(entropy) >> 1)
 
 
-def stored_arguments(args: argparse.Namespace) -> dict:
-    """The arguments as state.json holds them."""
-    return json.loads(json.dumps(vars(args), default=str))
-
-
 class World:
     """This process as one of `size`, as torchrun's environment says, or alone. Only rank 0 prints and writes."""
 
@@ -80,11 +76,6 @@ class World:
                 dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
-
-    def end(self) -> None:
-        """To be called by all ranks after the last exchange, but not after an error: NCCL would wait for the others."""
-        if self.size > 1:
-            dist.destroy_process_group()
 
     def gather(self, value: object) -> list:
         """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
@@ -186,6 +177,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, name: str, save_trained=save_trained, load_trained=load_trained):
         self.args, self.name, self.save_trained, self.load_trained = args, name, save_trained, load_trained
+        self.arguments = json.loads(json.dumps(vars(args), default=str))  # as state.json holds them
         self.device = pick_device(args.device)
         torch.set_float32_matmul_precision("high")  # float32 products of trained parts may use TF32
         torch.manual_seed(args.seed)
@@ -202,6 +194,16 @@ class Run:
             raise ValueError(f"{self.out} holds a run already: --resume goes on with it, another --out starts anew")
 
     # ---- data
+
+    def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
+        """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val. Rank 0
+        packs, draws and indexes them before the other ranks, which then find its files."""
+        args, size = self.args, picture_size(self.args.weights)
+        with self.world.rank_0_first():
+            data = packed("pairs", args.data, self.out / "data") or self.draw_data("pairs", write, size)
+            val = packed("pairs", args.val, self.out / "val")
+            to_output = partial(preprocess_output, size=size)
+            return open_pairs(data, val, args.weights, to_output, **self.data_options)
 
     def draw_data(self, kind: str, write: Callable[..., None], size: int) -> list[str]:
         """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. kind: "pairs"
@@ -253,7 +255,8 @@ class Run:
                     self.validate(bar, [] if is_last else received)  # a stop may not cost the last ones
                 if stopping:
                     break
-        self.world.end()
+        if self.world.size > 1:  # after the last exchange, but not after an error: NCCL would wait for the others
+            dist.destroy_process_group()
         if self.done < self.total:
             print(f"stopped after step {self.done} of {self.total}; to go on: {resume_command()}")
         else:
@@ -290,7 +293,7 @@ class Run:
                 cut_log(self.log, self.done)
             print(f"resumed from step {self.done}")
             before = state.get("arguments", {})
-            for name, value in stored_arguments(self.args).items():
+            for name, value in self.arguments.items():
                 if name not in ("out", "resume") and before.get(name, value) != value:
                     print(f"--{name.replace('_', '-')} is {value} from here on, before it was {before[name]}")
         elif self.world.rank == 0:
@@ -371,7 +374,7 @@ class Run:
         data["seen"] = sum(self.world.gather(self.data.seen))
         state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped)}
         self.passed_over = [name for name in self.passed_over if name != f"step-{self.done:08d}"]  # written anew
-        state |= {"arguments": stored_arguments(self.args), "passed_over": self.passed_over}
+        state |= {"arguments": self.arguments, "passed_over": self.passed_over}
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, self.trained, stage=self.name)
             save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)
