@@ -29,10 +29,11 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import run
 from miniature.facts import Picture, random_stream
 from miniature.words import caption
-from miniature.world import as_json, write_tar
+from miniature.world import as_json
 from tars.batches import read_member
 from tars.index import Member, Unusable, read_index
 from tars.stories import read_turns
+from tars.writer import Sample, write_samples
 
 MARK = "picture:"
 DESCRIBED = 501  # purpose of the random streams
@@ -77,7 +78,7 @@ def in_words(turns: list[dict], key: str, captions: dict[str, str] | None = None
     return told
 
 
-def members(tar: str, captions: dict[str, str] | None) -> Iterator[tuple[str, bytes]]:
+def samples(tar: str, captions: dict[str, str] | None) -> Iterator[Sample]:
     index = read_index(tar)
     for row in range(len(index.table)):
         key, content = index.key(row), read_member(tar, index.table[row], Member.JSON)
@@ -88,7 +89,7 @@ def members(tar: str, captions: dict[str, str] | None) -> Iterator[tuple[str, by
         if kind != "dialog":
             raise ValueError(f"{tar}: {key} is no dialogue")
         turns = in_words(json.loads(content)["turns"], key, captions)
-        yield f"{key}.json", as_json({"kind": "dialog", "turns": turns})
+        yield Sample([(f"{key}.json", as_json({"kind": "dialog", "turns": turns}))], {"dialogues": 1})
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def main() -> None:
                         "every picture; default: the pictures are drawn ones, whose facts are known")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="tar to write")
     args = parser.parse_args()
-    write_tar(args.out, members(args.tar, read_captions(args.captions) if args.captions else None))
+    write_samples(samples(args.tar, read_captions(args.captions) if args.captions else None), args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 
 

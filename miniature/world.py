@@ -19,24 +19,21 @@ of a tar carry no dates or owners, so that equal arguments give equal files.
 import argparse
 import io
 import json
-import re
 import sys
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import read_arguments, run
-from common.files import remove_unfinished, written_whole
 from miniature.descriptions import describe
 from miniature.facts import SPLITS, Picture, random_stream, sample_picture
 from miniature.paint import draw
 from miniature.tales import Turn, dialogue, story
 from miniature.words import caption
+from tars.writer import Sample, write_samples
 
 PAIRS, STORIES, DIALOGUES, DESCRIBED = range(4)  # purposes of the random streams
 
@@ -67,15 +64,6 @@ def png(picture: Picture, jitter: int, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    remove_unfinished(path.parent, re.escape(path.name))
-    with written_whole(path) as temporary, tarfile.open(temporary, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
 def as_json(content: dict) -> bytes:
     return json.dumps(content).encode()
 
@@ -101,14 +89,16 @@ def turn_members(kind: str, key: str, seed: int, i: int, split: str, size: int) 
     yield from pictures
 
 
-def write_samples(members: Callable, path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:
+def write(members: Callable, path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:
     """Write `n` samples into a tar; `members` gives the files of one."""
-    write_tar(path, chain.from_iterable(members(f"{i:09d}", seed, i, split, size) for i in range(n)))
+    keys = (f"{i:09d}" for i in range(n))
+    samples = (Sample([*members(key, seed, i, split, size)], {"samples": 1}) for i, key in enumerate(keys))
+    write_samples(samples, path, n)
 
 
-write_pairs = partial(write_samples, pair_members)
-write_stories = partial(write_samples, partial(turn_members, "story"))
-write_dialogues = partial(write_samples, partial(turn_members, "dialog"))
+write_pairs = partial(write, pair_members)
+write_stories = partial(write, partial(turn_members, "story"))
+write_dialogues = partial(write, partial(turn_members, "dialog"))
 
 
 WRITERS = {"pairs": write_pairs, "stories": write_stories, "dialogues": write_dialogues}
@@ -129,8 +119,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.n < 1 or not 16 <= args.size <= 1024:
         parser.error("--n is at least 1, --size from 16 to 1024")
     args.out = args.out or Path(f"{args.what}.tar")
-    if args.out.is_dir():
-        parser.error(f"--out: {args.out} is a folder")
     return args
 
 

@@ -24,6 +24,7 @@ from miniature.words import facts_in
 from prompts import Turn
 from published.loading import open_safetensors
 from tars.precomputed import NOTHING
+from tars.writer import Sample, write_samples
 from trainer import compiled
 
 QUICK = ("--steps", 1, "--sampler", "dpm", "--device", "cpu")
@@ -200,7 +201,7 @@ def test_captions_of_real_pictures(monkeypatch, tmp_path):
     turns += [{"text": "", "image": "7.2.jpg"}]
     told = json.dumps({"kind": "dialog", "turns": turns}).encode()
     shown = [(f"7.{k}.jpg", b"a picture is not read") for k in range(3)]
-    world.write_tar(tmp_path / "real.tar", iter([("7.json", told), *shown]))
+    write_samples([Sample([("7.json", told), *shown], {"dialogues": 1})], tmp_path / "real.tar")
     captions = {"7.0.jpg": "Two dogs, a cat", "7.1.jpg": 'A  "house"\non a hill', "7.2.jpg": "one picture: a boat"}
     with open(tmp_path / "c.csv", "w", newline="") as file:
         csv.writer(file).writerows([("caption", "file"), *((text, name) for name, text in captions.items())])

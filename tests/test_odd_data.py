@@ -14,7 +14,6 @@ from helpers import picture_bytes, write_tar
 
 from common.files import write_json, written_whole
 from evaluation.cases import file_of, read_answer, write_answer
-from miniature.world import write_tar as draw_tar
 from tars import datasets, index, precompute
 from tars.batches import Batches, PairData
 from tars.index import expand, read_index
@@ -173,7 +172,7 @@ def test_names_that_are_not_utf_8(tmp_path):
 # ---- writing
 
 
-@pytest.mark.parametrize("write", ["drawn", "converted", "whole"])
+@pytest.mark.parametrize("write", ["converted", "whole"])
 def test_a_full_disk_names_the_file(tmp_path, write):
     def members():
         yield "a.txt", b"a"
@@ -181,9 +180,7 @@ def test_a_full_disk_names_the_file(tmp_path, write):
 
     out = tmp_path / "x.tar"
     with pytest.raises(OSError, match=re.escape(f"not written: No space left on device: '{out}'")):
-        if write == "drawn":
-            draw_tar(out, members())
-        elif write == "converted":
+        if write == "converted":
             write_samples((Sample([member], {}) for member in members()), out)
         else:
             with written_whole(out):
@@ -197,11 +194,9 @@ def test_what_a_killed_converter_left(tmp_path, capsys):
     names = [f".{name}.tar.{process}.tmp" for name, process in (("x", ended.stdout.strip()), ("x", 1), ("y", 4242))]
     for name in names:
         (tmp_path / name).touch()
-    for write in (lambda out: write_samples([Sample([("a.txt", b"a")], {"pairs": 1})], out), lambda o: draw_tar(o, [])):
-        write(tmp_path / "x.tar")
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "x.tar"])
-        (tmp_path / names[0]).touch()
-    assert capsys.readouterr().out.count("could not finish") == 2
+    write_samples([Sample([("a.txt", b"a")], {"pairs": 1})], tmp_path / "x.tar")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "x.tar"])
+    assert capsys.readouterr().out.count("could not finish") == 1
 
 
 def test_what_a_worker_hands_over_is_shared(monkeypatch):
