@@ -219,6 +219,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser, Sampling, words_first=True)
+    add("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
@@ -236,6 +237,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--prompts and --count are for single answers, not for --chat or --turns")
     if min(args.count, 1 if args.turns is None else args.turns) < 1:
         parser.error("--count and --turns are at least 1")
+    if args.threads < 0:
+        parser.error("--threads is at least 0")
     return args
 
 
@@ -243,6 +246,8 @@ def main() -> None:
     args = arguments()
     pictures, out = [read_image(path) for path in args.image], make_folder(args.out)
     start = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.compile is None:  # compiling takes minutes: for one answer that is too long
         args.compile = args.chat and can_compile(pick_device(args.device))
     purpose = "story" if args.turns is not None else "chat" if args.chat or pictures else "draw"
