@@ -67,6 +67,11 @@ def read_chats(path: Path) -> list[list[Wish]]:
     return chats
 
 
+def sampling_of_sample(weights: Path) -> Sampling:
+    """The defaults of sample.py with these weights."""
+    return Sampling.of(suited_options(weights, "sample"))
+
+
 # ---- answers
 
 
@@ -109,7 +114,7 @@ def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
 
 def people(exam: Exam, prompts: Path, chats: Path | None, seeds: list[int]) -> Figures:
     """Shares that are all right, and of how many. A chat's turn counts like any other, whatever came before it."""
-    exam = replace(exam, sampling=Sampling.of(suited_options(exam.weights, "sample")))
+    exam = replace(exam, sampling=sampling_of_sample(exam.weights))
     wishes, talks = read_prompts(prompts), read_chats(chats) if chats else []
     drawn, turns = [], []
     for seed in seeds:

@@ -463,7 +463,7 @@ def test_people(exam, draw, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         score_people, "look", lambda exam, pictures: [p.info["facts"] if p else NOTHING for p in pictures]
     )
-    monkeypatch.setattr(score_people, "suited_options", lambda weights, command: {"words_first": True})
+    monkeypatch.setattr(score_people, "sampling_of_sample", lambda weights: Sampling(words_first=True))
     figures = score_people.people(exam, tmp_path / "prompts", tmp_path / "chats", [0, 1])
     assert {name: row["all right"] for name, row in figures.items()} == pytest.approx(
         {
