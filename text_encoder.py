@@ -29,6 +29,15 @@ class TextConfig:
     num_attention_heads: int = 16
     max_position_embeddings: int = 77
     layer_norm_eps: float = 1e-5
+    hidden_act: str = "gelu"
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's CLIP and Stable Diffusion 1 were trained with this; OpenCLIP and Stable Diffusion 2 use exact GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 
 class Embeddings(nn.Module):
@@ -62,9 +71,10 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 class Layer(nn.Module):

@@ -42,7 +42,7 @@ from published.loading import (
 )
 from qformer import ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import NoiseSchedule, ScheduleConfig
-from text_encoder import TextConfig, TextEncoder
+from text_encoder import ACTIVATIONS, TextConfig, TextEncoder
 from tokenizer import Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -105,7 +105,7 @@ PARTS = {
     "text encoder": Part(
         TextEncoder,
         TextConfig,
-        {"hidden_act": ("gelu", None)},
+        {"hidden_act": (*ACTIVATIONS, None)},
         names=((r"^text_model\.embeddings\.position_ids$", None),),  # 0, 1, 2, ...: a buffer of older files
     ),
     "schedule": Part(
