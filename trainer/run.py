@@ -167,6 +167,9 @@ class Meter:
         kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
         self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
+    def steps_per_second(self) -> float:
+        return self.steps / max(time.perf_counter() - self.start, 1e-9)  # a clock may stand still
+
 
 class Run:
     """One training from its first to its last step, over several processes and several starts of the command.
@@ -192,8 +195,6 @@ class Run:
             self.lock = lock_folder(self.out, FILES)
         if checkpoint_folders(self.out) and not args.resume:
             raise ValueError(f"{self.out} holds a run already: --resume goes on with it, another --out starts anew")
-
-    # ---- data
 
     def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
         """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val. Rank 0
@@ -343,8 +344,7 @@ class Run:
         self.bad = self.add_up(bad=dict(self.data.bad))["bad"]
         losses, samples_per_step = self.means(self.meter), self.world.size * self.args.batch_size * self.args.accumulate
         record = {"step": self.done, **losses, "lr": self.optimizers[0].param_groups[-1]["lr"]}
-        seconds = max(time.perf_counter() - self.meter.start, 1e-9)  # a clock may stand still
-        record |= {"samples_per_s": round(samples_per_step * self.meter.steps / seconds, 3), "bad": self.bad}
+        record |= {"samples_per_s": round(samples_per_step * self.meter.steps_per_second(), 3), "bad": self.bad}
         self.meter = Meter()
         record |= {"nonfinite": int(self.gradients.skipped), "memory_gb": round(peak_memory(self.device), 2)}
         record |= {"graphs": count_graphs()} if self.compiled else {}
