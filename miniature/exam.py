@@ -56,7 +56,8 @@ class Exam:
 
     @cached_property
     def model(self) -> MiniGPT5:
-        return load_minigpt5(self.weights, self.checkpoint, dtype=torch.float32, device=self.device).eval()
+        options = {"dtype": torch.float32, "device": self.device, "read_pictures": (self.weights / "blip2").is_dir()}
+        return load_minigpt5(self.weights, self.checkpoint, **options).eval()
 
     @cached_property
     def words(self) -> Words | None:
