@@ -1,11 +1,19 @@
 """The exam on what a language model knows: its prompts, its figures, and a run that goes on."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
 
 from common.cli import MINIATURE
 from common.files import read_json
+from experiments import knowledge
 from miniature import phrases, words
+from miniature.exam import Said
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, home, random_stream
+from miniature.judge import NOTHING
 from miniature.score_people import FOLDER, read_lines, read_prompts
 from miniature.wishes import wish
 from miniature.world import sample_pair
@@ -49,3 +57,96 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
         facts = [entry["scene"], entry["time"], *(fact for thing in entry["things"] for fact in thing.values())]
         given = met & set(words_in(plain_words(entry["prompt"]))) & {fact for fact in facts if fact}
         assert len(given) <= 1 and not given & {*KINDS, *COLOURS, *SCENES}, entry
+
+
+# ---- the run
+
+
+@pytest.fixture
+def systems(monkeypatch):
+    """Pictures carry what they show. The right system draws what is wished; the other forgets the first prompt in every
+    seed, and the colour of the second in seed 1. It stops while `broken` is set."""
+    asked, broken = [], []
+
+    def drawn(exam, way, texts):
+        asked.append((way, exam.seed))
+        if broken and way == "vokens":
+            raise KeyboardInterrupt
+        pictures = []
+        for number, (text, wished) in enumerate(zip(texts, read_prompts(PROMPTS), strict=False)):
+            assert text == wished.text
+            picture = Image.new("RGB", (64, 64), "blue")
+            picture.info["seen"] = wished.wanted
+            if way == "vokens" and number == 2 and exam.seed == 1:
+                things = tuple(replace(thing, colour="white") for thing in wished.wanted.things)
+                picture.info["seen"] = replace(wished.wanted, things=things)
+            pictures.append(None if way == "vokens" and number == 0 else picture)
+        return [Said("", picture) for picture in pictures]
+
+    def look(exam, pictures):
+        return [picture.info["seen"] if picture else NOTHING for picture in pictures]
+
+    monkeypatch.setattr(knowledge, "drawn", drawn)
+    monkeypatch.setattr(knowledge, "look", look)
+    return asked, broken
+
+
+def command(out: Path) -> list[str]:
+    options = ["--n", "4", "--seeds", "0,1", "--out", str(out)]
+    for name, way in (("right", "words"), ("one, that forgets", "vokens")):
+        options += ["--system", name, way, str(MINIATURE)]
+    return options
+
+
+def test_an_interrupted_run_goes_on(systems, tmp_path, capsys):
+    asked, broken = systems
+    broken.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        knowledge.main(command(tmp_path))
+    assert list(read_json(tmp_path / "results.json")["systems"]) == ["right"]
+    broken.clear(), asked.clear()
+    knowledge.main(command(tmp_path))
+    assert asked == [("vokens", 0), ("vokens", 1)]
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2] == "| right | 100.0 (100.0 to 100.0) | 100.0 (100.0 to 100.0) | - |  |"
+    assert lines[3].startswith("| one, that forgets | 62.5 (") and lines[3].split(" | ")[4].startswith("-37.5 (")
+    answers = read_json(tmp_path / "results.json")["systems"]["one, that forgets"]["answers"]
+    wrong = {(answer["prompt"], answer["seed"]): answer["wrong"] for answer in answers}
+    assert wrong["the animal that says meow", 1] == ["count", "kind"]
+    assert [facts for (text, _), facts in wrong.items() if "marmalade" in text] == [[], ["colour"]]
+    with Image.open(tmp_path / "sheet.png") as page:
+        pixels = page.convert("RGB")
+    assert pixels.height > 4 * 96 and (255, 0, 0) in {color for _, color in pixels.getcolors(1 << 20)}
+    with pytest.raises(ValueError, match=r"results.json has other prompts or seeds"):
+        knowledge.main([*command(tmp_path), "--seeds", "0"])
+
+
+def test_intervals_are_those_of_a_mean():
+    half = np.array([0.0, 1.0] * 50)
+    low, high = knowledge.interval(half)
+    assert abs(low - (0.5 - 1.96 * 0.05)) < 0.015 and abs(high - (0.5 + 1.96 * 0.05)) < 0.015
+    assert knowledge.interval(np.ones(5)) == (1.0, 1.0)
+    assert knowledge.with_interval(np.array([])) == "-"
+
+
+@pytest.mark.parametrize("system", [["a"], ["a", "dream", "weights"], ["a", "text", "weights", "x", "y"]])
+def test_a_system_has_a_name_a_way_and_weights(system, capsys):
+    with pytest.raises(SystemExit) as stop:
+        knowledge.main(["--system", *system])
+    assert stop.value.code == 2 and "NAME WAY WEIGHTS" in capsys.readouterr().err
+
+
+def test_weights_that_read_no_pictures_are_drawn_with(tmp_path):
+    """SmolLM2's folder has no image encoder, no judge and no list of words; the options are then the miniature's."""
+    for part in ("vicuna", "stable-diffusion"):
+        (tmp_path / part).symlink_to(MINIATURE / part)
+    checkpoint = MINIATURE / "minigpt5" / "uas.safetensors"
+    with pytest.raises(ValueError, match="no checkpoint of what MiniGPT-5 trains"):
+        knowledge.exam_of("vokens", tmp_path, None, "cpu")
+    wishes = read_prompts(FOLDER / "prompts.jsonl")[1:2]  # "a red boat", which the vokens know
+    for way, given in (("vokens", checkpoint), ("text", None)):
+        exam = knowledge.exam_of(way, tmp_path, given, "cpu")
+        assert (exam.sampling.sampler, exam.sampling.guidance) == ("dpm", 2.0 if given else 3.0)
+        answers, shown = knowledge.examine(exam, way, wishes, [0])
+        assert answers == [{"prompt": "a red boat", "seed": 0, "wrong": [], "description": ""}]
+        assert shown[0].size == (64, 64)
