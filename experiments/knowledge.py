@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from common.files import fingerprint, read_json, write_json, write_text
 from common.page import save_image
 from miniature.exam import SIDE, Exam, Said, draw_prompts, look, text_to_pictures
+from miniature.facts import random_stream, sample_picture
 from miniature.judge import ATTRIBUTES, asks_for, right
 from miniature.score import checkpoint_for, seeds
 from miniature.score_people import Wish, read_prompts, sampling_of_sample
@@ -99,6 +100,12 @@ def right_by_prompt(answers: Answers, wishes: list[Wish]) -> np.ndarray:
     return np.array([not answer["wrong"] for answer in answers]).reshape(-1, len(wishes)).mean(0)
 
 
+def right_by_chance(wishes: list[Wish]) -> np.ndarray:
+    """(P,): of each prompt the share of random pictures that have every fact right."""
+    pictures = [sample_picture(random_stream(0, i)) for i in range(1000)]
+    return np.array([np.mean([right(picture, wish.wanted)["all"] for picture in pictures]) for wish in wishes])
+
+
 def interval(values: np.ndarray) -> tuple[float, float]:
     """Of the mean of values (P,): 95 % of the means of P values that are drawn from them, with replacement."""
     picks = np.random.default_rng(0).integers(len(values), size=(DRAWS, len(values)))
@@ -118,6 +125,7 @@ def table(systems: dict[str, dict], wishes: list[Wish]) -> str:
     counts = np.array([len(wish.wanted.things) for wish in wishes])
     shares = {name: right_by_prompt(system["answers"], wishes) for name, system in systems.items()}
     first = next(iter(shares.values()))
+    shares["a random picture"] = right_by_chance(wishes)
     asked = {name: sum(asks_for(wish.wanted, name) for wish in wishes) for name in ATTRIBUTES}
     columns = [f"{name}, {number}" for name, number in asked.items()]
     lines = [f"| all right, per cent | {len(wishes)} prompts | {sum(counts == 1)} of one thing | "
@@ -138,7 +146,7 @@ def table(systems: dict[str, dict], wishes: list[Wish]) -> str:
 def sheet(
     systems: dict[str, list[tuple[Image.Image, bool]]], prompts: list[str], side: int = 96, words: int = 430
 ) -> Image.Image:
-    """A row for each prompt, a column for each system's pictures; those that are not all right are framed in red."""
+    """A row for each prompt, a column for each system's pictures; those that are all right have a green frame."""
     font, head, step = ImageFont.load_default(12), 54, side + 8
     page = Image.new("RGB", (words + len(systems) * step, head + len(prompts) * step), "white")
     pen = ImageDraw.Draw(page)
@@ -149,7 +157,7 @@ def sheet(
         pen.multiline_text((left, 4), "\n".join(wrap(name, 16)[:3]), fill="black", font=font)
         for row, (picture, fine) in enumerate(pictures):
             square = picture.resize((side, side), Image.Resampling.LANCZOS)
-            page.paste(ImageOps.expand(square, 3, "white" if fine else "red"), (left, head + row * step))
+            page.paste(ImageOps.expand(square, 3, "limegreen" if fine else "white"), (left, head + row * step))
     return page
 
 

@@ -110,13 +110,15 @@ def test_an_interrupted_run_goes_on(systems, tmp_path, capsys):
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[2] == "| right | 100.0 (100.0 to 100.0) | 100.0 (100.0 to 100.0) | - |  |"
     assert lines[3].startswith("| one, that forgets | 62.5 (") and lines[3].split(" | ")[4].startswith("-37.5 (")
+    assert lines[4].startswith("| a random picture | ")
     answers = read_json(tmp_path / "results.json")["systems"]["one, that forgets"]["answers"]
     wrong = {(answer["prompt"], answer["seed"]): answer["wrong"] for answer in answers}
     assert wrong["the animal that says meow", 1] == ["count", "kind"]
     assert [facts for (text, _), facts in wrong.items() if "marmalade" in text] == [[], ["colour"]]
     with Image.open(tmp_path / "sheet.png") as page:
         pixels = page.convert("RGB")
-    assert pixels.height > 4 * 96 and (255, 0, 0) in {color for _, color in pixels.getcolors(1 << 20)}
+    framed = [[pixels.getpixel((430 + 104 * c, 54 + 104 * r)) == (50, 205, 50) for c in (0, 1)] for r in range(4)]
+    assert framed == [[True, False], [True, True], [True, True], [True, True]]  # in seed 0
     with pytest.raises(ValueError, match=r"results.json has other prompts or seeds"):
         knowledge.main([*command(tmp_path), "--seeds", "0"])
 
@@ -127,6 +129,8 @@ def test_intervals_are_those_of_a_mean():
     assert abs(low - (0.5 - 1.96 * 0.05)) < 0.015 and abs(high - (0.5 + 1.96 * 0.05)) < 0.015
     assert knowledge.interval(np.ones(5)) == (1.0, 1.0)
     assert knowledge.with_interval(np.array([])) == "-"
+    (chance,) = knowledge.right_by_chance(read_prompts(FOLDER / "prompts.jsonl")[2:3])  # "a house"
+    assert 0 < chance < 1 / 12  # of twelve kinds; it fits in five of six scenes, and there may be a second thing
 
 
 @pytest.mark.parametrize("system", [["a"], ["a", "dream", "weights"], ["a", "text", "weights", "x", "y"]])
