@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import lora
 from common.graphs import compiled, compiled_step, lasting_cache
 from common.images import to_image
 from llama import KVCache
@@ -300,6 +301,8 @@ def answer(
             raise ValueError(f"{len(given)} pictures for {places} places in the prompt")
     pixels = None
     if any(pictures):
+        if model.image_encoder is None:
+            raise ValueError("these weights have no image encoder (the folder blip2), so they cannot read pictures")
         size = model.image_encoder.vision_model.config.image_size
         pixels = torch.stack([preprocess_input(picture, size, pad) for given in pictures for picture in given])
         pixels = pixels.to(model.device, dtype_of(model.image_encoder))
@@ -321,14 +324,15 @@ def draw_described(
 ) -> list[Segments]:
     """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
     boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
-    `info` keeps the description."""
+    `info` keeps the description. Stage 1 had no LoRA: where it was trained for words alone, it does not read them."""
     descriptions = [description_in(" ".join(s for s in segments if isinstance(s, str))) for segments in said]
     with_picture = [i for i, description in enumerate(descriptions) if description]
     if not with_picture:
         return said
     captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in with_picture]
     alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)
-    drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture], True, watch)
+    with lora.without(model.lora if model.words_only else []):
+        drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture], True, watch)
     for i, (picture,) in zip(with_picture, drawn, strict=True):
         picture.info["description"] = descriptions[i]
         words = " ".join(s for s in said[i] if isinstance(s, str)).replace(f"({descriptions[i]})", "").strip()

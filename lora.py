@@ -10,6 +10,9 @@ makes of P learned embeddings. Both leave llama.py as it is: LoRA wraps layers b
 B batch, T tokens, D width, L layers, P virtual tokens, H heads, Dh head width, r rank.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +27,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, frozen: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        self.frozen, self.scale = frozen, alpha / rank
+        self.frozen, self.scale, self.active = frozen, alpha / rank, True
         device = frozen.weight.device
         self.lora_A = nn.Linear(frozen.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, frozen.out_features, bias=False, device=device)
@@ -33,6 +36,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.frozen(x)
+        if not self.active:
+            return y
         update = self.scale * self.lora_B(self.lora_A(self.dropout(x.to(self.lora_A.weight.dtype))))
         return y + update.to(y.dtype)
 
@@ -55,6 +60,18 @@ def add_lora(
     if missing:
         raise ValueError(f"no linear layer is named {' or '.join(sorted(missing))}")
     return added
+
+
+@contextmanager
+def without(layers: list[LoRALinear]) -> Iterator[None]:
+    """Within it the layers are the frozen ones."""
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
 
 
 class Prefix(nn.Module):

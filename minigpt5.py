@@ -179,6 +179,7 @@ class MiniGPT5(nn.Module):
         self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary, start)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
+        self.words_only = False  # after `train_mls.py --words-first`: LoRA is for words, pictures are read without it
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and

@@ -57,7 +57,7 @@ from generation import (
 )
 from minigpt5 import MiniGPT5
 from prompts import Turn
-from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
+from published.loading import CHAT_FILES, STORY_FILES, WORDS_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
 
 BATCH = 8  # prompts that are answered at once
@@ -79,18 +79,20 @@ def load(
     """A model to draw, chat and tell stories with.
 
     weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`,
-    for the `purpose` "chat" or "story" stage 2's where there is one and the weights do not put words first.
+    for the `purpose` "chat" or "story" stage 2's where there is one, and words first LoRA for these words.
     sampling: how answers are sampled; default: as suits the weights, but for the `changes`, fields of `Sampling`.
     ValueError where something is missing.
     """
     weights = Path(weights)
     if sampling is None:
         sampling = replace(Sampling.of(suited_options(weights, "sample")), **changes)
-    files = () if sampling.words_first else SHIPPED[purpose]
+    files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
     found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if found is None:
         print("no trained checkpoint found: the embedding rows and the mapper are random, pictures will be noise")
     torch.manual_seed(seed)  # of the embedding rows and the mapper, where there is no checkpoint
+    if sampling.words_first:  # its chats can do without an image encoder
+        read_pictures &= (weights / "blip2").is_dir()
     options = {"dtype": DTYPES[dtype], "device": pick_device(device), "read_pictures": read_pictures, "int8": int8}
     return Session(load_minigpt5(weights, found, **options).eval(), sampling, seed, Words.of(weights))
 

@@ -27,7 +27,7 @@ from common.images import preprocess_output
 from lora import TARGETS
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE, TEXT_WEIGHT, collate
-from prompts import SPEAKERS, TASKS
+from prompts import SPEAKERS, TASKS, WORDS_FIRST_SYSTEM
 from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
@@ -82,6 +82,8 @@ def arguments() -> argparse.Namespace:
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
     add("--words-only", action="store_true",
         help="train on the words of the answers without their pictures: the paper's fine-tuned MiniGPT-4")  # fmt: skip
+    add("--words-first", action="store_true",
+        help="train LoRA alone on dialogues with pictures described in brackets, for --words-first")  # fmt: skip
     add("--text-weight", type=float, default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
     add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
     add("--lr", type=float, default=2e-5, help="learning rate of the voken rows and the mapper")
@@ -98,8 +100,11 @@ def arguments() -> argparse.Namespace:
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")
     checked_weights(args.tasks)  # before any data are drawn
+    if args.words_first and args.prefix:
+        parser.error("--words-first trains LoRA, not a prefix")
     if args.words_only and args.tasks.get("image"):
         parser.error("--words-only leaves nothing of the task image: give --tasks text=1,text+image=1, or one of them")
+    args.words_only |= args.words_first
     return args
 
 
@@ -119,8 +124,8 @@ def main() -> None:
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
 
     # ---- model, of which the adapter, the voken rows and the mapper's transformer train
-    parts = {"read_pictures": not is_precomputed}
-    model = load_minigpt5(args.weights, stage_1, args.vokens, DTYPES[args.dtype], run.device, **parts)
+    reads_pictures = not (is_precomputed or args.words_first)
+    model = load_minigpt5(args.weights, stage_1, args.vokens, DTYPES[args.dtype], run.device, reads_pictures)
     if model.lora or model.prefix:
         raise ValueError(f"{stage_1}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
     if is_precomputed:
@@ -129,6 +134,8 @@ def main() -> None:
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": lora}))
     trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
+    model.vokens.requires_grad_(not args.words_first)
+    model.words_only = args.words_first
     if trains_mapper:  # else what guidance goes against stays stage 1's
         model.guides_against_empty_caption = args.no_cfg
     model.mapper.fc.requires_grad_(False)
@@ -136,8 +143,9 @@ def main() -> None:
     trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}
     print(f"stage 1: {stage_1 or 'none, vokens and mapper are untrained'}")
     kind = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
-    names = f"{kind}, voken rows and mapper transformer" if trains_mapper else f"{kind} and voken rows"
-    print(f"trained: {sum(p.numel() for p in trained.values()):,} parameters in {names}; all else is frozen")
+    names = [kind] + ["voken rows"] * (not args.words_first) + ["the mapper's transformer"] * trains_mapper
+    count = sum(parameter.numel() for parameter in trained.values())
+    print(f"trained: {count:,} parameters in {', '.join(names)}; all else is frozen")
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
     if run.compiled:
@@ -145,7 +153,7 @@ def main() -> None:
     model.train()  # LoRA's dropout; the frozen parts have none
 
     # ---- batches
-    side = None if is_precomputed else model.image_encoder.vision_model.config.image_size
+    side = model.image_encoder.vision_model.config.image_size if reads_pictures else None
     limit = min(args.max_tokens, model.llama.config.max_position_embeddings - model.virtual_tokens)
     open_stories = partial(
         StoryData,
@@ -158,6 +166,7 @@ def main() -> None:
         precomputed=precomputed,
         blind=args.blind_history,
         words_only=args.words_only,
+        system=WORDS_FIRST_SYSTEM if args.words_first else None,
     )
     with run.world.rank_0_first():  # it writes the tars' indices for the other ranks
         batches = Batches(open_stories(tars), **run.data_options)

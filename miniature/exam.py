@@ -23,6 +23,7 @@ from generation import Sampling, answer, prompt_ids
 from miniature.descriptions import describe
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
+from miniature.judge import WEIGHTS as JUDGE
 from miniature.paint import draw
 from miniature.tales import Turn as Told
 from miniature.words import facts_in
@@ -53,11 +54,14 @@ class Exam:
 
     @cached_property
     def judge(self) -> Judge:
-        return load_judge(self.weights / "judge.safetensors", self.device)
+        """That of the weights, or the miniature's."""
+        own = self.weights / JUDGE.name
+        return load_judge(own if own.is_file() else JUDGE, self.device)
 
     @cached_property
     def model(self) -> MiniGPT5:
-        return load_minigpt5(self.weights, self.checkpoint, dtype=torch.float32, device=self.device).eval()
+        options = {"device": self.device, "read_pictures": (self.weights / "blip2").is_dir()}
+        return load_minigpt5(self.weights, self.checkpoint, dtype=torch.float32, **options).eval()
 
     @cached_property
     def words(self) -> Words | None:

@@ -58,7 +58,7 @@ from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue
 from prompts import UAS_REQUESTS, chat_history, dialog_source, pictures_of, uas_texts, user_turn
-from published.loading import STORY_FILES, find_checkpoint, shipped_checkpoint
+from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
@@ -217,12 +217,12 @@ def tables(figures: Figures) -> str:
 
 
 def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: bool) -> Path | None:
-    """What `--checkpoint` names; without it stage 1's, for stories without words first stage 2's if it is there."""
+    """What `--checkpoint` names; without it stage 2's for words first or for stories, if it is there, or stage 1's."""
     trained = weights / "minigpt5"
     if wanted:
         found = find_checkpoint(wanted) or find_checkpoint(trained / f"{wanted}.safetensors")
     else:
-        found = shipped_checkpoint(trained, STORY_FILES if part == "stories" and not words_first else ())
+        found = shipped_checkpoint(trained, WORDS_FILES if words_first else STORY_FILES if part == "stories" else ())
     if found is None and (wanted or part in NEED_CHECKPOINT):
         raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")
     return found

@@ -3,9 +3,9 @@
     prompts  {"prompt", "scene", "time", "things": [{"kind", "colour", "size", "place"}, ...]} a line
     chats    {"turns": [{"say", "picture": true, "scene", "time", "things"} or {"say", "picture": false}, ...]} a line
 
-A fact that is null is left open: anything is right. The number of things is never open. A turn that calls for words is
-right if no picture comes. Everything is asked as `sample.py` would with its defaults, once with each seed; a chat goes
-on from what the model said and drew itself.
+A fact that is null is left open: anything is right. The number of things is never open. Other fields of a line are
+ignored. A turn that calls for words is right if no picture comes. Everything is asked as `sample.py` would with its
+defaults, once with each seed; a chat goes on from what the model said and drew itself.
 """
 
 import json

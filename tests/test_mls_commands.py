@@ -195,6 +195,33 @@ def test_words_only(monkeypatch, weights, data, tmp_path, capsys):
     fails(train_mls.main, monkeypatch, capsys, "--words-only leaves nothing of the task image", *training)
 
 
+def test_words_first(monkeypatch, weights, uas, tmp_path, capsys):
+    """LoRA learns to describe; vokens and mapper stay stage 1's, and what is described is drawn without LoRA."""
+    turns = [{"text": "a boat"}, {"text": "(a boat that is small)"}]
+    (tmp_path / "wishes.jsonl").write_text(json.dumps({"kind": "dialog", "turns": turns}) + "\n")
+    batches, options = noting(monkeypatch, train_mls.StoryData, "collate"), ("--words-first", "--adapter-lr", 1)
+    train(monkeypatch, weights, tmp_path / "wishes.jsonl", tmp_path / "run", "--steps", 2, "--uas", uas, *options)
+    ((_, (read, *_)), _) = batches[0]
+    assert read["source"] == prompts.dialog_source([Turn("a boat")], 1, prompts.WORDS_FIRST_SYSTEM)
+    assert read["target"] == "(a boat that is small) ###"
+    checkpoint = checkpoint_folders(tmp_path / "run")[0] / "trained.safetensors"
+    before, after = load_file(checkpoint_folders(uas)[0] / "trained.safetensors"), load_file(checkpoint)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert any(tensor.abs().max() > 0.1 for name, tensor in after.items() if "lora_B" in name)
+    tuned, plain = (load_minigpt5(weights, path, read_pictures=False).eval() for path in (checkpoint, None))
+    load_trained(plain, checkpoint_folders(uas)[0] / "trained.safetensors")
+    assert tuned.words_only and not plain.words_only
+    ids = [generation.prompt_ids(plain, "a boat that is small")]
+    said, alone = [["(a boat that is small)"]], generation.Sampling(steps=2, sampler="ddim")
+    forced = generation.Sampling(steps=2, sampler="ddim", force_image=True, temperature=0, max_new_tokens=1)
+    ((expected,),) = generation.answer(plain, ids, [[]], forced, [torch.Generator().manual_seed(0)])
+    ((with_lora,),) = generation.answer(tuned, ids, [[]], forced, [torch.Generator().manual_seed(0)])
+    ((drawn,),) = generation.draw_described(tuned, said, alone, [torch.Generator().manual_seed(0)], None)
+    assert drawn.tobytes() == expected.tobytes() != with_lora.tobytes()
+    training = ("--weights", weights, "--data", tmp_path / "wishes.jsonl", "--out", tmp_path / "no", "--words-first")
+    fails(train_mls.main, monkeypatch, capsys, "--words-first trains LoRA, not a prefix", *training, "--prefix")
+
+
 def test_switches_reach_data_and_losses(monkeypatch, weights, data, tmp_path):
     opened, losses = noting(monkeypatch, train_mls, "StoryData"), noting(monkeypatch, MiniGPT5, "losses")
     noise = noting(monkeypatch, MiniGPT5, "sample_noise")

@@ -1,0 +1,165 @@
+"""SmolLM2 behind the vokens (docs/language-models.md): where its stage 1 starts, and its sentences for words first.
+
+    python experiments/smollm2.py start --weights smol --captions pairs.tar --out runs/smollm2/start.safetensors
+    python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 8192 \
+        --steps 700 1200 --out runs/smollm2/mapper.safetensors
+    python experiments/smollm2.py wishes --n 40000 --out wishes.jsonl
+
+`start`: the mapper is the miniature's, but for its first layer, which another width asks for anew. It is fitted by
+ridge regression, so that from SmolLM2's states it makes what the miniature's makes of its own language model's states
+for the same captions. `train_uas.py --init` then trains it with the vokens' rows.
+
+`mapper`: SmolLM2 takes most of a step of stage 1. Here the vokens' rows stay as stage 1 left them, so that their
+features of some captions are computed once. The mapper alone goes on: it first imitates the conditioning that the
+miniature makes of the same captions, then it trains with the losses of stage 1.
+
+`wishes`: dialogues of two turns for `train_mls.py --words-first`, in which somebody wishes for a picture and it is
+described in brackets.
+"""
+
+import argparse
+import json
+import tarfile
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.cli import MINIATURE
+from common.files import written_whole
+from common.images import preprocess_output
+from experiments.vocabulary import wide_wish
+from miniature.chats import bracketed
+from miniature.facts import random_stream
+from miniature.wishes import wish
+from minigpt5 import CAP_WEIGHT, MiniGPT5, collate
+from prompts import uas_texts
+from published.loading import given_checkpoint, save_trained, shipped_checkpoint
+from published.parts import load_minigpt5
+from tars.batches import open_pairs
+from trainer.muon import Muon
+
+START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
+RIDGE = 1e-3  # of the states' mean square
+BATCH, LR, MUON_LR = 32, 5e-4, 0.01  # of `mapper`
+WIDE = 0.4  # share of wishes in words of vocabulary.py
+WISHES = 300  # purpose of the random stream
+
+
+def read_captions(tar: Path, n: int) -> list[str]:
+    with tarfile.open(tar) as opened:
+        texts = (member for member in opened if member.name.endswith(".txt"))
+        return [opened.extractfile(member).read().decode() for member in islice(texts, n)]
+
+
+def miniature() -> MiniGPT5:
+    return load_minigpt5(MINIATURE, shipped_checkpoint(MINIATURE / "minigpt5", ()), read_pictures=False).eval()
+
+
+@torch.no_grad()
+def voken_features(model: MiniGPT5, captions: list[str]) -> Tensor:
+    """(B, N, D) of each caption."""
+    parts = []
+    for first in range(0, len(captions), 32):
+        texts = [uas_texts(model.tokenizer.plain(caption)) for caption in captions[first : first + 32]]
+        batch = collate(model.tokenizer, texts, model.queries)
+        hidden = model.hidden_states(model.embed(batch.ids), batch.targets)
+        parts.append(model.voken_features(hidden, batch.picture_sequences, batch.picture_starts))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def start(weights: Path, captions: list[str], out: Path) -> None:
+    teacher = miniature()
+    model = load_minigpt5(weights, read_pictures=False, start_as=START_AS).eval()
+    model.mapper.load_state_dict({n: p for n, p in teacher.mapper.state_dict().items() if n != "fc.0.weight"}, False)
+    wanted = teacher.mapper.fc[0](voken_features(teacher, captions)).flatten(0, 1).double()
+    states = voken_features(model, captions).flatten(0, 1).double()
+    states = torch.cat([states, torch.ones(len(states), 1)], dim=1)  # and the bias
+    held_out = len(states) // 8
+    x, y = states[held_out:], wanted[held_out:]
+    ridge = RIDGE * x.square().mean() * len(x) * torch.eye(x.shape[1])
+    layer = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+    missed = (states[:held_out] @ layer - wanted[:held_out]).square().sum()
+    explained = 1 - missed / (wanted[:held_out] - y.mean(0)).square().sum()
+    model.mapper.fc[0].weight.copy_(layer[:-1].T)
+    model.mapper.fc[0].bias.copy_(layer[-1])
+    save_trained(model, model.trained_parameters(), out, "uas")
+    print(f"{out}: {explained:.1%} of the variance of {held_out} held-out states explained")
+
+
+def fit(mapper: nn.Module, captions: int, steps: int, loss_of: Callable[[Tensor], Tensor]) -> None:
+    """Train the mapper with the losses of random batches of so many captions; the rates fall to zero."""
+    matrices, others = ([p for p in mapper.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False))
+    optimizers = [Muon(matrices, MUON_LR), torch.optim.AdamW(others, LR)]
+    decay = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps) for optimizer in optimizers]
+    generator = torch.Generator().manual_seed(steps)
+    for step in (bar := tqdm(range(steps))):
+        loss = loss_of(torch.randint(captions, (BATCH,), generator=generator))
+        loss.backward()
+        for optimizer in (*optimizers, *decay):
+            optimizer.step()
+        mapper.zero_grad()
+        if step % 10 == 9:
+            bar.set_postfix(loss=round(loss.item(), 4))
+
+
+def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps: list[int], out: Path) -> None:
+    """`steps`: how many of imitation, how many with the losses of stage 1."""
+    teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
+    batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=model.picture_size), batch_size=BATCH)
+    empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
+    read = [next(batches) for _ in tqdm(range(n // BATCH), "captions")]
+    moments, encodings = (torch.cat([samples[name] for samples in read]) for name in ("moments", "encoding"))
+    features = torch.cat([voken_features(model, samples["captions"]) for samples in tqdm(read, "features")])
+    with torch.no_grad():
+        wanted = [teacher.mapper(voken_features(teacher, samples["captions"])) for samples in tqdm(read, "miniature's")]
+    wanted, mapper = torch.cat(wanted), model.mapper.requires_grad_(True)
+    generator, mean = torch.Generator().manual_seed(0), torch.full((BATCH,), 1 / BATCH)
+
+    def stage_1(chosen: Tensor) -> Tensor:
+        posterior, captions = moments[chosen].float().unbind(1), (encodings[chosen].float(), empty_caption)
+        noise = model.sample_noise(range(BATCH), [generator] * BATCH)
+        losses = model.picture_losses(features[chosen], noise, mean, posterior, captions, 0.0)
+        return losses["ldm_loss"] + CAP_WEIGHT * losses["cap_loss"]
+
+    fit(mapper, len(features), steps[0], lambda i: (mapper(features[i]) - wanted[i]).square().mean())
+    fit(mapper, len(features), steps[1], stage_1)
+    save_trained(model, model.trained_parameters(), out, "uas")
+
+
+def write_wishes(n: int, seed: int, out: Path) -> None:
+    with written_whole(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for i in range(n):
+            rng = random_stream(seed, i, WISHES)
+            text, picture = (wide_wish if rng.random() < WIDE else wish)(rng, "train")
+            turns = [{"text": text}, {"text": bracketed(picture)}]
+            file.write(json.dumps({"kind": "dialog", "turns": turns}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("start", "mapper", "wishes"))
+    parser.add_argument("--weights", type=Path, default=Path("smol"), help="folder with SmolLM2 as language model")
+    parser.add_argument("--captions", type=Path, help="tar of captions, as miniature/world.py writes them")
+    parser.add_argument("--checkpoint", type=Path, help="run of stage 1 whose mapper goes on")
+    parser.add_argument("--data", nargs="+", help="precomputed tars of pairs")
+    parser.add_argument("--n", type=int, default=2048, help="captions, or wishes")
+    parser.add_argument("--steps", type=int, nargs=2, default=[700, 1200], help="of imitation, of stage 1's losses")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.what == "start":
+        start(args.weights, read_captions(args.captions, args.n), args.out)
+    elif args.what == "mapper":
+        train_mapper(args.weights, args.checkpoint, args.data, args.n, args.steps, args.out)
+    else:
+        write_wishes(args.n, args.seed, args.out)
+
+
+if __name__ == "__main__":
+    main()
