@@ -88,7 +88,11 @@ def write_weights(folder: Path, size: str) -> Path:
     levels = len(vae.block_out_channels)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     described = {"vision_config": asdict(vision), "qformer_config": asdict(qformer)}
-    published = [files.LLAMA | asdict(llama), {"num_query_tokens": qformer.num_query_tokens} | described, None]
+    published = [
+        files.LLAMA | {name: size for name, size in asdict(llama).items() if size},
+        {"num_query_tokens": qformer.num_query_tokens} | described,
+        None,
+    ]
     published += [files.UNET | asdict(unet), files.VAE_SETTINGS | blocks | asdict(vae), files.TEXT | asdict(text)]
     for (path, module), config in zip(parts.items(), published, strict=True):
         files.write(folder / path, module, config, numbers)

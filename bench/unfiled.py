@@ -70,7 +70,7 @@ def write_settings(folder: Path, size: str, words: Iterable[str]) -> None:
     levels = len(vae.block_out_channels)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     settings = {
-        "vicuna/config.json": files.LLAMA | asdict(llama),
+        "vicuna/config.json": files.LLAMA | {name: size for name, size in asdict(llama).items() if size},
         "stable-diffusion/unet/config.json": files.UNET | asdict(unet),
         "stable-diffusion/vae/config.json": files.VAE_SETTINGS | blocks | asdict(vae),
         "stable-diffusion/text_encoder/config.json": files.TEXT | asdict(text),
