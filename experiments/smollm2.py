@@ -2,7 +2,7 @@
 
     python experiments/smollm2.py start --weights smol --captions pairs.tar --out runs/smollm2/start.safetensors
     python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 8192 \
-        --steps 700 1200 --out runs/smollm2/mapper.safetensors
+        --steps 700 1200 1500 --out runs/smollm2/mapper.safetensors
     python experiments/smollm2.py wishes --n 40000 --out wishes.jsonl
 
 `start`: the mapper is the miniature's, but for its first layer, which another width asks for anew. It is fitted by
@@ -10,8 +10,9 @@ ridge regression, so that from SmolLM2's states it makes what the miniature's ma
 for the same captions. `train_uas.py --init` then trains it with the vokens' rows.
 
 `mapper`: SmolLM2 takes most of a step of stage 1. Here the vokens' rows stay as stage 1 left them, so that their
-features of some captions are computed once. The mapper alone goes on: it first imitates the conditioning that the
-miniature makes of the same captions, then it trains with the losses of stage 1.
+features of some captions are computed once. The mapper alone goes on, in three parts: it imitates the conditioning that
+the miniature makes of the same captions; it trains with the losses of stage 1; and with L_LDM and imitation, which
+takes the place of L_CAP.
 
 `wishes`: dialogues of two turns for `train_mls.py --words-first`, in which somebody wishes for a picture and it is
 described in brackets.
@@ -45,7 +46,7 @@ from trainer.muon import Muon
 
 START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
 RIDGE = 1e-3  # of the states' mean square
-BATCH, LR, MUON_LR = 32, 5e-4, 0.01  # of `mapper`
+BATCH, LR, MUON_LR, IMITATION_WEIGHT = 32, 5e-4, 0.01, 0.3  # of `mapper`
 WIDE = 0.4  # share of wishes in words of vocabulary.py
 WISHES = 300  # purpose of the random stream
 
@@ -109,7 +110,7 @@ def fit(mapper: nn.Module, captions: int, steps: int, loss_of: Callable[[Tensor]
 
 
 def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps: list[int], out: Path) -> None:
-    """`steps`: how many of imitation, how many with the losses of stage 1."""
+    """`steps`: of the three parts."""
     teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
     batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=model.picture_size), batch_size=BATCH)
     empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
@@ -121,14 +122,18 @@ def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps
     wanted, mapper = torch.cat(wanted), model.mapper.requires_grad_(True)
     generator, mean = torch.Generator().manual_seed(0), torch.full((BATCH,), 1 / BATCH)
 
-    def stage_1(chosen: Tensor) -> Tensor:
+    def imitation(chosen: Tensor) -> Tensor:
+        return (mapper(features[chosen]) - wanted[chosen]).square().mean()
+
+    def ldm_and_cap(chosen: Tensor) -> tuple[Tensor, Tensor]:
         posterior, captions = moments[chosen].float().unbind(1), (encodings[chosen].float(), empty_caption)
         noise = model.sample_noise(range(BATCH), [generator] * BATCH)
         losses = model.picture_losses(features[chosen], noise, mean, posterior, captions, 0.0)
-        return losses["ldm_loss"] + CAP_WEIGHT * losses["cap_loss"]
+        return losses["ldm_loss"], losses["cap_loss"]
 
-    fit(mapper, len(features), steps[0], lambda i: (mapper(features[i]) - wanted[i]).square().mean())
-    fit(mapper, len(features), steps[1], stage_1)
+    fit(mapper, len(features), steps[0], imitation)
+    fit(mapper, len(features), steps[1], lambda i: torch.stack(ldm_and_cap(i)) @ torch.tensor([1.0, CAP_WEIGHT]))
+    fit(mapper, len(features), steps[2], lambda i: ldm_and_cap(i)[0] + IMITATION_WEIGHT * imitation(i))
     save_trained(model, model.trained_parameters(), out, "uas")
 
 
@@ -149,7 +154,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="run of stage 1 whose mapper goes on")
     parser.add_argument("--data", nargs="+", help="precomputed tars of pairs")
     parser.add_argument("--n", type=int, default=2048, help="captions, or wishes")
-    parser.add_argument("--steps", type=int, nargs=2, default=[700, 1200], help="of imitation, of stage 1's losses")
+    parser.add_argument("--steps", type=int, nargs=3, default=[700, 1200, 1500], help="of `mapper`'s three parts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

