@@ -13,6 +13,7 @@ D width of the language model, C latent channels, h w latent height and width.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -331,7 +332,7 @@ def draw_described(
         return said
     captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in with_picture]
     alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)
-    with lora.without(model.lora if model.words_only else []):
+    with lora.without(model.lora) if model.words_only else nullcontext():
         drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture], True, watch)
     for i, (picture,) in zip(with_picture, drawn, strict=True):
         picture.info["description"] = descriptions[i]
