@@ -52,6 +52,7 @@ class Sampling:
     guidance: float = 7.5  # 1: no guidance
     empty_caption: bool | None = None  # goes against its encoding, not against zeros; None: as the model was trained
     compile: bool = False  # torch.compile the token step, the UNet and the decoder
+    samplers = tuple(sorted(SAMPLERS))  # to choose from; no field
 
     def __post_init__(self):
         if not 0 < self.top_p <= 1 or self.temperature < 0 or self.repetition_penalty <= 0:

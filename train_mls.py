@@ -82,8 +82,8 @@ def arguments() -> argparse.Namespace:
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
     add("--words-only", action="store_true",
         help="train on the words of the answers without their pictures: the paper's fine-tuned MiniGPT-4")  # fmt: skip
-    add("--words-first", action="store_true",
-        help="train LoRA alone on dialogues with pictures described in brackets, for --words-first")  # fmt: skip
+    about = "train LoRA alone, on dialogues that describe their pictures in brackets (sample.py --words-first)"
+    add("--words-first", action="store_true", help=about)
     add("--text-weight", type=float, default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
     add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
     add("--lr", type=float, default=2e-5, help="learning rate of the voken rows and the mapper")
@@ -100,8 +100,8 @@ def arguments() -> argparse.Namespace:
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")
     checked_weights(args.tasks)  # before any data are drawn
-    if args.words_first and args.prefix:
-        parser.error("--words-first trains LoRA, not a prefix")
+    if args.words_first and (args.prefix or not args.data):
+        parser.error("--words-first trains LoRA, not a prefix, and needs --data: drawn stories describe no pictures")
     if args.words_only and args.tasks.get("image"):
         parser.error("--words-only leaves nothing of the task image: give --tasks text=1,text+image=1, or one of them")
     args.words_only |= args.words_first

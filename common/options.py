@@ -2,14 +2,12 @@
 
 import argparse
 
-SAMPLERS = ("ddim", "dpm", "pndm")  # those of scheduler.py
-
 
 def add_picture_options(parser: argparse.ArgumentParser, sampling: type, against: str) -> None:
     add = parser.add_argument
     add("--steps", type=int, default=sampling.steps, help="denoising steps of a picture")
     add("--guidance", type=float, default=sampling.guidance, help=f"guidance against {against}; 1: off")
-    add("--sampler", choices=SAMPLERS, default=sampling.sampler, help="diffusion sampler")
+    add("--sampler", choices=sampling.samplers, default=sampling.sampler, help="diffusion sampler")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, sampling: type, words_first: bool = False) -> None:

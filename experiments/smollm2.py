@@ -1,7 +1,7 @@
 """SmolLM2 behind the vokens (docs/language-models.md): where its stage 1 starts, and its sentences for words first.
 
     python experiments/smollm2.py start --weights smol --captions pairs.tar --out runs/smollm2/start.safetensors
-    python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 8192 \
+    python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 9216 \
         --steps 700 1200 1500 --out runs/smollm2/mapper.safetensors
     python experiments/smollm2.py wishes --n 40000 --out wishes.jsonl
 
@@ -20,6 +20,7 @@ described in brackets.
 
 import argparse
 import json
+import sys
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if __package__ in (None, ""):  # run as a script: the package is the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import MINIATURE
 from common.files import written_whole

