@@ -1,5 +1,6 @@
 """Answers in batches, the token sampler, segments; what the recordings of test_golden.py do not show."""
 
+import argparse
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -159,8 +160,14 @@ def test_pick_tokens():
     assert (counts / 4000 - (torch.tensor(logits) / 2).softmax(-1)).abs().max() < 1e-3
 
 
-def test_every_sampler_has_its_option():
-    assert {*options.SAMPLERS} == {*SAMPLERS}
+def test_every_sampler_has_its_option(capsys):
+    parser = argparse.ArgumentParser()
+    options.add_sampling_options(parser, Sampling)
+    for name in SAMPLERS:
+        assert Sampling.of(vars(parser.parse_args(["--sampler", name]))).sampler == name
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--sampler", "euler"])
+    assert "invalid choice: 'euler'" in capsys.readouterr().err
 
 
 def test_compiled_answers(model, monkeypatch):
