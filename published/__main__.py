@@ -40,7 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("convert", help="published files into the layout that the loaders read")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="file, or folder of shards")
     command.add_argument("--out", type=Path, required=True, help="the weights folder")
-    command.add_argument("--config", type=Path, help="config.json to use; default: the one in --out or beside FILE")
     command.add_argument("--dtype", **dtype)
     wording = "how the prompts of MiniGPT-5's checkpoints were worded; default: as known by SHA-256, else ours"
     command.add_argument("--form", choices=["ours", *RELEASED_FORMS], help=wording)
@@ -57,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif options.command == "smollm2":
         fetch_smollm2(options.folder, DTYPES.get(options.dtype))
     elif options.command == "convert":
-        convert(options.files, options.out, options.config, DTYPES.get(options.dtype), options.form)
+        convert(options.files, options.out, DTYPES.get(options.dtype), options.form)
     elif options.command == "pack":
         pack(options.checkpoint, options.out, DTYPES[options.dtype])
     else:

