@@ -44,7 +44,6 @@ STORY_FILES, CHAT_FILES = ("mls-story", "mls-vist"), ("mls-mmdialog",)  # names 
 WORDS_FILES = ("mls-words",)  # LoRA for words first
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")  # Vicuna's input and output embedding
 MAX_RANK = 1024  # of LoRA's matrices
-NO_TABLES = tuple((f"^{re.escape(name)}$", None) for name in TABLES)
 
 # (pattern, replacement) of published tensor names, applied one after the other; a name is left out where it is None.
 Names = Iterable[tuple[str, str | None]]
@@ -215,13 +214,9 @@ def checkpoint_folders(out: Path) -> list[Path]:
 def find_checkpoint(place: Path) -> Path | None:
     """The file that `place` stands for: itself; trained.safetensors in a checkpoint's folder, or in the newest
     checkpoint of a run's folder; uas.safetensors in weights/minigpt5. None if there is none."""
-    if place.is_file():
-        return place
     folders = place, *checkpoint_folders(place)
-    for file in [*(folder / "trained.safetensors" for folder in folders), place / STAGE_1]:
-        if file.is_file():
-            return file
-    return None
+    files = place, *(folder / "trained.safetensors" for folder in folders), place / STAGE_1
+    return next(filter(Path.is_file, files), None)
 
 
 def given_checkpoint(place: Path) -> Path:
@@ -317,12 +312,15 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
     """
     checkpoint, trained = open_checkpoint(path), model.trained_parameters()
     files = with_file_below(path, checkpoint.tensors, trained)
-    for name, tensor in matched(trained, files, NO_TABLES, first_wins=True).items():
-        trained[name].copy_(tensor)  # in place: an optimiser may hold these
-    for file in reversed(files):
-        for key, tensor in open_checkpoint(file).tensors.items():
-            if key in TABLES:
-                model.tables[key] = load_table(model, file, key, tensor)
+    modules = {name: model.llama.get_submodule(name.removesuffix(".weight")) for name in TABLES}
+    stored = {name for file in files for name in tensor_slices(file)}
+    tables = {name: modules[name].weight[: model.tokenizer.base_vocabulary] for name in TABLES if name in stored}
+    for name, tensor in matched(trained | tables, files, first_wins=True).items():
+        if name in trained:
+            trained[name].copy_(tensor)  # in place: an optimiser may hold these
+        else:
+            old = modules[name].weight
+            model.tables[name] = modules[name].weight = nn.Parameter(tensor.to(old), requires_grad=False)
     metadata, special = checkpoint.metadata, model.tokenizer.special
     model.system = System(metadata["system"], metadata.get("separator", "\n")) if "system" in metadata else None
     model.words_only = metadata.get("lora") == "words only"
@@ -331,13 +329,3 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
         if model.first_token not in special:
             raise WeightsError(f"{path}: first_token {model.first_token!r:.80} is no special token of the tokenizer")
         model.tokenizer.bos_id = special[model.first_token]
-
-
-def load_table(model: MiniGPT5, path: Path, key: str, stored) -> nn.Parameter:
-    """Replace one of Vicuna's tables by the `stored` one of a checkpoint; returns the new one."""
-    module, pieces = model.llama.get_submodule(key.removesuffix(".weight")), model.tokenizer.base_vocabulary
-    shape, dtype, width = stored.get_shape(), stored.get_dtype(), module.weight.shape[1]
-    if tuple(shape) != (pieces, width) or dtype not in FLOATS:
-        raise WeightsError(f"{path}: {key} {tuple(shape)} {dtype} is no table of {pieces} rows of width {width}")
-    module.weight = nn.Parameter(stored[:].to(module.weight.device, module.weight.dtype), requires_grad=False)
-    return module.weight
