@@ -24,14 +24,11 @@ class Int8Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
 
 
-def int8_rows(weight: Tensor, dtype: torch.dtype, device: str | torch.device, n: int = 1024) -> tuple[Tensor, Tensor]:
-    """weight (out, in) -> int8 (out, in) and scale (out,) in `dtype`, on `device`; n rows at a time, to save memory."""
-    quantised, scales = torch.empty(weight.shape, dtype=torch.int8, device=device), []
-    for start in range(0, len(weight), n):
-        rows = weight[start : start + n].to(device).float()
-        scales.append((rows.abs().amax(1) / 127).clamp(min=1e-8).to(dtype))  # rounded before it divides
-        quantised[start : start + n] = (rows / scales[-1].float()[:, None]).round()
-    return quantised, torch.cat(scales)
+def int8_rows(weight: Tensor, dtype: torch.dtype, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """weight (out, in) -> int8 (out, in) and scale (out,) in `dtype`, on `device`."""
+    weight = weight.to(device, torch.float32)
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-8).to(dtype)  # rounded before it divides
+    return (weight / scale.float()[:, None]).round().to(torch.int8), scale
 
 
 @torch.no_grad()

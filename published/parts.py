@@ -238,7 +238,7 @@ load_llama, load_unet, load_text_encoder = (partial(load, part) for part in ("ll
 
 
 def load_int8_llama(folder: Path, dtype: torch.dtype, device: Device = "cpu") -> Llama:
-    """`load_llama` with the blocks' matrices in 8 bits, which are made of the mapped file row by row."""
+    """`load_llama` with the blocks' matrices in 8 bits, which are made of the mapped file one by one."""
     return with_fast_kernels(to_int8(load_llama(folder), dtype, device))
 
 

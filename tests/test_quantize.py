@@ -14,16 +14,15 @@ from published.parts import load_int8_llama, load_llama
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows(dtype):
-    """No weight is off by more than half a step of its row, whatever the block; a row of zeros stays zero."""
+    """No weight is off by more than half a step of its row; a row of zeros stays zero."""
     weight = torch.randn(70, 40) * torch.logspace(-3, 2, 70)[:, None]
     weight[7] = 0
-    quantised, scale = int8_rows(weight, dtype, "cpu", 32)
+    quantised, scale = int8_rows(weight, dtype, "cpu")
     assert quantised.dtype == torch.int8 and scale.dtype == dtype
     step = weight.abs().amax(1, keepdim=True) / 127
     slack = 1.01 if dtype == torch.float32 else 2.01  # a scale rounded down cuts the largest weight
     assert ((quantised * scale.float()[:, None] - weight).abs() <= slack * step / 2 + 1e-9).all()
     assert not quantised[7].any() and (scale > 0).all()
-    assert torch.equal(quantised, int8_rows(weight, dtype, "cpu")[0])
 
 
 @torch.no_grad()
