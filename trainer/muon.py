@@ -21,30 +21,20 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         skipped = getattr(self, "found_inf", 0.0)  # 1 where a gradient was not finite
         for group in self.param_groups:
-            shapes = {}
             for parameter in group["params"]:
-                shapes.setdefault(parameter.flatten(1).shape, []).append(parameter)
-            for shape, parameters in shapes.items():
-                for parameter in parameters:
-                    if "average" not in self.state[parameter]:
-                        self.state[parameter]["average"] = torch.zeros_like(parameter)
-                averages = [self.state[p]["average"] for p in parameters]
-                gradients = [p.grad for p in parameters]
-                torch._foreach_mul_(averages, group["momentum"] ** (1 - skipped))
-                torch._foreach_add_(averages, gradients)
-                ahead = torch._foreach_add(gradients, averages, alpha=group["momentum"])
-                steps = orthogonal(torch.stack([g.flatten(1) for g in ahead]))
+                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                average.mul_(group["momentum"] ** (1 - skipped)).add_(parameter.grad)
+                ahead = parameter.grad.add(average, alpha=group["momentum"]).flatten(1)
                 # A tall matrix's orthogonal step has smaller entries; this makes them as large as a square matrix's.
-                size = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for parameter, update in zip(parameters, steps, strict=True):
-                    parameter.add_((1 - skipped) * update.view_as(parameter), alpha=-size)
+                size = group["lr"] * max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
+                parameter.add_((1 - skipped) * orthogonal(ahead).view_as(parameter), alpha=-size)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """(N, R, C) -> the nearest matrices with all singular values 1, approximately, by five Newton-Schulz steps."""
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+def orthogonal(matrix: Tensor) -> Tensor:
+    """(..., R, C) -> the nearest matrix with all singular values 1, approximately, by five Newton-Schulz steps."""
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):  # the coefficients are those of Jordan et al.
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
