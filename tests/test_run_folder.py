@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,22 +53,20 @@ def test_names_of_a_run_s_files():
     assert not re.fullmatch(FILES, "notes") and not re.fullmatch(FILES, "step-1")
 
 
-def test_passed_over_checkpoints_do_not_count(tmp_path, capsys):
-    """Two newer ones are damaged. They stay, and the two newest intact ones are kept beside them, also by the next
-    process."""
-    model, optimizers, gradients = open_tiny()
-    for step in (1, 6, 7):
-        stepped(model, optimizers, gradients)
-        save(tmp_path, step, model, optimizers, {"data": {}})
-    save(tmp_path, 1, model, optimizers, {"data": {}, "passed_over": ["step-00000006", "step-00000007"]})
+def test_passed_over_checkpoints_do_not_count(monkeypatch, weights, tar, tmp_path):
+    """Two newer ones are damaged. They stay under another name, and the two newest intact ones are kept beside them."""
+    train(monkeypatch, weights, tar, tmp_path, "--steps", 3, "--save-every", 1)
+    (tmp_path / "step-00000003").rename(tmp_path / "step-00000007")
     for step in (6, 7):
+        shutil.copytree(tmp_path / "step-00000002", tmp_path / f"step-0000000{step}", dirs_exist_ok=True)
         (tmp_path / f"step-0000000{step}" / "trained.safetensors").write_bytes(b"half")
-    for expected in ([2, 1], [3, 2], [4, 3]):
-        state = load(tmp_path, model, optimizers)
-        assert state["step"] == expected[1] and state["passed_over"][:2] == ["step-00000007", "step-00000006"]
-        save(tmp_path, expected[0], model, optimizers, {**state, "step": expected[0]})
+    for steps, expected in ((3, [3, 2]), (9, [9, 8])):
+        train(monkeypatch, weights, tar, tmp_path, "--steps", steps, "--save-every", 1, "--resume")
         found = [folder.name for folder in checkpoint_folders(tmp_path)]
-        assert found == [f"step-0000000{step}" for step in (7, 6, *expected)]
+        assert found == [f"step-0000000{step}" for step in expected]
+        damaged = sorted(folder.name for folder in tmp_path.glob("*.damaged"))
+        assert damaged == ["step-00000006.damaged", "step-00000007.damaged"]
+        assert (tmp_path / damaged[0] / "trained.safetensors").read_bytes() == b"half"
 
 
 def test_a_damaged_checkpoint_is_written_anew(monkeypatch, weights, tar, tmp_path):
@@ -76,7 +75,6 @@ def test_a_damaged_checkpoint_is_written_anew(monkeypatch, weights, tar, tmp_pat
     (tmp_path / "step-00000004" / "optimizer.safetensors").write_bytes(b"half")
     train(monkeypatch, weights, tar, tmp_path, "--steps", 5, "--save-every", 2, "--resume")
     assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["step-00000005", "step-00000004"]
-    assert json.loads((tmp_path / "step-00000005" / "state.json").read_text())["passed_over"] == []
 
 
 def test_a_link_named_like_a_checkpoint(monkeypatch, weights, tar, tmp_path):

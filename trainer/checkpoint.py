@@ -22,7 +22,7 @@ from common.files import is_number, read_json, remove
 from published.loading import WeightsError, checkpoint_folders, open_safetensors, save_safetensors
 from trainer.muon import Muon
 
-KEPT = 2  # newest checkpoints of a run that are intact; older ones are removed
+KEPT = 2  # newest checkpoints of a run; older ones are removed
 
 
 def save_checkpoint(
@@ -33,8 +33,7 @@ def save_checkpoint(
     save_trained: Callable[[Path], None],
 ) -> Path:
     """Write the folder of state["step"], which is on the disk when this returns, and remove all but the newest ones.
-    Those that state["passed_over"] names are damaged: they do not count, and stay. `save_trained` writes
-    trained.safetensors.
+    `save_trained` writes trained.safetensors.
 
     ValueError where that fails, and where a tensor is not finite; the earlier checkpoints then stay as they are.
     """
@@ -66,8 +65,7 @@ def save_checkpoint(
         raise ValueError(f"{folder}: not written: {reason}; checkpoints of this run: {kept}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    intact = [old for old in checkpoint_folders(out) if old.name not in state.get("passed_over", ())]
-    for old in intact[KEPT:]:
+    for old in checkpoint_folders(out)[KEPT:]:
         remove_checkpoint(old)
     return folder
 
@@ -78,6 +76,14 @@ def remove_checkpoint(folder: Path) -> None:
     with suppress(OSError):
         folder.replace(old)
         remove(old)
+
+
+def set_aside(out: Path, step: int) -> None:
+    """Rename the checkpoints after `step`, which were passed over, so that they stay and do not count."""
+    for folder in checkpoint_folders(out):
+        if folder.name > f"step-{step:08d}":
+            remove(folder.with_suffix(".damaged"))
+            folder.replace(folder.with_suffix(".damaged"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -98,10 +104,9 @@ def load_checkpoint(
     """Fill the trained tensors and the moments from the newest checkpoint of a run that is intact. Its state, or None
     where the run has no checkpoint. `load_trained` reads trained.safetensors in place.
 
-    A checkpoint that cannot be read is named and passed over: "passed_over" of the state lists these, too. ValueError
-    where that leaves none.
+    A checkpoint that cannot be read is named and passed over. ValueError where that leaves none.
     """
-    folders, passed_over = checkpoint_folders(out), []
+    folders = checkpoint_folders(out)
     for folder in folders:
         try:
             state = read_state(folder)
@@ -109,11 +114,10 @@ def load_checkpoint(
             load_trained(folder / "trained.safetensors")
         except WeightsError as error:
             print(f"passed over: {error}")
-            passed_over.append(folder.name)
             continue
         for optimizer, parameter, own in moments:
             optimizer.state[parameter] = own
-        return {**state, "passed_over": passed_over + state.get("passed_over", [])}
+        return state
     if folders:
         raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
     return None
@@ -133,7 +137,6 @@ def read_state(folder: Path) -> dict:
         and all(isinstance(by_name, dict) and all(map(is_number, by_name.values())) for by_name in sums)
         and isinstance(data.get("digest"), str)
         and isinstance(state.get("arguments", {}), dict)
-        and isinstance(state.get("passed_over", []), list)
     )
     if not is_right:
         raise WeightsError(f"{path}: not the state of a run after the step that its folder names")

@@ -37,7 +37,7 @@ from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
 from tars.batches import Batches, open_pairs
 from tars.datasets import packed
-from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.checkpoint import load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.processes import one_line_peer_errors, peak_memory, resume_command, stop_signals
@@ -282,7 +282,6 @@ class Run:
         load_trained = partial(self.load_trained, self.model)
         state = load_checkpoint(self.out, self.trained, self.optimizers, load_trained) if self.args.resume else None
         self.done = state["step"] if state else 0
-        self.passed_over = state["passed_over"] if state else []
         if len(set(self.world.gather(self.done))) > 1:
             raise ValueError("the ranks find different checkpoints: --out must be one folder that all machines share")
         if state:
@@ -292,6 +291,7 @@ class Run:
             if self.world.rank == 0:
                 self.meter.load_state(state["data"])
                 cut_log(self.log, self.done)
+                set_aside(self.out, self.done)
             print(f"resumed from step {self.done}")
             before = state.get("arguments", {})
             for name, value in self.arguments.items():
@@ -373,8 +373,7 @@ class Run:
         data = {**self.data.state_dict(), **self.add_up(bad=dict(self.data.bad), **self.meter.state())}
         data["seen"] = sum(self.world.gather(self.data.seen))
         state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped)}
-        self.passed_over = [name for name in self.passed_over if name != f"step-{self.done:08d}"]  # written anew
-        state |= {"arguments": self.arguments, "passed_over": self.passed_over}
+        state["arguments"] = self.arguments
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, self.trained, stage=self.name)
             save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)
