@@ -66,10 +66,9 @@ def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None
     one: then there is no other that writes there, and an equal process number is an accident."""
     for path in sorted(folder.glob(".*.tmp")):
         found = re.fullmatch(rf"\.(?:{names})\.(\d{{1,9}})\.tmp", path.name)
-        if not found or not (is_locked or has_ended(int(found[1]))):
-            continue
-        print(f"removed: {path}, which an earlier process could not finish")
-        remove(path)
+        if found and (is_locked or has_ended(int(found[1]))):
+            print(f"removed: {path}, which an earlier process could not finish")
+            remove(path)
 
 
 def remove(path: Path) -> None:

@@ -93,6 +93,6 @@ def read_line() -> str:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. ValueError where it has none."""
     lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
-    if not (found := list(filter(None, lines))):
+    if not (prompts := [line for line in lines if line]):
         raise ValueError(f"{path}: no prompt in it")
-    return found
+    return prompts

@@ -115,29 +115,28 @@ RAW_FIELDS = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # of a 
 CLEANED_FIELDS = ("sequence_index", "caption", "image_id")
 
 
-def vist_jobs(files: list[Path], folders: list[Path]) -> Iterator[Job]:
-    """The stories of the raw and of the cleaned form.
+def vist_jobs(file: Path, folders: list[Path]) -> Iterator[Job]:
+    """The stories of a file of the raw or of the cleaned form.
 
     Of the raw form's two texts this takes `text`: in lower case, with spaces around punctuation, names as [male],
     [location] ... The released cleaned files hold it, so the released checkpoint learned from it.
     """
-    for file in files:
-        content, roots = read_json(file), folders or [file.parent]
-        if isinstance(content.get("annotations"), list):
-            stories, fields = raw_stories(content["annotations"]), RAW_FIELDS
-            found = [found for folder in roots for found in walk(folder)]
-            places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
-        elif content and all(isinstance(steps, list) for steps in content.values()):
-            stories, fields = content, CLEANED_FIELDS
-            beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
-            if beside == file:
-                raise ValueError(f"{file}: should be called X_cleaned.json, with X_image_mapping.json beside it")
-            mapping = read_json(beside)
-            places = {i: find_picture(roots, name) for i, name in mapping.items() if isinstance(name, str)}
-        else:
-            raise ValueError(f"{file}: neither the raw form of VIST (annotations) nor the cleaned one (stories by id)")
-        for name, steps in stories.items():
-            yield partial(vist_sample, name=name, steps=steps, fields=fields, places=places)
+    content = read_json(file)
+    if isinstance(content.get("annotations"), list):
+        stories, fields = raw_stories(content["annotations"]), RAW_FIELDS
+        found = chain.from_iterable(map(walk, folders))
+        places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
+    elif content and all(isinstance(steps, list) for steps in content.values()):
+        stories, fields = content, CLEANED_FIELDS
+        beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
+        if beside == file:
+            raise ValueError(f"{file}: should be called X_cleaned.json, with X_image_mapping.json beside it")
+        mapping = read_json(beside)
+        places = {i: find_picture(folders, name) for i, name in mapping.items() if isinstance(name, str)}
+    else:
+        raise ValueError(f"{file}: neither the raw form of VIST (annotations) nor the cleaned one (stories by id)")
+    for name, steps in stories.items():
+        yield partial(vist_sample, name=name, steps=steps, fields=fields, places=places)
 
 
 def raw_stories(annotations: list) -> dict[str, list]:
@@ -175,13 +174,6 @@ def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], 
 # ---- MMDialog
 
 
-def mmdialog_jobs(files: list[Path], folders: list[Path], max_words: int) -> Iterator[Job]:
-    for path in files:
-        read = partial(read_turn, folders=folders or [path.parent], max_words=max_words)
-        with open(path, "rb") as file:
-            yield from (partial(mmdialog_sample, line=line, read=read) for line in file if line.strip())
-
-
 def read_turn(turn: object, folders: list[Path], max_words: int) -> tuple[str, list[Path | None]]:
     """The text and the pictures of a turn of at most `max_words` words (0: any number). Raises Unusable.
 
@@ -199,24 +191,19 @@ def read_turn(turn: object, folders: list[Path], max_words: int) -> tuple[str, l
     return text, [find_picture(folders, f"{name}.jpg") for name in media]
 
 
-def mmdialog_sample(key: str, line: bytes, read: Callable[[object], tuple[str, list[Path | None]]]) -> Sample:
+def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) -> Sample:
     """A dialogue up to its first turn that cannot be used. Raises Unusable where not even two turns are left."""
     content = read_object(line)
     if not isinstance(content.get("conversation"), list):
         raise Unusable("no conversation")
-    name = str(content.get("conversation_id", ""))
-    dialogue = interleaved(key, "dialog", name, map(read, content["conversation"]))
+    turns = (read_turn(turn, folders, max_words) for turn in content["conversation"])
+    dialogue = interleaved(key, "dialog", str(content.get("conversation_id", "")), turns)
     if dialogue.counts["turns"] < 2:
         raise Unusable(f"{dialogue.cut} in the first two turns" if dialogue.cut else "fewer than two turns")
     return dialogue
 
 
 # ---- your own stories and dialogues, pictures and captions
-
-
-def turns_jobs(path: Path, folders: list[Path]) -> Iterator[Job]:
-    with open(path, "rb") as file:
-        yield from (partial(turns_sample, line=line, folders=folders) for line in file if line.strip())
 
 
 def read_object(line: bytes | str) -> dict:
@@ -338,6 +325,12 @@ def make_samples(jobs: Iterable[Job], workers: int) -> Iterator[Sample | str]:
             yield waiting.popleft().result()
 
 
+def line_jobs(make_sample: Callable[..., Sample], path: Path, folders: list[Path]) -> Iterator[Job]:
+    """A sample of each line that is not empty."""
+    with open(path, "rb") as file:
+        yield from (partial(make_sample, line=line, folders=folders) for line in file if line.strip())
+
+
 FILES = {"vist": "story-in-sequence.json or cleaned.json", "mmdialog": "conversations.txt", "turns": ".jsonl"}
 
 
@@ -350,19 +343,14 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
             raise ValueError(f"{path}: no such file or folder")
     if kind in FILES and not files:
         raise ValueError(f"{sources[0]} is a folder: name the {FILES[kind]} file too")
-    if kind == "vist":
-        jobs = vist_jobs(files, folders)
-    elif kind == "mmdialog":
-        jobs = mmdialog_jobs(files, folders, max_words)
-    elif files:
-        jobs_of = {"turns": turns_jobs, "cc3m": tsv_jobs, "pairs": list_jobs}
-        readers = [tsv_jobs if path.suffix == ".tsv" else jobs_of[kind] for path in files]
-        jobs = chain.from_iterable(
-            read(path, folders or [path.parent]) for read, path in zip(readers, files, strict=True)
-        )
+    readers = {"vist": vist_jobs, "cc3m": tsv_jobs, "pairs": list_jobs, "turns": partial(line_jobs, turns_sample)}
+    readers["mmdialog"] = partial(line_jobs, partial(mmdialog_sample, max_words=max_words))
+    if files:
+        read = readers[kind]
+        jobs = ((tsv_jobs if path.suffix == ".tsv" else read)(path, folders or [path.parent]) for path in files)
     else:
-        jobs = chain.from_iterable(map(folder_jobs, folders))
-    return write_samples(make_samples(jobs, workers), out)
+        jobs = map(folder_jobs, folders)
+    return write_samples(make_samples(chain.from_iterable(jobs), workers), out)
 
 
 def packed(kind: str, data: list[str] | None, out: Path) -> list[str]:

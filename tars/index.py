@@ -270,20 +270,16 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
 
 def is_consistent(index: TarIndex) -> bool:
     """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
-    stamp, table, kinds, turns, keys, ends, note = index
-    if not all(array.dtype == np.int64 for array in (stamp, table, ends)):
-        return False
-    if (kinds.dtype, turns.dtype) != (np.int8, np.int32):
-        return False
-    if not all(array.dtype == np.uint8 and array.ndim == 1 for array in (keys, note)):
+    _, table, kinds, turns, keys, ends, _ = index
+    types = (np.int64, 1), (np.int64, 2), (np.int8, 1), (np.int32, 1), (np.uint8, 1), (np.int64, 1), (np.uint8, 1)
+    if tuple((array.dtype, array.ndim) for array in index) != types:
         return False
     places = table.reshape(len(turns), table.shape[1] // 2, 2)  # offset and size
     is_place = (places >= 0).all(-1) | (places == -1).all(-1)
     is_cut = len(ends) == len(turns) + 1 and ends[0] == 0 and ends[-1] == len(keys) and (np.diff(ends) >= 0).all()
     is_kind = (kinds >= PAIR) & (kinds <= DIALOG) & (turns >= 0) & (turns <= MAX_BYTES[Member.JSON])
     has_turns = (kinds == PAIR) == (turns == 0)
-    same = kinds.shape == turns.shape and turns.ndim == 1
-    return bool(same and is_place.all() and is_cut and is_kind.all() and has_turns.all())
+    return bool(kinds.shape == turns.shape and is_place.all() and is_cut and is_kind.all() and has_turns.all())
 
 
 def read_index(path: str) -> TarIndex:

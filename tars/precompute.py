@@ -26,7 +26,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, default_collate
 
 from common.cli import make_folder
 from common.files import fingerprint
@@ -60,8 +60,10 @@ class WholeStories(TarData):
                 images[member - Member.NUMBERED] = decode(read(member))
             except Unusable as error:
                 cut = str(error)
-        inputs, outputs = ([to(image) for image in images.values()] for to in (self.to_input, self.to_output))
-        pixels = {"inputs": torch.stack(inputs), "outputs": torch.stack(outputs)} if images else {}
+        pixels = {}
+        if images:
+            for name, to_tensor in (("inputs", self.to_input), ("outputs", self.to_output)):
+                pixels[name] = default_collate([to_tensor(image) for image in images.values()])
         return {"key": key, "json": content, "numbers": list(images), "cut": cut, **pixels}
 
 
@@ -110,36 +112,32 @@ class Encoders:
         return self.stored(encode_captions(self.text_encoder, self.tokenizer, captions))
 
 
-def handed_over(found: list | dict | str) -> list | dict | str:
-    """What a worker hands over, with its tensors in shared memory already. Where there is too little of it, the error
-    reaches the main process from here, which would wait for ever if the queue's own thread met it."""
-    for sample in found if isinstance(found, list) else [found]:
-        for value in sample.values() if isinstance(sample, dict) and get_worker_info() else ():
-            if isinstance(value, Tensor):
-                value.share_memory_()
-    return found
+def split_broken(pairs: PairData, samples: list[dict | str]) -> tuple[list[str], dict | None]:
+    """Why some of the samples are broken, and a batch of the others. Like all that a worker hands over its tensors are
+    in shared memory already: where there is too little of it, the error reaches the main process from here, which would
+    wait for ever if the queue's own thread met it."""
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    return [sample for sample in samples if isinstance(sample, str)], pairs.collate(good) if good else None
 
 
 def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     pairs = PairData([tar], partial(preprocess_output, size=encoders.size))
-    for samples in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=handed_over):
-        yield from (sample for sample in samples if isinstance(sample, str))
-        good = [sample for sample in samples if not isinstance(sample, str)]
-        if not good:
+    for broken, batch in DataLoader(pairs, batch_size, num_workers=workers, collate_fn=partial(split_broken, pairs)):
+        yield from broken
+        if batch is None:
             continue
-        tensors = {"moments": encoders.moments(torch.stack([sample["pixels"] for sample in good]))}
+        tensors = {"moments": encoders.moments(batch["pixels"])}
         if encoders.empty_caption is not None:
-            tensors["encoding"] = encoders.encodings([sample["caption"] for sample in good])
-        for i, sample in enumerate(good):
-            key, caption = sample["key"], sample["caption"].encode()
+            tensors["encoding"] = encoders.encodings(batch["captions"])
+        for i, (key, caption) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
             content = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
-            yield Sample([(f"{key}.txt", caption), (f"{key}.safetensors", content)], {"pairs": 1})
+            yield Sample([(f"{key}.txt", caption.encode()), (f"{key}.safetensors", content)], {"pairs": 1})
 
 
 def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -> Iterator[Sample | str]:
     side = encoders.image_encoder.vision_model.config.image_size
     stories = WholeStories(tar, partial(preprocess_input, size=side), partial(preprocess_output, size=encoders.size))
-    for story in DataLoader(stories, batch_size=None, num_workers=workers, collate_fn=handed_over):
+    for story in DataLoader(stories, batch_size=None, num_workers=workers):
         if isinstance(story, str):
             yield story
             continue

@@ -13,6 +13,7 @@ import torch
 from helpers import picture_bytes, write_tar
 
 from common.files import write_json, written_whole
+from common.images import to_bytes
 from evaluation.cases import file_of, read_answer, write_answer
 from tars import datasets, index, precompute
 from tars.batches import Batches, PairData
@@ -199,10 +200,13 @@ def test_what_a_killed_converter_left(tmp_path, capsys):
     assert capsys.readouterr().out.count("could not finish") == 1
 
 
-def test_what_a_worker_hands_over_is_shared(monkeypatch):
+def test_what_a_worker_hands_over_is_shared(tmp_path, monkeypatch):
     """Already where the main process learns of an error: with too little shared memory it would wait for ever."""
-    sample = {"key": "0", "pixels": torch.ones(2)}
-    assert precompute.handed_over([sample, "broken"]) == [sample, "broken"] and not sample["pixels"].is_shared()
-    monkeypatch.setattr(precompute, "get_worker_info", lambda: True)
-    precompute.handed_over([sample, "broken"])
-    assert sample["pixels"].is_shared()
+    picture, story = picture_bytes(1), {"kind": "story", "turns": [{"text": "a", "image": "s.0.png"}, {"text": "b"}]}
+    members = {"a.png": picture, "a.txt": b"a", "s.json": json.dumps(story).encode(), "s.0.png": picture}
+    tar = str(write_tar(tmp_path / "x.tar", members))
+    pairs, stories = PairData([tar], to_bytes), precompute.WholeStories(tar, to_bytes, to_bytes)
+    for is_worker in (False, True):
+        broken, batch = precompute.split_broken(pairs, [pairs[0], "broken"])
+        assert broken == ["broken"] and batch["pixels"].is_shared() == is_worker == stories[1]["inputs"].is_shared()
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: True)
