@@ -27,10 +27,11 @@ from miniature.facts import (
     fits,
     held_out,
     pick,
+    pick_weighted,
     random_stream,
     sample_thing,
 )
-from miniature.tales import ABOUT, ASKS_ABOUT, LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast
+from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast, talk_about
 from miniature.wishes import (
     SLIPS,
     chance,
@@ -47,6 +48,10 @@ from miniature.wishes import (
 from miniature.words import COLOUR_WORDS, PLACE_PHRASES, SCENE_NOUNS, SIZE_WORDS, TIME_CLAUSES, choices, plural, some
 
 WORDS = 203  # purpose of the random streams
+COMPARATIVES = {
+    "big": "bigger | larger | much bigger | a bit bigger",
+    "small": "smaller | much smaller | a bit smaller",
+}
 
 
 def changed_thing(picture: Picture, i: int, **facts) -> Picture | None:
@@ -99,22 +104,17 @@ def recolour(rng, picture):
 
 def resize(rng, picture):
     i, name = target(rng, picture)
-    size = "big" if picture.things[i].size == "small" else "small"
-    if chance(rng, 0.15):
-        size = picture.things[i].size  # "make it big" of what is big already
-    more = {"big": "bigger | larger | much bigger | a bit bigger", "small": "smaller | much smaller | a bit smaller"}[
-        size
-    ]
-    words = [said(rng, SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, more)]
-    if size == picture.things[i].size:
-        words = words[:1]
-    word = pick(rng, words)
+    before = picture.things[i].size
+    # "make it big" may be said of what is big already
+    size = before if chance(rng, 0.15) else "small" if before == "big" else "big"
+    words = [said(rng, SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, COMPARATIVES[size])]
+    word = pick(rng, words if size != before else words[:1])
     after = changed_thing(picture, i, size=size)
     text = wished(rng, pick(rng, [f"make {name} {word}"] * 3 + [f"draw {name} {word}", f"let {name} be {word}"]))
     if len(picture.things) == 1 and chance(rng, 0.4):
         text = one_of(rng, phrases.RESIZES).format(word)
-    if size != picture.things[i].size and chance(rng, 0.12):
-        text = f"{name} is too {picture.things[i].size}"
+    if size != before and chance(rng, 0.12):
+        text = f"{name} is too {before}"
     return text, after
 
 
@@ -137,9 +137,7 @@ def swap(rng, picture):
         return None
     one, two = picture.things
     after = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
-    text = pick(
-        rng, ["swap them", "swap the two", "the other way round", "let them change places", "switch their places"]
-    )
+    text = one_of(rng, "swap them | swap the two | the other way round | let them change places | switch their places")
     return text, after if fits(after.things, picture.scene) else None
 
 
@@ -174,7 +172,7 @@ def add(rng, picture):
         first = replace(first, place=pick(rng, ["left", "right"]))  # makes room
     named_place = chance(rng, 0.2)
     if not named_place:
-        fitting = [replace(other, place=p, size=s) for p in PLACES for s in (other.size,) if p != first.place]
+        fitting = [replace(other, place=place) for place in PLACES]
         fitting = [o for o in fitting if fits((first, o), picture.scene)]
         if not fitting:
             return None
@@ -184,12 +182,9 @@ def add(rng, picture):
     named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
     phrase = thing_phrase(rng, named)
     if (other.kind, other.colour) == (first.kind, first.colour) and chance(rng, 0.8):
-        phrase = pick(
-            rng, ["another one", f"another {other.kind}", "one more", "a second one", f"one more {other.kind}"]
-        )
-        other = (
-            replace(other, size=first.size) if fits((first, replace(other, size=first.size)), picture.scene) else other
-        )
+        phrase = one_of(rng, "another one | another {0} | one more | a second one | one more {0}").format(other.kind)
+        twin = replace(other, size=first.size)
+        other = twin if fits((first, twin), picture.scene) else other
     order = one_of(rng, phrases.ADDS).format(phrase)
     if named_place:
         order = f"{pick(rng, ['add', 'put', 'draw', 'place'])} {phrase} {place_words(rng, other.place)}"
@@ -250,16 +245,11 @@ CHANGES = {
 
 
 def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
-    kinds, shares = list(CHANGES), np.array(list(CHANGES.values()))
-    while True:
-        made = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))](rng, picture)
-        if made is not None and made[1] is not None:
-            text = (
-                f"{one_of(rng, phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}{made[0]}"
-                if chance(rng, 0.12)
-                else made[0]
-            )
-            return text, made[1]
+    made = None
+    while made is None or made[1] is None:
+        made = pick_weighted(rng, CHANGES)(rng, picture)
+    praise = f"{one_of(rng, phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
+    return praise + made[0], made[1]
 
 
 # ---- questions and small talk, answered in words
@@ -268,6 +258,8 @@ def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
 def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
     i = int(rng.integers(len(picture.things)))
     thing, kinds = picture.things[i], [thing.kind for thing in picture.things]
+    place, time = choices(PLACE_PHRASES[thing.place])[0], choices(TIME_CLAUSES[picture.time])[0]
+    scene = choices(SCENE_NOUNS[picture.scene])[0]
     if len(set(kinds)) < len(kinds) or chance(rng, 0.25):
         asked = (
             "what do you see? | what is in the picture? | describe it | describe the picture | what is this? | "
@@ -281,17 +273,17 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
         [
             (f"what colour is the {noun}?", f"it is {thing.colour}."),
             (f"which colour has the {noun}?", f"it is {thing.colour}."),
-            (f"where is the {noun}?", f"it is {choices(PLACE_PHRASES[thing.place])[0]}."),
+            (f"where is the {noun}?", f"it is {place}."),
             (f"is the {noun} big or small?", f"it is {thing.size}."),
             (f"how big is the {noun}?", f"it is {thing.size}."),
-            ("what time is it there?", f"{choices(TIME_CLAUSES[picture.time])[0]}."),
-            ("is it day or night?", f"{choices(TIME_CLAUSES[picture.time])[0]}."),
-            ("which place is this?", f"this is {choices(SCENE_NOUNS[picture.scene])[0]}."),
-            ("where is this?", f"this is {choices(SCENE_NOUNS[picture.scene])[0]}."),
+            ("what time is it there?", f"{time}."),
+            ("is it day or night?", f"{time}."),
+            ("which place is this?", f"this is {scene}."),
+            ("where is this?", f"this is {scene}."),
             ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
             (f"is there a {absent} too?", f"no, there is no {absent}."),
-            (f"is there a {noun}?", f"yes, it is {choices(PLACE_PHRASES[thing.place])[0]}."),
-            (f"do you see the {noun}?", f"yes, it is {choices(PLACE_PHRASES[thing.place])[0]}."),
+            (f"is there a {noun}?", f"yes, it is {place}."),
+            (f"do you see the {noun}?", f"yes, it is {place}."),
         ],
     )
 
@@ -299,8 +291,7 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:
     what = rng.random()
     if what < 0.15:
-        kind = pick(rng, list(KINDS))
-        return some(rng, ASKS_ABOUT).format(plural(kind)), some(rng, ABOUT[kind])
+        return talk_about(rng)
     return tuple(choices(pick(rng, phrases.MORE_TALK if what < 0.6 else TALK if what < 0.85 else LIKES)))
 
 

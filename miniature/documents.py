@@ -21,7 +21,7 @@ from common.files import written_whole
 from common.texts import plain_words
 from miniature.chats import bracketed, change, chat
 from miniature.descriptions import as_named, describe, from_left
-from miniature.facts import PLACES, Picture, pick, random_stream
+from miniature.facts import PLACES, Picture, pick, pick_weighted, random_stream
 from miniature.tales import SEES, SHOWS
 from miniature.tales import Turn as ToldTurn
 from miniature.wishes import typed, wish
@@ -199,8 +199,7 @@ MIXTURE = {
 
 def document(seed: int, i: int, split: str) -> Example:
     rng = random_stream(seed, i, DOCUMENTS)
-    kinds, shares = list(MIXTURE), list(MIXTURE.values())
-    return kinds[int(rng.choice(len(kinds), p=shares))](rng, seed, i, split)
+    return pick_weighted(rng, MIXTURE)(rng, seed, i, split)
 
 
 # ---- tokens

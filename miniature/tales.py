@@ -10,7 +10,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from miniature.facts import COLOURS_FOR, KINDS, PLACES, SIZES, Picture, Thing, fits, pick, sample_picture, sample_thing
+from miniature.facts import (
+    COLOURS_FOR,
+    KINDS,
+    PLACES,
+    SIZES,
+    Picture,
+    Thing,
+    fits,
+    pick,
+    pick_weighted,
+    sample_picture,
+    sample_thing,
+)
 from miniature.words import (
     COLOUR_WORDS,
     NOUNS,
@@ -164,9 +176,8 @@ def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     opening = some(rng, "{} | once upon a time there was {} | this is the story of {} | one fine time there was {}")
     turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", picture)]
     last, length = None, 4 + int(rng.integers(2))
-    changes, weights = list(CHANGES), list(CHANGES.values())
     while len(turns) < length:
-        change = changes[int(rng.choice(len(changes), p=weights))]
+        change = pick_weighted(rng, CHANGES)
         told = change(rng, picture) if change is not last or change is move else None
         if told is not None:
             last, picture = change, told[1]
@@ -346,10 +357,12 @@ def praise(rng, split, picture):
 
 def talk(rng, split, picture):
     """Plain words: small talk, or something about a kind of thing."""
-    if rng.random() < 0.5:
-        return tuple(map(Turn, choices(pick(rng, TALK))))
+    return tuple(map(Turn, choices(pick(rng, TALK)) if rng.random() < 0.5 else talk_about(rng)))
+
+
+def talk_about(rng) -> tuple[str, str]:
     kind = pick(rng, list(KINDS))
-    return Turn(some(rng, ASKS_ABOUT).format(plural(kind))), Turn(some(rng, ABOUT[kind]))
+    return some(rng, ASKS_ABOUT).format(plural(kind)), some(rng, ABOUT[kind])
 
 
 OPENINGS = {request: 0.5, show: 0.2, talk: 0.3}
@@ -361,8 +374,7 @@ def dialogue(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     turns: list[Turn] = []
     picture = None
     for _ in range(2 + int(rng.integers(3))):
-        options = OPENINGS if picture is None else SEQUELS
-        exchange = list(options)[int(rng.choice(len(options), p=list(options.values())))](rng, split, picture)
+        exchange = pick_weighted(rng, OPENINGS if picture is None else SEQUELS)(rng, split, picture)
         turns += exchange
         picture = next((turn.picture for turn in reversed(exchange) if turn.picture), picture)
     return turns

@@ -106,10 +106,8 @@ def thing_phrase(rng: np.random.Generator, named: Thing, bare: bool = False) -> 
     """ "a red boat", "one big cat", "a boat that is red"; `bare`: without an article."""
     noun, words = noun_of(rng, named.kind), adjectives_of(rng, named)
     if words and chance(rng, 0.06):
-        tail = " and ".join(words) if chance(rng, 0.7) else ", ".join(words)
-        phrase = (
-            f"{noun} {pick(rng, ['that is', 'which is', 'in', 'coloured'] if not named.size else ['that is'])} {tail}"
-        )
+        tail = (" and " if chance(rng, 0.7) else ", ").join(words)
+        phrase = f"{noun} {one_of(rng, 'that is' if named.size else 'that is | which is | in | coloured')} {tail}"
     else:
         phrase = " ".join([*words, noun])
     if bare or chance(rng, 0.05):
@@ -122,8 +120,7 @@ def thing_phrase(rng: np.random.Generator, named: Thing, bare: bool = False) -> 
 
 def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
     if chance(rng, 0.45):
-        level = home_level(picture)
-        return some(rng, SCENE_PHRASES[f"{scene} {level}".strip()])
+        return some(rng, SCENE_PHRASES[f"{scene} {home_level(picture)}".strip()])
     if chance(rng, 0.55):
         return one_of(rng, phrases.MORE_SCENES[scene])
     sky = all(home(thing.kind, scene) == "sky" for thing in picture.things)
@@ -180,11 +177,9 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
         relation = None if place else pick(rng, [None, None, None, "left", "right"])
         if not place:
             picture = spread(rng, picture)
-            if relation:  # the first thing stands on that side
-                swap = picture.things[0].place != relation
-                places = [t.place for t in picture.things][:: -1 if swap else 1]
-                things = tuple(replace(t, place=p) for t, p in zip(picture.things, places, strict=True))
-                picture = replace(picture, things=things)
+            if relation and picture.things[0].place != relation:  # the first thing stands on that side
+                one, two = picture.things
+                picture = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
         text = two_things(rng, picture, named, scene, time, relation)
     if chance(rng, 0.05):
         kinds = {thing.kind for thing in picture.things}
@@ -192,11 +187,10 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
         text = f"{text} {one_of(rng, phrases.ABSENT).format(absent, plural(absent))}"
     elif chance(rng, 0.06):
         stranger = with_article(one_of(rng, phrases.STRANGERS))
-        text = (
-            f"{text} {pick(rng, ['and', 'with', 'next to', 'beside'])} {stranger}"
-            if chance(rng, 0.6)
-            else (f"{stranger} {pick(rng, ['and', 'with', 'next to'])} {text}")
-        )
+        if chance(rng, 0.6):
+            text = f"{text} {pick(rng, ['and', 'with', 'next to', 'beside'])} {stranger}"
+        else:
+            text = f"{stranger} {pick(rng, ['and', 'with', 'next to'])} {text}"
     if chance(rng, 0.3):
         text = one_of(rng, phrases.REQUESTS).format(text)
     return text, picture
@@ -269,15 +263,13 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Thing, scene: s
         first, rest = tail[0], " ".join(tail[1:])
         return f"{first}{',' if chance(rng, 0.3) else ''} {thing_phrase(rng, named)} {rest}"
     if form < 0.88 and time:
-        start = pick(
-            rng, choices(phrases.TIME_STARTS[time]) + [f"{clause} and" for clause in choices(TIME_CLAUSES[time])]
-        )
+        clauses = [f"{clause} and" for clause in choices(TIME_CLAUSES[time])]
+        start = pick(rng, choices(phrases.TIME_STARTS[time]) + clauses)
         place = " ".join(ends(rng, picture, scene, None, named.place))
         if scene and chance(rng, 0.4):
-            return (
-                f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and {thing_phrase(rng, named)} "
-                f"{verb(rng, kind, 1)} {place_words(rng, named.place) if named.place else ''}"
-            )
+            start = f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and"
+            does = f"{thing_phrase(rng, named)} {verb(rng, kind, 1)}"
+            return f"{start} {does} {place_words(rng, named.place) if named.place else ''}"
         return f"{start} {thing_phrase(rng, named)} {verb(rng, kind, 1)} {place}"
     noun = noun_of(rng, kind)
     which = pick(rng, ["the", "the", "my", "a", "this", "our"])
@@ -290,9 +282,8 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Thing, scene: s
         return ". ".join(lines) + "."
     if form < 0.97:  # "my house is yellow and stands in a meadow"
         return f"{which} {noun} is {' and '.join(facts)}{' and ' + verb(rng, kind, 1) + ' ' + end if tail else ''}"
-    several = [*facts, *tail]
-    listed = ", ".join(several[:-1]) + f" and {several[-1]}" if len(several) > 1 else several[0]
-    return f"a {noun} that is {listed}"
+    *several, last = [*facts, *tail]
+    return f"a {noun} that is {', '.join(several)}{' and ' * bool(several)}{last}"
 
 
 def two_things(
@@ -309,10 +300,8 @@ def two_things(
     first, second = (thing_phrase(rng, thing) for thing in named)
     homes = [home(thing.kind, picture.scene) for thing in picture.things]
     if relation:
-        side = pick(rng, ["to the {} of", "to the {} of", "{} of", "on the {} of", "on the {} side of"]).format(
-            relation
-        )
-        return f"{first} {pick(rng, ['', 'is', 'stands'])} {side} {second} {end}"
+        side = one_of(rng, "to the {0} of | to the {0} of | {0} of | on the {0} of | on the {0} side of")
+        return f"{first} {pick(rng, ['', 'is', 'stands'])} {side.format(relation)} {second} {end}"
     if named[0].place:
         places = [place_words(rng, thing.place) for thing in named]
         if chance(rng, 0.2):
@@ -356,7 +345,7 @@ def same_kind(rng: np.random.Generator, named: list[Thing]) -> str:
         if chance(rng, 0.15):
             return f"{with_article(f'{words} {noun}'.strip())} and another {pick(rng, ['', words])} {noun}"
         return f"{one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)} {words} {plural(noun)}"
-    facts = [" ".join(adjectives_of(rng, replace(thing))) for thing in named]
+    facts = [" ".join(adjectives_of(rng, thing)) for thing in named]
     if not all(facts):
         return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"
     form = rng.random()
