@@ -20,7 +20,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -96,8 +96,7 @@ def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Coun
         for row, turns in enumerate(index.turns):
             read, key = partial(read_member, tar, index.table[row]), index.key(row)
             try:
-                for case in turns_of(key, read, task, last) if turns else [pair_of(key, read)]:
-                    cases.append(case)
+                cases += turns_of(key, read, task, last) if turns else [pair_of(key, read)]
             except Unusable as error:
                 bad[str(error)] += 1
     name, kinds = ", ".join(data), {"caption": "pairs", "reply": "dialogues"}
@@ -262,8 +261,7 @@ def open_answers(folder: Path, settings: dict, data: list[str] | None = None) ->
 def check_settings(folder: Path, settings: dict) -> None:
     """ValueError where the answers in `folder` were made with other `settings`, as far as it says."""
     if (folder / SETTINGS).is_file():
-        there = read_json(folder / SETTINGS)
-        there = {name: there.get(name, value) for name, value in settings.items()}
+        there = settings | read_json(folder / SETTINGS)
         other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there[name] != value]
         if other:
             raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
@@ -293,13 +291,11 @@ def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
     return common
 
 
-def unanswered(cases: list[Case], folder: Path, batch_size: int) -> Iterator[list[Case]]:
+def unanswered(cases: list[Case], folder: Path, batch_size: int) -> Iterable[list[Case]]:
     """The cases that have no answer yet, in batches."""
     waiting = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
-    with tqdm(total=len(waiting), desc="answers", unit="case", delay=2) as bar:
-        for start in range(0, len(waiting), batch_size):
-            yield waiting[start : start + batch_size]
-            bar.update(len(waiting[start : start + batch_size]))
+    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    return tqdm(batches, desc="answers", unit=f" x {batch_size} cases", delay=2)
 
 
 def generate(

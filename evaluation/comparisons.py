@@ -14,13 +14,11 @@ from torch import Tensor
 
 from evaluation.cases import Case
 from evaluation.metrics import (
-    Part,
     corpus_bleu,
     cosine,
     frechet_distance,
     inception_score,
-    relevance_by_modality,
-    relevance_in_order,
+    mm_relevance,
     rouge_l,
     rouge_l_released,
     words,
@@ -126,18 +124,20 @@ def bleu(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
 def bleu_of_replies(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
     """MMDialog's own: texts are aligned from the left, here the answer's first with the only one that is wanted, and
     the BLEU of each is divided by how many are wanted; then the mean over replies (Feng et al. 2022)."""
-    said = [next((s for s in o.segments if isinstance(s, str)), "") for o in outcomes if o.case.words]
-    known = [outcome.case.words for outcome in outcomes if outcome.case.words]
-    return mean([corpus_bleu([words(a)], [words(b)], order) for a, b in zip(said, known, strict=True)])
+    firsts = [(next((s for s in o.segments if isinstance(s, str)), ""), o.case.words) for o in outcomes if o.case.words]
+    return mean([corpus_bleu([words(said)], [words(known)], order) for said, known in firsts])
 
 
 def rouge_of_texts(bench: Bench, outcomes: list[Outcome]) -> float:
     return mean([rouge_l_released(o.text.strip(), o.case.words.strip()) for o in outcomes if o.case.words])
 
 
-def over_answers(compare: Callable | None, bench: Bench, outcomes: list[Outcome]) -> float:
-    """The mean of compare(words of an answer, words of its reference); None: METEOR."""
-    compare = compare or bench.networks["meteor"].compare
+def meteor(bench: Bench, outcomes: list[Outcome]) -> float:
+    return over_answers(bench.networks["meteor"].compare, bench, outcomes)
+
+
+def over_answers(compare: Callable, bench: Bench, outcomes: list[Outcome]) -> float:
+    """The mean of compare(words of an answer, words of its reference)."""
     return mean([compare(words(o.text), words(o.case.words)) if o.text else 0.0 for o in outcomes if o.case.words])
 
 
@@ -161,19 +161,18 @@ def relevance(by_modality: bool, name: str, bench: Bench, outcomes: list[Outcome
     said = [[outcome.text, *range(len(outcome.came))] if by_modality else outcome.segments for outcome in outcomes]
     wanted = [[outcome.case.turn.text, *range(len(outcome.wanted))] for outcome in outcomes]
     texts = sorted({part for parts in said + wanted for part in parts if isinstance(part, str) and part})
-    features = dict(zip(texts, encode(bench, name, texts), strict=True))
+    of_texts = dict(zip(texts, encode(bench, name, texts), strict=True))
 
-    def parts(segments: list[str | int], pictures: list[dict]) -> list[Part]:
-        known = [segment for segment in segments if segment != ""]
-        return [Part("words", features[s]) if isinstance(s, str) else Part("picture", pictures[s][name]) for s in known]
+    def features(segments: list[str | int], pictures: list[dict], kind: type) -> list[Tensor]:
+        known = [segment for segment in segments if isinstance(segment, kind) and segment != ""]
+        return [of_texts[s] if isinstance(s, str) else pictures[s][name] for s in known]
 
     groups = {}
-    for outcome, ours, theirs in zip(outcomes, said, wanted, strict=True):
-        turn = parts(ours, outcome.came), parts(theirs, outcome.wanted)
-        groups.setdefault(outcome.case.group, []).append(turn)
-    if by_modality:
-        return mean([relevance_by_modality(turns) for turns in groups.values()])
-    return mean([relevance_in_order(*turn) for turns in groups.values() for turn in turns])
+    for number, (outcome, ours, theirs) in enumerate(zip(outcomes, said, wanted, strict=True)):
+        for kind in (str, int) if by_modality else (str | int,):
+            turn = features(ours, outcome.came, kind), features(theirs, outcome.wanted, kind)
+            groups.setdefault(outcome.case.group if by_modality else number, []).append(turn)
+    return mean([mm_relevance(turns) for turns in groups.values()])
 
 
 @torch.inference_mode()
@@ -218,7 +217,7 @@ METRICS = {
     "rouge-l": Metric("ROUGE-L", None, "words", partial(over_answers, rouge_l)),
     "rouge-l-released": Metric("ROUGE-L, released package's", None, "words", rouge_of_texts),
     "true": Metric("words true of the picture", None, "words", truth),
-    "meteor": Metric("METEOR", "meteor", "words", partial(over_answers, None)),
+    "meteor": Metric("METEOR", "meteor", "words", meteor),
     "s-bert": Metric("S-BERT", "sbert", "words", sentence_similarity),
     "mm-relevance": Metric("MM-Relevance, released code's", "clip", "dialogues", partial(relevance, True, "clip")),
     "mm-relevance-mmdialog": Metric("MM-Relevance, MMDialog's", "clip", "dialogues", partial(relevance, False, "clip")),

@@ -74,10 +74,8 @@ def wins() -> None:
     args = read_arguments(parser)
     if len(set(args.answers)) < max(2, len(args.answers)):
         parser.error("two or more different folders of answers are needed")
-    cases, device = (
-        [case for case in compared_cases(args.answers, args.data) if case.pictures],
-        pick_device(args.device),
-    )
+    cases = [case for case in compared_cases(args.answers, args.data) if case.pictures]
+    device = pick_device(args.device)
     paths = {"hps": args.hps} if args.hps else {n: args.weights / f"{n}.safetensors" for n in ("judge", "pairing")}
     if not cases or not (args.hps or all(case.facts for case in cases)):
         raise ValueError("no picture was wanted" if not cases else "pictures without labels of the drawn world: --hps?")

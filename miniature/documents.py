@@ -287,17 +287,11 @@ def answer_ids(path: Path, seed: int, i: int) -> np.ndarray:
 
 def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """What is said up to a stop sequence or </s>."""
-    for end in range(1, len(ids) + 1):
-        if tokenizer.ends(ids[:end]):
-            return tokenizer.decode(ids[:end], skip_special=True).removesuffix("###").strip()
-    return tokenizer.decode(ids, skip_special=True).strip()
+    end = next((end for end in range(1, len(ids) + 1) if tokenizer.ends(ids[:end])), len(ids))
+    return tokenizer.decode(ids[:end], skip_special=True).removesuffix("###").strip()
 
 
 def described(texts: list[str], wanted: list[Picture]) -> float:
     """The share of descriptions that name every fact of their picture."""
-
-    def names_all(text: str, picture: Picture) -> bool:
-        told = facts_in(text)
-        return len(told.things) == len(picture.things) and agrees(picture, told)
-
-    return sum(map(names_all, texts, wanted)) / len(texts)
+    pairs = list(zip(map(facts_in, texts), wanted, strict=True))
+    return sum(len(told.things) == len(real.things) and agrees(real, told) for told, real in pairs) / len(pairs)

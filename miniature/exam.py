@@ -29,7 +29,7 @@ from miniature.tales import Turn as Told
 from miniature.words import facts_in
 from miniature.world import sample_pair
 from minigpt5 import MiniGPT5
-from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, pictures_of, user_turn
+from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
@@ -107,14 +107,13 @@ def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
     """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
     if not exam.sampling.words_first:
         return heard(told, jitter)
-    turns = [
-        user_turn(exam.model.tokenizer, turn.text, exam.words, pictures_of([t]))
-        for turn, t in zip(told, heard(told, jitter), strict=True)
-    ]
-    return [
-        Turn(f"{told[i].text} ({describe(told[i].picture)})" if told[i].picture else told[i].text) if i % 2 else turn
-        for i, turn in enumerate(turns)
-    ]
+    turns = []
+    for i, (turn, (text, pictures)) in enumerate(zip(told, heard(told, jitter), strict=True)):
+        if i % 2:
+            turns.append(Turn(f"{text} ({describe(turn.picture)})" if pictures else text))
+        else:
+            turns.append(user_turn(exam.model.tokenizer, text, exam.words, pictures))
+    return turns
 
 
 # ---- ways to answers
@@ -153,12 +152,16 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
     return said
 
 
+def chat_source(exam: Exam, text: str, pictures: tuple = ()) -> str:
+    """A chat's first turn, as the model reads it."""
+    return dialog_source([user_turn(exam.model.tokenizer, text, exam.words, pictures)], 1, exam.system)
+
+
 def draw_prompts(exam: Exam, texts: list[str]) -> list[Said]:
     """What sample.py answers to prompts: words first, to a chat's first turn, otherwise to stage 1's bare caption."""
-    tokenizer = exam.model.tokenizer
-    if not exam.sampling.words_first:
-        return ask(exam, [tokenizer.plain(clean_caption(text)) for text in texts])
-    return ask(exam, [dialog_source([user_turn(tokenizer, text, exam.words)], 1, exam.system) for text in texts])
+    if exam.sampling.words_first:
+        return ask(exam, [chat_source(exam, text) for text in texts])
+    return ask(exam, [exam.model.tokenizer.plain(clean_caption(text)) for text in texts])
 
 
 # ---- what came out right

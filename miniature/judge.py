@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.cli import MINIATURE
 from miniature.facts import (
     COLOURS,
     KINDS,
@@ -45,7 +46,7 @@ from miniature.recipe import Recipe, Setup, normal, write_tensors
 from miniature.sets import held_out_pictures, to_pixels, training_set
 from published.loading import load
 
-WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
+WEIGHTS = MINIATURE / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
 VIEWS, WIDTH = 4, 128
 SLOT_SIZES, WHOLE_SIZES = (len(KINDS) + 1, len(COLOURS), len(SIZES)), (len(SCENES), len(TIMES), 4)
@@ -143,18 +144,16 @@ def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]
 
 def any_picture(rng: np.random.Generator) -> Picture:
     """Up to three things, one a slot, in every combination; in one in six all are of one kind and colour."""
-    scene, things, taken = pick(rng, list(SCENES)), [], set()
+    scene, things = pick(rng, list(SCENES)), []
     wanted, twins = int(rng.choice(4, p=[0.04, 0.40, 0.40, 0.16])), rng.random() < 1 / 6
     for _ in range(12 * wanted):
         kind, colour = pick(rng, KINDS_IN[scene]), pick(rng, COLOURS)
         if twins and things:
             kind, colour = things[0].kind, things[0].colour
         thing = Thing(kind, colour, pick(rng, SIZES), pick(rng, PLACES))
-        stacked = [t for t in things if t.place == thing.place]
-        free = (slot_of(thing, scene) not in taken) and all(t in stacked or fits((t, thing), scene) for t in things)
-        if free:
+        free = slot_of(thing, scene) not in [slot_of(t, scene) for t in things]
+        if free and all(t.place == thing.place or fits((t, thing), scene) for t in things):
             things.append(thing)
-            taken.add(slot_of(thing, scene))
         if len(things) == wanted:
             break
     return Picture(scene, pick(rng, TIMES), tuple(things))
@@ -216,7 +215,7 @@ class JudgeRecipe(Recipe):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.modules = nn.ModuleDict({"judge": Judge()})
+        self.model = Judge()
         self.pictures = training_set(setup, "judged-pictures", partial(judged_picture, setup.seed))
         self.labels = training_set(setup, "judged-labels", partial(judged_labels, setup.seed))
         drawn, self.wanted = held_out_pictures(setup)
@@ -230,13 +229,13 @@ class JudgeRecipe(Recipe):
         noise = 0.2 * loud * normal(pixels.shape, generator, self.device)
         return worsen(pixels, 1.6 * blur, noise), self.labels[picked].long()
 
-    def losses(self, modules: nn.ModuleDict, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
-        losses = reading_losses(*modules["judge"](pixels), known)
+    def losses(self, model: Judge, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
+        losses = reading_losses(*model(pixels), known)
         return {"loss": sum(losses.values()), **losses}
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
-        found = right_shares(read(modules["judge"], self.tested), self.wanted)
+    def measure(self, model: Judge) -> dict[str, float]:
+        found = right_shares(read(model, self.tested), self.wanted)
         return {f"{name}_right": value for name, value in found.items()}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        write_tensors(weights / "judge.safetensors", modules["judge"].state_dict())
+    def export(self, model: Judge, weights: Path) -> None:
+        write_tensors(weights / "judge.safetensors", model.state_dict())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.cli import MINIATURE
 from generation import Sampling, denoise
 from miniature.autoencoder import latent_set
 from miniature.facts import random_stream
@@ -19,22 +20,11 @@ from miniature.recipe import Recipe, Setup, normal, write_part, write_settings
 from miniature.sets import training_pictures
 from miniature.world import sample_pair
 from minigpt5 import send
-from published.parts import load_text_encoder, load_vae
+from published.parts import config_of, load_text_encoder, load_vae
 from scheduler import NoiseSchedule, ScheduleConfig
-from unet import UNet, UNetConfig
+from unet import UNet
 
-UNET_SIZES = UNetConfig(
-    sample_size=8,
-    in_channels=16,
-    out_channels=16,
-    block_out_channels=(64, 128),
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D",) * 2,
-    up_block_types=("CrossAttnUpBlock2D",) * 2,
-    cross_attention_dim=128,
-    attention_head_dim=(2, 4),
-    norm_num_groups=16,
-)
+UNET_SIZES = config_of("unet", MINIATURE / "stable-diffusion" / "unet" / "config.json")
 SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
 DROP_RATE = 0.1  # captions left empty, so that guidance has its unconditional branch
 DECIDING = 400, 950  # timesteps where it is decided what goes where: half of a batch is from these
@@ -47,8 +37,8 @@ class DiffusionRecipe(Recipe):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.modules = nn.ModuleDict({"unet": UNet(UNET_SIZES)})
-        nn.init.zeros_(self.modules["unet"].conv_out.weight)
+        self.model = UNet(UNET_SIZES)
+        nn.init.zeros_(self.model.conv_out.weight)
         self.schedule = NoiseSchedule(SCHEDULE, setup.device)
         folder = setup.weights / "stable-diffusion"
         self.text_encoder = load_text_encoder(folder / "text_encoder", torch.float32, setup.device)
@@ -79,23 +69,21 @@ class DiffusionRecipe(Recipe):
             context = self.text_encoder(ids, mask)
         return mean + deviation * sampling, noise, t, context
 
-    def losses(
-        self, modules: nn.ModuleDict, latents: Tensor, noise: Tensor, t: Tensor, context: Tensor
-    ) -> dict[str, Tensor]:
+    def losses(self, unet: UNet, latents: Tensor, noise: Tensor, t: Tensor, context: Tensor) -> dict[str, Tensor]:
         noisy, target = self.schedule.add_noise(latents, noise, t)
         # No min-SNR weights: they would all but take away the high noise, where it is decided what goes where.
-        return {"loss": F.mse_loss(modules["unet"](noisy, t, context).float(), target)}
+        return {"loss": F.mse_loss(unet(noisy, t, context).float(), target)}
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, unet: UNet) -> dict[str, float]:
         """Shares of one-thing prompts, with all facts named, drawn right, always from the same noise."""
         conditioning = self.text_encoder(self.tokenizer([""] * len(self.prompts) + self.prompts)[0].to(self.device))
         noise = torch.randn(len(self.prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
         sampling = Sampling(sampler="dpm", steps=16, guidance=3.0)
-        latents = denoise(modules["unet"], self.schedule, noise.to(self.device), conditioning, sampling)
+        latents = denoise(unet, self.schedule, noise.to(self.device), conditioning, sampling)
         found = right_shares(read(self.judge, self.vae.decode(latents)), self.wanted)
         return {f"{name}_right": value for name, value in found.items()}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        write_part(weights, "stable-diffusion/unet", "diffusion_pytorch_model", modules["unet"], asdict(UNET_SIZES))
+    def export(self, unet: UNet, weights: Path) -> None:
+        write_part(weights, "stable-diffusion/unet", "diffusion_pytorch_model", unet, asdict(UNET_SIZES))
         write_settings(weights, "stable-diffusion/scheduler/scheduler_config.json", asdict(SCHEDULE))
         write_settings(weights, "stable-diffusion/model_index.json", {})

@@ -108,8 +108,8 @@ class PairingRecipe(Recipe):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.modules = nn.ModuleDict({"pairing": Pairing()})
-        reset(self.modules["pairing"].text)
+        self.model = Pairing()
+        reset(self.model.text)
         length = min(setup.pictures, PAIRS)
         self.pictures = training_set(setup, "paired-pictures", partial(paired_picture, setup.seed), length)
         self.texts = training_set(setup, "paired-texts", partial(paired_text, setup.seed), length)
@@ -120,19 +120,17 @@ class PairingRecipe(Recipe):
         picked = self.pick(len(self.pictures), generator)
         return to_pixels(self.pictures[picked]), self.texts[picked].long()
 
-    def losses(self, modules: nn.ModuleDict, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        pairing = modules["pairing"]
+    def losses(self, pairing: Pairing, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         cosines = pairing.see(pixels) @ pairing.read_ids(ids).T
         scores = (pairing.scale.clamp(max=4.6).exp() * cosines).float()
         own = torch.arange(len(scores), device=scores.device)
         return {"loss": (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2}
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, pairing: Pairing) -> dict[str, float]:
         """The share of held-out pictures whose own caption is the nearest of all tested ones."""
-        pairing = modules["pairing"]
         nearest = (pairing.see(self.tested) @ pairing.read(self.tested_texts).T).argmax(-1)
         own = torch.arange(len(nearest), device=nearest.device)
         return {"own_caption": (nearest == own).float().mean().item()}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        write_tensors(weights / "pairing.safetensors", modules["pairing"].state_dict())
+    def export(self, pairing: Pairing, weights: Path) -> None:
+        write_tensors(weights / "pairing.safetensors", pairing.state_dict())

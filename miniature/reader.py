@@ -27,16 +27,10 @@ from miniature.sets import training_set
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
 from published.clip_tokenizer import ClipTokenizer, join_pair
+from published.parts import config_of
 from text_encoder import TextConfig, TextEncoder
 
-TEXT_SIZES = TextConfig(
-    vocab_size=0,  # known once the tokenizer is trained
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    max_position_embeddings=32,
-)
+TEXT_SIZES = config_of("text encoder", MINIATURE / "stable-diffusion" / "text_encoder" / "config.json")
 PHRASINGS = 4  # captions of a picture
 TEXTS = 20_000  # captions whose words become the byte-pair vocabulary
 CAPTIONS, READ = 300, 302  # purposes of the random streams
@@ -103,14 +97,16 @@ def caption_labels(seed: int, i: int) -> np.ndarray:
 
 
 class Reader(nn.Module):
-    """The text encoding at a caption's end (B, D) -> scores as the judge's: what a caption says of every slot."""
+    """Caption ids (B, S) -> scores as the judge's, read off the encoding at the caption's end (B, D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, sizes: TextConfig, end: int):
         super().__init__()
-        self.slots = nn.Linear(width, len(SLOTS) * sum(SLOT_SIZES))
-        self.whole = nn.Linear(width, sum(WHOLE_SIZES))
+        self.end, self.text_encoder = end, TextEncoder(sizes)
+        self.slots = nn.Linear(sizes.hidden_size, len(SLOTS) * sum(SLOT_SIZES))
+        self.whole = nn.Linear(sizes.hidden_size, sum(WHOLE_SIZES))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.text_encoder(ids)[torch.arange(len(ids), device=ids.device), ends_of(ids, self.end)]  # (B, D)
         return self.slots(x).unflatten(-1, (len(SLOTS), -1)), self.whole(x)
 
 
@@ -138,11 +134,9 @@ class TextRecipe(Recipe):
         self.texts = caption_set(setup, self.tokenizer_folder)
         self.labels = training_set(setup, "labels", partial(caption_labels, setup.seed))
         self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
-        self.modules = nn.ModuleDict(
-            {"text_encoder": TextEncoder(self.sizes), "reader": Reader(self.sizes.hidden_size)}
-        )
-        reset(self.modules)
         self.begin, self.end = tokenizer([""])[0][0, :2].tolist()
+        self.model = Reader(self.sizes, self.end)
+        reset(self.model)
         tested = [sample_pair(setup.seed, i, "held-out")[0] for i in range(setup.tested)]
         texts = [full_caption(picture, random_stream(setup.seed, i, READ)) for i, picture in enumerate(tested)]
         self.tested = tokenizer(texts)[0].to(setup.device)
@@ -152,24 +146,20 @@ class TextRecipe(Recipe):
         picked, phrasing = (self.pick(length, generator) for length in (len(self.texts), PHRASINGS))
         return self.texts[picked, phrasing].long(), self.labels[picked].long()
 
-    def scores(self, modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
-        encoding, ends = modules["text_encoder"](ids), ends_of(ids, self.end)
-        return modules["reader"](encoding[torch.arange(len(ids), device=ids.device), ends])
-
-    def losses(self, modules: nn.ModuleDict, ids: Tensor, known: Tensor) -> dict[str, Tensor]:
-        losses = reading_losses(*self.scores(modules, ids), known)
+    def losses(self, reader: Reader, ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+        losses = reading_losses(*reader(ids), known)
         return {"loss": sum(losses.values()), **losses}
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, reader: Reader) -> dict[str, float]:
         """The share of held-out captions, with all facts named, of which every fact is read rightly."""
-        slots, whole = self.scores(modules, self.tested)
+        slots, whole = reader(self.tested)
         slots = torch.stack([s.argmax(-1) for s in slots.split(SLOT_SIZES, -1)], -1).flatten(1)
         whole = torch.stack([s.argmax(-1) for s in whole.split(WHOLE_SIZES, -1)], -1)
         right = (torch.cat([slots, whole], -1).cpu() == self.wanted) | (self.wanted == IGNORE)  # (n, 21)
         return {"read": right.all(-1).float().mean().item()}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+    def export(self, reader: Reader, weights: Path) -> None:
         sizes = asdict(self.sizes) | {"bos_token_id": self.begin, "eos_token_id": self.end}
-        write_part(weights, "stable-diffusion/text_encoder", "model", modules["text_encoder"], sizes)
+        write_part(weights, "stable-diffusion/text_encoder", "model", reader.text_encoder, sizes)
         for file in self.tokenizer_folder.iterdir():
             write_file(weights / "stable-diffusion" / "tokenizer" / file.name, file.read_bytes())

@@ -1,4 +1,7 @@
-"""What every part of the miniature's pre-training is to the loop in `pretrain.py`, and how its weights are written."""
+"""What every part of the miniature's pre-training is to the loop in `pretrain.py`, and how its weights are written.
+
+Parts have the sizes that the config.json files of the shipped weights give.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,7 @@ class Recipe:
     """A part: what is trained, on what, how it is measured and written. Subclasses set all of the following."""
 
     name: str
-    modules: nn.ModuleDict  # all that trains
+    model: nn.Module  # all that trains
     batch_sizes: tuple[int, int]  # on a GPU, on a CPU
     budgets: tuple[int, int]  # minutes of training, on a GPU and on a CPU
     lr: float  # AdamW's, for norms, biases, embeddings and first and last layers
@@ -52,13 +55,13 @@ class Recipe:
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The tensors of one step, on the device; all that is random in a step comes from here."""
 
-    def losses(self, modules: nn.ModuleDict, *batch: Tensor) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, *batch: Tensor) -> dict[str, Tensor]:
         """{"loss": what is minimised, and what else is logged}."""
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, model: nn.Module) -> dict[str, float]:
         """Figures on held-out samples."""
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+    def export(self, model: nn.Module, weights: Path) -> None:
         """Write the part in the published layout."""
 
 

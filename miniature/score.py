@@ -21,6 +21,7 @@ picture is wrong in everything.
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import count, groupby
 from pathlib import Path
@@ -41,6 +42,7 @@ from miniature.exam import (
     Figures,
     Said,
     ask,
+    chat_source,
     chat_turns,
     draw_prompts,
     held_out_prompts,
@@ -57,7 +59,7 @@ from miniature.tales import SHOWS, SMALL_TALK
 from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue
-from prompts import UAS_REQUESTS, chat_history, dialog_source, pictures_of, uas_texts, user_turn
+from prompts import UAS_REQUESTS, chat_history, dialog_source, pictures_of, uas_texts
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
@@ -69,23 +71,20 @@ COUNTS = {"one thing": 1, "two things": 2}
 
 
 def prompts(exam: Exam) -> Figures:
-    figures = {}
-    for name, things in COUNTS.items():
-        texts, wanted = held_out_prompts(exam, things)
-        drawn = text_to_pictures(exam, texts)
-        exam.sheet(f"prompts {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
-        figures[f"{name}, named"] = named_shares(wanted)
-        figures[f"{name}, right"] = right_shares(look(exam, drawn), wanted)
-    return figures
+    return drawn_figures(exam, "prompts", lambda texts: text_to_pictures(exam, texts))
 
 
 def vokens(exam: Exam) -> Figures:
-    """Words first, a prompt is the first turn of a chat; otherwise stage 1's bare caption."""
+    return drawn_figures(exam, "vokens", lambda texts: [said.picture for said in draw_prompts(exam, texts)])
+
+
+def drawn_figures(exam: Exam, part: str, draw: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
-        drawn = [said.picture for said in draw_prompts(exam, texts)]
-        exam.sheet(f"vokens {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        drawn = draw(texts)
+        exam.sheet(f"{part} {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        figures[f"{name}, named"] = named_shares(wanted)
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
     return figures
@@ -99,8 +98,7 @@ def captions(exam: Exam) -> Figures:
     and no thing is left out."""
     wanted, pictures = held_out_samples(exam)
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
-    asked = [user_turn(exam.model.tokenizer, some(rng, SHOWS), exam.words, (None,)) for rng in streams]
-    sources = [dialog_source([turn], 1, exam.system) for turn in asked]
+    sources = [chat_source(exam, some(rng, SHOWS), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
     exam.sheet("captions", ((text, [picture]) for text, picture in zip(texts, pictures, strict=True)))
     told = [facts_in(text) for text in texts]
@@ -138,19 +136,18 @@ def has_picture(reply: Reply) -> bool:
 
 def replies(exam: Exam) -> Figures:
     """Requests in stage 1's form, and the human's turns in dialogues."""
-    captions, tokenizer = held_out_prompts(exam, 1)[0], exam.model.tokenizer
+    captions = enumerate(held_out_prompts(exam, 1)[0])
     if exam.sampling.words_first:
-        asked = [f"{UAS_REQUESTS[i % len(UAS_REQUESTS)]} {caption}" for i, caption in enumerate(captions)]
-        requests = [dialog_source([user_turn(tokenizer, text, exam.words)], 1, exam.system) for text in asked]
+        requests = [chat_source(exam, f"{UAS_REQUESTS[i % len(UAS_REQUESTS)]} {caption}") for i, caption in captions]
     else:
-        requests = [uas_texts(c, instruction=i % len(UAS_REQUESTS))[0] for i, c in enumerate(captions)]
+        requests = [uas_texts(caption, instruction=i % len(UAS_REQUESTS))[0] for i, caption in captions]
     turns, figures = turns_to_answer(exam), {}
     for name, wish, rows in (
         ("a caption's picture is asked for", True, [(source, ()) for source in requests]),
-        ("a dialogue asks for a picture", True, [reply[:2] for reply in turns[True]]),
-        ("a dialogue asks for words", False, [reply[:2] for reply in turns[False]]),
+        ("a dialogue asks for a picture", True, turns[True]),
+        ("a dialogue asks for words", False, turns[False]),
     ):
-        sources, pictures = zip(*rows, strict=True)
+        sources, pictures = [row[0] for row in rows], [row[1] for row in rows]
         said = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
         came = [answer.picture is not None for answer in said]
         figures[name] = {"a picture came": share(came), "right": share([picture == wish for picture in came])}
@@ -161,14 +158,13 @@ def dialogues(exam: Exam) -> Figures:
     """A picture is asked for: what the request names counts. It is changed ("make it red."): every fact counts. It is
     described: all is true, no thing left out. A question is answered: with the facts of the dialogue's own answer."""
     turns, figures = turns_to_answer(exam), {}
-    wishes = [(reply, facts_in(reply.asked.text)) for reply in turns[True]]
-    new = [(reply, named) for reply, named in wishes if named.scene]
+    new = [r for r in turns[True] if facts_in(r.asked.text).scene]
     # Where there is no picture, the one to be changed is not heard of any more.
-    changed = [(reply, reply.turn.picture) for reply, named in wishes if not named.scene and has_picture(reply)]
+    changed = [r for r in turns[True] if not facts_in(r.asked.text).scene and has_picture(r)]
+    wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.picture for r in changed]}
     for name, rows in {"asked for": new, "changed": changed}.items():
-        drawn = [said.picture for said in answers(exam, f"dialogues {name}", [reply for reply, _ in rows])]
-        right = right_shares(look(exam, drawn), [wanted for _, wanted in rows])
-        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right
+        drawn = [said.picture for said in answers(exam, f"dialogues {name}", rows)]
+        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted[name])
     shown = [reply for reply in turns[False] if reply.asked.picture]
     about = [r for r in turns[False] if has_picture(r) and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]

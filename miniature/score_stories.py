@@ -131,11 +131,9 @@ def own_story_figures(exam: Exam) -> Figures:
     colours = [first.picture.things[0].colour for first in firsts]
     tales, figures = [[] for _ in firsts], {}
     for step in range(1, OWN_STEPS + 1):
-        if step == 1:
-            requests = [STORY_REQUESTS["image"][0].format(first.text) for first in firsts]
-            sources = [story_source([], request, exam.system) for request in requests]
-        else:
-            sources = [story_source(tale, STORY_REQUESTS["text+image"][0], exam.system) for tale in tales]
+        request = STORY_REQUESTS["image" if step == 1 else "text+image"][0]  # of which the second has no {}
+        requests = [request.format(first.text) for first in firsts]
+        sources = [story_source(*told, exam.system) for told in zip(tales, requests, strict=True)]
         said = ask(exam, sources, [pictures_of(tale) for tale in tales])
         seen, rows = look(exam, [answer.picture for answer in said]), []
         for i, (first, tale, answer) in enumerate(zip(firsts, tales, said, strict=True)):

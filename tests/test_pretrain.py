@@ -73,7 +73,7 @@ def shop(tmp_path_factory):
 
 
 def states(recipe, averaged):
-    return {**{f"now.{k}": v for k, v in recipe.modules.state_dict().items()}, **averaged.state_dict()}
+    return {**{f"now.{k}": v for k, v in recipe.model.state_dict().items()}, **averaged.state_dict()}
 
 
 # ---- training
@@ -104,7 +104,7 @@ def test_learns_one_batch(shop, tmp_path, part):
     optimizers = pretrain.optimizers_of(recipe)
     batch, losses = recipe.batch(torch.Generator().manual_seed(0)), []
     for _ in range(16):
-        loss = recipe.losses(recipe.modules, *batch)["loss"]
+        loss = recipe.losses(recipe.model, *batch)["loss"]
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

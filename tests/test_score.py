@@ -57,10 +57,10 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     for recipe_class in pretrain.PARTS.values():
         recipe = recipe_class(shop)
-        if "unet" in recipe.modules:
-            torch.nn.init.normal_(recipe.modules["unet"].conv_out.weight)  # zeros would hide the condition
+        if isinstance(recipe, painter.DiffusionRecipe):
+            torch.nn.init.normal_(recipe.model.conv_out.weight)  # zeros would hide the condition
         with torch.no_grad():
-            recipe.export(recipe.modules.eval(), shop.weights)
+            recipe.export(recipe.model.eval(), shop.weights)
     patch.undo()
     (shop.weights / "minigpt5").mkdir(exist_ok=True)
     model = load_minigpt5(shop.weights, None, read_pictures=False)
