@@ -65,7 +65,7 @@ class GillMapper(nn.Module):
 
 class Gill(nn.Module):
     """The language model, its vokens and the mapper: in the place of a text encoder, `encode` reads texts for Stable
-    Diffusion. ValueError for a width that the heads cannot share."""
+    Diffusion."""
 
     hidden_states, text_loss = MiniGPT5.hidden_states, MiniGPT5.text_loss
     lora = prefix = None
@@ -79,8 +79,6 @@ class Gill(nn.Module):
         width: int = WIDTH,
     ):
         super().__init__()
-        if width % HEADS:
-            raise ValueError(f"the mapper's width {width} is not a multiple of its {HEADS} heads")
         sd, (reading, _) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(weights / "vicuna", vokens)

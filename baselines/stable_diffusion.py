@@ -37,11 +37,10 @@ from torch import Tensor, nn
 
 from baselines.divter import split_description
 from baselines.gill import is_gill, load_gill
-from common.files import fingerprint, read_json
+from common.files import fingerprint
 from common.images import to_image
 from common.options import add_picture_options
 from evaluation.cases import (
-    SETTINGS,
     Case,
     add_case_options,
     check_settings,
@@ -138,14 +137,6 @@ def described(case: Case, words: Path) -> tuple[str, str | None]:
     return split_description(said) if case.task == "reply" else (said, said or None)
 
 
-def context_of(args: argparse.Namespace, case: Case) -> str:
-    """Under which --context python -m evaluation compares the answers: of other words it is theirs."""
-    if args.words:
-        there = args.words / SETTINGS
-        return read_json(there).get("context", "both") if there.is_file() else "both"
-    return args.context if case.task in TASKS else "both"
-
-
 # ---- the command
 
 
@@ -165,10 +156,11 @@ def main() -> None:
     args = arguments()
     device, sampling = pick_device(args.device), Sampling.of(vars(args))
     cases, _, data = given_cases(args)
-    if args.words and not args.words.is_dir():
-        raise ValueError(f"{args.words}: no such folder of answers")
-    if args.words:
-        check_settings(args.words, {"task": cases[0].task})
+    context = args.context if cases[0].task in TASKS else "both"  # as `python -m evaluation` has it
+    if args.words:  # which have their own
+        if not args.words.is_dir():
+            raise ValueError(f"{args.words}: no such folder of answers")
+        context = check_settings(args.words, {"task": cases[0].task}).get("context", "both")
     if cases[0].task not in ("caption", "image") and not args.words:
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
@@ -177,7 +169,7 @@ def main() -> None:
         model.read = load_gill(args.weights, found, DTYPES[args.dtype], device).encode
     elif found:
         model.load_trained(found)
-    made = {"task": cases[0].task, "context": context_of(args, cases[0]), "data": data}
+    made = {"task": cases[0].task, "context": context, "data": data}
     made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
     made |= {"words": args.words and str(args.words), "checkpoint": found and f"{found.parent.name}/{found.name}"}
     made |= {"trained": found and fingerprint([found])}

@@ -258,13 +258,13 @@ def open_answers(folder: Path, settings: dict, data: list[str] | None = None) ->
     write_json(folder / SETTINGS, settings | tars)
 
 
-def check_settings(folder: Path, settings: dict) -> None:
-    """ValueError where the answers in `folder` were made with other `settings`, as far as it says."""
-    if (folder / SETTINGS).is_file():
-        there = settings | read_json(folder / SETTINGS)
-        other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there[name] != value]
-        if other:
-            raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
+def check_settings(folder: Path, settings: dict) -> dict:
+    """How the answers in `folder` were made, as far as it says. ValueError where that was with other `settings`."""
+    there = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    known = [name for name in settings if name in there]
+    if other := [f"{name} {there[name]}, not {settings[name]}" for name in known if there[name] != settings[name]]:
+        raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
+    return there
 
 
 def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
@@ -272,7 +272,7 @@ def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
     for folders that were made for different cases, or have none in common."""
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ValueError(f"{missing[0]}: no such folder of answers")
-    settings = [read_json(folder / SETTINGS) for folder in folders if (folder / SETTINGS).is_file()]
+    settings = [check_settings(folder, {}) for folder in folders]
     told = {name: {str(one[name]) for one in settings if name in one} for name in ("task", "data")}
     names = ", ".join(map(str, folders))
     if different := [name for name, values in told.items() if len(values) > 1]:

@@ -18,12 +18,11 @@ from tqdm import tqdm
 from common.cli import add_weights_option, pick_device, read_arguments
 from common.files import write_json
 from evaluation.cases import Case, compared_cases, read_answer
-from evaluation.comparisons import Bench, encode
+from evaluation.comparisons import TOGETHER, Bench, encode
 from evaluation.metrics import cosine
 from evaluation.scorers import Unavailable, look, open_network
 from miniature.judge import ATTRIBUTES, asks_for, right
 
-TOGETHER = 16  # cases whose pictures the networks see at a time
 Preference = tuple[float, ...]  # compared in order
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from common.cli import MINIATURE
 from miniature.judge import load_judge, read, right_shares
 from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, normal, write_part
-from miniature.sets import cached, held_out_pictures, to_pixels, training_pictures, training_set
+from miniature.recipe import Recipe, Setup, cached, to_pixels, write_part
 from miniature.world import sample_pair
 from published.parts import config_of
 from vae import VAE
@@ -42,16 +41,16 @@ class AutoencoderRecipe(Recipe):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.model = VAE(VAE_SIZES)
-        self.pictures = training_pictures(setup)
-        self.things = training_set(setup, "things", partial(thing_pixels, setup.seed))
-        drawn, self.wanted = held_out_pictures(setup)
+        self.pictures = setup.training_pictures()
+        self.things = setup.training_set("things", partial(thing_pixels, setup.seed))
+        drawn, self.wanted = setup.held_out_pictures()
         self.tested = to_pixels(drawn)
         self.judge = load_judge(setup.weights / "judge.safetensors", setup.device)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Pixels, how much each of them counts, and the posterior's noise."""
         picked = self.pick(len(self.pictures), generator)
-        noise = normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator, self.device)
+        noise = self.normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator)
         weight = 1 + THING_WEIGHT * self.things[picked][:, None]  # (B, 1, 64, 64)
         return to_pixels(self.pictures[picked]), weight / weight.mean(), noise
 

@@ -20,14 +20,11 @@ from common.page import draw_grid
 from common.texts import Words, clean_caption
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids
-from miniature.descriptions import describe
 from miniature.facts import Picture, random_stream
-from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
+from miniature.judge import NOTHING, Judge, load_judge, read, share
 from miniature.judge import WEIGHTS as JUDGE
 from miniature.paint import draw
 from miniature.tales import Turn as Told
-from miniature.words import facts_in
-from miniature.world import sample_pair
 from minigpt5 import MiniGPT5
 from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
@@ -83,40 +80,12 @@ class Exam:
             draw_grid(shown, self.sheets / f"{'-'.join(re.findall(r'[a-z0-9]+', name))}.png")
 
 
-# ---- samples
-
-
-def held_out_samples(exam: Exam) -> tuple[list[Picture], list[Image.Image]]:
-    """Facts, and the pictures that are drawn of them."""
-    samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
-    return [facts for facts, _, _ in samples], [draw(facts, jitter, SIDE) for facts, _, jitter in samples]
-
-
-def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]:
-    """Captions of pictures with so many things, and the facts that they name."""
-    captions = [sample_pair(exam.seed, i, "held-out", things)[1] for i in range(exam.n)]
-    return captions, [facts_in(caption) for caption in captions]
+# ---- ways to answers
 
 
 def heard(told: list[Told], jitter: int) -> list[Turn]:
     """Turns of a story or a dialogue as the language model reads them, their pictures drawn."""
     return [Turn(turn.text, (draw(turn.picture, jitter, SIDE),) if turn.picture else ()) for turn in told]
-
-
-def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
-    """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
-    if not exam.sampling.words_first:
-        return heard(told, jitter)
-    turns = []
-    for i, (turn, (text, pictures)) in enumerate(zip(told, heard(told, jitter), strict=True)):
-        if i % 2:
-            turns.append(Turn(f"{text} ({describe(turn.picture)})" if pictures else text))
-        else:
-            turns.append(user_turn(exam.model.tokenizer, text, exam.words, pictures))
-    return turns
-
-
-# ---- ways to answers
 
 
 class Said(NamedTuple):
@@ -181,7 +150,3 @@ def look(exam: Exam, pictures: list[Image.Image | None]) -> list[Picture]:
 def means(rows: list[dict[str, bool]]) -> dict[str, float]:
     """The share that is true, column by column."""
     return {name: share([row[name] for row in rows]) for name in rows[0]}
-
-
-def named_shares(wanted: list[Picture]) -> dict[str, float]:
-    return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}

@@ -106,6 +106,15 @@ def pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
+def pick_other(rng: np.random.Generator, options, *taken):
+    """One of the options that are not taken."""
+    return pick(rng, [option for option in options if option not in taken])
+
+
+def chance(rng: np.random.Generator, share: float) -> bool:
+    return rng.random() < share
+
+
 def pick_weighted(rng: np.random.Generator, weights: dict):
     """One of the keys, each as often as its share of all weights."""
     shares = np.array(list(weights.values()))

@@ -16,8 +16,7 @@ from miniature.autoencoder import latent_set
 from miniature.facts import random_stream
 from miniature.judge import load_judge, read, right_shares
 from miniature.reader import PHRASINGS, caption_set, ends_of, full_caption, tokenizer_at
-from miniature.recipe import Recipe, Setup, normal, write_part, write_settings
-from miniature.sets import training_pictures
+from miniature.recipe import Recipe, Setup, write_part, write_settings
 from miniature.world import sample_pair
 from minigpt5 import send
 from published.parts import config_of, load_text_encoder, load_vae
@@ -45,7 +44,7 @@ class DiffusionRecipe(Recipe):
         self.vae = load_vae(folder / "vae", torch.float32, setup.device)
         self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(setup, folder / "tokenizer")
         self.empty = self.tokenizer([""])[0].to(setup.device)
-        self.latents = latent_set(setup, self.vae, training_pictures(setup))
+        self.latents = latent_set(setup, self.vae, setup.training_pictures())
         self.judge = load_judge(setup.weights / "judge.safetensors", setup.device)
         self.wanted = [sample_pair(setup.seed, i, "held-out", 1)[0] for i in range(min(64, setup.tested))]
         streams = (random_stream(setup.seed, i, PROMPTS) for i in range(len(self.wanted)))
@@ -59,7 +58,7 @@ class DiffusionRecipe(Recipe):
         t[:half] = torch.randint(*DECIDING, (half,), generator=generator)
         drop, unmasked = (torch.rand(B, generator=generator) < share for share in (DROP_RATE, 0.5))
         picked, phrasing, t, drop, unmasked = (send(x, self.device) for x in (picked, phrasing, t, drop, unmasked))
-        sampling, noise = (normal(shape, generator, self.device) for _ in range(2))
+        sampling, noise = (self.normal(shape, generator) for _ in range(2))
         mean, deviation = self.latents[picked].float().unbind(1)
         ids = torch.where(drop[:, None], self.empty, self.texts[picked, phrasing].long())
         # Stable Diffusion reads the padding, MiniGPT-5's caption loss masks it: the UNet should bear both.

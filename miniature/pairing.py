@@ -9,7 +9,6 @@ Unlike the judge it is told no facts, and it has no idea of what it was never sh
     words, by hash -> ids (B, T) -> small text transformer, its state at the end (B, 128) -> (B, 128)
 """
 
-import re
 import zlib
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation.metrics import words
 from miniature.facts import Picture, random_stream
 from miniature.judge import WIDTH, convolutions
 from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, reset, write_tensors
-from miniature.sets import held_out_pictures, to_pixels, training_set
+from miniature.recipe import Recipe, Setup, reset, to_pixels, write_tensors
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from published.loading import load
 from text_encoder import TextConfig, TextEncoder
@@ -44,7 +43,7 @@ PAIRING_SIZES = TextConfig(
 
 def ids_of(text: str) -> list[int]:
     """LENGTH ids: the first words, END, PAD."""
-    ids = [2 + zlib.crc32(word.encode()) % (WORDS - 2) for word in re.findall(r"[^\W_]+", text.lower())[: LENGTH - 1]]
+    ids = [2 + zlib.crc32(word.encode()) % (WORDS - 2) for word in words(text)[: LENGTH - 1]]
     return ids + [END] + [PAD] * (LENGTH - 1 - len(ids))
 
 
@@ -111,9 +110,9 @@ class PairingRecipe(Recipe):
         self.model = Pairing()
         reset(self.model.text)
         length = min(setup.pictures, PAIRS)
-        self.pictures = training_set(setup, "paired-pictures", partial(paired_picture, setup.seed), length)
-        self.texts = training_set(setup, "paired-texts", partial(paired_text, setup.seed), length)
-        self.tested = to_pixels(held_out_pictures(setup)[0])
+        self.pictures = setup.training_set("paired-pictures", partial(paired_picture, setup.seed), length)
+        self.texts = setup.training_set("paired-texts", partial(paired_text, setup.seed), length)
+        self.tested = to_pixels(setup.held_out_pictures()[0])
         self.tested_texts = [sample_pair(setup.seed, i, "held-out")[1] for i in range(setup.tested)]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -7,7 +7,6 @@ the miniature's dropped "left" and "right": what a place means shows only once t
 use it before the encoding tells it.
 """
 
-import hashlib
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import MINIATURE
-from common.files import write_file, write_json, write_text
+from common.files import fingerprint, write_file, write_json, write_text
 from miniature.facts import Picture, random_stream
 from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
 from miniature.recipe import Recipe, Setup, reset, write_part
-from miniature.sets import training_set
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
 from published.clip_tokenizer import ClipTokenizer, join_pair
@@ -117,8 +115,8 @@ def ends_of(ids: Tensor, end: int) -> Tensor:
 
 def caption_set(setup: Setup, folder: Path) -> Tensor:
     """Several captions of every training picture as ids (n, PHRASINGS, S), made once for a tokenizer."""
-    version = hashlib.sha256((folder / "merges.txt").read_bytes()).hexdigest()[:8]
-    return training_set(setup, f"captions-{version}", partial(caption_ids, folder, setup.seed))
+    version = fingerprint([folder / "merges.txt"])
+    return setup.training_set(f"captions-{version}", partial(caption_ids, folder, setup.seed))
 
 
 class TextRecipe(Recipe):
@@ -132,7 +130,7 @@ class TextRecipe(Recipe):
             write_clip_tokenizer(self.tokenizer_folder, setup.seed)
         tokenizer = tokenizer_at(self.tokenizer_folder)
         self.texts = caption_set(setup, self.tokenizer_folder)
-        self.labels = training_set(setup, "labels", partial(caption_labels, setup.seed))
+        self.labels = setup.training_set("labels", partial(caption_labels, setup.seed))
         self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
         self.begin, self.end = tokenizer([""])[0][0, :2].tolist()
         self.model = Reader(self.sizes, self.end)

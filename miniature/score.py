@@ -36,30 +36,18 @@ from common.cli import add_weights_option, make_folder, pick_device, read_argume
 from common.files import write_json
 from common.options import add_sampling_options
 from generation import Sampling
-from miniature.exam import (
-    LONGEST,
-    Exam,
-    Figures,
-    Said,
-    ask,
-    chat_source,
-    chat_turns,
-    draw_prompts,
-    held_out_prompts,
-    held_out_samples,
-    look,
-    named_shares,
-    text_to_pictures,
-)
+from miniature.descriptions import describe
+from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_prompts, heard, look, text_to_pictures
 from miniature.facts import Picture, random_stream
-from miniature.judge import NOTHING, right_shares, share
+from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right_shares, share
+from miniature.paint import draw
 from miniature.score_people import FOLDER, people
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
 from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in, some
-from miniature.world import sample_dialogue
-from prompts import UAS_REQUESTS, chat_history, dialog_source, pictures_of, uas_texts
+from miniature.world import sample_dialogue, sample_pair
+from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, pictures_of, uas_texts, user_turn
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
@@ -67,7 +55,33 @@ SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
 COUNTS = {"one thing": 1, "two things": 2}
 
 
+# ---- samples
+
+
+def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]:
+    """Captions of pictures with so many things, and the facts that they name."""
+    captions = [sample_pair(exam.seed, i, "held-out", things)[1] for i in range(exam.n)]
+    return captions, [facts_in(caption) for caption in captions]
+
+
+def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
+    """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
+    if not exam.sampling.words_first:
+        return heard(told, jitter)
+    turns = []
+    for i, (turn, (text, pictures)) in enumerate(zip(told, heard(told, jitter), strict=True)):
+        if i % 2:
+            turns.append(Turn(f"{text} ({describe(turn.picture)})" if pictures else text))
+        else:
+            turns.append(user_turn(exam.model.tokenizer, text, exam.words, pictures))
+    return turns
+
+
 # ---- pictures
+
+
+def named_shares(wanted: list[Picture]) -> dict[str, float]:
+    return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}
 
 
 def prompts(exam: Exam) -> Figures:
@@ -78,11 +92,11 @@ def vokens(exam: Exam) -> Figures:
     return drawn_figures(exam, "vokens", lambda texts: [said.picture for said in draw_prompts(exam, texts)])
 
 
-def drawn_figures(exam: Exam, part: str, draw: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
+def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
-        drawn = draw(texts)
+        drawn = draw_all(texts)
         exam.sheet(f"{part} {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
         figures[f"{name}, named"] = named_shares(wanted)
         came = {"drawn": share([picture is not None for picture in drawn])}
@@ -96,7 +110,8 @@ def drawn_figures(exam: Exam, part: str, draw: Callable[[list[str]], list[Image.
 def captions(exam: Exam) -> Figures:
     """Pictures that somebody shows. A fact is right if it is said and true; "no error": nothing that is said is wrong,
     and no thing is left out."""
-    wanted, pictures = held_out_samples(exam)
+    samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
+    wanted, pictures = [facts for facts, _, _ in samples], [draw(facts, jitter) for facts, _, jitter in samples]
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
     sources = [chat_source(exam, some(rng, SHOWS), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]

@@ -6,7 +6,6 @@
 The vectors stand in the place of the ten words that a picture has in the documents.
 """
 
-import hashlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,21 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.cli import MINIATURE
-from common.files import write_file, write_json
+from common.files import fingerprint, write_file, write_json
 from llama import KVCache, Llama
 from miniature.chats import known_words, unknown_words
-from miniature.documents import (
-    WORDS,
-    answer_ids,
-    answer_text,
-    described,
-    encode,
-    language_ids,
-    tokenizer_at,
-    train_tokenizer,
-)
+from miniature.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at, train_tokenizer
+from miniature.facts import Picture
 from miniature.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
-from miniature.sets import held_out_pictures, training_pictures, training_set
+from miniature.words import agrees, facts_in
 from miniature.world import sample_pair
 from prompts import Example, Turn, dialog_source
 from published.parts import config_of, load_llama, read_config
@@ -45,6 +36,9 @@ LONGEST = 48  # tokens of a measured answer
 QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
 
+# ---- what is said of pictures
+
+
 @torch.no_grad()
 def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, mask: Tensor) -> list[str]:
     """Greedy answers to embedded prompts (B, T, D), padded on the left."""
@@ -54,6 +48,18 @@ def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, ma
         said.append(llama.lm_head(hidden[:, -1:]).argmax(-1))  # (B, 1)
         hidden = llama(llama.model.embed_tokens(said[-1]), cache=cache)
     return [answer_text(tokenizer, ids) for ids in torch.cat(said, 1).tolist()]
+
+
+def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What is said up to a stop sequence or </s>."""
+    end = next((end for end in range(1, len(ids) + 1) if tokenizer.ends(ids[:end])), len(ids))
+    return tokenizer.decode(ids[:end], skip_special=True).removesuffix("###").strip()
+
+
+def described(texts: list[str], wanted: list[Picture]) -> float:
+    """The share of descriptions that name every fact of their picture."""
+    pairs = list(zip(map(facts_in, texts), wanted, strict=True))
+    return sum(len(told.things) == len(real.things) and agrees(real, told) for told, real in pairs) / len(pairs)
 
 
 # ---- language model
@@ -73,7 +79,7 @@ class LanguageRecipe(Recipe):
         self.tokenizer = tokenizer_at(self.path)
         lengths = {"train": max(256, setup.pictures // 4), "held-out": max(32, setup.tested // 2)}
         self.texts, self.tested = (
-            training_set(setup, f"language-{split}", partial(language_ids, self.path, setup.seed, split), length)
+            setup.training_set(f"language-{split}", partial(language_ids, self.path, setup.seed, split), length)
             for split, length in lengths.items()
         )
         self.wanted = [sample_pair(setup.seed, i, "held-out")[0] for i in range(min(64, setup.tested))]
@@ -133,10 +139,9 @@ class CaptionerRecipe(Recipe):
         reset(self.model, 0.05)
         for vectors in (self.model.vision_model.embeddings.position_embedding, self.model.query_tokens):
             nn.init.normal_(vectors, std=0.5)  # about as large as what patches bring: else place is learned last
-        self.pictures = training_pictures(setup)
-        version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # of the tokenizer whose ids they are
-        self.answers = training_set(setup, f"looks-{version}", partial(answer_ids, path, setup.seed))
-        self.tested, self.wanted = held_out_pictures(setup)
+        self.pictures = setup.training_pictures()
+        self.answers = setup.training_set(f"looks-{fingerprint([path])}", partial(answer_ids, path, setup.seed))
+        self.tested, self.wanted = setup.held_out_pictures()
         self.table = self.llama.model.embed_tokens.weight
         self.mean, self.deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 

@@ -168,6 +168,11 @@ def some(rng: np.random.Generator, phrases: str) -> str:
     return options[0] if rng.random() < 0.4 else pick(rng, options)
 
 
+def one_of(rng: np.random.Generator, phrases: str) -> str:
+    """Any of "a | b | c"."""
+    return pick(rng, choices(phrases))
+
+
 def with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
