@@ -162,9 +162,8 @@ def main() -> None:
     sd, dtype = args.weights / "stable-diffusion", frozen_dtypes(args.weights, DTYPES[args.dtype], run.device)[0]
     text_encoder, tokenizer = load_text_encoder(sd / "text_encoder", dtype, run.device), ClipTokenizer(sd / "tokenizer")
     trained = list(model.trained_parameters().values())
-    print(
-        f"trained: {sum(p.numel() for p in trained):,} parameters in the voken rows and the mapper; all else is frozen"
-    )
+    count = sum(p.numel() for p in trained)
+    print(f"trained: {count:,} parameters in the voken rows and the mapper; all else is frozen")
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # as GILL's code

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from common.cli import MINIATURE
 from miniature import facts
 from miniature.facts import Picture, Thing, fits, home, pick, random_stream
-from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, to_pixels, write_tensors
+from miniature.recipe import Recipe, Setup, drawn, to_pixels, write_tensors
 from published.loading import load
 
 WEIGHTS = MINIATURE / "judge.safetensors"
@@ -179,10 +178,6 @@ def judged(seed: int, i: int) -> tuple[Picture, int]:
     return any_picture(rng), int(rng.integers(1 << 31))
 
 
-def judged_picture(seed: int, i: int) -> np.ndarray:
-    return np.asarray(draw(*judged(seed, i)))
-
-
 def judged_labels(seed: int, i: int) -> np.ndarray:
     return labels(judged(seed, i)[0])
 
@@ -203,10 +198,10 @@ class JudgeRecipe(Recipe):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         self.model = Judge()
-        self.pictures = setup.training_set("judged-pictures", partial(judged_picture, setup.seed))
+        self.pictures = setup.training_set("judged-pictures", partial(drawn, partial(judged, setup.seed)))
         self.labels = setup.training_set("judged-labels", partial(judged_labels, setup.seed))
-        drawn, self.wanted = setup.held_out_pictures()
-        self.tested = to_pixels(drawn)
+        pictures, self.wanted = setup.held_out_pictures()
+        self.tested = to_pixels(pictures)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Three quarters of the batches are blurred, three quarters noisy."""

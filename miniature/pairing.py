@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from evaluation.metrics import words
 from miniature.facts import Picture, random_stream
 from miniature.judge import WIDTH, convolutions
-from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, reset, to_pixels, write_tensors
+from miniature.recipe import Recipe, Setup, drawn, reset, to_pixels, write_tensors
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from published.loading import load
 from text_encoder import TextConfig, TextEncoder
@@ -92,11 +91,6 @@ def told_picture(seed: int, i: int, split: str = "train") -> tuple[Picture, str,
     return turn.picture, turn.text, jitter
 
 
-def paired_picture(seed: int, i: int) -> np.ndarray:
-    picture, _, jitter = told_picture(seed, i)
-    return np.asarray(draw(picture, jitter))
-
-
 def paired_text(seed: int, i: int) -> np.ndarray:
     return np.array(ids_of(told_picture(seed, i)[1]), np.int16)
 
@@ -110,7 +104,7 @@ class PairingRecipe(Recipe):
         self.model = Pairing()
         reset(self.model.text)
         length = min(setup.pictures, PAIRS)
-        self.pictures = setup.training_set("paired-pictures", partial(paired_picture, setup.seed), length)
+        self.pictures = setup.training_set("paired-pictures", partial(drawn, partial(told_picture, setup.seed)), length)
         self.texts = setup.training_set("paired-texts", partial(paired_text, setup.seed), length)
         self.tested = to_pixels(setup.held_out_pictures()[0])
         self.tested_texts = [sample_pair(setup.seed, i, "held-out")[1] for i in range(setup.tested)]

@@ -62,8 +62,9 @@ def to_pixels(pictures: Tensor) -> Tensor:
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def drawn_pair(seed: int, split: str, i: int) -> np.ndarray:
-    picture, _, jitter = sample_pair(seed, i, split)
+def drawn(sample: Callable[[int], tuple], i: int) -> np.ndarray:
+    """uint8 (64, 64, 3): sample i, whose first value is the picture and the last its jitter."""
+    picture, *_, jitter = sample(i)
     return np.asarray(draw(picture, jitter))
 
 
@@ -94,13 +95,13 @@ class Setup:
 
     def training_pictures(self) -> Tensor:
         """Training pictures 0 .. pictures - 1 of `world.sample_pair`: uint8 (n, 64, 64, 3)."""
-        return self.training_set("pictures-train", partial(drawn_pair, self.seed, "train"))
+        return self.training_set("pictures-train", partial(drawn, partial(sample_pair, self.seed)))
 
     def held_out_pictures(self) -> tuple[Tensor, list[Picture]]:
         """The held-out pictures of a measurement: uint8 (tested, 64, 64, 3), and their facts."""
-        drawn = np.stack([drawn_pair(self.seed, "held-out", i) for i in range(self.tested)])
-        facts = [sample_pair(self.seed, i, "held-out")[0] for i in range(self.tested)]
-        return torch.from_numpy(drawn).to(self.device), facts
+        sample = partial(sample_pair, self.seed, split="held-out")
+        pictures = np.stack([drawn(sample, i) for i in range(self.tested)])
+        return torch.from_numpy(pictures).to(self.device), [sample(i)[0] for i in range(self.tested)]
 
 
 class Recipe:

@@ -22,6 +22,7 @@ from miniature.judge import right, share
 from prompts import chat_history, dialog_source, own_turn, pictures_of, user_turn
 
 FOLDER = Path(__file__).parent / "people"
+PROMPTS, CHATS = FOLDER / "prompts.jsonl", FOLDER / "chats.jsonl"
 
 
 class Wish(NamedTuple):
@@ -112,7 +113,7 @@ def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
     return found
 
 
-def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
+def people(exam: Exam, prompts: Path = PROMPTS, chats: Path = CHATS, seeds: tuple[int, ...] = (0, 1, 2)) -> Figures:
     """Shares that are all right, and of how many. A chat's turn counts like any other, whatever came before it."""
     exam = replace(exam, sampling=sampling_of_sample(exam.weights))
     wishes, talks, drawn, turns = read_prompts(prompts), read_chats(chats), [], []
