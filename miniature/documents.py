@@ -217,9 +217,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
         )
 
 
-@lru_cache
-def tokenizer_at(path: Path) -> Tokenizer:
-    return Tokenizer(path)
+tokenizer_at = lru_cache(Tokenizer)  # of a tokenizer.model
 
 
 @lru_cache

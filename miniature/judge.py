@@ -16,6 +16,7 @@ three things, the same thing twice, blurred and noisy pictures.
 B batch, L places, K views of a slot.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -178,8 +179,9 @@ def judged(seed: int, i: int) -> tuple[Picture, int]:
     return any_picture(rng), int(rng.integers(1 << 31))
 
 
-def judged_labels(seed: int, i: int) -> np.ndarray:
-    return labels(judged(seed, i)[0])
+def labels_of(sample: Callable[[int], tuple], i: int) -> np.ndarray:
+    """The labels of sample i, whose first value is the picture."""
+    return labels(sample(i)[0])
 
 
 def worsen(pixels: Tensor, blur: float, noise: Tensor) -> Tensor:
@@ -199,7 +201,7 @@ class JudgeRecipe(Recipe):
         super().__init__(setup)
         self.model = Judge()
         self.pictures = setup.training_set("judged-pictures", partial(drawn, partial(judged, setup.seed)))
-        self.labels = setup.training_set("judged-labels", partial(judged_labels, setup.seed))
+        self.labels = setup.training_set("judged-labels", partial(labels_of, partial(judged, setup.seed)))
         pictures, self.wanted = setup.held_out_pictures()
         self.tested = to_pixels(pictures)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.cli import MINIATURE
 from common.files import fingerprint, write_file, write_json, write_text
 from miniature.facts import Picture, random_stream
-from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
+from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, labels_of, reading_losses
 from miniature.recipe import Recipe, Setup, reset, write_part
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
@@ -74,9 +74,7 @@ def write_clip_tokenizer(folder: Path, seed: int) -> None:
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
 
 
-@lru_cache
-def tokenizer_at(folder: Path) -> ClipTokenizer:
-    return ClipTokenizer(folder)
+tokenizer_at = lru_cache(ClipTokenizer)  # of a folder
 
 
 def caption_ids(folder: Path, seed: int, i: int) -> np.ndarray:
@@ -84,11 +82,6 @@ def caption_ids(folder: Path, seed: int, i: int) -> np.ndarray:
     picture, rng = sample_pair(seed, i)[0], random_stream(seed, i, CAPTIONS)
     texts = [(caption if k else full_caption)(picture, rng) for k in range(PHRASINGS)]
     return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
-
-
-def caption_labels(seed: int, i: int) -> np.ndarray:
-    """The facts of picture i as `judge.labels` gives them."""
-    return labels(sample_pair(seed, i)[0])
 
 
 # ---- reading
@@ -130,7 +123,7 @@ class TextRecipe(Recipe):
             write_clip_tokenizer(self.tokenizer_folder, setup.seed)
         tokenizer = tokenizer_at(self.tokenizer_folder)
         self.texts = caption_set(setup, self.tokenizer_folder)
-        self.labels = setup.training_set("labels", partial(caption_labels, setup.seed))
+        self.labels = setup.training_set("labels", partial(labels_of, partial(sample_pair, setup.seed)))
         self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
         self.begin, self.end = tokenizer([""])[0][0, :2].tolist()
         self.model = Reader(self.sizes, self.end)

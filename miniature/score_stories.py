@@ -94,11 +94,6 @@ def kept(seen: Picture, story: Picture, colour: str) -> dict[str, bool]:
 # ---- figures
 
 
-def ask_steps(exam: Exam, steps: list[Step], task: str, context: str) -> list[Said]:
-    rows = [story_example(CONTEXTS[context](step.before), step.turn, task, 0, "", exam.system) for step in steps]
-    return ask(exam, [row.source for row in rows], [row.inputs for row in rows])
-
-
 def image_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, float]:
     return right_shares(look(exam, [answer.picture for answer in said]), [step.wanted for step in steps])
 
@@ -150,8 +145,9 @@ def own_story_figures(exam: Exam) -> Figures:
 def stories(exam: Exam) -> Figures:
     steps, figures = story_steps(exam), {}
     for task, figures_of in FIGURES.items():
-        for context in CONTEXTS:
-            said = ask_steps(exam, steps, task, context)
+        for context, history in CONTEXTS.items():
+            rows = [story_example(history(step.before), step.turn, task, 0, "", exam.system) for step in steps]
+            said = ask(exam, [row.source for row in rows], [row.inputs for row in rows])
             figures[f"{task}, {context}"] = figures_of(exam, said, steps)
         columns = []  # the picture before, then what was drawn or, where words were asked for, what they are about
         for step, answer in zip(steps, said, strict=True):
