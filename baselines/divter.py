@@ -94,9 +94,7 @@ def samples(tar: str, captions: dict[str, str] | None) -> Iterator[Sample]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "tar", help="dialogues, as `python -m tars mmdialog` or `miniature/world.py dialogues` writes them"
-    )
+    parser.add_argument("tar", help="dialogues, of `python -m tars mmdialog` or `miniature/world.py dialogues`")
     parser.add_argument("--captions", type=Path, metavar="FILE", help=".csv or .jsonl with the file and the caption of "
                         "every picture; default: the pictures are drawn ones, whose facts are known")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="tar to write")

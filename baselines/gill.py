@@ -65,7 +65,7 @@ class GillMapper(nn.Module):
 
 class Gill(nn.Module):
     """The language model, its vokens and the mapper: in the place of a text encoder, `encode` reads texts for Stable
-    Diffusion. ValueError for a width that the heads cannot share."""
+    Diffusion."""
 
     hidden_states, text_loss = MiniGPT5.hidden_states, MiniGPT5.text_loss
     lora = prefix = None
@@ -79,8 +79,6 @@ class Gill(nn.Module):
         width: int = WIDTH,
     ):
         super().__init__()
-        if width % HEADS:
-            raise ValueError(f"the mapper's width {width} is not a multiple of its {HEADS} heads")
         sd, (reading, _) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
         self.device = torch.device(device)
         self.tokenizer = load_tokenizer(weights / "vicuna", vokens)
@@ -164,9 +162,8 @@ def main() -> None:
     sd, dtype = args.weights / "stable-diffusion", frozen_dtypes(args.weights, DTYPES[args.dtype], run.device)[0]
     text_encoder, tokenizer = load_text_encoder(sd / "text_encoder", dtype, run.device), ClipTokenizer(sd / "tokenizer")
     trained = list(model.trained_parameters().values())
-    print(
-        f"trained: {sum(p.numel() for p in trained):,} parameters in the voken rows and the mapper; all else is frozen"
-    )
+    count = sum(p.numel() for p in trained)
+    print(f"trained: {count:,} parameters in the voken rows and the mapper; all else is frozen")
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # as GILL's code

@@ -37,21 +37,10 @@ from torch import Tensor, nn
 
 from baselines.divter import split_description
 from baselines.gill import is_gill, load_gill
-from common.files import fingerprint, read_json
+from common.files import fingerprint
 from common.images import to_image
 from common.options import add_picture_options
-from evaluation.cases import (
-    SETTINGS,
-    Case,
-    add_case_options,
-    check_settings,
-    generator_of,
-    given_cases,
-    open_answers,
-    read_answer,
-    unanswered,
-    write_answer,
-)
+from evaluation import cases
 from generation import Sampling, denoise
 from minigpt5 import MiniGPT5
 from prompts import TASKS
@@ -126,24 +115,16 @@ def told(texts: list[str], tokenizer: ClipTokenizer) -> str:
     return said
 
 
-def text_of(case: Case, context: str, model: StableDiffusion) -> str:
+def text_of(case: cases.Case, context: str, model: StableDiffusion) -> str:
     before = [turn.text for turn in case.before] if context == "texts" else []
     return told([*before, case.turn.text], model.tokenizer)
 
 
-def described(case: Case, words: Path) -> tuple[str, str | None]:
+def described(case: cases.Case, words: Path) -> tuple[str, str | None]:
     """What another system said, and what is to be drawn of it, if anything."""
-    answer = read_answer(words, case.key)
+    answer = cases.read_answer(words, case.key)
     said = " ".join(segment for segment in answer.segments if isinstance(segment, str)) if answer else ""
     return split_description(said) if case.task == "reply" else (said, said or None)
-
-
-def context_of(args: argparse.Namespace, case: Case) -> str:
-    """Under which --context python -m evaluation compares the answers: of other words it is theirs."""
-    if args.words:
-        there = args.words / SETTINGS
-        return read_json(there).get("context", "both") if there.is_file() else "both"
-    return args.context if case.task in TASKS else "both"
 
 
 # ---- the command
@@ -152,7 +133,7 @@ def context_of(args: argparse.Namespace, case: Case) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_case_options(parser, ["none", "texts"])
+    cases.add_case_options(parser, ["none", "texts"])
     add_model_options(parser)
     add("--answers", type=Path, required=True, metavar="DIR", help="folder to write, for evaluation's --answers")
     add("--words", type=Path, metavar="DIR", help="answers of another system, whose words are drawn")
@@ -164,12 +145,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     device, sampling = pick_device(args.device), Sampling.of(vars(args))
-    cases, _, data = given_cases(args)
-    if args.words and not args.words.is_dir():
-        raise ValueError(f"{args.words}: no such folder of answers")
-    if args.words:
-        check_settings(args.words, {"task": cases[0].task})
-    if cases[0].task not in ("caption", "image") and not args.words:
+    given, _, data = cases.given_cases(args)
+    context = args.context if given[0].task in TASKS else "both"  # as `python -m evaluation` has it
+    if args.words:  # which have their own
+        if not args.words.is_dir():
+            raise ValueError(f"{args.words}: no such folder of answers")
+        context = cases.check_settings(args.words, {"task": given[0].task}).get("context", "both")
+    if given[0].task not in ("caption", "image") and not args.words:
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
     found = given_checkpoint(args.checkpoint) if args.checkpoint else None
@@ -177,26 +159,26 @@ def main() -> None:
         model.read = load_gill(args.weights, found, DTYPES[args.dtype], device).encode
     elif found:
         model.load_trained(found)
-    made = {"task": cases[0].task, "context": context_of(args, cases[0]), "data": data}
+    made = {"task": given[0].task, "context": context, "data": data}
     made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
     made |= {"words": args.words and str(args.words), "checkpoint": found and f"{found.parent.name}/{found.name}"}
     made |= {"trained": found and fingerprint([found])}
-    open_answers(args.answers, made)
-    for batch in unanswered(cases, args.answers, args.batch_size):
+    cases.open_answers(args.answers, made)
+    for batch in cases.unanswered(given, args.answers, args.batch_size):
         asked = []
         for case in batch:
             said, text = described(case, args.words) if args.words else ("", text_of(case, args.context, model))
             if text:
                 asked.append((case.key, said, text))
             else:
-                write_answer(args.answers, case.key, [said] if said else [])
+                cases.write_answer(args.answers, case.key, [said] if said else [])
         if asked:
-            latents = torch.cat([model.sample_latents(1, generator_of(args.seed, key)) for key, _, _ in asked])
+            latents = torch.cat([model.sample_latents(1, cases.generator_of(args.seed, key)) for key, _, _ in asked])
             texts = [text for _, _, text in asked]
             pixels = model.paint(texts, latents, sampling)
             for (key, said, _), picture in zip(asked, pixels, strict=True):
-                write_answer(args.answers, key, [*([said] if said else []), to_image(picture)])
-    print(f"{len(cases):,} cases are answered, see {args.answers}")
+                cases.write_answer(args.answers, key, [*([said] if said else []), to_image(picture)])
+    print(f"{len(given):,} cases are answered, see {args.answers}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ code reports. A metric that cannot be computed is named with the reason.
 import argparse
 import gc
 import sys
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,23 +41,11 @@ from common.cli import DTYPES, make_folder, parse, pick_device, run  # isort: sk
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from common.files import fingerprint, write_json, write_text
-from common.images import resize_and_crop
 from common.options import add_sampling_options
-from evaluation.cases import (
-    CONTEXTS,
-    Case,
-    add_case_options,
-    check_settings,
-    generate,
-    given_cases,
-    open_answers,
-    pictures_of,
-    read_answer,
-)
-from evaluation.comparisons import METRICS, Bench, Outcome, measure
+from evaluation.cases import CONTEXTS, Case, add_case_options, check_settings, generate, given_cases, open_answers
+from evaluation.comparisons import METRICS, Bench, Outcome, measure, outcomes_of
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from evaluation.study import study, tally
 from evaluation.wins import wins
@@ -67,48 +54,11 @@ from prompts import TASKS
 from published.loading import CHAT_FILES, STORY_FILES, given_checkpoint, shipped_checkpoint
 from published.parts import load_minigpt5
 from tars.batches import describe
-from tars.index import Unusable
 
-TOGETHER = 16  # cases whose pictures the networks see at a time
-LARGEST = 512  # pixels of a true picture's side, as released
 COMPARISONS = {"study": study, "tally": tally, "wins": wins}  # of several systems' answers, with options of their own
 
 
-# ---- cases into outcomes
-
-
-def outcomes_of(cases: list[Case], folder: Path, networks: dict) -> tuple[list[Outcome], Counter, Counter]:
-    """Also counts of what could not be asked, and of what is missing in the folder. A case without an answer has said
-    nothing. ValueError where there is no answer at all."""
-    outcomes, unusable, missing = [], Counter(), Counter()
-    for start in tqdm(range(0, len(cases), TOGETHER), desc="pictures", unit=f" x {TOGETHER} cases", delay=2):
-        pictures, places = [], []
-        for case in cases[start : start + TOGETHER]:
-            answer = read_answer(folder, case.key)
-            try:
-                if answer and answer.unusable:
-                    raise Unusable(answer.unusable)
-                # What was learned is to draw whole pictures on white squares, so they are compared with such.
-                true = pictures_of(case, case.pictures)
-                wanted = [resize_and_crop(picture, min(LARGEST, max(picture.size)), pad=True) for picture in true]
-            except Unusable as error:
-                unusable[str(error)] += 1
-                continue
-            missing.update([f"picture: {reason}" for reason in answer.lost] if answer else ["no answer"])
-            segments = answer.segments if answer else []
-            came = [segment for segment in segments if not isinstance(segment, str)]
-            numbers = iter(range(len(came)))
-            outcome = Outcome(case, [s if isinstance(s, str) else next(numbers) for s in segments], [], [])
-            outcomes.append(outcome)
-            pictures += wanted + came
-            places += [outcome.wanted] * len(wanted) + [outcome.came] * len(came)
-        for place, seen in zip(places, look(networks, pictures), strict=True):
-            place.append(seen)
-    if not outcomes:
-        raise ValueError(f"none of the {len(cases):,} cases can be used: {describe(unusable)}")
-    if missing["no answer"] == len(outcomes):
-        raise ValueError(f"{folder}: no answer to any of the {len(outcomes):,} cases")
-    return outcomes, unusable, missing
+# ---- the figures
 
 
 def count_pictures(outcomes: list[Outcome]) -> dict[str, int]:

@@ -20,7 +20,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -96,8 +96,7 @@ def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Coun
         for row, turns in enumerate(index.turns):
             read, key = partial(read_member, tar, index.table[row]), index.key(row)
             try:
-                for case in turns_of(key, read, task, last) if turns else [pair_of(key, read)]:
-                    cases.append(case)
+                cases += turns_of(key, read, task, last) if turns else [pair_of(key, read)]
             except Unusable as error:
                 bad[str(error)] += 1
     name, kinds = ", ".join(data), {"caption": "pairs", "reply": "dialogues"}
@@ -259,14 +258,13 @@ def open_answers(folder: Path, settings: dict, data: list[str] | None = None) ->
     write_json(folder / SETTINGS, settings | tars)
 
 
-def check_settings(folder: Path, settings: dict) -> None:
-    """ValueError where the answers in `folder` were made with other `settings`, as far as it says."""
-    if (folder / SETTINGS).is_file():
-        there = read_json(folder / SETTINGS)
-        there = {name: there.get(name, value) for name, value in settings.items()}
-        other = [f"{name} {there[name]}, not {value}" for name, value in settings.items() if there[name] != value]
-        if other:
-            raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
+def check_settings(folder: Path, settings: dict) -> dict:
+    """How the answers in `folder` were made, as far as it says. ValueError where that was with other `settings`."""
+    there = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    known = [name for name in settings if name in there]
+    if other := [f"{name} {there[name]}, not {settings[name]}" for name in known if there[name] != settings[name]]:
+        raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
+    return there
 
 
 def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
@@ -274,7 +272,7 @@ def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
     for folders that were made for different cases, or have none in common."""
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ValueError(f"{missing[0]}: no such folder of answers")
-    settings = [read_json(folder / SETTINGS) for folder in folders if (folder / SETTINGS).is_file()]
+    settings = [check_settings(folder, {}) for folder in folders]
     told = {name: {str(one[name]) for one in settings if name in one} for name in ("task", "data")}
     names = ", ".join(map(str, folders))
     if different := [name for name, values in told.items() if len(values) > 1]:
@@ -293,13 +291,11 @@ def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
     return common
 
 
-def unanswered(cases: list[Case], folder: Path, batch_size: int) -> Iterator[list[Case]]:
+def unanswered(cases: list[Case], folder: Path, batch_size: int) -> Iterable[list[Case]]:
     """The cases that have no answer yet, in batches."""
     waiting = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
-    with tqdm(total=len(waiting), desc="answers", unit="case", delay=2) as bar:
-        for start in range(0, len(waiting), batch_size):
-            yield waiting[start : start + batch_size]
-            bar.update(len(waiting[start : start + batch_size]))
+    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    return tqdm(batches, desc="answers", unit=f" x {batch_size} cases", delay=2)
 
 
 def generate(

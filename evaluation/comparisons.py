@@ -4,30 +4,28 @@ An `Outcome` holds no pictures, only what the networks of `scorers.py` saw in th
 How a picture that did not come counts: in `python -m evaluation`'s head.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from evaluation.cases import Case
-from evaluation.metrics import (
-    Part,
-    corpus_bleu,
-    cosine,
-    frechet_distance,
-    inception_score,
-    relevance_by_modality,
-    relevance_in_order,
-    rouge_l,
-    rouge_l_released,
-    words,
-)
-from evaluation.scorers import Unavailable
+from common.images import resize_and_crop
+from evaluation import metrics
+from evaluation.cases import Case, pictures_of, read_answer
+from evaluation.scorers import Unavailable, look
 from miniature.judge import NOTHING, right_shares
 from miniature.score_stories import true_of
+from tars.batches import describe
+from tars.index import Unusable
+
+TOGETHER = 16  # cases whose pictures the networks see at a time
+LARGEST = 512  # pixels of a true picture's side, as released
 
 
 @dataclass
@@ -58,16 +56,53 @@ class Bench(NamedTuple):
     splits: int | None = None  # parts of the Inception Score
 
 
+# ---- cases into outcomes
+
+
+def outcomes_of(cases: list[Case], folder: Path, networks: dict) -> tuple[list[Outcome], Counter, Counter]:
+    """Also counts of what could not be asked, and of what is missing in the folder. A case without an answer has said
+    nothing. ValueError where there is no answer at all."""
+    outcomes, unusable, missing = [], Counter(), Counter()
+    for start in tqdm(range(0, len(cases), TOGETHER), desc="pictures", unit=f" x {TOGETHER} cases", delay=2):
+        pictures, places = [], []
+        for case in cases[start : start + TOGETHER]:
+            answer = read_answer(folder, case.key)
+            try:
+                if answer and answer.unusable:
+                    raise Unusable(answer.unusable)
+                # What was learned is to draw whole pictures on white squares, so they are compared with such.
+                true = pictures_of(case, case.pictures)
+                wanted = [resize_and_crop(picture, min(LARGEST, max(picture.size)), pad=True) for picture in true]
+            except Unusable as error:
+                unusable[str(error)] += 1
+                continue
+            missing.update([f"picture: {reason}" for reason in answer.lost] if answer else ["no answer"])
+            segments = answer.segments if answer else []
+            came = [segment for segment in segments if not isinstance(segment, str)]
+            numbers = iter(range(len(came)))
+            outcome = Outcome(case, [s if isinstance(s, str) else next(numbers) for s in segments], [], [])
+            outcomes.append(outcome)
+            pictures += wanted + came
+            places += [outcome.wanted] * len(wanted) + [outcome.came] * len(came)
+        for place, seen in zip(places, look(networks, pictures), strict=True):
+            place.append(seen)
+    if not outcomes:
+        raise ValueError(f"none of the {len(cases):,} cases can be used: {describe(unusable)}")
+    if missing["no answer"] == len(outcomes):
+        raise ValueError(f"{folder}: no answer to any of the {len(outcomes):,} cases")
+    return outcomes, unusable, missing
+
+
 # ---- metrics of pictures
 
 
 def distance(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
     wanted = [picture[name] for outcome in outcomes for picture in outcome.wanted]
-    return frechet_distance(torch.stack(wanted), torch.stack(drawn(name, bench, outcomes)))
+    return metrics.frechet_distance(torch.stack(wanted), torch.stack(drawn(name, bench, outcomes)))
 
 
 def score(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
-    return inception_score(torch.stack(drawn(f"{name} classes", bench, outcomes)), bench.splits)
+    return metrics.inception_score(torch.stack(drawn(f"{name} classes", bench, outcomes)), bench.splits)
 
 
 def distance_per_story(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
@@ -89,7 +124,7 @@ def drawn(name: str, bench: Bench, outcomes: list[Outcome]) -> list[Tensor]:
 
 def beside_pictures(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
     pairs = [pair for outcome in outcomes for pair in outcome.pairs()]
-    return mean([cosine(wanted[name], came[name]).item() if came else 0.0 for wanted, came in pairs])
+    return mean([metrics.cosine(wanted[name], came[name]).item() if came else 0.0 for wanted, came in pairs])
 
 
 def beside_texts(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
@@ -99,7 +134,7 @@ def beside_texts(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
         raise Unavailable("no words beside the pictures that are wanted")
     texts = encode(bench, name, [outcome.case.turn.text for outcome in outcomes])
     pairs = [(text, came) for text, o in zip(texts, outcomes, strict=True) for _, came in o.pairs()]
-    return mean([cosine(text, came[name]).item() if came else 0.0 for text, came in pairs])
+    return mean([metrics.cosine(text, came[name]).item() if came else 0.0 for text, came in pairs])
 
 
 def with_facts(outcomes: list[Outcome]) -> list[Outcome]:
@@ -118,27 +153,32 @@ def attributes(bench: Bench, outcomes: list[Outcome]) -> dict[str, float]:
 # ---- metrics of words
 
 
+def word_pairs(outcomes: list[Outcome]) -> list[tuple[list[str], list[str]]]:
+    """The words of each answer and of its reference."""
+    return [(metrics.words(o.text), metrics.words(o.case.words)) for o in outcomes if o.case.words]
+
+
 def bleu(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
-    texts = [(words(outcome.text), words(outcome.case.words)) for outcome in outcomes if outcome.case.words]
-    return corpus_bleu(*map(list, zip(*texts, strict=True)), order)
+    return metrics.corpus_bleu(*map(list, zip(*word_pairs(outcomes), strict=True)), order)
 
 
 def bleu_of_replies(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
     """MMDialog's own: texts are aligned from the left, here the answer's first with the only one that is wanted, and
     the BLEU of each is divided by how many are wanted; then the mean over replies (Feng et al. 2022)."""
-    said = [next((s for s in o.segments if isinstance(s, str)), "") for o in outcomes if o.case.words]
-    known = [outcome.case.words for outcome in outcomes if outcome.case.words]
-    return mean([corpus_bleu([words(a)], [words(b)], order) for a, b in zip(said, known, strict=True)])
+    firsts = [(next((s for s in o.segments if isinstance(s, str)), ""), o.case.words) for o in outcomes if o.case.words]
+    return mean([metrics.corpus_bleu([metrics.words(said)], [metrics.words(known)], order) for said, known in firsts])
 
 
 def rouge_of_texts(bench: Bench, outcomes: list[Outcome]) -> float:
-    return mean([rouge_l_released(o.text.strip(), o.case.words.strip()) for o in outcomes if o.case.words])
+    return mean([metrics.rouge_l_released(o.text.strip(), o.case.words.strip()) for o in outcomes if o.case.words])
 
 
-def over_answers(compare: Callable | None, bench: Bench, outcomes: list[Outcome]) -> float:
-    """The mean of compare(words of an answer, words of its reference); None: METEOR."""
-    compare = compare or bench.networks["meteor"].compare
-    return mean([compare(words(o.text), words(o.case.words)) if o.text else 0.0 for o in outcomes if o.case.words])
+def meteor(bench: Bench, outcomes: list[Outcome]) -> float:
+    return over_answers(bench.networks["meteor"].compare, bench, outcomes)
+
+
+def over_answers(compare: Callable, bench: Bench, outcomes: list[Outcome]) -> float:
+    return mean([compare(*pair) if pair[0] else 0.0 for pair in word_pairs(outcomes)])
 
 
 def truth(bench: Bench, outcomes: list[Outcome]) -> float:
@@ -151,7 +191,7 @@ def sentence_similarity(bench: Bench, outcomes: list[Outcome]) -> float:
     outcomes = [outcome for outcome in outcomes if outcome.case.words]
     said = encode(bench, "sbert", [outcome.text for outcome in outcomes])
     known = encode(bench, "sbert", [outcome.case.words for outcome in outcomes])
-    pairs = zip(outcomes, cosine(said, known).tolist(), strict=True)
+    pairs = zip(outcomes, metrics.cosine(said, known).tolist(), strict=True)
     return mean([value if outcome.text else 0.0 for outcome, value in pairs])
 
 
@@ -161,19 +201,18 @@ def relevance(by_modality: bool, name: str, bench: Bench, outcomes: list[Outcome
     said = [[outcome.text, *range(len(outcome.came))] if by_modality else outcome.segments for outcome in outcomes]
     wanted = [[outcome.case.turn.text, *range(len(outcome.wanted))] for outcome in outcomes]
     texts = sorted({part for parts in said + wanted for part in parts if isinstance(part, str) and part})
-    features = dict(zip(texts, encode(bench, name, texts), strict=True))
+    of_texts = dict(zip(texts, encode(bench, name, texts), strict=True))
 
-    def parts(segments: list[str | int], pictures: list[dict]) -> list[Part]:
-        known = [segment for segment in segments if segment != ""]
-        return [Part("words", features[s]) if isinstance(s, str) else Part("picture", pictures[s][name]) for s in known]
+    def features(segments: list[str | int], pictures: list[dict], kind: type) -> list[Tensor]:
+        known = [segment for segment in segments if isinstance(segment, kind) and segment != ""]
+        return [of_texts[s] if isinstance(s, str) else pictures[s][name] for s in known]
 
     groups = {}
-    for outcome, ours, theirs in zip(outcomes, said, wanted, strict=True):
-        turn = parts(ours, outcome.came), parts(theirs, outcome.wanted)
-        groups.setdefault(outcome.case.group, []).append(turn)
-    if by_modality:
-        return mean([relevance_by_modality(turns) for turns in groups.values()])
-    return mean([relevance_in_order(*turn) for turns in groups.values() for turn in turns])
+    for number, (outcome, ours, theirs) in enumerate(zip(outcomes, said, wanted, strict=True)):
+        for kind in (str, int) if by_modality else (str | int,):
+            turn = features(ours, outcome.came, kind), features(theirs, outcome.wanted, kind)
+            groups.setdefault(outcome.case.group if by_modality else number, []).append(turn)
+    return mean([metrics.mm_relevance(turns) for turns in groups.values()])
 
 
 @torch.inference_mode()
@@ -215,10 +254,10 @@ METRICS = {
     "attributes": Metric("right", "judge", "pictures", attributes),
     "bleu-1": Metric("BLEU-1", None, "words", partial(bleu, 1)),
     "bleu-2": Metric("BLEU-2", None, "words", partial(bleu, 2)),
-    "rouge-l": Metric("ROUGE-L", None, "words", partial(over_answers, rouge_l)),
+    "rouge-l": Metric("ROUGE-L", None, "words", partial(over_answers, metrics.rouge_l)),
     "rouge-l-released": Metric("ROUGE-L, released package's", None, "words", rouge_of_texts),
     "true": Metric("words true of the picture", None, "words", truth),
-    "meteor": Metric("METEOR", "meteor", "words", partial(over_answers, None)),
+    "meteor": Metric("METEOR", "meteor", "words", meteor),
     "s-bert": Metric("S-BERT", "sbert", "words", sentence_similarity),
     "mm-relevance": Metric("MM-Relevance, released code's", "clip", "dialogues", partial(relevance, True, "clip")),
     "mm-relevance-mmdialog": Metric("MM-Relevance, MMDialog's", "clip", "dialogues", partial(relevance, False, "clip")),

@@ -11,7 +11,6 @@ n m pictures or texts, D width of a feature, K classes.
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +88,9 @@ def agreement(verdicts: list[list[str]]) -> tuple[float | None, float | None]:
     pairs = sum(case.total() * (case.total() - 1) for case in cases)
     agreeing = sum(n * (n - 1) for case in cases for n in case.values())
     total, together = sum(case.total() for case in cases), sum(cases, Counter())
-    observed = (
-        sum(case.total() - sum(n * (n - 1) for n in case.values()) / (case.total() - 1) for case in cases) / total
-    )
+    disagreeing = sum(case.total() - sum(n * (n - 1) for n in case.values()) / (case.total() - 1) for case in cases)
     expected = 1 - sum(n * (n - 1) for n in together.values()) / (total * (total - 1))
-    return agreeing / pairs, 1 - observed / expected if expected else None
+    return agreeing / pairs, 1 - disagreeing / total / expected if expected else None
 
 
 # ---- features
@@ -145,35 +142,12 @@ def inception_score(probabilities: Tensor, splits: int | None = None) -> float:
 # ---- MM-Relevance: answers of words and pictures, as CLIP's features
 
 
-class Part(NamedTuple):
-    """What stands in a turn: its words, or a picture."""
+def mm_relevance(turns: list[tuple[list[Tensor], list[Tensor]]]) -> float:
+    """F1 of what was said in turns and what should have been, both as features (D,), aligned from the left.
 
-    modality: str  # "words", "picture"
-    feature: Tensor  # (D,)
-
-
-def relevance(similarity: float, said: int, wanted: int) -> float:
-    """F1 of precision `similarity` / said and recall `similarity` / wanted; 0 where there is nothing."""
-    return 2 * similarity / max(said + wanted, 1)  # which is 2 p r / (p + r), also where both are 0
-
-
-def relevance_by_modality(turns: list[tuple[list[Part], list[Part]]]) -> float:
-    """The released code's MM-Relevance of a dialogue, from what was said and what should have been, turn by turn.
-
-    Words are compared with words and pictures with pictures, each modality in its order. Parts without a counterpart
-    count in the denominators of precision (they were said) or recall (they were wanted); all turns are summed first.
+    The cosines, summed over all turns, over the number of parts said are the precision p, over the number of parts
+    wanted the recall r. 0 where there is nothing.
     """
-    similarity, said_count, wanted_count = 0.0, 0, 0
-    for said, wanted in turns:
-        for modality in ("words", "picture"):
-            ours, theirs = ([p.feature for p in parts if p.modality == modality] for parts in (said, wanted))
-            similarity += sum(cosine(a, b).item() for a, b in zip(ours, theirs, strict=False))
-            said_count, wanted_count = said_count + len(ours), wanted_count + len(theirs)
-    return relevance(similarity, said_count, wanted_count)
-
-
-def relevance_in_order(said: list[Part], wanted: list[Part]) -> float:
-    """MMDialog's own MM-Relevance of a turn (Feng et al. 2022): the two mixed sequences aligned from the
-    left, a picture with words too where they meet; precision over the parts said, recall over those wanted."""
-    similarity = sum(cosine(a.feature, b.feature).item() for a, b in zip(said, wanted, strict=False))
-    return relevance(similarity, len(said), len(wanted))
+    similarity = sum(cosine(a, b).item() for said, wanted in turns for a, b in zip(said, wanted, strict=False))
+    count = sum(len(said) + len(wanted) for said, wanted in turns)
+    return 2 * similarity / max(count, 1)  # which is 2 p r / (p + r), also where both are 0

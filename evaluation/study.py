@@ -75,9 +75,7 @@ def study() -> None:
         parser.error("--n is at least 0")
     cases = compared_cases(args.answers, args.data)
     if cases[0].task not in ("text+image", "reply"):
-        raise ValueError(
-            f"{args.answers[0]}: a study compares words and pictures; these answers are to {cases[0].task}"
-        )
+        raise ValueError(f"{args.answers[0]}: answers to {cases[0].task}; a study compares words and pictures")
     random.Random(args.seed).shuffle(cases)
     shown = []
     for case in cases:

@@ -18,12 +18,11 @@ from tqdm import tqdm
 from common.cli import add_weights_option, pick_device, read_arguments
 from common.files import write_json
 from evaluation.cases import Case, compared_cases, read_answer
-from evaluation.comparisons import Bench, encode
+from evaluation.comparisons import TOGETHER, Bench, encode
 from evaluation.metrics import cosine
 from evaluation.scorers import Unavailable, look, open_network
 from miniature.judge import ATTRIBUTES, asks_for, right
 
-TOGETHER = 16  # cases whose pictures the networks see at a time
 Preference = tuple[float, ...]  # compared in order
 
 
@@ -74,10 +73,8 @@ def wins() -> None:
     args = read_arguments(parser)
     if len(set(args.answers)) < max(2, len(args.answers)):
         parser.error("two or more different folders of answers are needed")
-    cases, device = (
-        [case for case in compared_cases(args.answers, args.data) if case.pictures],
-        pick_device(args.device),
-    )
+    cases = [case for case in compared_cases(args.answers, args.data) if case.pictures]
+    device = pick_device(args.device)
     paths = {"hps": args.hps} if args.hps else {n: args.weights / f"{n}.safetensors" for n in ("judge", "pairing")}
     if not cases or not (args.hps or all(case.facts for case in cases)):
         raise ValueError("no picture was wanted" if not cases else "pictures without labels of the drawn world: --hps?")

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from common.cli import MINIATURE
 from miniature.judge import load_judge, read, right_shares
 from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, normal, write_part
-from miniature.sets import cached, held_out_pictures, to_pixels, training_pictures, training_set
+from miniature.recipe import Recipe, Setup, cached, to_pixels, write_part
 from miniature.world import sample_pair
-from vae import VAE, VAEConfig
+from published.parts import config_of
+from vae import VAE
 
-VAE_SIZES = VAEConfig(
-    block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=8, scaling_factor=1.0
-)
+VAE_SIZES = replace(config_of("vae", MINIATURE / "stable-diffusion" / "vae" / "config.json"), scaling_factor=1.0)
 KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
 THING_WEIGHT = 4.0  # a thing's pixel counts one and this: there are few, and they are what a picture is about
 
@@ -41,22 +40,21 @@ class AutoencoderRecipe(Recipe):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.modules = nn.ModuleDict({"vae": VAE(VAE_SIZES)})
-        self.pictures = training_pictures(setup)
-        self.things = training_set(setup, "things", partial(thing_pixels, setup.seed))
-        drawn, self.wanted = held_out_pictures(setup)
+        self.model = VAE(VAE_SIZES)
+        self.pictures = setup.training_pictures()
+        self.things = setup.training_set("things", partial(thing_pixels, setup.seed))
+        drawn, self.wanted = setup.held_out_pictures()
         self.tested = to_pixels(drawn)
         self.judge = load_judge(setup.weights / "judge.safetensors", setup.device)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Pixels, how much each of them counts, and the posterior's noise."""
         picked = self.pick(len(self.pictures), generator)
-        noise = normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator, self.device)
+        noise = self.normal((self.batch_size, VAE_SIZES.latent_channels, 8, 8), generator)
         weight = 1 + THING_WEIGHT * self.things[picked][:, None]  # (B, 1, 64, 64)
         return to_pixels(self.pictures[picked]), weight / weight.mean(), noise
 
-    def losses(self, modules: nn.ModuleDict, pixels: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        vae = modules["vae"]
+    def losses(self, vae: VAE, pixels: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         mean, logvar = vae.encode(pixels)
         error = vae.decode(vae.sample(mean, logvar, noise)) - pixels
         pixel_loss = (weight * error.abs()).mean()
@@ -66,24 +64,23 @@ class AutoencoderRecipe(Recipe):
         loss = pixel_loss + edge_loss + KL_WEIGHT * kl_loss
         return {"loss": loss, "pixel_loss": pixel_loss, "edge_loss": edge_loss, "kl_loss": kl_loss}
 
-    def round_trip(self, modules: nn.ModuleDict, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def round_trip(self, vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures -> their latent means and what is drawn from them."""
-        vae = modules["vae"]
         means = [vae.encode(part)[0] for part in pixels.split(32)]
         return torch.cat(means), torch.cat([vae.decode(mean) for mean in means])
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, vae: VAE) -> dict[str, float]:
         """ "right": drawn again so that the judge still reads every fact."""
-        means, drawn = self.round_trip(modules, self.tested)
+        means, drawn = self.round_trip(vae, self.tested)
         right = right_shares(read(self.judge, drawn), self.wanted)["all"]
         errors = ((drawn.clamp(-1, 1) - self.tested) / 2).square().mean((1, 2, 3))  # (B,), the largest would be 1
         psnr = -10 * errors.log10().mean().item()
         return {"psnr": psnr, "latent_deviation": means.std().item(), "right": right}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        means, _ = self.round_trip(modules, self.tested)
-        config = replace(modules["vae"].config, scaling_factor=round(1 / means.std().item(), 5))
-        write_part(weights, "stable-diffusion/vae", "diffusion_pytorch_model", modules["vae"], asdict(config))
+    def export(self, vae: VAE, weights: Path) -> None:
+        means, _ = self.round_trip(vae, self.tested)
+        config = replace(vae.config, scaling_factor=round(1 / means.std().item(), 5))
+        write_part(weights, "stable-diffusion/vae", "diffusion_pytorch_model", vae, asdict(config))
 
 
 # ---- latents as a training set

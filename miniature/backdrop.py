@@ -163,7 +163,7 @@ def crescent(x, y, radius, n=20):
     """A moon that opens to the upper left: the outer arc, then the inner one back."""
     outer = np.linspace(-2.0, 2.0, n) + 0.5
     inner = np.linspace(1.42, -1.42, n) + 0.5
-    tip = np.hypot(np.sin(2.0), 0) / np.sin(1.42)  # the arcs share their ends
+    tip = np.sin(2.0) / np.sin(1.42)  # the arcs share their ends
     shift = np.cos(2.0) - tip * np.cos(1.42)
     arc = np.stack([np.cos(outer), np.sin(outer)], 1)
     back = np.stack([np.cos(inner), np.sin(inner)], 1) * tip + shift * np.array([np.cos(0.5), np.sin(0.5)])
@@ -295,8 +295,7 @@ def mountains(page: Page) -> None:
         page.shape(np.concatenate([line, [(70, 64), (-6, 64)]]), rock, tuple(round(c * 1.08) for c in rock))
         for i in range(1, len(line), 2):
             before, top, after = line[i - 1], line[i], line[i + 1]
-            foot = top + (after - top) * (1.0, 1.0)
-            page.shape([top, foot, (top[0] + 1.5, foot[1])], shade, rock)
+            page.shape([top, after, (top[0] + 1.5, after[1])], shade, rock)
             left, right = top + (before - top) * 0.36, top + (after - top) * 0.36
             lower = [(right + top) / 2 + (-0.6, 3.0), (left + right) / 2 + (0, -0.6), (left + top) / 2 + (0.8, 3.2)]
             page.shape([left, top, right, *lower], (250, 252, 255), (228, 236, 250))

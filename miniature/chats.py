@@ -14,45 +14,24 @@ from dataclasses import replace
 import numpy as np
 
 from common.texts import plain_words, words_in
-from miniature import phrases
+from miniature import facts, phrases, words
 from miniature.descriptions import describe, from_left
-from miniature.facts import (
-    COLOURS,
-    KINDS,
-    PLACES,
-    SCENES,
-    TIMES,
-    Picture,
-    Thing,
-    fits,
-    held_out,
-    pick,
-    random_stream,
-    sample_thing,
-)
-from miniature.tales import ABOUT, ASKS_ABOUT, LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast
-from miniature.wishes import (
-    SLIPS,
-    chance,
-    noun_of,
-    one_of,
-    place_words,
-    said,
-    scene_words,
-    thing_phrase,
-    time_words,
-    typed,
-    wish,
-)
-from miniature.words import COLOUR_WORDS, PLACE_PHRASES, SCENE_NOUNS, SIZE_WORDS, TIME_CLAUSES, choices, plural, some
+from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
+from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast, talk_about
+from miniature.wishes import SLIPS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
+from miniature.words import choices, one_of, plural, some
 
 WORDS = 203  # purpose of the random streams
+COMPARATIVES = {
+    "big": "bigger | larger | much bigger | a bit bigger",
+    "small": "smaller | much smaller | a bit smaller",
+}
 
 
-def changed_thing(picture: Picture, i: int, **facts) -> Picture | None:
+def changed_thing(picture: Picture, i: int, **changes) -> Picture | None:
     """The picture with other facts of thing i, which now comes first: who describes it begins with the thing that was
     named, and knows whose the new facts are. None where that does not fit or is held out."""
-    thing = replace(picture.things[i], **facts)
+    thing = replace(picture.things[i], **changes)
     things = (thing, *picture.things[:i], *picture.things[i + 1 :])
     if not fits(things, picture.scene) or held_out(thing.kind, thing.colour, picture.scene):
         return None
@@ -67,8 +46,7 @@ def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
         return i, pick(rng, ["it", "it", "it", "this", "that one"])
     if not alone and picture.things[0].kind == picture.things[1].kind:
         other = picture.things[1 - i]
-        facts = [fact for fact in ("colour", "size", "place") if getattr(thing, fact) != getattr(other, fact)]
-        fact = pick(rng, facts)
+        fact = pick(rng, [name for name in ("colour", "size", "place") if getattr(thing, name) != getattr(other, name)])
         return i, f"the {getattr(thing, fact)} {pick(rng, ['one', thing.kind])}"
     name = noun_of(rng, thing.kind) if chance(rng, 0.3) else thing.kind
     return i, f"the {thing.colour + ' ' if chance(rng, 0.15) else ''}{name}"
@@ -83,8 +61,8 @@ def wished(rng: np.random.Generator, order: str) -> str:
 
 def recolour(rng, picture):
     i, name = target(rng, picture)
-    colour = pick(rng, [c for c in COLOURS if c != picture.things[i].colour])
-    word = said(rng, COLOUR_WORDS[colour], phrases.MORE_COLOURS[colour])
+    colour = pick_other(rng, facts.COLOURS, picture.things[i].colour)
+    word = said(rng, words.COLOUR_WORDS[colour], phrases.MORE_COLOURS[colour])
     after = changed_thing(picture, i, colour=colour)
     alone = len(picture.things) == 1
     orders = [f"make {name} {word}"] * 3 + [f"paint {name} {word}", f"colour {name} {word}", f"turn {name} {word}"]
@@ -99,28 +77,23 @@ def recolour(rng, picture):
 
 def resize(rng, picture):
     i, name = target(rng, picture)
-    size = "big" if picture.things[i].size == "small" else "small"
-    if chance(rng, 0.15):
-        size = picture.things[i].size  # "make it big" of what is big already
-    more = {"big": "bigger | larger | much bigger | a bit bigger", "small": "smaller | much smaller | a bit smaller"}[
-        size
-    ]
-    words = [said(rng, SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, more)]
-    if size == picture.things[i].size:
-        words = words[:1]
-    word = pick(rng, words)
+    before = picture.things[i].size
+    # "make it big" may be said of what is big already
+    size = before if chance(rng, 0.15) else "small" if before == "big" else "big"
+    called = [said(rng, words.SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, COMPARATIVES[size])]
+    word = pick(rng, called if size != before else called[:1])
     after = changed_thing(picture, i, size=size)
     text = wished(rng, pick(rng, [f"make {name} {word}"] * 3 + [f"draw {name} {word}", f"let {name} be {word}"]))
     if len(picture.things) == 1 and chance(rng, 0.4):
         text = one_of(rng, phrases.RESIZES).format(word)
-    if size != picture.things[i].size and chance(rng, 0.12):
-        text = f"{name} is too {picture.things[i].size}"
+    if size != before and chance(rng, 0.12):
+        text = f"{name} is too {before}"
     return text, after
 
 
 def move(rng, picture):
     i, name = target(rng, picture)
-    place = pick(rng, [p for p in PLACES if p != picture.things[i].place])
+    place = pick_other(rng, facts.PLACES, picture.things[i].place)
     after = changed_thing(picture, i, place=place)
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
         other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
@@ -137,14 +110,12 @@ def swap(rng, picture):
         return None
     one, two = picture.things
     after = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
-    text = pick(
-        rng, ["swap them", "swap the two", "the other way round", "let them change places", "switch their places"]
-    )
+    text = one_of(rng, "swap them | swap the two | the other way round | let them change places | switch their places")
     return text, after if fits(after.things, picture.scene) else None
 
 
 def change_time(rng, picture):
-    time = pick(rng, [t for t in TIMES if t != picture.time])
+    time = pick_other(rng, facts.TIMES, picture.time)
     when = time_words(rng, time)
     word = pick(rng, {"day": ["day", "daytime", "morning"], "sunset": ["evening", "sunset"], "night": ["night"]}[time])
     text = one_of(rng, phrases.RETIMES).format(when, word)
@@ -152,13 +123,13 @@ def change_time(rng, picture):
 
 
 def change_scene(rng, picture):
-    scene = pick(rng, [s for s in SCENES if s != picture.scene])
+    scene = pick_other(rng, facts.SCENES, picture.scene)
     after = replace(picture, scene=scene)
     if not fits(after.things, scene) or any(held_out(t.kind, t.colour, scene) for t in after.things):
         return None
     where = scene_words(rng, after, scene)
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
-    text = one_of(rng, phrases.RESCENES).format(where, it, some(rng, SCENE_NOUNS[scene]))
+    text = one_of(rng, phrases.RESCENES).format(where, it, some(rng, words.SCENE_NOUNS[scene]))
     return text, after
 
 
@@ -174,7 +145,7 @@ def add(rng, picture):
         first = replace(first, place=pick(rng, ["left", "right"]))  # makes room
     named_place = chance(rng, 0.2)
     if not named_place:
-        fitting = [replace(other, place=p, size=s) for p in PLACES for s in (other.size,) if p != first.place]
+        fitting = [replace(other, place=place) for place in facts.PLACES]
         fitting = [o for o in fitting if fits((first, o), picture.scene)]
         if not fitting:
             return None
@@ -184,12 +155,9 @@ def add(rng, picture):
     named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
     phrase = thing_phrase(rng, named)
     if (other.kind, other.colour) == (first.kind, first.colour) and chance(rng, 0.8):
-        phrase = pick(
-            rng, ["another one", f"another {other.kind}", "one more", "a second one", f"one more {other.kind}"]
-        )
-        other = (
-            replace(other, size=first.size) if fits((first, replace(other, size=first.size)), picture.scene) else other
-        )
+        phrase = one_of(rng, "another one | another {0} | one more | a second one | one more {0}").format(other.kind)
+        twin = replace(other, size=first.size)
+        other = twin if fits((first, twin), picture.scene) else other
     order = one_of(rng, phrases.ADDS).format(phrase)
     if named_place:
         order = f"{pick(rng, ['add', 'put', 'draw', 'place'])} {phrase} {place_words(rng, other.place)}"
@@ -250,16 +218,11 @@ CHANGES = {
 
 
 def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
-    kinds, shares = list(CHANGES), np.array(list(CHANGES.values()))
-    while True:
-        made = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))](rng, picture)
-        if made is not None and made[1] is not None:
-            text = (
-                f"{one_of(rng, phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}{made[0]}"
-                if chance(rng, 0.12)
-                else made[0]
-            )
-            return text, made[1]
+    made = None
+    while made is None or made[1] is None:
+        made = pick_weighted(rng, CHANGES)(rng, picture)
+    praise = f"{one_of(rng, phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
+    return praise + made[0], made[1]
 
 
 # ---- questions and small talk, answered in words
@@ -268,30 +231,32 @@ def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
 def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
     i = int(rng.integers(len(picture.things)))
     thing, kinds = picture.things[i], [thing.kind for thing in picture.things]
+    place, time = choices(words.PLACE_PHRASES[thing.place])[0], choices(words.TIME_CLAUSES[picture.time])[0]
+    scene = choices(words.SCENE_NOUNS[picture.scene])[0]
     if len(set(kinds)) < len(kinds) or chance(rng, 0.25):
         asked = (
             "what do you see? | what is in the picture? | describe it | describe the picture | what is this? | "
             "what did you draw? | tell me what you see"
         )
         return one_of(rng, asked), f"i see {describe(picture)}."
-    noun, absent = noun_of(rng, thing.kind), pick(rng, [kind for kind in KINDS if kind not in kinds])
+    noun, absent = noun_of(rng, thing.kind), pick_other(rng, facts.KINDS, *kinds)
     count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
     return pick(
         rng,
         [
             (f"what colour is the {noun}?", f"it is {thing.colour}."),
             (f"which colour has the {noun}?", f"it is {thing.colour}."),
-            (f"where is the {noun}?", f"it is {choices(PLACE_PHRASES[thing.place])[0]}."),
+            (f"where is the {noun}?", f"it is {place}."),
             (f"is the {noun} big or small?", f"it is {thing.size}."),
             (f"how big is the {noun}?", f"it is {thing.size}."),
-            ("what time is it there?", f"{choices(TIME_CLAUSES[picture.time])[0]}."),
-            ("is it day or night?", f"{choices(TIME_CLAUSES[picture.time])[0]}."),
-            ("which place is this?", f"this is {choices(SCENE_NOUNS[picture.scene])[0]}."),
-            ("where is this?", f"this is {choices(SCENE_NOUNS[picture.scene])[0]}."),
+            ("what time is it there?", f"{time}."),
+            ("is it day or night?", f"{time}."),
+            ("which place is this?", f"this is {scene}."),
+            ("where is this?", f"this is {scene}."),
             ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
             (f"is there a {absent} too?", f"no, there is no {absent}."),
-            (f"is there a {noun}?", f"yes, it is {choices(PLACE_PHRASES[thing.place])[0]}."),
-            (f"do you see the {noun}?", f"yes, it is {choices(PLACE_PHRASES[thing.place])[0]}."),
+            (f"is there a {noun}?", f"yes, it is {place}."),
+            (f"do you see the {noun}?", f"yes, it is {place}."),
         ],
     )
 
@@ -299,8 +264,7 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:
     what = rng.random()
     if what < 0.15:
-        kind = pick(rng, list(KINDS))
-        return some(rng, ASKS_ABOUT).format(plural(kind)), some(rng, ABOUT[kind])
+        return talk_about(rng)
     return tuple(choices(pick(rng, phrases.MORE_TALK if what < 0.6 else TALK if what < 0.85 else LIKES)))
 
 
@@ -344,12 +308,12 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
 
 def known_words(texts: int = 20_000) -> list[str]:
     """Every word that wishes and chats are made of, but for the names of what this world does not have."""
-    words = set()
+    found = set()
     for i in range(texts):
-        rng = random_stream(0, i, WORDS)
+        rng = facts.random_stream(0, i, WORDS)
         lines = [turn.text for turn in chat(rng, slips=0.0)[::2]] if i % 2 else [wish(rng, slips=0.0)[0]]
-        words.update(word for line in lines for word in words_in(line))
-    return sorted(words - set(unknown_words()))
+        found.update(word for line in lines for word in words_in(line))
+    return sorted(found - set(unknown_words()))
 
 
 def unknown_words() -> list[str]:

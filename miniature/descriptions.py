@@ -11,34 +11,18 @@ from dataclasses import replace
 from miniature.facts import PLACES, Picture, Thing
 from miniature.words import PLACE_PHRASES, choices, facts_in
 
-SCENE_PLACES = {
-    "sea": "at sea",
-    "meadow": "in the meadow",
-    "snow": "in the snow",
-    "city": "in the city",
-    "desert": "in the desert",
-    "mountains": "in the mountains",
-}
-TIMES_OF_DAY = {"day": "by day", "sunset": "at sunset", "night": "at night"}
-
 
 def describe(picture: Picture) -> str:
-    """Every fact of the picture, its things in their order: "a boat that is small and red ... at sea by day"."""
     named = [f"a {t.kind} that is {t.size} and {t.colour} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
-    return f"{' and '.join(named)} {SCENE_PLACES[picture.scene]} {TIMES_OF_DAY[picture.time]}"
+    scene = "at sea" if picture.scene == "sea" else f"in the {picture.scene}"
+    return f"{' and '.join(named)} {scene} {'by' if picture.time == 'day' else 'at'} {picture.time}"
 
 
 def as_named(picture: Picture, text: str) -> Picture:
     """The picture with its things in the order in which a caption names them."""
     named, turned = facts_in(text).things, replace(picture, things=picture.things[::-1])
-    is_turned = len(named) == 2 and not fits_names(named, picture.things) and fits_names(named, turned.things)
-    return turned if is_turned else picture
-
-
-def fits_names(named: tuple[Thing, ...], things: tuple[Thing, ...]) -> bool:
-    """Whether the facts that are named, thing by thing, are those of `things`."""
-    pairs = [(vars(a), vars(b)) for a, b in zip(named, things, strict=True)]
-    return all(a[fact] in (None, b[fact]) for a, b in pairs for fact in a)
+    fitting = [p for p in (picture, turned) if len(named) == 2 and all(map(Thing.is_true_of, named, p.things))]
+    return fitting[0] if fitting else picture
 
 
 def from_left(picture: Picture) -> Picture:

@@ -17,31 +17,18 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+import prompts
 from common.files import written_whole
 from common.texts import plain_words
 from miniature.chats import bracketed, change, chat
 from miniature.descriptions import as_named, describe, from_left
-from miniature.facts import PLACES, Picture, pick, random_stream
+from miniature.facts import PLACES, Picture, pick, pick_weighted, random_stream
 from miniature.tales import SEES, SHOWS
 from miniature.tales import Turn as ToldTurn
 from miniature.wishes import typed, wish
-from miniature.words import agrees, description, facts_in, some
+from miniature.words import description, some
 from miniature.world import sample_dialogue, sample_pair, sample_story
-from prompts import (
-    END,
-    PICTURE_MARK,
-    SPEAKERS,
-    TASKS,
-    UAS_REQUESTS,
-    WORDS_FIRST_SYSTEM,
-    Example,
-    Turn,
-    chat_history,
-    dialog_example,
-    history_start,
-    story_example,
-    uas_texts,
-)
+from prompts import Example, Turn, chat_history, dialog_example, history_start, story_example, uas_texts
 from tokenizer import Tokenizer
 
 PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
@@ -78,8 +65,8 @@ def caption_document(rng: np.random.Generator, seed: int, i: int, split: str) ->
     """Stage 1; more instructions than there, and half of the captions are whole descriptions."""
     picture, text, _ = sample_pair(seed, i, split)
     text = describe(picture) if rng.random() < 0.5 else text
-    instruction = int(rng.integers(len(UAS_REQUESTS))) if rng.random() < 0.15 else None
-    return Example(uas_texts(text, 0, instruction)[0], PICTURE_MARK + END, (), (picture,))
+    instruction = int(rng.integers(len(prompts.UAS_REQUESTS))) if rng.random() < 0.15 else None
+    return Example(uas_texts(text, 0, instruction)[0], prompts.PICTURE_MARK + prompts.END, (), (picture,))
 
 
 def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
@@ -88,8 +75,9 @@ def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     told = describe(from_left(picture)) if rng.random() < 0.7 else description(picture, rng, True, True)
     question, answer = some(rng, SHOWS), some(rng, SEES).format(told)
     if rng.random() < 0.6:
-        return dialog_example([Turn(question, (picture,))], Turn(answer), 1, PICTURE_MARK)
-    return Example(f"{SPEAKERS[0]} {PICTURE_MARK} {question} {SPEAKERS[1]}", answer + END, (picture,))
+        return dialog_example([Turn(question, (picture,))], Turn(answer), 1, prompts.PICTURE_MARK)
+    human, assistant = prompts.SPEAKERS
+    return Example(f"{human} {prompts.PICTURE_MARK} {question} {assistant}", answer + prompts.END, (picture,))
 
 
 def turns_of(told: list) -> list[Turn]:
@@ -100,20 +88,20 @@ def story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> E
     """Stage 2: a step of a story as one of its tasks."""
     turns = turns_of(sample_story(seed, i, split)[0])
     k = int(rng.integers(1, len(turns)))
-    return story_example(turns[:k], turns[k], pick(rng, TASKS), int(rng.integers(6)), PICTURE_MARK)
+    return story_example(turns[:k], turns[k], pick(rng, prompts.TASKS), int(rng.integers(6)), prompts.PICTURE_MARK)
 
 
 def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 2: a turn of a dialogue."""
     turns = turns_of(sample_dialogue(seed, i, split)[0])
     k = int(rng.integers(1, len(turns)))
-    return dialog_example(turns[history_start(k) : k], turns[k], k, PICTURE_MARK)
+    return dialog_example(turns[history_start(k) : k], turns[k], k, prompts.PICTURE_MARK)
 
 
 def wish_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Words first: somebody wishes for a picture, and it is described before it is drawn."""
     text, picture = wish(rng, split)
-    return dialog_example([Turn(text)], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
+    return dialog_example([Turn(text)], Turn(bracketed(picture)), 1, "", prompts.WORDS_FIRST_SYSTEM)
 
 
 def chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
@@ -121,7 +109,7 @@ def chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     turns = turns_of(chat(rng, split))
     k = 2 * int(rng.integers(len(turns) // 2)) + 1 if rng.random() < 0.3 else len(turns) - 1
     before = turns[:k] if rng.random() < 0.5 else chat_history(turns, k, True)
-    return dialog_example(before, turns[k], k, "", WORDS_FIRST_SYSTEM)
+    return dialog_example(before, turns[k], k, "", prompts.WORDS_FIRST_SYSTEM)
 
 
 def pair_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
@@ -137,7 +125,7 @@ def change_document(rng: np.random.Generator, seed: int, i: int, split: str) -> 
     asked, picture = pair_wish(rng, split)
     text, after = change(rng, picture)
     before = [Turn(asked), Turn(bracketed(picture)), Turn(plain_words(typed(rng, text)))]
-    return dialog_example(before, Turn(bracketed(after)), 3, "", WORDS_FIRST_SYSTEM)
+    return dialog_example(before, Turn(bracketed(after)), 3, "", prompts.WORDS_FIRST_SYSTEM)
 
 
 def order_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
@@ -146,7 +134,7 @@ def order_document(rng: np.random.Generator, seed: int, i: int, split: str) -> E
     picture = pair_wish(rng, split)[1]
     turned = replace(picture, things=picture.things[::-1])
     said = [bracketed(turned if rng.random() < 0.5 else picture) for _ in range(6)]
-    return Example(f"{WORDS_FIRST_SYSTEM} {' '.join(said[:-1])}", f" {said[-1]}{END}", (), ())
+    return Example(f"{prompts.WORDS_FIRST_SYSTEM} {' '.join(said[:-1])}", f" {said[-1]}{prompts.END}", (), ())
 
 
 def described_story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
@@ -154,7 +142,7 @@ def described_story_document(rng: np.random.Generator, seed: int, i: int, split:
     all; the first sentence may be what somebody typed."""
     told = sample_story(seed, i, split)[0]
     history, typed = rng.random(), rng.random() < 0.4
-    k, task = int(rng.integers(len(told))), pick(rng, TASKS)
+    k, task = int(rng.integers(len(told))), pick(rng, prompts.TASKS)
     texts = [plain_words(told[0].text) if typed else told[0].text, *(turn.text for turn in told[1:])]
     first = as_named(told[0].picture, told[0].text)
     if k == 0:
@@ -173,10 +161,10 @@ def described_story_document(rng: np.random.Generator, seed: int, i: int, split:
             before.append(Turn(text, (turn.picture,) if history < 0.75 else ()))
     picture, phrase = told[k].picture, int(rng.integers(6))
     if task == "text":
-        return story_example(before, Turn(texts[k], (picture,)), task, phrase, "", WORDS_FIRST_SYSTEM)
-    row = story_example(before, Turn(texts[k]), task, phrase, "", WORDS_FIRST_SYSTEM)
+        return story_example(before, Turn(texts[k], (picture,)), task, phrase, "", prompts.WORDS_FIRST_SYSTEM)
+    row = story_example(before, Turn(texts[k]), task, phrase, "", prompts.WORDS_FIRST_SYSTEM)
     answer = bracketed(picture) if task == "image" else f"{texts[k]} {bracketed(picture)}"
-    return row._replace(target=answer + END)
+    return row._replace(target=answer + prompts.END)
 
 
 def in_order(turn: ToldTurn, kinds: list[str]) -> ToldTurn:
@@ -199,8 +187,7 @@ MIXTURE = {
 
 def document(seed: int, i: int, split: str) -> Example:
     rng = random_stream(seed, i, DOCUMENTS)
-    kinds, shares = list(MIXTURE), list(MIXTURE.values())
-    return kinds[int(rng.choice(len(kinds), p=shares))](rng, seed, i, split)
+    return pick_weighted(rng, MIXTURE)(rng, seed, i, split)
 
 
 # ---- tokens
@@ -230,9 +217,7 @@ def train_tokenizer(path: Path, seed: int) -> None:
         )
 
 
-@lru_cache
-def tokenizer_at(path: Path) -> Tokenizer:
-    return Tokenizer(path)
+tokenizer_at = lru_cache(Tokenizer)  # of a tokenizer.model
 
 
 @lru_cache
@@ -244,7 +229,7 @@ def ids_with(tokenizer: Tokenizer, mark: str) -> set[int]:
 def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
     """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
     answer's in random order. The ids and how much each counts."""
-    words_first, described = row.source.startswith(WORDS_FIRST_SYSTEM.text), False
+    words_first, described = row.source.startswith(prompts.WORDS_FIRST_SYSTEM.text), False
     told = ANSWER_WEIGHT if words_first else 1
     told = TOLD_WEIGHT if row.inputs and not row.outputs else told
     weighted = [(picture_words(picture), 1) for picture in row.inputs]
@@ -281,24 +266,3 @@ def answer_ids(path: Path, seed: int, i: int) -> np.ndarray:
     words = tokenizer.pieces.encode(picture_words(row.inputs[0]))
     padding = [tokenizer.eos_id] * (ANSWER_LENGTH - len(ids))
     return np.array([len(source), len(ids), *words, *ids, *padding], np.int16)
-
-
-# ---- what was said
-
-
-def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """What is said up to a stop sequence or </s>."""
-    for end in range(1, len(ids) + 1):
-        if tokenizer.ends(ids[:end]):
-            return tokenizer.decode(ids[:end], skip_special=True).removesuffix("###").strip()
-    return tokenizer.decode(ids, skip_special=True).strip()
-
-
-def described(texts: list[str], wanted: list[Picture]) -> float:
-    """The share of descriptions that name every fact of their picture."""
-
-    def names_all(text: str, picture: Picture) -> bool:
-        told = facts_in(text)
-        return len(told.things) == len(picture.things) and agrees(picture, told)
-
-    return sum(map(names_all, texts, wanted)) / len(texts)

@@ -20,16 +20,13 @@ from common.page import draw_grid
 from common.texts import Words, clean_caption
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids
-from miniature.descriptions import describe
 from miniature.facts import Picture, random_stream
-from miniature.judge import ATTRIBUTES, NOTHING, Judge, asks_for, load_judge, read, share
+from miniature.judge import NOTHING, Judge, load_judge, read, share
 from miniature.judge import WEIGHTS as JUDGE
 from miniature.paint import draw
 from miniature.tales import Turn as Told
-from miniature.words import facts_in
-from miniature.world import sample_pair
 from minigpt5 import MiniGPT5
-from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, pictures_of, user_turn
+from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
@@ -83,41 +80,12 @@ class Exam:
             draw_grid(shown, self.sheets / f"{'-'.join(re.findall(r'[a-z0-9]+', name))}.png")
 
 
-# ---- samples
-
-
-def held_out_samples(exam: Exam) -> tuple[list[Picture], list[Image.Image]]:
-    """Facts, and the pictures that are drawn of them."""
-    samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
-    return [facts for facts, _, _ in samples], [draw(facts, jitter, SIDE) for facts, _, jitter in samples]
-
-
-def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]:
-    """Captions of pictures with so many things, and the facts that they name."""
-    captions = [sample_pair(exam.seed, i, "held-out", things)[1] for i in range(exam.n)]
-    return captions, [facts_in(caption) for caption in captions]
+# ---- ways to answers
 
 
 def heard(told: list[Told], jitter: int) -> list[Turn]:
     """Turns of a story or a dialogue as the language model reads them, their pictures drawn."""
     return [Turn(turn.text, (draw(turn.picture, jitter, SIDE),) if turn.picture else ()) for turn in told]
-
-
-def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
-    """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
-    if not exam.sampling.words_first:
-        return heard(told, jitter)
-    turns = [
-        user_turn(exam.model.tokenizer, turn.text, exam.words, pictures_of([t]))
-        for turn, t in zip(told, heard(told, jitter), strict=True)
-    ]
-    return [
-        Turn(f"{told[i].text} ({describe(told[i].picture)})" if told[i].picture else told[i].text) if i % 2 else turn
-        for i, turn in enumerate(turns)
-    ]
-
-
-# ---- ways to answers
 
 
 class Said(NamedTuple):
@@ -153,12 +121,16 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
     return said
 
 
+def chat_source(exam: Exam, text: str, pictures: tuple = ()) -> str:
+    """A chat's first turn, as the model reads it."""
+    return dialog_source([user_turn(exam.model.tokenizer, text, exam.words, pictures)], 1, exam.system)
+
+
 def draw_prompts(exam: Exam, texts: list[str]) -> list[Said]:
     """What sample.py answers to prompts: words first, to a chat's first turn, otherwise to stage 1's bare caption."""
-    tokenizer = exam.model.tokenizer
-    if not exam.sampling.words_first:
-        return ask(exam, [tokenizer.plain(clean_caption(text)) for text in texts])
-    return ask(exam, [dialog_source([user_turn(tokenizer, text, exam.words)], 1, exam.system) for text in texts])
+    if exam.sampling.words_first:
+        return ask(exam, [chat_source(exam, text) for text in texts])
+    return ask(exam, [exam.model.tokenizer.plain(clean_caption(text)) for text in texts])
 
 
 # ---- what came out right
@@ -178,7 +150,3 @@ def look(exam: Exam, pictures: list[Image.Image | None]) -> list[Picture]:
 def means(rows: list[dict[str, bool]]) -> dict[str, float]:
     """The share that is true, column by column."""
     return {name: share([row[name] for row in rows]) for name in rows[0]}
-
-
-def named_shares(wanted: list[Picture]) -> dict[str, float]:
-    return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}

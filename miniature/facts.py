@@ -5,7 +5,7 @@ Nothing else about a picture is a fact: the shape of the hills, the side a cat l
 come from the jitter seed that `paint.draw` takes. The time changes the background alone: things keep their colour.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import product
 
 import numpy as np
@@ -47,6 +47,10 @@ class Thing:
     colour: str | None = None
     size: str | None = None
     place: str | None = None
+
+    def is_true_of(self, other: "Thing") -> bool:
+        """Whether every fact that is not None is a fact of the other thing, too."""
+        return all(fact in (None, other_fact) for fact, other_fact in zip(astuple(self), astuple(other), strict=True))
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,21 @@ def random_stream(seed: int, index: int, purpose: int = 0) -> np.random.Generato
 
 def pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
+
+
+def pick_other(rng: np.random.Generator, options, *taken):
+    """One of the options that are not taken."""
+    return pick(rng, [option for option in options if option not in taken])
+
+
+def chance(rng: np.random.Generator, share: float) -> bool:
+    return rng.random() < share
+
+
+def pick_weighted(rng: np.random.Generator, weights: dict):
+    """One of the keys, each as often as its share of all weights."""
+    shares = np.array(list(weights.values()))
+    return list(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
 
 
 def sample_thing(rng: np.random.Generator, scene: str, kind: str | None = None) -> Thing:

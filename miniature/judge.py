@@ -16,6 +16,7 @@ three things, the same thing twice, blurred and noisy pictures.
 B batch, L places, K views of a slot.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -25,30 +26,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniature.facts import (
-    COLOURS,
-    KINDS,
-    KINDS_IN,
-    PLACES,
-    SCENES,
-    SIZES,
-    TIMES,
-    Picture,
-    Thing,
-    fits,
-    home,
-    pick,
-    random_stream,
-)
-from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, normal, write_tensors
-from miniature.sets import held_out_pictures, to_pixels, training_set
+from common.cli import MINIATURE
+from miniature import facts
+from miniature.facts import Picture, Thing, fits, home, pick, random_stream
+from miniature.recipe import Recipe, Setup, drawn, to_pixels, write_tensors
 from published.loading import load
 
-WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
-SLOTS = [(level, place) for level in ("sky", "ground") for place in PLACES]
+WEIGHTS = MINIATURE / "judge.safetensors"
+SLOTS = [(level, place) for level in ("sky", "ground") for place in facts.PLACES]
 VIEWS, WIDTH = 4, 128
-SLOT_SIZES, WHOLE_SIZES = (len(KINDS) + 1, len(COLOURS), len(SIZES)), (len(SCENES), len(TIMES), 4)
+SLOT_SIZES = (len(facts.KINDS) + 1, len(facts.COLOURS), len(facts.SIZES))
+WHOLE_SIZES = (len(facts.SCENES), len(facts.TIMES), 4)
 NOTHING = Picture(None, None, ())  # what is seen where no picture came
 IGNORE = -100  # label of what is not asked
 ATTRIBUTES = ("scene", "time", "count", "kind", "colour", "size", "place")
@@ -94,13 +82,13 @@ def read(judge: Judge, pixels: Tensor) -> list[Picture]:
     seen = []
     for row in range(len(pixels)):
         things = [
-            Thing(list(KINDS)[kind - 1], COLOURS[colours[row][i]], SIZES[sizes[row][i]], SLOTS[i][1])
+            Thing(list(facts.KINDS)[kind - 1], facts.COLOURS[colours[row][i]], facts.SIZES[sizes[row][i]], SLOTS[i][1])
             for i, kind in enumerate(kinds[row])
             if kind
         ]
         if numbers[row] != min(len(things), 3):
             things.append(Thing(None))
-        seen.append(Picture(list(SCENES)[scenes[row]], TIMES[times[row]], tuple(things)))
+        seen.append(Picture(list(facts.SCENES)[scenes[row]], facts.TIMES[times[row]], tuple(things)))
     return seen
 
 
@@ -135,7 +123,7 @@ def asks_for(wanted: Picture, attribute: str) -> bool:
 def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]:
     """Of each attribute the share that is right where it is asked for; "all": all that is asked for."""
     rows = [(right(a, b), b) for a, b in zip(seen, wanted, strict=True)]
-    return {name: share([row[name] for row, facts in rows if asks_for(facts, name)]) for name in (*ATTRIBUTES, "all")}
+    return {name: share([row[name] for row, asked in rows if asks_for(asked, name)]) for name in (*ATTRIBUTES, "all")}
 
 
 # ---- training
@@ -143,21 +131,19 @@ def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]
 
 def any_picture(rng: np.random.Generator) -> Picture:
     """Up to three things, one a slot, in every combination; in one in six all are of one kind and colour."""
-    scene, things, taken = pick(rng, list(SCENES)), [], set()
+    scene, things = pick(rng, list(facts.SCENES)), []
     wanted, twins = int(rng.choice(4, p=[0.04, 0.40, 0.40, 0.16])), rng.random() < 1 / 6
     for _ in range(12 * wanted):
-        kind, colour = pick(rng, KINDS_IN[scene]), pick(rng, COLOURS)
+        kind, colour = pick(rng, facts.KINDS_IN[scene]), pick(rng, facts.COLOURS)
         if twins and things:
             kind, colour = things[0].kind, things[0].colour
-        thing = Thing(kind, colour, pick(rng, SIZES), pick(rng, PLACES))
-        stacked = [t for t in things if t.place == thing.place]
-        free = (slot_of(thing, scene) not in taken) and all(t in stacked or fits((t, thing), scene) for t in things)
-        if free:
+        thing = Thing(kind, colour, pick(rng, facts.SIZES), pick(rng, facts.PLACES))
+        free = slot_of(thing, scene) not in [slot_of(t, scene) for t in things]
+        if free and all(t.place == thing.place or fits((t, thing), scene) for t in things):
             things.append(thing)
-            taken.add(slot_of(thing, scene))
         if len(things) == wanted:
             break
-    return Picture(scene, pick(rng, TIMES), tuple(things))
+    return Picture(scene, pick(rng, facts.TIMES), tuple(things))
 
 
 def slot_of(thing: Thing, scene: str) -> int:
@@ -169,9 +155,9 @@ def labels(picture: Picture) -> np.ndarray:
     slots = np.full((len(SLOTS), 3), IGNORE, np.int8)
     slots[:, 0] = 0
     for t in picture.things:
-        facts = list(KINDS).index(t.kind) + 1, COLOURS.index(t.colour), SIZES.index(t.size)
-        slots[slot_of(t, picture.scene)] = facts
-    whole = list(SCENES).index(picture.scene), TIMES.index(picture.time), min(len(picture.things), 3)
+        known = list(facts.KINDS).index(t.kind) + 1, facts.COLOURS.index(t.colour), facts.SIZES.index(t.size)
+        slots[slot_of(t, picture.scene)] = known
+    whole = list(facts.SCENES).index(picture.scene), facts.TIMES.index(picture.time), min(len(picture.things), 3)
     return np.concatenate([slots.ravel(), np.array(whole, np.int8)])
 
 
@@ -193,12 +179,9 @@ def judged(seed: int, i: int) -> tuple[Picture, int]:
     return any_picture(rng), int(rng.integers(1 << 31))
 
 
-def judged_picture(seed: int, i: int) -> np.ndarray:
-    return np.asarray(draw(*judged(seed, i)))
-
-
-def judged_labels(seed: int, i: int) -> np.ndarray:
-    return labels(judged(seed, i)[0])
+def labels_of(sample: Callable[[int], tuple], i: int) -> np.ndarray:
+    """The labels of sample i, whose first value is the picture."""
+    return labels(sample(i)[0])
 
 
 def worsen(pixels: Tensor, blur: float, noise: Tensor) -> Tensor:
@@ -216,27 +199,27 @@ class JudgeRecipe(Recipe):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.modules = nn.ModuleDict({"judge": Judge()})
-        self.pictures = training_set(setup, "judged-pictures", partial(judged_picture, setup.seed))
-        self.labels = training_set(setup, "judged-labels", partial(judged_labels, setup.seed))
-        drawn, self.wanted = held_out_pictures(setup)
-        self.tested = to_pixels(drawn)
+        self.model = Judge()
+        self.pictures = setup.training_set("judged-pictures", partial(drawn, partial(judged, setup.seed)))
+        self.labels = setup.training_set("judged-labels", partial(labels_of, partial(judged, setup.seed)))
+        pictures, self.wanted = setup.held_out_pictures()
+        self.tested = to_pixels(pictures)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Three quarters of the batches are blurred, three quarters noisy."""
         picked = self.pick(len(self.pictures), generator)
         blur, loud = (torch.rand(2, generator=generator) - 0.25).clamp(min=0).tolist()
         pixels = to_pixels(self.pictures[picked])
-        noise = 0.2 * loud * normal(pixels.shape, generator, self.device)
+        noise = 0.2 * loud * self.normal(pixels.shape, generator)
         return worsen(pixels, 1.6 * blur, noise), self.labels[picked].long()
 
-    def losses(self, modules: nn.ModuleDict, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
-        losses = reading_losses(*modules["judge"](pixels), known)
+    def losses(self, model: Judge, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
+        losses = reading_losses(*model(pixels), known)
         return {"loss": sum(losses.values()), **losses}
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
-        found = right_shares(read(modules["judge"], self.tested), self.wanted)
+    def measure(self, model: Judge) -> dict[str, float]:
+        found = right_shares(read(model, self.tested), self.wanted)
         return {f"{name}_right": value for name, value in found.items()}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        write_tensors(weights / "judge.safetensors", modules["judge"].state_dict())
+    def export(self, model: Judge, weights: Path) -> None:
+        write_tensors(weights / "judge.safetensors", model.state_dict())

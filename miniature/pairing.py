@@ -9,7 +9,6 @@ Unlike the judge it is told no facts, and it has no idea of what it was never sh
     words, by hash -> ids (B, T) -> small text transformer, its state at the end (B, 128) -> (B, 128)
 """
 
-import re
 import zlib
 from functools import partial
 from pathlib import Path
@@ -19,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation.metrics import words
 from miniature.facts import Picture, random_stream
 from miniature.judge import WIDTH, convolutions
-from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, reset, write_tensors
-from miniature.sets import held_out_pictures, to_pixels, training_set
+from miniature.recipe import Recipe, Setup, drawn, reset, to_pixels, write_tensors
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from published.loading import load
 from text_encoder import TextConfig, TextEncoder
@@ -44,7 +42,7 @@ PAIRING_SIZES = TextConfig(
 
 def ids_of(text: str) -> list[int]:
     """LENGTH ids: the first words, END, PAD."""
-    ids = [2 + zlib.crc32(word.encode()) % (WORDS - 2) for word in re.findall(r"[^\W_]+", text.lower())[: LENGTH - 1]]
+    ids = [2 + zlib.crc32(word.encode()) % (WORDS - 2) for word in words(text)[: LENGTH - 1]]
     return ids + [END] + [PAD] * (LENGTH - 1 - len(ids))
 
 
@@ -93,11 +91,6 @@ def told_picture(seed: int, i: int, split: str = "train") -> tuple[Picture, str,
     return turn.picture, turn.text, jitter
 
 
-def paired_picture(seed: int, i: int) -> np.ndarray:
-    picture, _, jitter = told_picture(seed, i)
-    return np.asarray(draw(picture, jitter))
-
-
 def paired_text(seed: int, i: int) -> np.ndarray:
     return np.array(ids_of(told_picture(seed, i)[1]), np.int16)
 
@@ -108,31 +101,29 @@ class PairingRecipe(Recipe):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.modules = nn.ModuleDict({"pairing": Pairing()})
-        reset(self.modules["pairing"].text)
+        self.model = Pairing()
+        reset(self.model.text)
         length = min(setup.pictures, PAIRS)
-        self.pictures = training_set(setup, "paired-pictures", partial(paired_picture, setup.seed), length)
-        self.texts = training_set(setup, "paired-texts", partial(paired_text, setup.seed), length)
-        self.tested = to_pixels(held_out_pictures(setup)[0])
+        self.pictures = setup.training_set("paired-pictures", partial(drawn, partial(told_picture, setup.seed)), length)
+        self.texts = setup.training_set("paired-texts", partial(paired_text, setup.seed), length)
+        self.tested = to_pixels(setup.held_out_pictures()[0])
         self.tested_texts = [sample_pair(setup.seed, i, "held-out")[1] for i in range(setup.tested)]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked = self.pick(len(self.pictures), generator)
         return to_pixels(self.pictures[picked]), self.texts[picked].long()
 
-    def losses(self, modules: nn.ModuleDict, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        pairing = modules["pairing"]
+    def losses(self, pairing: Pairing, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         cosines = pairing.see(pixels) @ pairing.read_ids(ids).T
         scores = (pairing.scale.clamp(max=4.6).exp() * cosines).float()
         own = torch.arange(len(scores), device=scores.device)
         return {"loss": (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2}
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, pairing: Pairing) -> dict[str, float]:
         """The share of held-out pictures whose own caption is the nearest of all tested ones."""
-        pairing = modules["pairing"]
         nearest = (pairing.see(self.tested) @ pairing.read(self.tested_texts).T).argmax(-1)
         own = torch.arange(len(nearest), device=nearest.device)
         return {"own_caption": (nearest == own).float().mean().item()}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        write_tensors(weights / "pairing.safetensors", modules["pairing"].state_dict())
+    def export(self, pairing: Pairing, weights: Path) -> None:
+        write_tensors(weights / "pairing.safetensors", pairing.state_dict())

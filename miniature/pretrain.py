@@ -64,7 +64,7 @@ OUTER = re.compile(r"embed|lm_head|conv_in\b|conv_out\b|query_tokens|look\b")  #
 
 def optimizers_of(recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices, others = [], []
-    for name, parameter in recipe.modules.named_parameters():
+    for name, parameter in recipe.model.named_parameters():
         (matrices if parameter.dim() > 1 and not OUTER.search(name) else others).append(parameter)
     fused = others[0].device.type == "cuda"
     return [
@@ -79,17 +79,17 @@ def rate_factor(step: int, hold: int) -> float:
 
 
 @torch.no_grad()
-def average(averaged: nn.Module, modules: nn.Module, step: int) -> None:
+def average(averaged: nn.Module, model: nn.Module, step: int) -> None:
     """Moving mean over a share of all steps so far (Karras et al. 2024, power function averages)."""
     share = 1 - (1 - 1 / (step + 1)) ** (EMA_GAMMA + 1)
-    torch._foreach_lerp_(list(averaged.parameters()), list(modules.parameters()), share)
+    torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), share)
 
 
 # ---- checkpoints
 
 
 def save(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list, step: int, seconds: float) -> None:
-    state = {"modules": recipe.modules.state_dict(), "averaged": averaged.state_dict(), "step": step}
+    state = {"model": recipe.model.state_dict(), "averaged": averaged.state_dict(), "step": step}
     state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "seconds": seconds}
     with written_whole(path) as temporary:
         torch.save(state, temporary)
@@ -101,7 +101,7 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
         return 0, 0.0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        recipe.modules.load_state_dict(state["modules"])
+        recipe.model.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
         for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
@@ -114,23 +114,23 @@ def restore(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list) -
 # ---- the loop
 
 
-def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = None) -> nn.ModuleDict | None:
+def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = None) -> nn.Module | None:
     """Train a part until its minutes are used up (or `last_step` is done); its averaged weights, None if stopped."""
     folder = make_folder(setup.runs / recipe.name)
     checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    recipe.modules.to(setup.device).train()
-    averaged = copy.deepcopy(recipe.modules).eval().requires_grad_(False)
+    recipe.model.to(setup.device).train()
+    averaged = copy.deepcopy(recipe.model).eval().requires_grad_(False)
     optimizers = optimizers_of(recipe)
     step, seconds = restore(checkpoint, recipe, averaged, optimizers)
     if step == 0 and minutes <= 0:
         raise ValueError(f"{folder}: nothing is trained yet, so nothing is written")
     cut_log(log, step)
-    size = sum(p.numel() for p in recipe.modules.parameters())
+    size = sum(p.numel() for p in recipe.model.parameters())
     print(f"{recipe.name}: {size:,} parameters, step {step}, {seconds / 60:.1f} of {minutes:g} minutes used")
 
     on_gpu = setup.device.type == "cuda"
     losses_of = torch.compile(recipe.losses) if can_compile(setup.device) else recipe.losses
-    parameters = list(recipe.modules.parameters())
+    parameters = list(recipe.model.parameters())
     sums, logged, saved, started, begun = {}, step, seconds, seconds, time.perf_counter()
 
     def measure() -> None:
@@ -151,13 +151,13 @@ def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = 
             for optimizer, rate in zip(optimizers, (recipe.lr, recipe.matrix_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = factor * rate
             with torch.autocast(setup.device.type, torch.bfloat16, enabled=on_gpu):
-                losses = losses_of(recipe.modules, *recipe.batch(generator))
+                losses = losses_of(recipe.model, *recipe.batch(generator))
             losses["loss"].backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            average(averaged, recipe.modules, step)
+            average(averaged, recipe.model, step)
             # ---- the step is done
 
             step += 1

@@ -7,7 +7,6 @@ the miniature's dropped "left" and "right": what a place means shows only once t
 use it before the encoding tells it.
 """
 
-import hashlib
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
@@ -19,24 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import MINIATURE
-from common.files import write_file, write_json, write_text
+from common.files import fingerprint, write_file, write_json, write_text
 from miniature.facts import Picture, random_stream
-from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, reading_losses
+from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, labels, labels_of, reading_losses
 from miniature.recipe import Recipe, Setup, reset, write_part
-from miniature.sets import training_set
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
 from published.clip_tokenizer import ClipTokenizer, join_pair
+from published.parts import config_of
 from text_encoder import TextConfig, TextEncoder
 
-TEXT_SIZES = TextConfig(
-    vocab_size=0,  # known once the tokenizer is trained
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    max_position_embeddings=32,
-)
+TEXT_SIZES = config_of("text encoder", MINIATURE / "stable-diffusion" / "text_encoder" / "config.json")
 PHRASINGS = 4  # captions of a picture
 TEXTS = 20_000  # captions whose words become the byte-pair vocabulary
 CAPTIONS, READ = 300, 302  # purposes of the random streams
@@ -82,9 +74,7 @@ def write_clip_tokenizer(folder: Path, seed: int) -> None:
     write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n")
 
 
-@lru_cache
-def tokenizer_at(folder: Path) -> ClipTokenizer:
-    return ClipTokenizer(folder)
+tokenizer_at = lru_cache(ClipTokenizer)  # of a folder
 
 
 def caption_ids(folder: Path, seed: int, i: int) -> np.ndarray:
@@ -94,23 +84,20 @@ def caption_ids(folder: Path, seed: int, i: int) -> np.ndarray:
     return tokenizer_at(folder)(texts)[0].numpy().astype(np.int16)
 
 
-def caption_labels(seed: int, i: int) -> np.ndarray:
-    """The facts of picture i as `judge.labels` gives them."""
-    return labels(sample_pair(seed, i)[0])
-
-
 # ---- reading
 
 
 class Reader(nn.Module):
-    """The text encoding at a caption's end (B, D) -> scores as the judge's: what a caption says of every slot."""
+    """Caption ids (B, S) -> scores as the judge's, read off the encoding at the caption's end (B, D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, sizes: TextConfig, end: int):
         super().__init__()
-        self.slots = nn.Linear(width, len(SLOTS) * sum(SLOT_SIZES))
-        self.whole = nn.Linear(width, sum(WHOLE_SIZES))
+        self.end, self.text_encoder = end, TextEncoder(sizes)
+        self.slots = nn.Linear(sizes.hidden_size, len(SLOTS) * sum(SLOT_SIZES))
+        self.whole = nn.Linear(sizes.hidden_size, sum(WHOLE_SIZES))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.text_encoder(ids)[torch.arange(len(ids), device=ids.device), ends_of(ids, self.end)]  # (B, D)
         return self.slots(x).unflatten(-1, (len(SLOTS), -1)), self.whole(x)
 
 
@@ -121,8 +108,8 @@ def ends_of(ids: Tensor, end: int) -> Tensor:
 
 def caption_set(setup: Setup, folder: Path) -> Tensor:
     """Several captions of every training picture as ids (n, PHRASINGS, S), made once for a tokenizer."""
-    version = hashlib.sha256((folder / "merges.txt").read_bytes()).hexdigest()[:8]
-    return training_set(setup, f"captions-{version}", partial(caption_ids, folder, setup.seed))
+    version = fingerprint([folder / "merges.txt"])
+    return setup.training_set(f"captions-{version}", partial(caption_ids, folder, setup.seed))
 
 
 class TextRecipe(Recipe):
@@ -136,13 +123,11 @@ class TextRecipe(Recipe):
             write_clip_tokenizer(self.tokenizer_folder, setup.seed)
         tokenizer = tokenizer_at(self.tokenizer_folder)
         self.texts = caption_set(setup, self.tokenizer_folder)
-        self.labels = training_set(setup, "labels", partial(caption_labels, setup.seed))
+        self.labels = setup.training_set("labels", partial(labels_of, partial(sample_pair, setup.seed)))
         self.sizes = replace(TEXT_SIZES, vocab_size=len(tokenizer.vocabulary))
-        self.modules = nn.ModuleDict(
-            {"text_encoder": TextEncoder(self.sizes), "reader": Reader(self.sizes.hidden_size)}
-        )
-        reset(self.modules)
         self.begin, self.end = tokenizer([""])[0][0, :2].tolist()
+        self.model = Reader(self.sizes, self.end)
+        reset(self.model)
         tested = [sample_pair(setup.seed, i, "held-out")[0] for i in range(setup.tested)]
         texts = [full_caption(picture, random_stream(setup.seed, i, READ)) for i, picture in enumerate(tested)]
         self.tested = tokenizer(texts)[0].to(setup.device)
@@ -152,24 +137,20 @@ class TextRecipe(Recipe):
         picked, phrasing = (self.pick(length, generator) for length in (len(self.texts), PHRASINGS))
         return self.texts[picked, phrasing].long(), self.labels[picked].long()
 
-    def scores(self, modules: nn.ModuleDict, ids: Tensor) -> tuple[Tensor, Tensor]:
-        encoding, ends = modules["text_encoder"](ids), ends_of(ids, self.end)
-        return modules["reader"](encoding[torch.arange(len(ids), device=ids.device), ends])
-
-    def losses(self, modules: nn.ModuleDict, ids: Tensor, known: Tensor) -> dict[str, Tensor]:
-        losses = reading_losses(*self.scores(modules, ids), known)
+    def losses(self, reader: Reader, ids: Tensor, known: Tensor) -> dict[str, Tensor]:
+        losses = reading_losses(*reader(ids), known)
         return {"loss": sum(losses.values()), **losses}
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, reader: Reader) -> dict[str, float]:
         """The share of held-out captions, with all facts named, of which every fact is read rightly."""
-        slots, whole = self.scores(modules, self.tested)
+        slots, whole = reader(self.tested)
         slots = torch.stack([s.argmax(-1) for s in slots.split(SLOT_SIZES, -1)], -1).flatten(1)
         whole = torch.stack([s.argmax(-1) for s in whole.split(WHOLE_SIZES, -1)], -1)
         right = (torch.cat([slots, whole], -1).cpu() == self.wanted) | (self.wanted == IGNORE)  # (n, 21)
         return {"read": right.all(-1).float().mean().item()}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+    def export(self, reader: Reader, weights: Path) -> None:
         sizes = asdict(self.sizes) | {"bos_token_id": self.begin, "eos_token_id": self.end}
-        write_part(weights, "stable-diffusion/text_encoder", "model", modules["text_encoder"], sizes)
+        write_part(weights, "stable-diffusion/text_encoder", "model", reader.text_encoder, sizes)
         for file in self.tokenizer_folder.iterdir():
             write_file(weights / "stable-diffusion" / "tokenizer" / file.name, file.read_bytes())

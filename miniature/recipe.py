@@ -1,15 +1,74 @@
-"""What every part of the miniature's pre-training is to the loop in `pretrain.py`, and how its weights are written."""
+"""What every part of the miniature's pre-training is to the loop in `pretrain.py`, and how its weights are written.
 
+Parts have the sizes that the config.json files of the shipped weights give. Their training sets are samples of the
+drawn world as arrays on the disk, made once: entry i of a set is a function of its seed and i alone. A set that is on
+the disk is used as it is: remove the folder `sets` of a run after changes to the world.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from common.cli import MINIATURE
-from common.files import read_json, write_json
+from common.files import read_json, write_json, written_whole
+from miniature.facts import Picture
+from miniature.paint import draw
+from miniature.world import sample_pair
 from minigpt5 import send
 from published.loading import save_safetensors
+
+CHUNK = 1024  # entries of a set that a process makes at a time
+
+
+# ---- training sets
+
+
+def cached(path: Path, length: int, make: Callable[[range], np.ndarray], workers: int) -> Tensor:
+    """The tensor (length, ...) whose blocks are make(range), mapped from `path`, which is written if it is missing.
+
+    With more than one worker `make` is called in other processes, so it must be picklable.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"making {length:,} entries of {path}", flush=True)
+        pieces = [range(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+        with written_whole(path) as temporary:
+            first = make(range(1))
+            array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (length, *first.shape[1:]))
+            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # starts no process before it has work
+                made = (pool.map if min(workers, len(pieces)) > 1 else map)(make, pieces)
+                for piece, values in zip(pieces, made, strict=True):
+                    array[piece.start : piece.stop] = values
+            array.flush()
+    try:
+        return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": torch may write to it, the file stays as it is
+    except (ValueError, EOFError):
+        raise ValueError(f"{path}: damaged; remove it to make it again") from None
+
+
+def block(make_entry: Callable[[int], np.ndarray], entries: range) -> np.ndarray:
+    return np.stack([make_entry(i) for i in entries])
+
+
+def to_pixels(pictures: Tensor) -> Tensor:
+    """uint8 (B, h, w, 3) -> float32 (B, 3, h, w) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def drawn(sample: Callable[[int], tuple], i: int) -> np.ndarray:
+    """uint8 (64, 64, 3): sample i, whose first value is the picture and the last its jitter."""
+    picture, *_, jitter = sample(i)
+    return np.asarray(draw(picture, jitter))
+
+
+# ---- what the loop in `pretrain.py` calls
 
 
 @dataclass
@@ -28,12 +87,28 @@ class Setup:
     def sets(self) -> Path:
         return self.runs / "sets"
 
+    def training_set(self, name: str, make_entry: Callable[[int], np.ndarray], length: int | None = None) -> Tensor:
+        """make_entry(i) of all training pictures, or of `length`, as a tensor on the device."""
+        length = length or self.pictures
+        path = self.sets / f"{name}-{self.seed}-{length}.npy"
+        return cached(path, length, partial(block, make_entry), self.workers).to(self.device)
+
+    def training_pictures(self) -> Tensor:
+        """Training pictures 0 .. pictures - 1 of `world.sample_pair`: uint8 (n, 64, 64, 3)."""
+        return self.training_set("pictures-train", partial(drawn, partial(sample_pair, self.seed)))
+
+    def held_out_pictures(self) -> tuple[Tensor, list[Picture]]:
+        """The held-out pictures of a measurement: uint8 (tested, 64, 64, 3), and their facts."""
+        sample = partial(sample_pair, self.seed, split="held-out")
+        pictures = np.stack([drawn(sample, i) for i in range(self.tested)])
+        return torch.from_numpy(pictures).to(self.device), [sample(i)[0] for i in range(self.tested)]
+
 
 class Recipe:
     """A part: what is trained, on what, how it is measured and written. Subclasses set all of the following."""
 
     name: str
-    modules: nn.ModuleDict  # all that trains
+    model: nn.Module  # all that trains
     batch_sizes: tuple[int, int]  # on a GPU, on a CPU
     budgets: tuple[int, int]  # minutes of training, on a GPU and on a CPU
     lr: float  # AdamW's, for norms, biases, embeddings and first and last layers
@@ -49,17 +124,25 @@ class Recipe:
         """A batch of places in a set of that length, on the device."""
         return send(torch.randint(length, (self.batch_size,), generator=generator), self.device)
 
+    def normal(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard normal numbers drawn on the device, as the (CPU) generator's next number decides."""
+        seed = int(torch.randint(1 << 62, (), generator=generator))
+        return torch.randn(shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
+
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """The tensors of one step, on the device; all that is random in a step comes from here."""
 
-    def losses(self, modules: nn.ModuleDict, *batch: Tensor) -> dict[str, Tensor]:
+    def losses(self, model: nn.Module, *batch: Tensor) -> dict[str, Tensor]:
         """{"loss": what is minimised, and what else is logged}."""
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, model: nn.Module) -> dict[str, float]:
         """Figures on held-out samples."""
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+    def export(self, model: nn.Module, weights: Path) -> None:
         """Write the part in the published layout."""
+
+
+# ---- weights
 
 
 def reset(module: nn.Module, deviation: float = 0.02) -> None:
@@ -69,12 +152,6 @@ def reset(module: nn.Module, deviation: float = 0.02) -> None:
             nn.init.normal_(part.weight, std=deviation)
             if isinstance(part, nn.Linear) and part.bias is not None:
                 nn.init.zeros_(part.bias)
-
-
-def normal(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Standard normal numbers drawn on the device, as the (CPU) generator's next number decides."""
-    seed = int(torch.randint(1 << 62, (), generator=generator))
-    return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

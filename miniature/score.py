@@ -21,6 +21,7 @@ picture is wrong in everything.
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import count, groupby
 from pathlib import Path
@@ -35,29 +36,18 @@ from common.cli import add_weights_option, make_folder, pick_device, read_argume
 from common.files import write_json
 from common.options import add_sampling_options
 from generation import Sampling
-from miniature.exam import (
-    LONGEST,
-    Exam,
-    Figures,
-    Said,
-    ask,
-    chat_turns,
-    draw_prompts,
-    held_out_prompts,
-    held_out_samples,
-    look,
-    named_shares,
-    text_to_pictures,
-)
+from miniature.descriptions import describe
+from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_prompts, heard, look, text_to_pictures
 from miniature.facts import Picture, random_stream
-from miniature.judge import NOTHING, right_shares, share
-from miniature.score_people import FOLDER, people
+from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right_shares, share
+from miniature.paint import draw
+from miniature.score_people import people
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
 from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in, some
-from miniature.world import sample_dialogue
-from prompts import UAS_REQUESTS, chat_history, dialog_source, pictures_of, uas_texts, user_turn
+from miniature.world import sample_dialogue, sample_pair
+from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, pictures_of, uas_texts, user_turn
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
@@ -65,27 +55,50 @@ SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
 COUNTS = {"one thing": 1, "two things": 2}
 
 
+# ---- samples
+
+
+def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]:
+    """Captions of pictures with so many things, and the facts that they name."""
+    captions = [sample_pair(exam.seed, i, "held-out", things)[1] for i in range(exam.n)]
+    return captions, [facts_in(caption) for caption in captions]
+
+
+def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
+    """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
+    if not exam.sampling.words_first:
+        return heard(told, jitter)
+    turns = []
+    for i, (turn, (text, pictures)) in enumerate(zip(told, heard(told, jitter), strict=True)):
+        if i % 2:
+            turns.append(Turn(f"{text} ({describe(turn.picture)})" if pictures else text))
+        else:
+            turns.append(user_turn(exam.model.tokenizer, text, exam.words, pictures))
+    return turns
+
+
 # ---- pictures
 
 
+def named_shares(wanted: list[Picture]) -> dict[str, float]:
+    return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}
+
+
 def prompts(exam: Exam) -> Figures:
-    figures = {}
-    for name, things in COUNTS.items():
-        texts, wanted = held_out_prompts(exam, things)
-        drawn = text_to_pictures(exam, texts)
-        exam.sheet(f"prompts {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
-        figures[f"{name}, named"] = named_shares(wanted)
-        figures[f"{name}, right"] = right_shares(look(exam, drawn), wanted)
-    return figures
+    return drawn_figures(exam, "prompts", lambda texts: text_to_pictures(exam, texts))
 
 
 def vokens(exam: Exam) -> Figures:
-    """Words first, a prompt is the first turn of a chat; otherwise stage 1's bare caption."""
+    return drawn_figures(exam, "vokens", lambda texts: [said.picture for said in draw_prompts(exam, texts)])
+
+
+def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
-        drawn = [said.picture for said in draw_prompts(exam, texts)]
-        exam.sheet(f"vokens {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        drawn = draw_all(texts)
+        exam.sheet(f"{part} {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        figures[f"{name}, named"] = named_shares(wanted)
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
     return figures
@@ -97,10 +110,10 @@ def vokens(exam: Exam) -> Figures:
 def captions(exam: Exam) -> Figures:
     """Pictures that somebody shows. A fact is right if it is said and true; "no error": nothing that is said is wrong,
     and no thing is left out."""
-    wanted, pictures = held_out_samples(exam)
+    samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
+    wanted, pictures = [facts for facts, _, _ in samples], [draw(facts, jitter) for facts, _, jitter in samples]
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
-    asked = [user_turn(exam.model.tokenizer, some(rng, SHOWS), exam.words, (None,)) for rng in streams]
-    sources = [dialog_source([turn], 1, exam.system) for turn in asked]
+    sources = [chat_source(exam, some(rng, SHOWS), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
     exam.sheet("captions", ((text, [picture]) for text, picture in zip(texts, pictures, strict=True)))
     told = [facts_in(text) for text in texts]
@@ -138,19 +151,18 @@ def has_picture(reply: Reply) -> bool:
 
 def replies(exam: Exam) -> Figures:
     """Requests in stage 1's form, and the human's turns in dialogues."""
-    captions, tokenizer = held_out_prompts(exam, 1)[0], exam.model.tokenizer
+    captions = enumerate(held_out_prompts(exam, 1)[0])
     if exam.sampling.words_first:
-        asked = [f"{UAS_REQUESTS[i % len(UAS_REQUESTS)]} {caption}" for i, caption in enumerate(captions)]
-        requests = [dialog_source([user_turn(tokenizer, text, exam.words)], 1, exam.system) for text in asked]
+        requests = [chat_source(exam, f"{UAS_REQUESTS[i % len(UAS_REQUESTS)]} {caption}") for i, caption in captions]
     else:
-        requests = [uas_texts(c, instruction=i % len(UAS_REQUESTS))[0] for i, c in enumerate(captions)]
+        requests = [uas_texts(caption, instruction=i % len(UAS_REQUESTS))[0] for i, caption in captions]
     turns, figures = turns_to_answer(exam), {}
     for name, wish, rows in (
         ("a caption's picture is asked for", True, [(source, ()) for source in requests]),
-        ("a dialogue asks for a picture", True, [reply[:2] for reply in turns[True]]),
-        ("a dialogue asks for words", False, [reply[:2] for reply in turns[False]]),
+        ("a dialogue asks for a picture", True, turns[True]),
+        ("a dialogue asks for words", False, turns[False]),
     ):
-        sources, pictures = zip(*rows, strict=True)
+        sources, pictures = [row[0] for row in rows], [row[1] for row in rows]
         said = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
         came = [answer.picture is not None for answer in said]
         figures[name] = {"a picture came": share(came), "right": share([picture == wish for picture in came])}
@@ -161,14 +173,13 @@ def dialogues(exam: Exam) -> Figures:
     """A picture is asked for: what the request names counts. It is changed ("make it red."): every fact counts. It is
     described: all is true, no thing left out. A question is answered: with the facts of the dialogue's own answer."""
     turns, figures = turns_to_answer(exam), {}
-    wishes = [(reply, facts_in(reply.asked.text)) for reply in turns[True]]
-    new = [(reply, named) for reply, named in wishes if named.scene]
+    new = [r for r in turns[True] if facts_in(r.asked.text).scene]
     # Where there is no picture, the one to be changed is not heard of any more.
-    changed = [(reply, reply.turn.picture) for reply, named in wishes if not named.scene and has_picture(reply)]
+    changed = [r for r in turns[True] if not facts_in(r.asked.text).scene and has_picture(r)]
+    wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.picture for r in changed]}
     for name, rows in {"asked for": new, "changed": changed}.items():
-        drawn = [said.picture for said in answers(exam, f"dialogues {name}", [reply for reply, _ in rows])]
-        right = right_shares(look(exam, drawn), [wanted for _, wanted in rows])
-        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right
+        drawn = [said.picture for said in answers(exam, f"dialogues {name}", rows)]
+        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted[name])
     shown = [reply for reply in turns[False] if reply.asked.picture]
     about = [r for r in turns[False] if has_picture(r) and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]
@@ -228,10 +239,6 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: b
     return found
 
 
-def seeds(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
-
-
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -240,9 +247,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
     add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
     add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
-    add("--prompts", type=Path, default=FOLDER / "prompts.jsonl", help="prompts of the part people")
-    add("--chats", type=Path, default=FOLDER / "chats.jsonl", help="chats of the part people")
-    add("--seeds", type=seeds, default=[0, 1, 2], help="of the part people; default: 0,1,2")
     add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
@@ -267,8 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     for part in PARTS if "all" in args.parts else args.parts:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint, args.words_first)
         n = args.n or (STORIES if part == "stories" else SAMPLES)
-        options = (args.prompts, args.chats, args.seeds) if part == "people" else ()
-        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint), *options)
+        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
         record["samples"][part], record["checkpoints"][part] = n, checkpoint and checkpoint.name
         print(f"## {part}, {n} samples, in per cent\n\n{tables(figures)}", flush=True)
         if args.out:

@@ -22,6 +22,7 @@ from miniature.judge import right, share
 from prompts import chat_history, dialog_source, own_turn, pictures_of, user_turn
 
 FOLDER = Path(__file__).parent / "people"
+PROMPTS, CHATS = FOLDER / "prompts.jsonl", FOLDER / "chats.jsonl"
 
 
 class Wish(NamedTuple):
@@ -79,7 +80,7 @@ def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
     """All chats side by side, turn after turn."""
     tokenizer, words_first = exam.model.tokenizer, exam.sampling.words_first
     turns, answers = [[] for _ in chats], [[] for _ in chats]
-    for number in range(max(map(len, chats))):
+    for number in range(max(map(len, chats), default=0)):
         active = [i for i, chat in enumerate(chats) if number < len(chat)]
         for i in active:
             turns[i].append(user_turn(tokenizer, chats[i][number].text, exam.words))
@@ -112,20 +113,18 @@ def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
     return found
 
 
-def people(exam: Exam, prompts: Path, chats: Path | None, seeds: list[int]) -> Figures:
+def people(exam: Exam, prompts: Path = PROMPTS, chats: Path = CHATS, seeds: tuple[int, ...] = (0, 1, 2)) -> Figures:
     """Shares that are all right, and of how many. A chat's turn counts like any other, whatever came before it."""
     exam = replace(exam, sampling=sampling_of_sample(exam.weights))
-    wishes, talks = read_prompts(prompts), read_chats(chats) if chats else []
-    drawn, turns = [], []
+    wishes, talks, drawn, turns = read_prompts(prompts), read_chats(chats), [], []
+    flat = [wish for chat in talks for wish in chat]
     for seed in seeds:
         exam = replace(exam, seed=seed)
         said = draw_prompts(exam, [wish.text for wish in wishes])
         drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
         exam.sheet(f"people {seed}", ((w.text, [s.picture]) for w, s in zip(wishes, said, strict=True)))
-        if talks:
-            flat = [wish for chat in talks for wish in chat]
-            answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
-            turns += zip(flat, verdicts(exam, flat, answers), strict=True)
+        answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
+        turns += zip(flat, verdicts(exam, flat, answers), strict=True)
     rows = {"prompts": [fine for _, fine in drawn]}
     for name, count in (("one thing", 1), ("two things", 2)):
         rows[name] = [fine for wish, fine in drawn if wish.wanted and len(wish.wanted.things) == count]

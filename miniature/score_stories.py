@@ -94,11 +94,6 @@ def kept(seen: Picture, story: Picture, colour: str) -> dict[str, bool]:
 # ---- figures
 
 
-def ask_steps(exam: Exam, steps: list[Step], task: str, context: str) -> list[Said]:
-    rows = [story_example(CONTEXTS[context](step.before), step.turn, task, 0, "", exam.system) for step in steps]
-    return ask(exam, [row.source for row in rows], [row.inputs for row in rows])
-
-
 def image_figures(exam: Exam, said: list[Said], steps: list[Step]) -> dict[str, float]:
     return right_shares(look(exam, [answer.picture for answer in said]), [step.wanted for step in steps])
 
@@ -131,11 +126,9 @@ def own_story_figures(exam: Exam) -> Figures:
     colours = [first.picture.things[0].colour for first in firsts]
     tales, figures = [[] for _ in firsts], {}
     for step in range(1, OWN_STEPS + 1):
-        if step == 1:
-            requests = [STORY_REQUESTS["image"][0].format(first.text) for first in firsts]
-            sources = [story_source([], request, exam.system) for request in requests]
-        else:
-            sources = [story_source(tale, STORY_REQUESTS["text+image"][0], exam.system) for tale in tales]
+        request = STORY_REQUESTS["image" if step == 1 else "text+image"][0]  # of which the second has no {}
+        requests = [request.format(first.text) for first in firsts]
+        sources = [story_source(*told, exam.system) for told in zip(tales, requests, strict=True)]
         said = ask(exam, sources, [pictures_of(tale) for tale in tales])
         seen, rows = look(exam, [answer.picture for answer in said]), []
         for i, (first, tale, answer) in enumerate(zip(firsts, tales, said, strict=True)):
@@ -152,8 +145,9 @@ def own_story_figures(exam: Exam) -> Figures:
 def stories(exam: Exam) -> Figures:
     steps, figures = story_steps(exam), {}
     for task, figures_of in FIGURES.items():
-        for context in CONTEXTS:
-            said = ask_steps(exam, steps, task, context)
+        for context, history in CONTEXTS.items():
+            rows = [story_example(history(step.before), step.turn, task, 0, "", exam.system) for step in steps]
+            said = ask(exam, [row.source for row in rows], [row.inputs for row in rows])
             figures[f"{task}, {context}"] = figures_of(exam, said, steps)
         columns = []  # the picture before, then what was drawn or, where words were asked for, what they are about
         for step, answer in zip(steps, said, strict=True):

@@ -6,7 +6,6 @@
 The vectors stand in the place of the ten words that a picture has in the documents.
 """
 
-import hashlib
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,55 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.files import write_file, write_json
-from llama import KVCache, Llama, LlamaConfig
+from common.cli import MINIATURE
+from common.files import fingerprint, write_file, write_json
+from llama import KVCache, Llama
 from miniature.chats import known_words, unknown_words
-from miniature.documents import (
-    PIECES,
-    WORDS,
-    answer_ids,
-    answer_text,
-    described,
-    encode,
-    language_ids,
-    tokenizer_at,
-    train_tokenizer,
-)
+from miniature.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at, train_tokenizer
+from miniature.facts import Picture
 from miniature.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
-from miniature.sets import held_out_pictures, training_pictures, training_set
+from miniature.words import agrees, facts_in
 from miniature.world import sample_pair
 from prompts import Example, Turn, dialog_source
-from published.parts import load_llama
+from published.parts import config_of, load_llama, read_config
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
 from tokenizer import Tokenizer
 
-LANGUAGE_SIZES = LlamaConfig(
-    vocab_size=PIECES,
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=6,
-    num_attention_heads=6,
-    max_position_embeddings=1024,
-)
-VISION_SIZES = VisionConfig(
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    image_size=64,
-    patch_size=8,
-    layer_norm_eps=1e-5,
-)
-QFORMER_SIZES = QFormerConfig(
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    encoder_hidden_size=128,
-    num_query_tokens=WORDS,
-)
+LANGUAGE_SIZES = config_of("llama", MINIATURE / "vicuna" / "config.json")
+VISION_SIZES = read_config(VisionConfig, MINIATURE / "blip2" / "config.json", "vision_config")
+QFORMER_SIZES = read_config(QFormerConfig, MINIATURE / "blip2" / "config.json", "qformer_config")
 LONGEST = 48  # tokens of a measured answer
 QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
+
+
+# ---- what is said of pictures
 
 
 @torch.no_grad()
@@ -78,6 +50,18 @@ def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, ma
     return [answer_text(tokenizer, ids) for ids in torch.cat(said, 1).tolist()]
 
 
+def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """What is said up to a stop sequence or </s>."""
+    end = next((end for end in range(1, len(ids) + 1) if tokenizer.ends(ids[:end])), len(ids))
+    return tokenizer.decode(ids[:end], skip_special=True).removesuffix("###").strip()
+
+
+def described(texts: list[str], wanted: list[Picture]) -> float:
+    """The share of descriptions that name every fact of their picture."""
+    pairs = list(zip(map(facts_in, texts), wanted, strict=True))
+    return sum(len(told.things) == len(real.things) and agrees(real, told) for told, real in pairs) / len(pairs)
+
+
 # ---- language model
 
 
@@ -87,15 +71,15 @@ class LanguageRecipe(Recipe):
 
     def __init__(self, setup: Setup):
         super().__init__(setup)
-        self.modules = nn.ModuleDict({"llama": Llama(LANGUAGE_SIZES)})
-        reset(self.modules)
+        self.model = Llama(LANGUAGE_SIZES)
+        reset(self.model)
         self.path = setup.sets / f"pieces-{setup.seed}.model"
         if not self.path.exists():
             train_tokenizer(self.path, setup.seed)
         self.tokenizer = tokenizer_at(self.path)
         lengths = {"train": max(256, setup.pictures // 4), "held-out": max(32, setup.tested // 2)}
         self.texts, self.tested = (
-            training_set(setup, f"language-{split}", partial(language_ids, self.path, setup.seed, split), length)
+            setup.training_set(f"language-{split}", partial(language_ids, self.path, setup.seed, split), length)
             for split, length in lengths.items()
         )
         self.wanted = [sample_pair(setup.seed, i, "held-out")[0] for i in range(min(64, setup.tested))]
@@ -103,18 +87,18 @@ class LanguageRecipe(Recipe):
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         return (self.texts[self.pick(len(self.texts), generator)].long(),)
 
-    def losses(self, modules: nn.ModuleDict, texts: Tensor) -> dict[str, Tensor]:
+    def losses(self, llama: Llama, texts: Tensor) -> dict[str, Tensor]:
         """texts (B, 2, T): ids, and how much each counts."""
-        llama, (ids, weights) = modules["llama"], texts.unbind(1)
+        ids, weights = texts.unbind(1)
         logits = llama.lm_head(llama(llama.model.embed_tokens(ids[:, :-1])))
         surprise = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         weights = weights * (ids != self.tokenizer.bos_id)  # <s> always follows </s>: nothing to learn
         weights = weights[:, 1:].flatten().float()
         return {"loss": (surprise * weights).sum() / weights.sum()}
 
-    def retold(self, modules: nn.ModuleDict) -> list[str]:
+    def retold(self, llama: Llama) -> list[str]:
         """What is said of pictures that are given in words."""
-        llama, eos = modules["llama"], self.tokenizer.eos_id
+        eos = self.tokenizer.eos_id
         asked = [Example(QUESTION, "", (picture,)) for picture in self.wanted]
         lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in asked]
         longest = max(map(len, lines))
@@ -122,15 +106,15 @@ class LanguageRecipe(Recipe):
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
         return likeliest_answers(llama, self.tokenizer, llama.model.embed_tokens(ids), mask)
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, llama: Llama) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
-        loss = torch.stack([self.losses(modules, ids)["loss"] for ids in self.tested.long().split(32)]).mean()
-        return {"held_out_loss": loss.item(), "retold": described(self.retold(modules), self.wanted)}
+        loss = torch.stack([self.losses(llama, ids)["loss"] for ids in self.tested.long().split(32)]).mean()
+        return {"held_out_loss": loss.item(), "retold": described(self.retold(llama), self.wanted)}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
+    def export(self, llama: Llama, weights: Path) -> None:
         defaults = ("rope_scaling", "num_key_value_heads", "head_dim")
         sizes = {name: value for name, value in asdict(LANGUAGE_SIZES).items() if name not in defaults}
-        write_part(weights, "vicuna", "model", modules["llama"], sizes)
+        write_part(weights, "vicuna", "model", llama, sizes)
         write_file(weights / "vicuna" / "tokenizer.model", self.path.read_bytes())
         write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})
 
@@ -151,15 +135,13 @@ class CaptionerRecipe(Recipe):
         self.llama = load_llama(setup.weights / "vicuna", torch.float32, setup.device)
         path = setup.weights / "vicuna" / "tokenizer.model"
         self.tokenizer, width = tokenizer_at(path), self.llama.config.hidden_size
-        self.modules = nn.ModuleDict({"image_encoder": ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)})
-        reset(self.modules, 0.05)
-        vision = self.modules["image_encoder"].vision_model
-        for vectors in (vision.embeddings.position_embedding, self.modules["image_encoder"].query_tokens):
+        self.model = ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)
+        reset(self.model, 0.05)
+        for vectors in (self.model.vision_model.embeddings.position_embedding, self.model.query_tokens):
             nn.init.normal_(vectors, std=0.5)  # about as large as what patches bring: else place is learned last
-        self.pictures = training_pictures(setup)
-        version = hashlib.sha256(path.read_bytes()).hexdigest()[:8]  # of the tokenizer whose ids they are
-        self.answers = training_set(setup, f"looks-{version}", partial(answer_ids, path, setup.seed))
-        self.tested, self.wanted = held_out_pictures(setup)
+        self.pictures = setup.training_pictures()
+        self.answers = setup.training_set(f"looks-{fingerprint([path])}", partial(answer_ids, path, setup.seed))
+        self.tested, self.wanted = setup.held_out_pictures()
         self.table = self.llama.model.embed_tokens.weight
         self.mean, self.deviation = (torch.tensor(x, device=self.device).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
 
@@ -179,13 +161,12 @@ class CaptionerRecipe(Recipe):
         return embeddings.masked_scatter((ids == self.tokenizer.image_id)[..., None], vectors)
 
     def losses(
-        self, modules: nn.ModuleDict, pixels: Tensor, words: Tensor, ends: Tensor, ids: Tensor
+        self, encoder: ImageEncoder, pixels: Tensor, words: Tensor, ends: Tensor, ids: Tensor
     ) -> dict[str, Tensor]:
         """`ends`: where each answer in `ids` begins and ends."""
-        vectors = modules["image_encoder"](pixels).float()  # (B, 10, D)
-        distances = (
-            torch.cdist(vectors, self.table.expand(len(vectors), -1, -1)).square() / self.table.var()
-        )  # (B, 10, V)
+        vectors = encoder(pixels).float()  # (B, 10, D)
+        tables = self.table.expand(len(vectors), -1, -1)
+        distances = torch.cdist(vectors, tables).square() / self.table.var()  # (B, 10, V)
         word_loss = F.cross_entropy((-distances / 20).flatten(0, 1), words.flatten())
         word_loss = word_loss + 0.3 * distances.gather(-1, words[..., None]).mean() / vectors.shape[-1]
         logits = self.llama.lm_head(self.llama(self.embed(ids, vectors[: len(ids)])[:, :-1]))
@@ -194,22 +175,22 @@ class CaptionerRecipe(Recipe):
         text_loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].masked_fill(outside, -100).flatten())
         return {"loss": text_loss + word_loss, "text_loss": text_loss, "word_loss": word_loss}
 
-    def captions(self, modules: nn.ModuleDict) -> list[str]:
+    def captions(self, encoder: ImageEncoder) -> list[str]:
         """What the language model says of the tested pictures."""
         question = self.tokenizer.encode(QUESTION, WORDS)
         row, texts = torch.tensor([self.tokenizer.bos_id, *question], device=self.device), []
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)
-            embeddings = self.embed(ids, modules["image_encoder"](self.pixels(part)))
+            embeddings = self.embed(ids, encoder(self.pixels(part)))
             texts += likeliest_answers(self.llama, self.tokenizer, embeddings, torch.ones_like(ids))
         return texts
 
-    def measure(self, modules: nn.ModuleDict) -> dict[str, float]:
+    def measure(self, encoder: ImageEncoder) -> dict[str, float]:
         """ "described": every fact right."""
-        return {"described": described(self.captions(modules), self.wanted)}
+        return {"described": described(self.captions(encoder), self.wanted)}
 
-    def export(self, modules: nn.ModuleDict, weights: Path) -> None:
-        state = modules["image_encoder"].state_dict()
+    def export(self, encoder: ImageEncoder, weights: Path) -> None:
+        state = encoder.state_dict()
         projection = {name: tensor for name, tensor in state.items() if name.startswith("llama_proj.")}
         write_tensors(weights / "minigpt4" / "llama_proj.safetensors", projection)
         others = {name: tensor for name, tensor in state.items() if name not in projection}

@@ -10,20 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from miniature.facts import COLOURS_FOR, KINDS, PLACES, SIZES, Picture, Thing, fits, pick, sample_picture, sample_thing
-from miniature.words import (
-    COLOUR_WORDS,
-    NOUNS,
-    PLACE_PHRASES,
-    SCENE_NOUNS,
-    SIZE_WORDS,
-    TIME_CLAUSES,
-    choices,
-    description,
-    noun_phrase,
-    plural,
-    some,
-)
+from miniature import facts, words
+from miniature.facts import KINDS, Picture, Thing, fits, pick, pick_other, pick_weighted, sample_picture, sample_thing
+from miniature.words import choices, description, noun_phrase, plural, some
 
 
 @dataclass(frozen=True)
@@ -77,15 +66,15 @@ def called(rng, picture: Picture, *adjectives: str) -> str:
     hero = picture.things[0]
     if len(picture.things) == 1 and rng.random() < 0.5:
         return "it"
-    words = [getattr(hero, name) for name in adjectives if rng.random() < 0.35]
-    return " ".join(["the", *words, hero.kind])
+    named = [getattr(hero, name) for name in adjectives if rng.random() < 0.35]
+    return " ".join(["the", *named, hero.kind])
 
 
 def change_hero(rng, picture: Picture, fact: str) -> tuple[str, Picture | None]:
     """Another value of one of the hero's facts, and the picture with it; None where that does not fit."""
     hero = picture.things[0]
-    values = {"place": PLACES, "size": SIZES, "colour": COLOURS_FOR[hero.kind, picture.scene]}[fact]
-    value = pick(rng, [value for value in values if value != getattr(hero, fact)])
+    colours = facts.COLOURS_FOR[hero.kind, picture.scene]
+    value = pick_other(rng, {"place": facts.PLACES, "size": facts.SIZES, "colour": colours}[fact], getattr(hero, fact))
     things = (replace(hero, **{fact: value}), *picture.things[1:])
     return value, replace(picture, things=things) if fits(things, picture.scene) else None
 
@@ -102,12 +91,12 @@ def resize(rng, picture):
     if after is None:
         return None
     form = some(rng, GROWS if size == "big" else SHRINKS)
-    return form.format(called(rng, picture, "colour"), some(rng, SIZE_WORDS[size])), after
+    return form.format(called(rng, picture, "colour"), some(rng, words.SIZE_WORDS[size])), after
 
 
 def recolour(rng, picture):
     colour, after = change_hero(rng, picture, "colour")
-    return some(rng, TURNS_COLOUR).format(called(rng, picture, "size"), some(rng, COLOUR_WORDS[colour])), after
+    return some(rng, TURNS_COLOUR).format(called(rng, picture, "size"), some(rng, words.COLOUR_WORDS[colour])), after
 
 
 def newcomer(rng, picture) -> Thing | None:
@@ -126,7 +115,7 @@ def meet(rng, picture):
     sentence = some(rng, MEETS).format(
         hero=called(rng, picture, "size", "colour"),
         other=noun_phrase(rng, other),
-        place=some(rng, PLACE_PHRASES[other.place]),
+        place=some(rng, words.PLACE_PHRASES[other.place]),
     )
     return sentence, replace(picture, things=(*picture.things, other))
 
@@ -164,9 +153,8 @@ def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     opening = some(rng, "{} | once upon a time there was {} | this is the story of {} | one fine time there was {}")
     turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", picture)]
     last, length = None, 4 + int(rng.integers(2))
-    changes, weights = list(CHANGES), list(CHANGES.values())
     while len(turns) < length:
-        change = changes[int(rng.choice(len(changes), p=weights))]
+        change = pick_weighted(rng, CHANGES)
         told = change(rng, picture) if change is not last or change is move else None
         if told is not None:
             last, picture = change, told[1]
@@ -289,18 +277,18 @@ def wish_move(rng, picture):
 
 def wish_size(rng, picture):
     size, after = change_hero(rng, picture, "size")
-    word = some(rng, f"{SIZE_WORDS[size]} | {'bigger' if size == 'big' else 'smaller'}")
+    word = some(rng, f"{words.SIZE_WORDS[size]} | {'bigger' if size == 'big' else 'smaller'}")
     return f"make {named(picture)} {word}", after
 
 
 def wish_colour(rng, picture):
     colour, after = change_hero(rng, picture, "colour")
     form = some(rng, "make {} {} | paint {} {} | colour {} {}")
-    return form.format(named(picture), some(rng, COLOUR_WORDS[colour])), after
+    return form.format(named(picture), some(rng, words.COLOUR_WORDS[colour])), after
 
 
 def wish_time(rng, picture):
-    time = pick(rng, [time for time in NEXT_TIME if time != picture.time])
+    time = pick_other(rng, NEXT_TIME, picture.time)
     word = {"day": "day", "sunset": "evening", "night": "night"}[time]
     return some(rng, "make it {} | turn it into {} | let it be {}").format(word), replace(picture, time=time)
 
@@ -309,7 +297,7 @@ def wish_more(rng, picture):
     other = newcomer(rng, picture) if len(picture.things) == 1 else None
     if other is None:
         return None
-    wish = f"add {noun_phrase(rng, other)} {some(rng, PLACE_PHRASES[other.place])}"
+    wish = f"add {noun_phrase(rng, other)} {some(rng, words.PLACE_PHRASES[other.place])}"
     return wish, replace(picture, things=(*picture.things, other))
 
 
@@ -322,19 +310,19 @@ def wish_less(rng, picture):
 def question(rng, split, picture):
     """A question about the picture, answered in words."""
     thing, kinds = pick(rng, picture.things), [thing.kind for thing in picture.things]
-    noun, absent = some(rng, NOUNS[thing.kind]), pick(rng, [kind for kind in KINDS if kind not in kinds])
+    noun, absent = some(rng, words.NOUNS[thing.kind]), pick_other(rng, KINDS, *kinds)
     count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
     asked, answer = pick(
         rng,
         [
             (f"what colour is the {noun}?", f"it is {thing.colour}."),
-            (f"where is the {noun}?", f"it is {some(rng, PLACE_PHRASES[thing.place])}."),
+            (f"where is the {noun}?", f"it is {some(rng, words.PLACE_PHRASES[thing.place])}."),
             (f"is the {noun} big or small?", f"it is {thing.size}."),
-            ("what time is it there?", f"{some(rng, TIME_CLAUSES[picture.time])}."),
-            ("which place is this?", f"this is {some(rng, SCENE_NOUNS[picture.scene])}."),
+            ("what time is it there?", f"{some(rng, words.TIME_CLAUSES[picture.time])}."),
+            ("which place is this?", f"this is {some(rng, words.SCENE_NOUNS[picture.scene])}."),
             ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
             (f"is there a {absent} too?", f"no, there is no {absent}."),
-            (f"do you see the {noun}?", f"yes, it is {some(rng, PLACE_PHRASES[thing.place])}."),
+            (f"do you see the {noun}?", f"yes, it is {some(rng, words.PLACE_PHRASES[thing.place])}."),
         ],
     )
     return Turn(asked), Turn(answer)
@@ -346,10 +334,12 @@ def praise(rng, split, picture):
 
 def talk(rng, split, picture):
     """Plain words: small talk, or something about a kind of thing."""
-    if rng.random() < 0.5:
-        return tuple(map(Turn, choices(pick(rng, TALK))))
+    return tuple(map(Turn, choices(pick(rng, TALK)) if rng.random() < 0.5 else talk_about(rng)))
+
+
+def talk_about(rng) -> tuple[str, str]:
     kind = pick(rng, list(KINDS))
-    return Turn(some(rng, ASKS_ABOUT).format(plural(kind))), Turn(some(rng, ABOUT[kind]))
+    return some(rng, ASKS_ABOUT).format(plural(kind)), some(rng, ABOUT[kind])
 
 
 OPENINGS = {request: 0.5, show: 0.2, talk: 0.3}
@@ -361,8 +351,7 @@ def dialogue(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     turns: list[Turn] = []
     picture = None
     for _ in range(2 + int(rng.integers(3))):
-        options = OPENINGS if picture is None else SEQUELS
-        exchange = list(options)[int(rng.choice(len(options), p=list(options.values())))](rng, split, picture)
+        exchange = pick_weighted(rng, OPENINGS if picture is None else SEQUELS)(rng, split, picture)
         turns += exchange
         picture = next((turn.picture for turn in reversed(exchange) if turn.picture), picture)
     return turns

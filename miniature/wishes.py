@@ -13,27 +13,10 @@ from dataclasses import replace
 import numpy as np
 
 from common.texts import plain_words
-from miniature import phrases
+from miniature import phrases, words
 from miniature.descriptions import as_named
-from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, home, pick, sample_picture
-from miniature.words import (
-    COLOUR_WORDS,
-    NOUNS,
-    PLACE_PHRASES,
-    SCENE_PHRASES,
-    SIZE_WORDS,
-    TIME_CLAUSES,
-    TIME_PHRASES,
-    caption,
-    choices,
-    facts_in,
-    home_level,
-    plural,
-    some,
-    tidy,
-    verb,
-    with_article,
-)
+from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, home, pick, pick_other, sample_picture
+from miniature.words import caption, choices, facts_in, home_level, one_of, plural, some, tidy, verb, with_article
 
 SLIPS = 0.05  # share of texts with slips of the fingers
 
@@ -43,15 +26,6 @@ SLIPS = 0.05  # share of texts with slips of the fingers
 def said(rng: np.random.Generator, common: str, more: str) -> str:
     """A word of `common`, the first one most often, or of people's own."""
     return some(rng, common) if rng.random() < 0.6 else one_of(rng, more)
-
-
-def one_of(rng: np.random.Generator, phrases: str) -> str:
-    """Any of "a | b | c"."""
-    return pick(rng, choices(phrases))
-
-
-def chance(rng: np.random.Generator, share: float) -> bool:
-    return rng.random() < share
 
 
 # ---- facts: which are named, and what becomes of the others
@@ -86,32 +60,30 @@ def wanted_picture(rng: np.random.Generator, split: str) -> Picture:
 
 
 def adjectives_of(rng: np.random.Generator, named: Thing) -> list[str]:
-    words = []
+    adjectives = []
     if named.size:
-        words.append(said(rng, SIZE_WORDS[named.size], phrases.MORE_SIZES[named.size]))
+        adjectives.append(said(rng, words.SIZE_WORDS[named.size], phrases.MORE_SIZES[named.size]))
     if named.colour:
-        words.append(said(rng, COLOUR_WORDS[named.colour], phrases.MORE_COLOURS[named.colour]))
-    if len(words) == 2 and chance(rng, 0.12):
-        words.reverse()
+        adjectives.append(said(rng, words.COLOUR_WORDS[named.colour], phrases.MORE_COLOURS[named.colour]))
+    if len(adjectives) == 2 and chance(rng, 0.12):
+        adjectives.reverse()
     if chance(rng, 0.1):
-        words.insert(0, some(rng, phrases.FILLERS))
-    return words
+        adjectives.insert(0, some(rng, phrases.FILLERS))
+    return adjectives
 
 
 def noun_of(rng: np.random.Generator, kind: str) -> str:
-    return said(rng, NOUNS[kind], phrases.MORE_NOUNS[kind])
+    return said(rng, words.NOUNS[kind], phrases.MORE_NOUNS[kind])
 
 
 def thing_phrase(rng: np.random.Generator, named: Thing, bare: bool = False) -> str:
     """ "a red boat", "one big cat", "a boat that is red"; `bare`: without an article."""
-    noun, words = noun_of(rng, named.kind), adjectives_of(rng, named)
-    if words and chance(rng, 0.06):
-        tail = " and ".join(words) if chance(rng, 0.7) else ", ".join(words)
-        phrase = (
-            f"{noun} {pick(rng, ['that is', 'which is', 'in', 'coloured'] if not named.size else ['that is'])} {tail}"
-        )
+    noun, adjectives = noun_of(rng, named.kind), adjectives_of(rng, named)
+    if adjectives and chance(rng, 0.06):
+        tail = (" and " if chance(rng, 0.7) else ", ").join(adjectives)
+        phrase = f"{noun} {one_of(rng, 'that is' if named.size else 'that is | which is | in | coloured')} {tail}"
     else:
-        phrase = " ".join([*words, noun])
+        phrase = " ".join([*adjectives, noun])
     if bare or chance(rng, 0.05):
         return phrase
     article = rng.random()
@@ -122,8 +94,7 @@ def thing_phrase(rng: np.random.Generator, named: Thing, bare: bool = False) -> 
 
 def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
     if chance(rng, 0.45):
-        level = home_level(picture)
-        return some(rng, SCENE_PHRASES[f"{scene} {level}".strip()])
+        return some(rng, words.SCENE_PHRASES[f"{scene} {home_level(picture)}".strip()])
     if chance(rng, 0.55):
         return one_of(rng, phrases.MORE_SCENES[scene])
     sky = all(home(thing.kind, scene) == "sky" for thing in picture.things)
@@ -133,11 +104,11 @@ def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
 
 
 def time_words(rng: np.random.Generator, time: str) -> str:
-    return said(rng, TIME_PHRASES[time], phrases.MORE_TIMES[time])
+    return said(rng, words.TIME_PHRASES[time], phrases.MORE_TIMES[time])
 
 
 def place_words(rng: np.random.Generator, place: str) -> str:
-    return said(rng, PLACE_PHRASES[place], phrases.MORE_PLACES[place])
+    return said(rng, words.PLACE_PHRASES[place], phrases.MORE_PLACES[place])
 
 
 # ---- one wish
@@ -180,23 +151,19 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
         relation = None if place else pick(rng, [None, None, None, "left", "right"])
         if not place:
             picture = spread(rng, picture)
-            if relation:  # the first thing stands on that side
-                swap = picture.things[0].place != relation
-                places = [t.place for t in picture.things][:: -1 if swap else 1]
-                things = tuple(replace(t, place=p) for t, p in zip(picture.things, places, strict=True))
-                picture = replace(picture, things=things)
+            if relation and picture.things[0].place != relation:  # the first thing stands on that side
+                one, two = picture.things
+                picture = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
         text = two_things(rng, picture, named, scene, time, relation)
     if chance(rng, 0.05):
-        kinds = {thing.kind for thing in picture.things}
-        absent = pick(rng, [kind for kind in KINDS if kind not in kinds])
+        absent = pick_other(rng, KINDS, *(thing.kind for thing in picture.things))
         text = f"{text} {one_of(rng, phrases.ABSENT).format(absent, plural(absent))}"
     elif chance(rng, 0.06):
         stranger = with_article(one_of(rng, phrases.STRANGERS))
-        text = (
-            f"{text} {pick(rng, ['and', 'with', 'next to', 'beside'])} {stranger}"
-            if chance(rng, 0.6)
-            else (f"{stranger} {pick(rng, ['and', 'with', 'next to'])} {text}")
-        )
+        if chance(rng, 0.6):
+            text = f"{text} {pick(rng, ['and', 'with', 'next to', 'beside'])} {stranger}"
+        else:
+            text = f"{stranger} {pick(rng, ['and', 'with', 'next to'])} {text}"
     if chance(rng, 0.3):
         text = one_of(rng, phrases.REQUESTS).format(text)
     return text, picture
@@ -224,12 +191,12 @@ def bare_list(rng: np.random.Generator, named: list[Thing], scene: str | None, t
     comma = chance(rng, 0.6)
     groups = []
     for thing in named:
-        words = [*adjectives_of(rng, thing), noun_of(rng, thing.kind)]
+        parts = [*adjectives_of(rng, thing), noun_of(rng, thing.kind)]
         if len(named) == 1 and chance(rng, 0.3):
-            words = [words[i] for i in rng.permutation(len(words))]
+            parts = [parts[i] for i in rng.permutation(len(parts))]
         if places and thing.place:
-            words.append(place_words(rng, thing.place))
-        groups.append(" ".join(words))
+            parts.append(place_words(rng, thing.place))
+        groups.append(" ".join(parts))
     around = [one_of(rng, phrases.SETTINGS[scene])] if scene else []
     around += [one_of(rng, phrases.TIME_NOUNS[time])] if time else []
     groups = [*around, *groups] if chance(rng, 0.25) else [*groups, *around]
@@ -269,15 +236,13 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Thing, scene: s
         first, rest = tail[0], " ".join(tail[1:])
         return f"{first}{',' if chance(rng, 0.3) else ''} {thing_phrase(rng, named)} {rest}"
     if form < 0.88 and time:
-        start = pick(
-            rng, choices(phrases.TIME_STARTS[time]) + [f"{clause} and" for clause in choices(TIME_CLAUSES[time])]
-        )
+        clauses = [f"{clause} and" for clause in choices(words.TIME_CLAUSES[time])]
+        start = pick(rng, choices(phrases.TIME_STARTS[time]) + clauses)
         place = " ".join(ends(rng, picture, scene, None, named.place))
         if scene and chance(rng, 0.4):
-            return (
-                f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and {thing_phrase(rng, named)} "
-                f"{verb(rng, kind, 1)} {place_words(rng, named.place) if named.place else ''}"
-            )
+            start = f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and"
+            does = f"{thing_phrase(rng, named)} {verb(rng, kind, 1)}"
+            return f"{start} {does} {place_words(rng, named.place) if named.place else ''}"
         return f"{start} {thing_phrase(rng, named)} {verb(rng, kind, 1)} {place}"
     noun = noun_of(rng, kind)
     which = pick(rng, ["the", "the", "my", "a", "this", "our"])
@@ -290,9 +255,8 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Thing, scene: s
         return ". ".join(lines) + "."
     if form < 0.97:  # "my house is yellow and stands in a meadow"
         return f"{which} {noun} is {' and '.join(facts)}{' and ' + verb(rng, kind, 1) + ' ' + end if tail else ''}"
-    several = [*facts, *tail]
-    listed = ", ".join(several[:-1]) + f" and {several[-1]}" if len(several) > 1 else several[0]
-    return f"a {noun} that is {listed}"
+    *several, last = [*facts, *tail]
+    return f"a {noun} that is {', '.join(several)}{' and ' * bool(several)}{last}"
 
 
 def two_things(
@@ -309,10 +273,8 @@ def two_things(
     first, second = (thing_phrase(rng, thing) for thing in named)
     homes = [home(thing.kind, picture.scene) for thing in picture.things]
     if relation:
-        side = pick(rng, ["to the {} of", "to the {} of", "{} of", "on the {} of", "on the {} side of"]).format(
-            relation
-        )
-        return f"{first} {pick(rng, ['', 'is', 'stands'])} {side} {second} {end}"
+        side = one_of(rng, "to the {0} of | to the {0} of | {0} of | on the {0} of | on the {0} side of")
+        return f"{first} {pick(rng, ['', 'is', 'stands'])} {side.format(relation)} {second} {end}"
     if named[0].place:
         places = [place_words(rng, thing.place) for thing in named]
         if chance(rng, 0.2):
@@ -352,11 +314,11 @@ def same_kind(rng: np.random.Generator, named: list[Thing]) -> str:
     one, two = named
     noun = noun_of(rng, one.kind)
     if (one.colour, one.size) == (two.colour, two.size):
-        words = " ".join(adjectives_of(rng, one))
+        adjectives = " ".join(adjectives_of(rng, one))
         if chance(rng, 0.15):
-            return f"{with_article(f'{words} {noun}'.strip())} and another {pick(rng, ['', words])} {noun}"
-        return f"{one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)} {words} {plural(noun)}"
-    facts = [" ".join(adjectives_of(rng, replace(thing))) for thing in named]
+            return f"{with_article(f'{adjectives} {noun}'.strip())} and another {pick(rng, ['', adjectives])} {noun}"
+        return f"{one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)} {adjectives} {plural(noun)}"
+    facts = [" ".join(adjectives_of(rng, thing)) for thing in named]
     if not all(facts):
         return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"
     form = rng.random()
@@ -389,12 +351,12 @@ def typo(rng: np.random.Generator, word: str) -> str:
 
 def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:
     """The text with one or two slips, or in most cases without."""
-    words = text.split()
+    parts = text.split()
     if chance(rng, slips):
         for _ in range(1 + int(rng.integers(2))):
-            i = int(rng.integers(len(words)))
-            if words[i] in phrases.SOUNDS_LIKE and chance(rng, 0.4):
-                words[i] = phrases.SOUNDS_LIKE[words[i]]
-            elif len(words[i]) > 2 and words[i].isalpha():
-                words[i] = typo(rng, words[i])
-    return tidy(" ".join(words))
+            i = int(rng.integers(len(parts)))
+            if parts[i] in phrases.SOUNDS_LIKE and chance(rng, 0.4):
+                parts[i] = phrases.SOUNDS_LIKE[parts[i]]
+            elif len(parts[i]) > 2 and parts[i].isalpha():
+                parts[i] = typo(rng, parts[i])
+    return tidy(" ".join(parts))

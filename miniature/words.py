@@ -12,7 +12,7 @@ from itertools import permutations
 
 import numpy as np
 
-from miniature.facts import COLOURS, PLACES, SIZES, TIMES, Picture, Thing, home, pick
+from miniature.facts import COLOURS, PLACES, SIZES, TIMES, Picture, Thing, home, pick, pick_weighted
 
 PLACE_NAMED = 0.7
 SIZE_NAMED = 0.85  # not always, so that a prompt without a size ("a red boat at sea") is nothing new to the models
@@ -168,6 +168,11 @@ def some(rng: np.random.Generator, phrases: str) -> str:
     return options[0] if rng.random() < 0.4 else pick(rng, options)
 
 
+def one_of(rng: np.random.Generator, phrases: str) -> str:
+    """Any of "a | b | c"."""
+    return pick(rng, choices(phrases))
+
+
 def with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
@@ -255,28 +260,26 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
     when = some(rng, TIME_PHRASES[picture.time]) if dated else ""
     alone, same = len(picture.things) == 1, twins(picture)
     kind = picture.things[0].kind
-    forms = [
-        (5, "{what} {where} {scene} {when}"),
-        (2, "{what} {scene} {where} {when}"),
-        (1.5, "{when} {what} {scene} {where}"),
-        (1.5, "{there} {what} {where} {scene} {when}"),
-        (1, "{scene} {when} {there} {what} {where}"),
-        (1.5, "{art} {what} {where} {scene} {when}"),
-        (1, "{ground} {when} with {what} {where}"),
-    ]
+    forms = {
+        "{what} {where} {scene} {when}": 5,
+        "{what} {scene} {where} {when}": 2,
+        "{when} {what} {scene} {where}": 1.5,
+        "{there} {what} {where} {scene} {when}": 1.5,
+        "{scene} {when} {there} {what} {where}": 1,
+        "{art} {what} {where} {scene} {when}": 1.5,
+        "{ground} {when} with {what} {where}": 1,
+    }
     if alone or same:
-        forms += [(1.5, "{what} {does} {scene} {where} {when}"), (1, "{what} {doing} {where} {scene} {when}")]
+        forms |= {"{what} {does} {scene} {where} {when}": 1.5, "{what} {doing} {where} {scene} {when}": 1}
     if dated:
-        forms += [(0.7, "{clause} and {there} {what} {where} {scene}")]
+        forms["{clause} and {there} {what} {where} {scene}"] = 0.7
     if alone and placed:
-        forms += [(0.7, "{where} {does} {what} {scene} {when}")]
+        forms["{where} {does} {what} {scene} {when}"] = 0.7
     if placed and not alone and not same:
-        forms += [(2, "{inverse} {scene} {when}")]
-    weights = np.array([weight for weight, _ in forms])
-    form = forms[int(rng.choice(len(forms), p=weights / weights.sum()))][1]
+        forms["{inverse} {scene} {when}"] = 2
     first, second = picture.things[0], picture.things[-1]
     return tidy(
-        form.format(
+        pick_weighted(rng, forms).format(
             what=what,
             where=where,
             scene=scene,
@@ -357,10 +360,6 @@ def facts_in(text: str) -> Picture:
 
 def agrees(named: Picture, picture: Picture) -> bool:
     """Whether everything that a text names (`facts_in`) is true of the picture; every named thing is another one."""
-
-    def true_of(thing: Thing, real: Thing) -> bool:
-        return all(a in (None, b) for a, b in zip(vars(thing).values(), vars(real).values(), strict=True))
-
     orders = permutations(picture.things, len(named.things))  # none where more things are named than there are
     right = named.scene in (None, picture.scene) and named.time in (None, picture.time)
-    return right and any(all(map(true_of, named.things, reals)) for reals in orders)
+    return right and any(all(map(Thing.is_true_of, named.things, reals)) for reals in orders)

@@ -22,7 +22,6 @@ from evaluation import __main__ as evaluate
 from evaluation import cases, metrics, scorers
 from evaluation.cases import generator_of, read_answer, spoken, write_answer
 from evaluation.comparisons import METRICS, Bench, Outcome, attributes, drawn
-from evaluation.metrics import Part
 from miniature import world
 from miniature.judge import NOTHING, Judge
 from miniature.pairing import Pairing
@@ -148,35 +147,22 @@ EAST, NORTH = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 BETWEEN = torch.tensor([0.6, 0.8])  # cosine with EAST 0.6, with NORTH 0.8
 
 
-def test_relevance_by_modality():
-    """Turn 1 says words (0.6) and no picture where one is wanted; turn 2 says words (0.8) and a picture too many; turn
-    3 has words and picture (0 and 1). Similarities 0.6 + 0.8 + 0 + 1 = 2.4; said: 1 + 2 + 2 = 5 parts, wanted:
-    2 + 1 + 2 = 5. Precision 2.4 / 5, recall 2.4 / 5, F1 0.48."""
-    turns = [
-        ([Part("words", BETWEEN)], [Part("words", EAST), Part("picture", EAST)]),
-        ([Part("words", BETWEEN), Part("picture", NORTH)], [Part("words", NORTH)]),
-        ([Part("words", EAST), Part("picture", NORTH)], [Part("words", NORTH), Part("picture", NORTH)]),
-    ]
-    assert metrics.relevance_by_modality(turns) == pytest.approx(0.48)
+def test_relevance_of_turns():
+    """Words of three turns, then their pictures: 0.6 + 0.8 + 0 and 1, with a picture too few and one too many. 2.4 in
+    all; said: 5 parts, wanted: 5. Precision 2.4 / 5, recall 2.4 / 5, F1 0.48."""
+    texts = [([BETWEEN], [EAST]), ([BETWEEN], [NORTH]), ([EAST], [NORTH])]
+    pictures = [([], [EAST]), ([NORTH], []), ([NORTH], [NORTH])]
+    assert metrics.mm_relevance(texts + pictures) == pytest.approx(0.48)
     # without turn 2: similarities 1.6, said 3, wanted 4: p = 1.6/3, r = 0.4, F1 = 2 p r / (p + r) = 3.2 / 7
     p, r = 1.6 / 3, 1.6 / 4
-    assert metrics.relevance_by_modality(turns[::2]) == pytest.approx(2 * p * r / (p + r)) == pytest.approx(3.2 / 7)
-
-
-def test_relevance_in_order():
-    """Wanted: words EAST, picture NORTH. Said: a picture BETWEEN, words NORTH, a picture. From the left: 0.6 and 1,
-    whatever the modality; p = 1.6 / 3, r = 1.6 / 2, F1 = 2 * 1.6 / 5. By modality it is words 0 and picture 0.8."""
-    wanted = [Part("words", EAST), Part("picture", NORTH)]
-    said = [Part("picture", BETWEEN), Part("words", NORTH), Part("picture", EAST)]
-    assert metrics.relevance_in_order(said, wanted) == pytest.approx(0.64)
-    assert metrics.relevance_by_modality([(said, wanted)]) == pytest.approx(2 * 0.8 / 5)
+    expected = pytest.approx(2 * p * r / (p + r))
+    assert metrics.mm_relevance(texts[::2] + pictures[::2]) == expected == pytest.approx(3.2 / 7)
 
 
 def test_relevance_of_nothing():
-    wanted = [Part("words", EAST)]
-    for said in ([], [Part("words", NORTH)]):
-        assert metrics.relevance_in_order(said, wanted) == metrics.relevance_by_modality([(said, wanted)]) == 0
-    assert metrics.relevance_in_order(wanted, wanted) == metrics.relevance_by_modality([(wanted, wanted)]) == 1
+    for said in ([], [NORTH]):
+        assert metrics.mm_relevance([(said, [EAST])]) == 0
+    assert metrics.mm_relevance([([EAST], [EAST])]) == 1
 
 
 # ---- what is compared with what
@@ -209,6 +195,14 @@ def test_what_is_compared():
     figures["mm-relevance-mmdialog"] = (2 * 0.6 / 5 + 2 * 0.8 / 2 + 2 / 4) / 3  # and over turns
     for name, value in figures.items():
         assert METRICS[name].compute(bench, outcomes) == pytest.approx(value), name
+
+
+def test_two_definitions_of_relevance():
+    """Wanted: words EAST, picture NORTH. Said: a picture BETWEEN, words NORTH, a picture. From the left: 0.6 and 1,
+    whatever the modality; p = 1.6 / 3, r = 1.6 / 2, F1 = 2 * 1.6 / 5. By modality it is words 0 and picture 0.8."""
+    outcomes = [replied("a", "east", [0, "north", 1], [NORTH], [BETWEEN, EAST])]
+    for name, value in (("mm-relevance", 2 * 0.8 / 5), ("mm-relevance-mmdialog", 0.64)):
+        assert METRICS[name].compute(Bench({"clip": Plane()}, {}), outcomes) == pytest.approx(value), name
 
 
 def test_pictures_are_not_compared_with_no_words():

@@ -12,8 +12,7 @@ from common import terminal
 from common.cli import MINIATURE
 from common.images import read_image, to_tensor
 from miniature.judge import load_judge, read, right_shares
-from miniature.recipe import Setup
-from miniature.sets import held_out_pictures, to_pixels
+from miniature.recipe import Setup, to_pixels
 from miniature.words import facts_in
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae
@@ -153,7 +152,7 @@ def test_a_chat_remembers_its_picture(tmp_path, monkeypatch):
 
 def test_judge_reads_real_pictures(tmp_path):
     """Every attribute of at least 99 of 100 held-out pictures (the whole measurement: miniature/README.md)."""
-    drawn, wanted = held_out_pictures(Setup(tmp_path, tmp_path, torch.device("cpu"), tested=200))
+    drawn, wanted = Setup(tmp_path, tmp_path, torch.device("cpu"), tested=200).held_out_pictures()
     found = right_shares(read(load_judge(), to_pixels(drawn)), wanted)
     print(found)
     assert min(found.values()) >= 0.99

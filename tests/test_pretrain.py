@@ -19,8 +19,7 @@ from miniature.autoencoder import VAE_SIZES
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, random_stream
 from miniature.painter import UNET_SIZES
 from miniature.reader import TEXT_SIZES
-from miniature.recipe import Setup
-from miniature.sets import cached, to_pixels, training_pictures
+from miniature.recipe import Setup, cached, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.words import agrees, facts_in
 from minigpt5 import Vokens
@@ -73,7 +72,7 @@ def shop(tmp_path_factory):
 
 
 def states(recipe, averaged):
-    return {**{f"now.{k}": v for k, v in recipe.modules.state_dict().items()}, **averaged.state_dict()}
+    return {**{f"now.{k}": v for k, v in recipe.model.state_dict().items()}, **averaged.state_dict()}
 
 
 # ---- training
@@ -104,7 +103,7 @@ def test_learns_one_batch(shop, tmp_path, part):
     optimizers = pretrain.optimizers_of(recipe)
     batch, losses = recipe.batch(torch.Generator().manual_seed(0)), []
     for _ in range(16):
-        loss = recipe.losses(recipe.modules, *batch)["loss"]
+        loss = recipe.losses(recipe.model, *batch)["loss"]
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -185,9 +184,9 @@ def test_rate_and_average():
 
 
 def test_sets_do_not_depend_on_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("miniature.sets.CHUNK", 4)
+    monkeypatch.setattr("miniature.recipe.CHUNK", 4)
     shops = [Setup(tmp_path / name, tmp_path, CPU, 1, 6, workers) for name, workers in (("a", 1), ("b", 2))]
-    one, two = map(training_pictures, shops)
+    one, two = map(Setup.training_pictures, shops)
     assert torch.equal(one, two) and one.shape == (6, 64, 64, 3)
     assert (one[4].numpy() == np.asarray(world.draw(*world.sample_pair(1, 4)[::2]))).all()
 
@@ -244,10 +243,10 @@ def test_answers_to_questions(shop):
         assert tokenizer.decode(words.tolist()) == documents.picture_words(picture)
         assert ids[:start].count(tokenizer.image_id) == documents.WORDS
         assert tokenizer.decode(ids[:start]).endswith("###Assistant:") and ids[end - 1] == tokenizer.eos_id
-        answer = documents.answer_text(tokenizer, ids[start:end])
-        assert documents.described([answer], [picture]) == 1.0, answer
+        answer = speaker.answer_text(tokenizer, ids[start:end])
+        assert speaker.described([answer], [picture]) == 1.0, answer
         other = world.sample_pair(0, i + 1)[0]
-        assert documents.described([answer], [other]) == 0.0 or other == picture
+        assert speaker.described([answer], [other]) == 0.0 or other == picture
 
 
 def test_captions_fit_the_text_encoder(shop):
@@ -314,7 +313,7 @@ def test_exports_load(shop):
 def test_latents_of_the_export(shop):
     """Their means deviate by about one, as the UNet's noise does; beside them is the posterior's deviation."""
     vae = load_vae(shop.weights / "stable-diffusion" / "vae", torch.float32)
-    drawn = training_pictures(shop)
+    drawn = shop.training_pictures()
     mean, deviation = torch.from_numpy(autoencoder.latent_block(vae, drawn, range(8))).float().unbind(1)
     print(f"deviation of the means {mean.std():.3f}")
     assert 0.9 < mean.std() < 1.1

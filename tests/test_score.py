@@ -57,10 +57,10 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     for recipe_class in pretrain.PARTS.values():
         recipe = recipe_class(shop)
-        if "unet" in recipe.modules:
-            torch.nn.init.normal_(recipe.modules["unet"].conv_out.weight)  # zeros would hide the condition
+        if isinstance(recipe, painter.DiffusionRecipe):
+            torch.nn.init.normal_(recipe.model.conv_out.weight)  # zeros would hide the condition
         with torch.no_grad():
-            recipe.export(recipe.modules.eval(), shop.weights)
+            recipe.export(recipe.model.eval(), shop.weights)
     patch.undo()
     (shop.weights / "minigpt5").mkdir(exist_ok=True)
     model = load_minigpt5(shop.weights, None, read_pictures=False)
@@ -86,7 +86,7 @@ def test_only_named_facts_are_asked_for():
         Picture("sea", None, (Thing("boat", "red"),)),
         Picture("city", "night", (replace(BOAT, place="middle"),)),
     )
-    assert examining.named_shares([bare, full])["size"] == examining.named_shares([bare, full])["time"] == 0.5
+    assert score.named_shares([bare, full])["size"] == score.named_shares([bare, full])["time"] == 0.5
     shares = right_shares([SEEN, SEEN], [bare, full])
     assert shares == {
         **{"scene": 0.5, "time": 1.0, "count": 1.0, "kind": 1.0, "colour": 1.0, "size": 1.0, "place": 0.0},
@@ -172,7 +172,8 @@ def draw(monkeypatch):
 
     for module in (score, score_stories):
         monkeypatch.setattr(module, "look", look)
-    monkeypatch.setattr(examining, "draw", draw)
+    for module in (score, examining):
+        monkeypatch.setattr(module, "draw", draw)
     return draw
 
 
@@ -309,7 +310,7 @@ def test_contexts(exam):
 def test_one_noise_on_both_ways(exam):
     """With the text encoding in the mapper's place, the vokens' way draws the very pictures of the text encoder's."""
     assert exam.generator(0).initial_seed() != exam.generator(1).initial_seed()
-    prompts = examining.held_out_prompts(exam, 1)[0]
+    prompts = score.held_out_prompts(exam, 1)[0]
     through_text = examining.text_to_pictures(exam, prompts)
     model = load_minigpt5(exam.weights, None, read_pictures=False, read_captions=True)
     texts = [""] * len(prompts) + prompts
@@ -331,7 +332,7 @@ def test_one_noise_on_both_ways(exam):
 
 
 def test_batches_do_not_matter(exam, monkeypatch):
-    prompts = examining.held_out_prompts(exam, 1)[0]
+    prompts = score.held_out_prompts(exam, 1)[0]
     whole = examining.text_to_pictures(exam, prompts), examining.ask(exam, prompts, force_image=True)
     monkeypatch.setattr(examining, "BATCH", 2)
     parts = examining.text_to_pictures(exam, prompts), examining.ask(exam, prompts, force_image=True)
