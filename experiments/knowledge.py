@@ -36,7 +36,7 @@ from common.texts import clean_caption
 from miniature.exam import SIDE, Exam, Said, draw_prompts, look, text_to_pictures
 from miniature.facts import random_stream, sample_picture
 from miniature.judge import ATTRIBUTES, asks_for, right
-from miniature.score import checkpoint_for
+from miniature.score import checkpoint_for, seeds
 from miniature.score_people import Wish, read_prompts, sampling_of_sample
 
 PROMPTS = Path(__file__).parent / "knowledge.jsonl"
@@ -60,10 +60,6 @@ def exam_of(way: str, weights: Path, checkpoint: Path | None, device: str) -> Ex
         sampling = replace(sampling, words_first=way == "words", force_image=way == "vokens")
         checkpoint = checkpoint_for("people", weights, checkpoint, sampling.words_first)
     return Exam(weights, checkpoint, pick_device(device), sampling, n=0, seed=0)
-
-
-def seeds(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
 
 
 def drawn(exam: Exam, way: str, texts: list[str]) -> list[Said]:

@@ -41,7 +41,7 @@ from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right_shares, share
 from miniature.paint import draw
-from miniature.score_people import people
+from miniature.score_people import CHATS, PROMPTS, people
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
 from miniature.tales import Turn as Told
@@ -239,6 +239,10 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: b
     return found
 
 
+def seeds(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -247,6 +251,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
     add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
     add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
+    add("--prompts", type=Path, default=PROMPTS, help="prompts of the part people")
+    add("--chats", type=Path, default=CHATS, help="chats of the part people")
+    add("--seeds", type=seeds, default=[0, 1, 2], help="of the part people; default: 0,1,2")
     add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
@@ -271,7 +278,8 @@ def main(argv: list[str] | None = None) -> None:
     for part in PARTS if "all" in args.parts else args.parts:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint, args.words_first)
         n = args.n or (STORIES if part == "stories" else SAMPLES)
-        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint))
+        options = (args.prompts, args.chats, args.seeds) if part == "people" else ()
+        record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint), *options)
         record["samples"][part], record["checkpoints"][part] = n, checkpoint and checkpoint.name
         print(f"## {part}, {n} samples, in per cent\n\n{tables(figures)}", flush=True)
         if args.out:

@@ -113,7 +113,7 @@ def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
     return found
 
 
-def people(exam: Exam, prompts: Path = PROMPTS, chats: Path = CHATS, seeds: tuple[int, ...] = (0, 1, 2)) -> Figures:
+def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
     """Shares that are all right, and of how many. A chat's turn counts like any other, whatever came before it."""
     exam = replace(exam, sampling=sampling_of_sample(exam.weights))
     wishes, talks, drawn, turns = read_prompts(prompts), read_chats(chats), [], []

@@ -479,6 +479,15 @@ def test_people(exam, draw, monkeypatch, tmp_path, capsys):
     assert any("(a thing)" in source and "stop" in source for source in heard)
 
 
+def test_people_reads_other_files(monkeypatch):
+    """The options reach the part, and no other part."""
+    asked = []
+    for part in ("people", "captions"):
+        monkeypatch.setitem(score.PARTS, part, lambda exam, *options: asked.append(options) or {})
+    score.main(["people", "captions", "--prompts", "a.jsonl", "--chats", "b.jsonl", "--seeds", "3,5"])
+    assert asked == [(Path("a.jsonl"), Path("b.jsonl"), [3, 5]), ()]
+
+
 def test_tables():
     figures = {"a": {"kind": 0.3125, "all": 0.5}, "b": {"kind": 0.3, "all": 1.0}, "c": {"drawn": 0.125}}
     assert score.tables(figures).splitlines() == [
