@@ -160,9 +160,13 @@ def dialog_source(before: list[Turn], k: int, system: System | None = None) -> s
 
 def dialog_example(before: list[Turn], turn: Turn, k: int, vokens: str, system: System | None = None) -> Example:
     """Turn k of a dialogue as the answer to the turns before it."""
-    return Example(
-        dialog_source(before, k, system), with_pictures(turn, vokens) + END, pictures_of(before), turn.pictures
-    )
+    source, target = dialog_source(before, k, system), with_pictures(turn, vokens) + END
+    return Example(source, target, pictures_of(before), turn.pictures)
+
+
+def history_start(k: int) -> int:
+    """The first turn in the history of turn k: that of the exchange before its own, as in the released code."""
+    return max(0, k // 2 * 2 - 2)
 
 
 def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
@@ -186,8 +190,3 @@ def own_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:
     if described:
         words, pictures = " ".join([words, *(f"({description})" for description in described)]).strip(), ()
     return Turn(tokenizer.plain(one_line(words)), pictures)
-
-
-def history_start(k: int) -> int:
-    """The first turn in the history of turn k: that of the exchange before its own, as in the released code."""
-    return max(0, k // 2 * 2 - 2)

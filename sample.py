@@ -34,9 +34,8 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from common.cli import (  # isort: skip
-    DTYPES, MINIATURE, can_compile, make_folder, parse, pick_device, run, suited_options
-)  # fmt: skip
+from common.cli import DTYPES, MINIATURE, can_compile, make_folder  # isort: skip
+from common.cli import parse, pick_device, run, suited_options  # isort: skip
 
 import torch
 from PIL import Image
@@ -47,14 +46,7 @@ from common.options import add_sampling_options
 from common.page import write_answer
 from common.terminal import Terminal, chat, read_prompts
 from common.texts import Words, clean_caption
-from generation import (
-    Sampling,
-    Segments,
-    answer,
-    prompt_ids,
-    room_after,
-    room_wanted,
-)
+from generation import Sampling, Segments, answer, prompt_ids, room_after, room_wanted
 from minigpt5 import MiniGPT5
 from prompts import Turn
 from published.loading import CHAT_FILES, STORY_FILES, WORDS_FILES, given_checkpoint, shipped_checkpoint
@@ -188,7 +180,7 @@ class Session:
             ids = prompt_ids(self.model, source(heard[first:]))
             if room_after(self.model, ids) >= room_wanted(self.model, self.sampling):
                 break
-        segments = self.ask(ids, [picture for turn in heard[first:] for picture in turn.pictures])
+        segments = self.ask(ids, list(prompts.pictures_of(heard[first:])))
         self.turns = [*turns, self.own_turn(segments)]
         return segments
 
@@ -228,9 +220,8 @@ def arguments() -> argparse.Namespace:
     args = parse(parser, "sample")
     if args.text and args.prompt:
         parser.error("PROMPT and --prompt are the same: give one of them")
-    args.prompt = (
-        (args.prompt or args.text or "").encode("utf-8", "replace").decode().strip()
-    )  # bytes that are no UTF-8
+    typed = args.prompt or args.text or ""
+    args.prompt = typed.encode("utf-8", "replace").decode().strip()  # a terminal can pass bytes that are no UTF-8
     if bool(args.prompt) + bool(args.prompts) != 1 and not (args.chat and not args.prompts):
         parser.error("a PROMPT is needed, or --prompts, or --chat")
     if args.chat and args.turns is not None:

@@ -73,9 +73,8 @@ def main() -> None:
     model.guides_against_empty_caption = args.no_cfg  # zeros are not learned then
     if pictures == "moments":
         model.vae.encoder = None
-    empty_caption = (
-        None if args.no_cap else model.encode_captions([""] if encodes_captions else precomputed.empty_caption)
-    )
+    empty = [""] if encodes_captions else precomputed.empty_caption
+    empty_caption = None if args.no_cap else model.encode_captions(empty)
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.vokens, model.mapper)]
     print("trained: {:,} parameters in the voken rows, {:,} in the mapper; all else is frozen".format(*counts))
     if args.gradient_checkpointing:
