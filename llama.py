@@ -163,7 +163,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, (H, Hk, Dh) = config.hidden_size, config.heads
-        self.layer, self.heads = layer, (H, Hk, Hk)
+        self.layer, self.heads = layer, (H, Hk, Hk)  # heads of q, k and v
         self.q_proj = nn.Linear(D, H * Dh, bias=False)
         self.k_proj = nn.Linear(D, Hk * Dh, bias=False)
         self.v_proj = nn.Linear(D, Hk * Dh, bias=False)

@@ -128,8 +128,8 @@ class Vokens(nn.Module):
     """
 
     def __init__(self, llama: Llama, vokens: int, base_vocabulary: int, start: list[int] | None = None):
-        """The rows start as the mean of the language model's, on the same device, in float32; the vokens' as copies of
-        those of the tokens `start`, where it is given, the last of which is repeated for the remaining vokens."""
+        """Every row starts as the mean of the language model's rows, in float32 and on their device. With `start`,
+        token ids, the vokens start as copies of these tokens' rows, the last of which is repeated if need be."""
         super().__init__()
         self.base = base_vocabulary
         tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()
@@ -179,7 +179,7 @@ class MiniGPT5(nn.Module):
         self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary, start)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
-        self.words_only = False  # after `train_mls.py --words-first`: LoRA is for words, pictures are read without it
+        self.lora_for_words = False  # after `train_mls.py --words-first`: a picture's vokens are read without LoRA
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and

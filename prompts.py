@@ -170,8 +170,8 @@ def history_start(k: int) -> int:
 
 
 def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
-    """What is read of the turns before turn k of a chat: from `history_start` on, and words first before that the
-    exchange of the last picture where it is an older one."""
+    """The turns of a chat that are read before turn k: those from `history_start` on. With words first, the exchange of
+    the last picture goes before them if it is an older one."""
     start = history_start(k)
     pictured = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
     first = pictured[-1] // 2 * 2 if pictured and words_first else start
@@ -179,12 +179,12 @@ def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
 
 
 def user_turn(tokenizer: Tokenizer, text: str, words: Words | None, pictures: tuple = ()) -> Turn:
-    """What somebody typed, clean and escaped; with `words`, in lower case, without punctuation and without slips."""
+    """What somebody typed, clean and escaped; with `words`, in lower case, without punctuation, its typos corrected."""
     clean = words.spelled(text) if words else ""
     return Turn(tokenizer.plain(clean or one_line(text)), pictures)
 
 
-def own_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:
+def model_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:
     """What the model said. Pictures that were put into words first are remembered by these words."""
     described = [picture.info["description"] for picture in pictures if "description" in picture.info]
     if described:

@@ -127,7 +127,7 @@ def main() -> None:
     trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
     model.vokens.requires_grad_(not args.words_first)
-    model.words_only = args.words_first
+    model.lora_for_words = args.words_first
     if trains_mapper:  # else what guidance goes against stays stage 1's
         model.guides_against_empty_caption = args.no_cfg
     model.mapper.fc.requires_grad_(False)

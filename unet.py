@@ -105,7 +105,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, conditioning_width, heads)
         self.norm3 = nn.LayerNorm(width)
-        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # 1 was a dropout
+        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # net.1 was a dropout
         self.ff = nn.Sequential(OrderedDict(net=net))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
