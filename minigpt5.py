@@ -88,11 +88,11 @@ def collate(
 ) -> Batch:
     """(source, target) texts, or their token ids -> sequences of <s>, source, target, at most `limit` tokens long.
 
-    Source and target are tokenised separately, so each begins with sentencepiece's leading space. A source that is too
-    long is cut at its end. Of the target, L_text learns all tokens but [IMG1]..[IMGN-2]: [IMG0] says that a picture
-    belongs here, and [IMGN-1] is where text goes on. T holds the longest source and the longest target together (see
-    `MiniGPT5.hidden_states`). `round_length` and `round_target` may round T and L up, so that a compiled step meets few
-    shapes.
+    Source and target are tokenised separately, so each begins with sentencepiece's leading space, and <ImageHere>
+    becomes `queries` ids. A source that is too long is cut at its end. Of the target, L_text learns all tokens but
+    [IMG1]..[IMGN-2]: [IMG0] says that a picture belongs here, and [IMGN-1] is where text goes on. T holds the longest
+    source and the longest target together (see `MiniGPT5.hidden_states`). `round_length` and `round_target` may round
+    T and L up, so that a compiled step meets few shapes.
     """
     ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
     sequences, labels, starts, pictures = [], [], [], []
@@ -181,7 +181,7 @@ class MiniGPT5(nn.Module):
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.lora_for_words = False  # after `train_mls.py --words-first`: a picture's vokens are read without LoRA
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
-        self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
+        self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # vectors of an input picture
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
         # the special token that they begin with.
         self.tables: dict[str, Tensor] = {}

@@ -73,7 +73,8 @@ def load(
     weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`,
     for the `purpose` "chat" or "story" stage 2's where there is one, and with words_first the one that was trained so.
     sampling: how answers are sampled; default: as suits the weights, but for the `changes`, fields of `Sampling`.
-    ValueError where something is missing.
+    read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. ValueError where
+    something is missing.
     """
     weights = Path(weights)
     if sampling is None:

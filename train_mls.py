@@ -126,12 +126,12 @@ def main() -> None:
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": lora}))
     trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
+    model.mapper.fc.requires_grad_(False)
+    model.mapper.t2i_decoder_prompt.requires_grad_(False)
     model.vokens.requires_grad_(not args.words_first)
     model.lora_for_words = args.words_first
     if trains_mapper:  # else what guidance goes against stays stage 1's
         model.guides_against_empty_caption = args.no_cfg
-    model.mapper.fc.requires_grad_(False)
-    model.mapper.t2i_decoder_prompt.requires_grad_(False)
     trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}
     print(f"stage 1: {stage_1 or 'none, vokens and mapper are untrained'}")
     kind = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
