@@ -79,8 +79,8 @@ def messages(segments: Segments) -> list[dict]:
 
 
 def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segments]:
-    """What there is of the answer that `work` makes, again and again, and in the end the whole. It is made in a thread;
-    where nobody waits any more it stops at the next token or denoising step."""
+    """Yields an answer as far as it is made, again and again, and at last the whole. `work` makes it in a thread, which
+    stops at the next token or denoising step where nobody waits any more."""
     events, stopped = queue.Queue(), threading.Event()
 
     def watch(ids: list[int] | None = None, done: int = 0, steps: int = 0, latents=None) -> None:

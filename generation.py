@@ -89,11 +89,11 @@ def room_wanted(model: MiniGPT5, sampling: Sampling) -> int:
 # ---- words
 
 
-def pick_tokens(logits: Tensor, said: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
-    """The next ids (B,) from logits (B, V'): repetition penalty on the ids marked in `said` (B, V'), temperature, top k
+def pick_tokens(logits: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
+    """The next ids (B,) from logits (B, V'): repetition penalty on the ids marked in `seen` (B, V'), temperature, top k
     and top p. The uniform numbers `chances` (B,) decide, as places in the cumulated probabilities."""
     penalty = sampling.repetition_penalty
-    logits = torch.where(said, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores, order = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]))
@@ -115,17 +115,17 @@ def read(model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, pixels: Ten
     return model.llama(model.embed(ids, pixels), mask, cache)
 
 
-def pick(model: MiniGPT5, hidden: Tensor, said: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
+def pick(model: MiniGPT5, hidden: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
     """States (B, D) that predict the next tokens -> their ids (B,)."""
-    return pick_tokens(model.vokens.logits(model.llama, hidden), said, chances, sampling)
+    return pick_tokens(model.vokens.logits(model.llama, hidden), seen, chances, sampling)
 
 
 def next_token(
-    model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, said: Tensor, chances: Tensor, sampling: Sampling
+    model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     """`read` and `pick` for one token of each sequence: the step that is compiled."""
     hidden = read(model, cache, ids, mask)[:, 0]
-    return hidden, pick(model, hidden, said, chances, sampling)
+    return hidden, pick(model, hidden, seen, chances, sampling)
 
 
 @dataclass
@@ -172,18 +172,18 @@ def say(
     if sampling.temperature:  # at 0 no random number is used up, so that a picture's noise is the generator's first
         own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
         chances = torch.stack(own, 1).to(device)
-    said = torch.zeros(len(prompts), tokenizer.vocabulary, dtype=torch.bool, device=device)
-    said[:, tokenizer.bos_id] = tokenizer.bos_id != tokenizer.eos_id  # a penalty on </s> would lengthen the answers
+    seen = torch.zeros(len(prompts), tokenizer.vocabulary, dtype=torch.bool, device=device)
+    seen[:, tokenizer.bos_id] = tokenizer.bos_id != tokenizer.eos_id  # a penalty on </s> would lengthen the answers
 
     ids, mask = pad_right(prompts, tokenizer.eos_id, device)
     batch = torch.arange(len(prompts), device=device)
     one_each = torch.ones(len(prompts), 1, dtype=torch.long, device=device)  # the mask of one token a sequence
     hidden = read(model, cache, ids, mask, pixels)[batch, mask.sum(1) - 1]  # (B, D)
-    picked = pick(model, hidden, said, chances[0], sampling)  # (B,)
+    picked = pick(model, hidden, seen, chances[0], sampling)  # (B,)
     if sampling.force_image:
         picked = torch.full_like(picked, vokens[0])
     for position in range(1, sampling.max_new_tokens + 1):
-        said.scatter_(1, picked[:, None], True)
+        seen.scatter_(1, picked[:, None], True)
         fed, with_picture = [[] for _ in prompts], []
         for i, token in enumerate(picked.tolist()):  # the host waits for the device here and nowhere else
             answer = answers[i]
@@ -205,7 +205,7 @@ def say(
         else:
             ids, mask = pad_right(fed, tokenizer.eos_id, device)
         if not with_picture:
-            hidden, picked = step(model, cache, ids, mask, said, chances[position], sampling)
+            hidden, picked = step(model, cache, ids, mask, seen, chances[position], sampling)
             continue
         following = read(model, cache, ids, mask)  # (B, N, D)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
@@ -213,7 +213,7 @@ def say(
         if last:
             break
         hidden = following[batch, (mask.sum(1) - 1).clamp(min=0)]
-        picked = pick(model, hidden, said, chances[position], sampling)
+        picked = pick(model, hidden, seen, chances[position], sampling)
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
     return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
 
@@ -290,8 +290,8 @@ def answer(
 ) -> list[Segments]:
     """Text and pictures in turn, for each of the prompts, token ids as `prompt_ids` makes them, and its input pictures.
 
-    These are made square by white padding, as the released demo does for its users, or else by cropping, as in training
-    and evaluation. ValueError where a prompt has not one <ImageHere> for each of its pictures.
+    With `pad` the pictures are made square by white padding, as the released demo does for its users, else by cropping,
+    as in training and evaluation. ValueError where a prompt has not one <ImageHere> for each of its pictures.
     """
     if sampling.words_first:
         sampling = replace(sampling, words_first=False)
@@ -326,14 +326,14 @@ def draw_described(
 ) -> list[Segments]:
     """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
     boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
-    `info` keeps the description. Stage 1 had no LoRA: where it was trained for words alone, it does not read them."""
+    `info` keeps the description. LoRA that was trained for words alone is set aside, since stage 1 had none."""
     descriptions = [description_in(" ".join(s for s in segments if isinstance(s, str))) for segments in said]
     with_picture = [i for i, description in enumerate(descriptions) if description]
     if not with_picture:
         return said
     captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in with_picture]
     alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)
-    with lora.without(model.lora) if model.words_only else nullcontext():
+    with lora.without(model.lora) if model.lora_for_words else nullcontext():
         drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture], True, watch)
     for i, (picture,) in zip(with_picture, drawn, strict=True):
         picture.info["description"] = descriptions[i]

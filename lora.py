@@ -64,7 +64,7 @@ def add_lora(
 
 @contextmanager
 def without(layers: list[LoRALinear]) -> Iterator[None]:
-    """Within it the layers are the frozen ones."""
+    """A context in which the layers leave out their updates."""
     for layer in layers:
         layer.active = False
     try:
@@ -80,7 +80,7 @@ class Prefix(nn.Module):
     def __init__(self, config: LlamaConfig, tokens: int = 5, hidden: int = 1024):
         super().__init__()
         self.layers, (_, self.heads, head_width) = config.num_hidden_layers, config.heads
-        D = self.heads * head_width  # as in peft, also of the embedding
+        D = self.heads * head_width  # the width of the embedding, too, as in peft
         self.embedding = nn.Embedding(tokens, D)
         self.transform = nn.Sequential(nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, 2 * self.layers * D))
 

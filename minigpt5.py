@@ -88,11 +88,11 @@ def collate(
 ) -> Batch:
     """(source, target) texts, or their token ids -> sequences of <s>, source, target, at most `limit` tokens long.
 
-    Source and target are tokenised separately, so each begins with sentencepiece's leading space. A source that is too
-    long is cut at its end. Of the target, L_text learns all tokens but [IMG1]..[IMGN-2]: [IMG0] says that a picture
-    belongs here, and [IMGN-1] is where text goes on. T holds the longest source and the longest target together (see
-    `MiniGPT5.hidden_states`). `round_length` and `round_target` may round T and L up, so that a compiled step meets few
-    shapes.
+    Source and target are tokenised separately, so each begins with sentencepiece's leading space, and <ImageHere>
+    becomes `queries` ids. A source that is too long is cut at its end. Of the target, L_text learns all tokens but
+    [IMG1]..[IMGN-2]: [IMG0] says that a picture belongs here, and [IMGN-1] is where text goes on. T holds the longest
+    source and the longest target together (see `MiniGPT5.hidden_states`). `round_length` and `round_target` may round
+    T and L up, so that a compiled step meets few shapes.
     """
     ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
     sequences, labels, starts, pictures = [], [], [], []
@@ -128,8 +128,8 @@ class Vokens(nn.Module):
     """
 
     def __init__(self, llama: Llama, vokens: int, base_vocabulary: int, start: list[int] | None = None):
-        """The rows start as the mean of the language model's, on the same device, in float32; the vokens' as copies of
-        those of the tokens `start`, where it is given, the last of which is repeated for the remaining vokens."""
+        """Every row starts as the mean of the language model's rows, in float32 and on their device. With `start`,
+        token ids, the vokens start as copies of these tokens' rows, the last of which is repeated if need be."""
         super().__init__()
         self.base = base_vocabulary
         tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()
@@ -179,9 +179,9 @@ class MiniGPT5(nn.Module):
         self.vokens = Vokens(llama, len(tokenizer.voken_ids), tokenizer.base_vocabulary, start)
         self.mapper = VokenMapper(width, unet.config.cross_attention_dim, condition_tokens)
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
-        self.words_only = False  # after `train_mls.py --words-first`: LoRA is for words, pictures are read without it
+        self.lora_for_words = False  # after `train_mls.py --words-first`: a picture's vokens are read without LoRA
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
-        self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
+        self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # vectors of an input picture
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
         # the special token that they begin with.
         self.tables: dict[str, Tensor] = {}

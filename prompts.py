@@ -160,14 +160,18 @@ def dialog_source(before: list[Turn], k: int, system: System | None = None) -> s
 
 def dialog_example(before: list[Turn], turn: Turn, k: int, vokens: str, system: System | None = None) -> Example:
     """Turn k of a dialogue as the answer to the turns before it."""
-    return Example(
-        dialog_source(before, k, system), with_pictures(turn, vokens) + END, pictures_of(before), turn.pictures
-    )
+    source, target = dialog_source(before, k, system), with_pictures(turn, vokens) + END
+    return Example(source, target, pictures_of(before), turn.pictures)
+
+
+def history_start(k: int) -> int:
+    """The first turn in the history of turn k: that of the exchange before its own, as in the released code."""
+    return max(0, k // 2 * 2 - 2)
 
 
 def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
-    """What is read of the turns before turn k of a chat: from `history_start` on, and words first before that the
-    exchange of the last picture where it is an older one."""
+    """The turns of a chat that are read before turn k: those from `history_start` on. With words first, the exchange of
+    the last picture goes before them if it is an older one."""
     start = history_start(k)
     pictured = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
     first = pictured[-1] // 2 * 2 if pictured and words_first else start
@@ -175,19 +179,14 @@ def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
 
 
 def user_turn(tokenizer: Tokenizer, text: str, words: Words | None, pictures: tuple = ()) -> Turn:
-    """What somebody typed, clean and escaped; with `words`, in lower case, without punctuation and without slips."""
+    """What somebody typed, clean and escaped; with `words`, in lower case, without punctuation, its typos corrected."""
     clean = words.spelled(text) if words else ""
     return Turn(tokenizer.plain(clean or one_line(text)), pictures)
 
 
-def own_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:
+def model_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:
     """What the model said. Pictures that were put into words first are remembered by these words."""
     described = [picture.info["description"] for picture in pictures if "description" in picture.info]
     if described:
         words, pictures = " ".join([words, *(f"({description})" for description in described)]).strip(), ()
     return Turn(tokenizer.plain(one_line(words)), pictures)
-
-
-def history_start(k: int) -> int:
-    """The first turn in the history of turn k: that of the exchange before its own, as in the released code."""
-    return max(0, k // 2 * 2 - 2)

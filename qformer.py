@@ -13,6 +13,7 @@ model and its projection, the Q-Former's text half, which the query tokens never
 B batch, T picture tokens (patches and one class token), Q query tokens, D width, H heads, Dh head width.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -103,38 +104,18 @@ class VisionAttention(nn.Module):
         return self.projection(attend(*self.qkv(x).chunk(3, dim=-1), self.heads))
 
 
-class VisionMLP(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        D, hidden = config.hidden_size, config.intermediate_size
+        self.layer_norm1 = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.self_attn = VisionAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(D, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, D)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
-
-
-class VisionEncoder(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class VisionTransformer(nn.Module):
@@ -144,7 +125,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = VisionEncoder(config)
+        layers = nn.Sequential(*(VisionLayer(config) for _ in range(config.num_hidden_layers)))
+        self.encoder = nn.Sequential(OrderedDict(layers=layers))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=LN_VISION_EPS)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -189,23 +171,15 @@ class QFormerAttention(nn.Module):
         return self.output(self.attention(x, source), x)
 
 
-class QFormerIntermediate(nn.Module):
-    def __init__(self, config: QFormerConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
-
-
 class QFormerLayer(nn.Module):
     def __init__(self, config: QFormerConfig, index: int):
         super().__init__()
+        D, hidden = config.hidden_size, config.intermediate_size
         reads_picture = index % config.cross_attention_frequency == 0
-        self.attention = QFormerAttention(config, config.hidden_size)
+        self.attention = QFormerAttention(config, D)
         self.crossattention = QFormerAttention(config, config.encoder_hidden_size) if reads_picture else None
-        self.intermediate_query = QFormerIntermediate(config)
-        self.output_query = ResidualNorm(config, config.intermediate_size)
+        self.intermediate_query = nn.Sequential(OrderedDict(dense=nn.Linear(D, hidden), gelu=nn.GELU()))
+        self.output_query = ResidualNorm(config, hidden)
 
     def forward(self, x: Tensor, picture: Tensor) -> Tensor:
         x = self.attention(x, x)
@@ -214,27 +188,20 @@ class QFormerLayer(nn.Module):
         return self.output_query(self.intermediate_query(x), x)
 
 
-class QFormerEncoder(nn.Module):
-    def __init__(self, config: QFormerConfig):
-        super().__init__()
-        self.layer = nn.ModuleList(QFormerLayer(config, index) for index in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor, picture: Tensor) -> Tensor:
-        for layer in self.layer:
-            x = layer(x, picture)
-        return x
-
-
 class QFormer(nn.Module):
     """queries (B, Q, D), picture tokens (B, T, encoder_hidden_size) -> (B, Q, D)."""
 
     def __init__(self, config: QFormerConfig):
         super().__init__()
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = QFormerEncoder(config)
+        self.encoder = nn.Module()  # here for the published names only
+        self.encoder.layer = nn.ModuleList(QFormerLayer(config, index) for index in range(config.num_hidden_layers))
 
     def forward(self, queries: Tensor, picture: Tensor) -> Tensor:
-        return self.encoder(self.layernorm(queries), picture)
+        x = self.layernorm(queries)
+        for layer in self.encoder.layer:
+            x = layer(x, picture)
+        return x
 
 
 class ImageEncoder(nn.Module):

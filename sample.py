@@ -34,9 +34,8 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from common.cli import (  # isort: skip
-    DTYPES, MINIATURE, can_compile, make_folder, parse, pick_device, run, suited_options
-)  # fmt: skip
+from common.cli import DTYPES, MINIATURE, can_compile, make_folder  # isort: skip
+from common.cli import parse, pick_device, run, suited_options  # isort: skip
 
 import torch
 from PIL import Image
@@ -47,14 +46,7 @@ from common.options import add_sampling_options
 from common.page import write_answer
 from common.terminal import Terminal, chat, read_prompts
 from common.texts import Words, clean_caption
-from generation import (
-    Sampling,
-    Segments,
-    answer,
-    prompt_ids,
-    room_after,
-    room_wanted,
-)
+from generation import Sampling, Segments, answer, prompt_ids, room_after, room_wanted
 from minigpt5 import MiniGPT5
 from prompts import Turn
 from published.loading import CHAT_FILES, STORY_FILES, WORDS_FILES, given_checkpoint, shipped_checkpoint
@@ -79,9 +71,10 @@ def load(
     """A model to draw, chat and tell stories with.
 
     weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`,
-    for the `purpose` "chat" or "story" stage 2's where there is one, and words first LoRA for these words.
+    for the `purpose` "chat" or "story" stage 2's where there is one, and with words_first the one that was trained so.
     sampling: how answers are sampled; default: as suits the weights, but for the `changes`, fields of `Sampling`.
-    ValueError where something is missing.
+    read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. ValueError where
+    something is missing.
     """
     weights = Path(weights)
     if sampling is None:
@@ -126,7 +119,7 @@ class Session:
         """An answer to each text by itself, with its seed. The pictures come with every one of them."""
         model, said = self.model, []
         if pictures or self.words_first or model.lora or model.prefix:
-            turns = [self.turn(text, pictures) for text in texts]
+            turns = [self.user_turn(text, pictures) for text in texts]
             ids = [prompt_ids(model, prompts.dialog_source([turn], 1, self.system)) for turn in turns]
         else:  # stage 1 reads bare captions
             clean = [clean_caption(text) or prompts.one_line(text) for text in texts]
@@ -139,7 +132,7 @@ class Session:
 
     def chat(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Segments:
         """The answer to the next turn of the conversation. Where that fails, the conversation stays as it was."""
-        turns = [*self.turns, self.turn(text, pictures)]
+        turns = [*self.turns, self.user_turn(text, pictures)]
         k = len(turns)
         heard = prompts.chat_history(turns, k, self.words_first)
         return self.go_on(turns, heard, lambda heard: prompts.dialog_source(heard, k, self.system))
@@ -151,7 +144,7 @@ class Session:
             yield self.next_step()
 
     def begin(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:
-        self.turns = [self.turn(text, pictures)]
+        self.turns = [self.user_turn(text, pictures)]
 
     def next_step(self) -> Segments:
         """The next answer of a story: a picture for its first sentence if it has none, then step after step, each of
@@ -161,7 +154,7 @@ class Session:
             request = prompts.STORY_REQUESTS["image"][0].format(last.text)
             ids = prompt_ids(self.model, prompts.story_source([], request, self.system))
             segments = self.ask(ids, [], force_image=not self.words_first)
-            self.turns = [self.own_turn([last.text, *split(segments)[1]])]
+            self.turns = [self.model_turn([last.text, *split(segments)[1]])]
             return segments
         request = prompts.STORY_REQUESTS["text+image"][0]
         return self.go_on(self.turns, self.turns, lambda told: prompts.story_source(told, request, self.system))
@@ -175,11 +168,11 @@ class Session:
             if missing := self.missing(text):
                 print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
 
-    def turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
+    def user_turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
         return prompts.user_turn(self.model.tokenizer, text, self.words, pictures)
 
-    def own_turn(self, segments: Segments) -> Turn:
-        return prompts.own_turn(self.model.tokenizer, *split(segments))
+    def model_turn(self, segments: Segments) -> Turn:
+        return prompts.model_turn(self.model.tokenizer, *split(segments))
 
     def go_on(self, turns: list[Turn], heard: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:
         """The answer to the `source` of the turns `heard`; it becomes the turn after `turns`. The oldest turns are left
@@ -188,8 +181,8 @@ class Session:
             ids = prompt_ids(self.model, source(heard[first:]))
             if room_after(self.model, ids) >= room_wanted(self.model, self.sampling):
                 break
-        segments = self.ask(ids, [picture for turn in heard[first:] for picture in turn.pictures])
-        self.turns = [*turns, self.own_turn(segments)]
+        segments = self.ask(ids, list(prompts.pictures_of(heard[first:])))
+        self.turns = [*turns, self.model_turn(segments)]
         return segments
 
     def ask(self, ids: list[int], pictures: list[Image.Image], **otherwise) -> Segments:
@@ -228,9 +221,8 @@ def arguments() -> argparse.Namespace:
     args = parse(parser, "sample")
     if args.text and args.prompt:
         parser.error("PROMPT and --prompt are the same: give one of them")
-    args.prompt = (
-        (args.prompt or args.text or "").encode("utf-8", "replace").decode().strip()
-    )  # bytes that are no UTF-8
+    typed = args.prompt or args.text or ""
+    args.prompt = typed.encode("utf-8", "replace").decode().strip()  # a terminal can pass bytes that are no UTF-8
     if bool(args.prompt) + bool(args.prompts) != 1 and not (args.chat and not args.prompts):
         parser.error("a PROMPT is needed, or --prompts, or --chat")
     if args.chat and args.turns is not None:

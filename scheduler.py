@@ -72,8 +72,8 @@ class NoiseSchedule:
 
 
 def leading_timesteps(config: ScheduleConfig, steps: int, below: int = 0) -> tuple[list[int], int]:
-    """`steps` evenly spaced timesteps, from high to low, and their spacing. They are the highest of steps + `below`
-    timesteps that begin at steps_offset."""
+    """`steps` evenly spaced timesteps, from high to low, and their spacing: of steps + `below` timesteps that begin at
+    steps_offset, the lowest `below` are left out."""
     max_steps = config.num_train_timesteps - config.steps_offset - below
     if not 1 <= steps <= max_steps:
         raise ValueError(f"cannot sample in {steps} steps: 1 to {max_steps} are possible")

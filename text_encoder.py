@@ -90,28 +90,6 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, allowed)
-        return x
-
-
-class TextTransformer(nn.Module):
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, input_ids: Tensor, allowed: Tensor | None) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(input_ids), allowed))
-
-
 class TextEncoder(nn.Module):
     """input_ids (B, T), attention_mask (B, T) of 0 and 1, or None -> last hidden state after the final norm (B, T, D).
 
@@ -122,7 +100,11 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.text_model = TextTransformer(config)
+        self.text_model = model = nn.Module()  # it and `encoder` are here for the published names only
+        model.embeddings = Embeddings(config)
+        model.encoder = nn.Module()
+        model.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        model.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         allowed = None
@@ -130,4 +112,8 @@ class TextEncoder(nn.Module):
             T = input_ids.shape[1]
             causal = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
             allowed = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, T, T): query reads key
-        return self.text_model(input_ids, allowed)
+        model = self.text_model
+        x = model.embeddings(input_ids)  # (B, T, D)
+        for layer in model.encoder.layers:
+            x = layer(x, allowed)
+        return model.final_layer_norm(x)

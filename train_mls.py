@@ -42,11 +42,6 @@ from trainer.options import read_run_options
 from trainer.run import Run
 
 
-def comma_list(text: str) -> tuple[str, ...]:
-    """ "q_proj,v_proj" -> ("q_proj", "v_proj")."""
-    return tuple(name.strip() for name in text.split(","))
-
-
 def task_weights(text: str) -> dict[str, float]:
     """ "image=2,text=1" -> {"image": 2.0, "text": 1.0}."""
     pairs = [part.partition("=") for part in text.split(",")]
@@ -65,16 +60,13 @@ def picture_title(source: str, target: str) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--data",
-        nargs="+",
-        help="tars of stories or dialogues, or .jsonl lists of them (tars/datasets.py); default: drawn stories",
-    )
+    about = "tars of stories or dialogues, or .jsonl lists of them (tars/datasets.py); default: drawn stories"
+    add("--data", nargs="+", help=about)
     add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
     add("--no-uas", action="store_true", help="start from untrained vokens and mapper (an ablation of the paper)")
     add("--prefix", action="store_true", help="prefix tuning instead of LoRA")
     add("--lora-rank", type=int, default=8, metavar="R", help="rank of LoRA's matrices; alpha is twice the rank")
-    add("--lora-targets", type=comma_list, default=TARGETS, metavar="NAME,...",
+    add("--lora-targets", type=lambda text: tuple(map(str.strip, text.split(","))), default=TARGETS, metavar="NAME,...",
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
     add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
         help=f"share of each task among a story's steps, of {', '.join(TASKS)}; default: equal shares")  # fmt: skip
@@ -134,12 +126,12 @@ def main() -> None:
     model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": lora}))
     trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
-    model.vokens.requires_grad_(not args.words_first)
-    model.words_only = args.words_first
-    if trains_mapper:  # else what guidance goes against stays stage 1's
-        model.guides_against_empty_caption = args.no_cfg
     model.mapper.fc.requires_grad_(False)
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
+    model.vokens.requires_grad_(not args.words_first)
+    model.lora_for_words = args.words_first
+    if trains_mapper:  # else what guidance goes against stays stage 1's
+        model.guides_against_empty_caption = args.no_cfg
     trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}
     print(f"stage 1: {stage_1 or 'none, vokens and mapper are untrained'}")
     kind = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"

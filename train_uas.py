@@ -62,20 +62,19 @@ def main() -> None:
     batches, held_out = run.open_pairs(write_pairs)  # those of --data and --val; without --data drawn ones
     precomputed = batches.dataset.precomputed
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
-    pictures = "moments" if "moments" in precomputed.shapes else "pixels"
-    captions = "encoding" if "encoding" in precomputed.shapes else "captions"
+    picture_key = "moments" if "moments" in precomputed.shapes else "pixels"
+    caption_key = "encoding" if "encoding" in precomputed.shapes else "captions"
 
     # ---- model, of which the voken rows and the mapper train
-    encodes_captions = captions == "captions" and not args.no_cap
+    encodes_captions = caption_key == "captions" and not args.no_cap
     parts = {"read_pictures": False, "read_captions": encodes_captions, "start_as": args.start_as}
     init = given_checkpoint(args.init) if args.init else None
     model = load_minigpt5(args.weights, init, args.vokens, DTYPES[args.dtype], run.device, **parts)
     model.guides_against_empty_caption = args.no_cfg  # zeros are not learned then
-    if pictures == "moments":
+    if picture_key == "moments":
         model.vae.encoder = None
-    empty_caption = (
-        None if args.no_cap else model.encode_captions([""] if encodes_captions else precomputed.empty_caption)
-    )
+    empty = [""] if encodes_captions else precomputed.empty_caption
+    empty_caption = None if args.no_cap else model.encode_captions(empty)
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.vokens, model.mapper)]
     print("trained: {:,} parameters in the voken rows, {:,} in the mapper; all else is frozen".format(*counts))
     if args.gradient_checkpointing:
@@ -102,11 +101,11 @@ def main() -> None:
         plain = map(model.tokenizer.plain, samples["captions"])
         texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
         batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)
-        run.preview = run.preview or Preview(batch, None, samples[pictures], samples["captions"])
+        run.preview = run.preview or Preview(batch, None, samples[picture_key], samples["captions"])
         drop_rate = DROP_RATE if model.training and not args.no_cfg else 0.0
         noise = model.sample_noise(batch.picture_sequences.tolist(), generators, drop_rate)
-        posterior = None if args.no_ldm else model.encode_pictures(samples[pictures])
-        encodings = None if args.no_cap else (model.encode_captions(samples[captions]), empty_caption)
+        posterior = None if args.no_ldm else model.encode_pictures(samples[picture_key])
+        encodings = None if args.no_cap else (model.encode_captions(samples[caption_key]), empty_caption)
         return model.losses(batch, noise, posterior, encodings, min_snr_gamma=args.min_snr_gamma)
 
     # ---- training

@@ -15,6 +15,7 @@ B batch, C channels, h w latent size, T = h*w tokens, S conditioning tokens, D w
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -47,16 +48,6 @@ def timestep_embedding(timesteps: Tensor, width: int, flip_sin_to_cos: bool, fre
     angles = timesteps[:, None].float() * torch.exp(-math.log(10000) * exponent)
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return torch.cat(waves, dim=-1)
-
-
-class TimeMLP(nn.Module):
-    def __init__(self, width: int, time_width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(width, time_width)
-        self.linear_2 = nn.Linear(time_width, time_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResBlock(nn.Module):
@@ -106,15 +97,6 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # 1 was a dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
 class TransformerBlock(nn.Module):
     def __init__(self, width: int, conditioning_width: int, heads: int):
         super().__init__()
@@ -123,7 +105,8 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.attn2 = Attention(width, conditioning_width, heads)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        net = nn.Sequential(GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))  # net.1 was a dropout
+        self.ff = nn.Sequential(OrderedDict(net=net))
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         y = self.norm1(x)
@@ -152,22 +135,13 @@ class SpatialTransformer(nn.Module):
         return x + y.reshape(B, h, w, C).permute(0, 3, 1, 2)  # (B, C, h, w)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+def downsampler(channels: int) -> nn.Module:
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsampler(channels: int) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class DownBlock(nn.Module):
@@ -178,7 +152,7 @@ class DownBlock(nn.Module):
         widths = [channels_in] + [channels] * (config.layers_per_block - 1)
         self.resnets = nn.ModuleList(ResBlock(config, width, channels) for width in widths)
         self.attentions = nn.ModuleList(SpatialTransformer(config, channels, heads) for _ in widths if heads)
-        self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
+        self.downsamplers = nn.ModuleList([downsampler(channels)] if downsample else [])
 
     def forward(self, x: Tensor, time: Tensor, conditioning: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
@@ -217,7 +191,7 @@ class UpBlock(nn.Module):
             ResBlock(config, width + skip, channels) for width, skip in zip(widths, skipped, strict=True)
         )
         self.attentions = nn.ModuleList(SpatialTransformer(config, channels, heads) for _ in widths if heads)
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+        self.upsamplers = nn.ModuleList([upsampler(channels)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, conditioning: Tensor) -> Tensor:
         for i, resnet in enumerate(self.resnets):
@@ -234,12 +208,13 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels, levels, layers = config.block_out_channels, len(config.block_out_channels), config.layers_per_block
-        heads = config.attention_head_dim
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimeMLP(channels[0], 4 * channels[0])
+        heads, width = config.attention_head_dim, channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        linear_1, linear_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, 4 * width)
+        self.time_embedding = nn.Sequential(OrderedDict(linear_1=linear_1, silu=nn.SiLU(), linear_2=linear_2))
 
         self.down_blocks = nn.ModuleList()
-        width, kept = channels[0], [channels[0]]  # kept: channels of every map that the way up takes in again
+        kept = [width]  # channels of every map that the way up takes in again
         for level, kind in enumerate(config.down_block_types):
             level_heads = heads[level] if kind == "CrossAttnDownBlock2D" else 0
             downsample = level < levels - 1

@@ -15,6 +15,7 @@ sees them: `sample` returns and `decode` takes scaled latents. `encode` returns 
 B batch, C channels, h w latent height and width, T = h*w tokens.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -81,48 +82,36 @@ class Attention(nn.Module):
         return x + y.reshape(B, h, w, C).permute(0, 3, 1, 2)  # (B, C, h, w)
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, unlike the UNet
+def downsampler(channels: int) -> nn.Module:
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # right and bottom only, unlike the UNet
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def upsampler(channels: int) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
 class DownBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, layers: int, groups: int, downsample: bool):
         super().__init__()
         widths = [channels_in] + [channels] * (layers - 1)
-        self.resnets = nn.ModuleList(ResBlock(width, channels, groups) for width in widths)
-        self.downsamplers = nn.ModuleList([Downsample(channels)] if downsample else [])
+        self.resnets = nn.Sequential(*(ResBlock(width, channels, groups) for width in widths))
+        self.downsamplers = nn.Sequential(*([downsampler(channels)] if downsample else []))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+        return self.downsamplers(self.resnets(x))
 
 
 class UpBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, layers: int, groups: int, upsample: bool):
         super().__init__()
         widths = [channels_in] + [channels] * (layers - 1)
-        self.resnets = nn.ModuleList(ResBlock(width, channels, groups) for width in widths)
-        self.upsamplers = nn.ModuleList([Upsample(channels)] if upsample else [])
+        self.resnets = nn.Sequential(*(ResBlock(width, channels, groups) for width in widths))
+        self.upsamplers = nn.Sequential(*([upsampler(channels)] if upsample else []))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+        return self.upsamplers(self.resnets(x))
 
 
 class MidBlock(nn.Module):
@@ -140,19 +129,17 @@ class Encoder(nn.Module):
         super().__init__()
         channels, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
+        blocks = (
             DownBlock(width_in, width, layers, groups, downsample=level < len(channels) - 1)
             for level, (width_in, width) in enumerate(pairwise(channels[:1] + channels))
         )
+        self.down_blocks = nn.Sequential(*blocks)
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -162,18 +149,16 @@ class Decoder(nn.Module):
         channels, layers, groups = config.block_out_channels[::-1], config.layers_per_block + 1, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
-        self.up_blocks = nn.ModuleList(
+        blocks = (
             UpBlock(width_in, width, layers, groups, upsample=level < len(channels) - 1)
             for level, (width_in, width) in enumerate(pairwise(channels[:1] + channels))
         )
+        self.up_blocks = nn.Sequential(*blocks)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        x = self.mid_block(x)
-        for block in self.up_blocks:
-            x = block(x)
+        x = self.up_blocks(self.mid_block(self.conv_in(x)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 

@@ -19,7 +19,7 @@ from generation import Sampling
 from miniature.exam import Exam, Figures, Said, ask, draw_prompts, look
 from miniature.facts import Picture
 from miniature.judge import right, share
-from prompts import chat_history, dialog_source, own_turn, pictures_of, user_turn
+from prompts import chat_history, dialog_source, model_turn, pictures_of, user_turn
 
 FOLDER = Path(__file__).parent / "people"
 PROMPTS, CHATS = FOLDER / "prompts.jsonl", FOLDER / "chats.jsonl"
@@ -88,7 +88,7 @@ def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
         heard = [chat_history(turns[i], k, words_first) for i in active]
         sources = [dialog_source(before, k, exam.system) for before in heard]
         for i, said in zip(active, ask(exam, sources, [pictures_of(before) for before in heard]), strict=True):
-            turns[i].append(own_turn(tokenizer, said.text, (said.picture,) if said.picture else ()))
+            turns[i].append(model_turn(tokenizer, said.text, (said.picture,) if said.picture else ()))
             answers[i].append(said)
     return answers
 

@@ -22,7 +22,7 @@ from miniature.judge import right_shares
 from miniature.tales import PARTS as PARTINGS
 from miniature.words import COLOUR_WORDS, NOUNS, agrees, choices, facts_in
 from miniature.world import sample_story
-from prompts import STORY_REQUESTS, Turn, own_turn, pictures_of, story_example, story_source
+from prompts import STORY_REQUESTS, Turn, model_turn, pictures_of, story_example, story_source
 
 CHOICE = 402  # purpose of the random streams
 CONTEXTS = {"no history": HISTORIES["none"], "its texts": HISTORIES["texts"], "texts and pictures": HISTORIES["both"]}
@@ -133,7 +133,7 @@ def own_story_figures(exam: Exam) -> Figures:
         seen, rows = look(exam, [answer.picture for answer in said]), []
         for i, (first, tale, answer) in enumerate(zip(firsts, tales, said, strict=True)):
             text = first.text if step == 1 else answer.text
-            tale.append(own_turn(exam.model.tokenizer, text, (answer.picture,) if answer.picture else ()))
+            tale.append(model_turn(exam.model.tokenizer, text, (answer.picture,) if answer.picture else ()))
             colours[i] = hero_colour(text, colours[i])
             rows.append({"drawn": answer.picture is not None} | kept(seen[i], first.picture, colours[i]))
         figures[f"own story, step {step}, kept"] = means(rows)

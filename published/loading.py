@@ -294,7 +294,7 @@ def save_trained(model: MiniGPT5, trained: dict[str, nn.Parameter], path: Path, 
     metadata = {"format": "minigpt5", "stage": stage, "vokens": str(len(model.tokenizer.voken_ids))}
     if model.lora:
         metadata["lora_alpha"] = str(model.lora[0].scale * model.lora[0].lora_A.out_features)
-    if model.words_only:
+    if model.lora_for_words:
         metadata["lora"] = "words only"
     if model.guides_against_empty_caption:
         metadata["guidance"] = "empty caption"
@@ -323,7 +323,7 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
             model.tables[name] = modules[name].weight = nn.Parameter(tensor.to(old), requires_grad=False)
     metadata, special = checkpoint.metadata, model.tokenizer.special
     model.system = System(metadata["system"], metadata.get("separator", "\n")) if "system" in metadata else None
-    model.words_only = metadata.get("lora") == "words only"
+    model.lora_for_words = metadata.get("lora") == "words only"
     model.first_token = metadata.get("first_token")
     if model.first_token:
         if model.first_token not in special:

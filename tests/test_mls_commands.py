@@ -210,7 +210,7 @@ def test_words_first(monkeypatch, weights, uas, tmp_path, capsys):
     assert any(tensor.abs().max() > 0.1 for name, tensor in after.items() if "lora_B" in name)
     tuned, plain = (load_minigpt5(weights, path, read_pictures=False).eval() for path in (checkpoint, None))
     load_trained(plain, checkpoint_folders(uas)[0] / "trained.safetensors")
-    assert tuned.words_only and not plain.words_only
+    assert tuned.lora_for_words and not plain.lora_for_words
     ids = [generation.prompt_ids(plain, "a boat that is small")]
     said, alone = [["(a boat that is small)"]], generation.Sampling(steps=2, sampler="ddim")
     forced = generation.Sampling(steps=2, sampler="ddim", force_image=True, temperature=0, max_new_tokens=1)

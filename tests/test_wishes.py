@@ -13,7 +13,7 @@ from miniature.documents import chat_document, described_story_document, wish_do
 from miniature.facts import fits, held_out, random_stream, sample_picture
 from miniature.wishes import typed, wish
 from miniature.words import facts_in
-from prompts import Turn, chat_history, description_in, own_turn, user_turn
+from prompts import Turn, chat_history, description_in, model_turn, user_turn
 from tokenizer import Tokenizer
 
 WORDS = Words.of(MINIATURE)
@@ -135,9 +135,9 @@ def test_own_pictures_are_remembered_by_their_words():
         def __init__(self, **info):
             self.info = info
 
-    assert own_turn(TOKENIZER, "look", (Drawn(description="a boat"),)) == Turn("look (a boat)")
+    assert model_turn(TOKENIZER, "look", (Drawn(description="a boat"),)) == Turn("look (a boat)")
     plain = Drawn()
-    assert own_turn(TOKENIZER, "look", (plain,)) == Turn("look", (plain,))
+    assert model_turn(TOKENIZER, "look", (plain,)) == Turn("look", (plain,))
 
 
 # ---- the world's words
