@@ -274,7 +274,7 @@ def say(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Path) -> str
     conversation = sample.Session(SimpleNamespace(tokenizer=tokenizer(), system=None), sample.Sampling(), 0)
     image = Image.new("RGB", (4, 4))
     for k in range(3):
-        conversation.turns.append(conversation.turn(text, (image,) * k))
+        conversation.turns.append(conversation.user_turn(text, (image,) * k))
     turns, heard = conversation.turns, 3
     sources = [
         (turns[0].text, 0),
