@@ -134,7 +134,7 @@ def order_document(rng: np.random.Generator, seed: int, i: int, split: str) -> E
     picture = pair_wish(rng, split)[1]
     turned = replace(picture, things=picture.things[::-1])
     said = [bracketed(turned if rng.random() < 0.5 else picture) for _ in range(6)]
-    return Example(f"{prompts.WORDS_FIRST_SYSTEM} {' '.join(said[:-1])}", f" {said[-1]}{prompts.END}", (), ())
+    return Example(f"{prompts.WORDS_FIRST_SYSTEM.text} {' '.join(said[:-1])}", f" {said[-1]}{prompts.END}", (), ())
 
 
 def described_story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
