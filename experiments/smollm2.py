@@ -1,9 +1,9 @@
 """SmolLM2 behind the vokens (docs/language-models.md): where its stage 1 starts, and its sentences for words first.
 
     python experiments/smollm2.py start --weights smol --captions pairs.tar --out runs/smollm2/start.safetensors
-    python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 9216 \
-        --steps 700 1200 1500 --out runs/smollm2/mapper.safetensors
-    python experiments/smollm2.py wishes --n 40000 --out wishes.jsonl
+    python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 17408 \
+        --steps 700 1200 4000 --out runs/smollm2/mapper.safetensors
+    python experiments/smollm2.py wishes --n 24000 --seed 1 --out wishes.jsonl
 
 `start`: the mapper is the miniature's, but for its first layer, which another width asks for anew. It is fitted by
 ridge regression, so that from SmolLM2's states it makes what the miniature's makes of its own language model's states
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="run of stage 1 whose mapper goes on")
     parser.add_argument("--data", nargs="+", help="precomputed tars of pairs")
     parser.add_argument("--n", type=int, default=2048, help="captions, or wishes")
-    parser.add_argument("--steps", type=int, nargs=3, default=[700, 1200, 1500], help="of `mapper`'s three parts")
+    parser.add_argument("--steps", type=int, nargs=3, default=[700, 1200, 4000], help="of `mapper`'s three parts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

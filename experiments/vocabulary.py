@@ -1,7 +1,7 @@
 """Wishes in wider English for SmolLM2's LoRA: the world's facts by other names, comparisons and descriptions.
 
-What it learns here is to answer any such word with what it knows of it. `knowledge.jsonl` has none of these words but
-the commonest (tests/test_smollm2.py).
+What it learns here is to answer any such word with what it knows of it. None of them is a word that a prompt of
+`knowledge.jsonl` needs (tests/test_knowledge.py).
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ def phrases(text: str) -> list[str]:
     return [phrase.strip() for phrase in text.replace("\n", " ").split("|")]
 
 
-KINDS = {  # without an article: names | descriptions, which begin with "what", "it", or a noun with its own article
+KINDS = {  # names, without an article | after a star, descriptions
     "ball": phrases("""football | basketball | volleyball | sphere | globe | tennis ball | baseball | beach ball |
         marble | bowling ball | *what children throw and catch | *something round to play with | *a round toy that
         rolls | *what two football teams fight for | soccer ball | golf ball | ping-pong ball | rugby ball | cricket

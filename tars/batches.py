@@ -27,7 +27,7 @@ import hashlib
 import json
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,6 +64,14 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(random_bits(ORDER, seed, epoch).random_raw(n), kind="stable")
     order.setflags(write=False)
     return order
+
+
+def hash_of(parts: Iterable[bytes]) -> str:
+    """A hash of the parts one after another; they are never in memory all at once."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
 
 
 # ---- members
@@ -161,13 +169,11 @@ class TarData(Dataset):
 
     def digest(self) -> str:
         """A hash of the samples' keys in their order, by which a resumed run knows its data."""
-        keys = (index.keys.tobytes() + b"\n" for index in self.indices)
-        return hashlib.sha256(b"".join(keys)).hexdigest()[:16]
+        return hash_of(index.keys.tobytes() + b"\n" for index in self.indices)
 
     def contents(self) -> str:
         """A hash of the samples' sizes and of some bytes of each tar: other data may have the same keys."""
-        places = (index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
-        return hashlib.sha256(b"".join(places)).hexdigest()[:16]
+        return hash_of(index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
 
     def count_items(self, index: TarIndex) -> np.ndarray:
         return np.ones(len(index.table), np.int64)

@@ -63,6 +63,7 @@ class WholeStories(TarData):
         pixels = {}
         if images:
             for name, to_tensor in (("inputs", self.to_input), ("outputs", self.to_output)):
+                # Unlike torch.stack it puts what a worker makes into shared memory (see `split_broken`).
                 pixels[name] = default_collate([to_tensor(image) for image in images.values()])
         return {"key": key, "json": content, "numbers": list(images), "cut": cut, **pixels}
 
