@@ -3,7 +3,7 @@ pictures, a frozen diffusion model that makes them, and what trains between the 
 
 One training sample, from its tokens to the losses; a prompt takes the same way up to the conditioning:
 
-    token ids, targets               (B, T)          collate: the source, then [IMG0]..[IMGN-1] ###
+    token ids, targets               (B, T)          common/collate.py: the source, then [IMG0]..[IMGN-1] ###
     embeddings                       (B, T, D)       MiniGPT5.embed: input pictures stand over their placeholders
     hidden states                    (B, T, D)       MiniGPT5.hidden_states: Vicuna
     voken features                   (M, N, D)       MiniGPT5.voken_features: the states that predict the vokens
@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.collate import IGNORE, Batch
+from common.tokenizer import Tokenizer
 from llama import History, Llama
 from lora import Prefix, add_lora
 from mapper import VokenMapper
@@ -31,27 +33,11 @@ from prompts import System
 from qformer import ImageEncoder
 from scheduler import NoiseSchedule
 from text_encoder import TextEncoder
-from tokenizer import Tokenizer
 from unet import UNet
 from vae import VAE
 
 TEXT_WEIGHT, LDM_WEIGHT, CAP_WEIGHT = 0.01, 1.0, 0.1  # section 3.3
 DROP_RATE = 0.1  # share of pictures whose voken features are replaced by zeros, for classifier-free guidance
-IGNORE = -100  # label of a position that takes no part in L_text
-
-
-class Batch(NamedTuple):
-    """Token sequences, padded on the right, and the places of their output pictures."""
-
-    ids: Tensor  # (B, T)
-    targets: Tensor  # (B, L) positions of the target's tokens, and of padding after a shorter target
-    labels: Tensor  # (B, L) what L_text learns there, IGNORE where it learns nothing
-    picture_sequences: Tensor  # (M,) the sequence that each output picture belongs to
-    picture_starts: Tensor  # (M,) the position that predicts its [IMG0]
-    picture_weights: Tensor  # (M,) its weight in the mean over pictures: 1 / M, or 0 for padding
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(send(tensor, device) for tensor in self))
 
 
 class Noise(NamedTuple):
@@ -62,54 +48,19 @@ class Noise(NamedTuple):
     noise: Tensor  # (M, C, h, w) standard normal, epsilon of Eq. 3
     timesteps: Tensor  # (M,)
 
-    def to(self, device: torch.device) -> "Noise":
-        return Noise(*(send(tensor, device) for tensor in self))
 
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. A GPU copies from pinned memory while the host goes on; from other memory it would wait
-    until the GPU has finished everything before."""
-    if tensor.device == device or device.type != "cuda":
-        return tensor.to(device)
-    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+def send(x: Tensor | tuple, device: torch.device) -> Tensor | tuple:
+    """A tensor, or the tensors of a named tuple, on `device`. A GPU copies from pinned memory while the host goes on;
+    from other memory it would wait until the GPU has finished everything before."""
+    if isinstance(x, tuple):
+        return type(x)(*(send(tensor, device) for tensor in x))
+    if x.device == device or device.type != "cuda":
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
-
-
-def collate(
-    tokenizer: Tokenizer,
-    pairs: list[tuple[str | list[int], str | list[int]]],
-    queries: int,
-    round_length: Callable[[int], int] = int,
-    round_target: Callable[[int], int] = int,
-    limit: int = 2048,
-) -> Batch:
-    """(source, target) texts, or their token ids -> sequences of <s>, source, target, at most `limit` tokens long.
-
-    Source and target are tokenised separately, so each begins with sentencepiece's leading space, and <ImageHere>
-    becomes `queries` ids. A source that is too long is cut at its end. Of the target, L_text learns all tokens but
-    [IMG1]..[IMGN-2]: [IMG0] says that a picture belongs here, and [IMGN-1] is where text goes on. T holds the longest
-    source and the longest target together (see `MiniGPT5.hidden_states`). `round_length` and `round_target` may round
-    T and L up, so that a compiled step meets few shapes.
-    """
-    ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
-    sequences, labels, starts, pictures = [], [], [], []
-    for row, pair in enumerate(pairs):
-        source, target_ids = (tokenizer.encode(part, queries) if isinstance(part, str) else part for part in pair)
-        source_ids = [tokenizer.bos_id, *source][: limit - len(target_ids)]
-        sequences.append(source_ids + target_ids)
-        labels.append([IGNORE if i in ignored else i for i in target_ids])
-        starts.append(len(source_ids))
-        pictures += [(row, len(source_ids) + k - 1) for k, i in enumerate(target_ids) if i == tokenizer.voken_ids[0]]
-    longest = max(map(len, labels))
-    T, L = round_length(max(starts) + longest), round_target(longest)
-    ids = torch.tensor([ids + [tokenizer.eos_id] * (T - len(ids)) for ids in sequences])
-    labels = torch.tensor([label + [IGNORE] * (L - len(label)) for label in labels])
-    targets = (torch.tensor(starts)[:, None] + torch.arange(L)).clamp(max=T - 1)
-    owners, before = torch.tensor(pictures, dtype=torch.long).reshape(-1, 2).unbind(1)
-    return Batch(ids, targets, labels, owners, before, torch.full((len(owners),), 1 / max(1, len(owners))))
 
 
 @torch.no_grad()
@@ -195,11 +146,6 @@ class MiniGPT5(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.vokens.input.device
-
-    @property
-    def picture_size(self) -> int:
-        """Side of an output picture in pixels."""
-        return self.unet.config.sample_size * self.vae.config.downsampling
 
     # ---- 3.1 and 3.2.1: what the language model reads, and what it says with vokens
 
@@ -295,7 +241,7 @@ class MiniGPT5(nn.Module):
         mean and log variance of their latents; captions: the encodings of their captions (M, S, Dc) and of the empty
         one (1, S, Dc); inputs: see `embed`.
         """
-        batch, noise = batch.to(self.device), noise and noise.to(self.device)
+        batch, noise = send(batch, self.device), noise and send(noise, self.device)
         hidden = self.hidden_states(self.embed(batch.ids, inputs), batch.targets)  # (B, T, D)
         predicting = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
         text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels)

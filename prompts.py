@@ -23,7 +23,7 @@ import re
 from typing import NamedTuple
 
 from common.texts import Words
-from tokenizer import Tokenizer
+from common.tokenizer import Tokenizer
 
 END = " ###"  # ends every answer
 SPEAKERS = ("###Human:", "###Assistant:")

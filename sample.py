@@ -99,9 +99,8 @@ class Session:
 
     def __init__(self, model: MiniGPT5, sampling: Sampling, seed: int, words: Words | None = None):
         self.model, self.sampling, self.watch = model, sampling, None
-        self.words_first = sampling.words_first
-        self.words = words if self.words_first else None
-        self.system = prompts.WORDS_FIRST_SYSTEM if self.words_first else model.system
+        self.words = words if sampling.words_first else None
+        self.system = prompts.WORDS_FIRST_SYSTEM if sampling.words_first else model.system
         self.new(seed)
 
     def new(self, seed: int = 0) -> None:
@@ -118,9 +117,9 @@ class Session:
     def answers(self, texts: list[str], seeds: list[int], pictures: tuple[Image.Image, ...] = ()) -> list[Segments]:
         """An answer to each text by itself, with its seed. The pictures come with every one of them."""
         model, said = self.model, []
-        if pictures or self.words_first or model.lora or model.prefix:
-            turns = [self.user_turn(text, pictures) for text in texts]
-            ids = [prompt_ids(model, prompts.dialog_source([turn], 1, self.system)) for turn in turns]
+        if pictures or self.sampling.words_first or model.lora or model.prefix:
+            turns = {text: self.user_turn(text, pictures) for text in dict.fromkeys(texts)}
+            ids = [prompt_ids(model, prompts.dialog_source([turns[text]], 1, self.system)) for text in texts]
         else:  # stage 1 reads bare captions
             clean = [clean_caption(text) or prompts.one_line(text) for text in texts]
             ids = [prompt_ids(model, model.tokenizer.plain(text)) for text in clean]
@@ -134,7 +133,7 @@ class Session:
         """The answer to the next turn of the conversation. Where that fails, the conversation stays as it was."""
         turns = [*self.turns, self.user_turn(text, pictures)]
         k = len(turns)
-        heard = prompts.chat_history(turns, k, self.words_first)
+        heard = prompts.chat_history(turns, k, self.sampling.words_first)
         return self.go_on(turns, heard, lambda heard: prompts.dialog_source(heard, k, self.system))
 
     def story(self, text: str, steps: int = 4, pictures: tuple[Image.Image, ...] = ()) -> Iterator[Segments]:
@@ -153,7 +152,7 @@ class Session:
         if not before and not last.pictures and not prompts.description_in(last.text):
             request = prompts.STORY_REQUESTS["image"][0].format(last.text)
             ids = prompt_ids(self.model, prompts.story_source([], request, self.system))
-            segments = self.ask(ids, [], force_image=not self.words_first)
+            segments = self.ask(ids, [], force_image=not self.sampling.words_first)
             self.turns = [self.model_turn([last.text, *split(segments)[1]])]
             return segments
         request = prompts.STORY_REQUESTS["text+image"][0]
@@ -163,12 +162,10 @@ class Session:
         """The words of a text that are not in the world of the weights, where these bring a list of it."""
         return self.words.missing(text) if self.words else []
 
-    def report_missing(self, *texts: str) -> None:
-        for text in texts:
-            if missing := self.missing(text):
-                print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
-
     def user_turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
+        """What somebody typed. Its words that are not in the world of the weights are said on standard error."""
+        if missing := self.missing(text):
+            print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
         return prompts.user_turn(self.model.tokenizer, text, self.words, pictures)
 
     def model_turn(self, segments: Segments) -> Turn:
@@ -254,7 +251,6 @@ def main() -> None:
     if args.chat:
         return chat(session, out, args.prompt, args.seed, pictures)
     texts, terminal = [args.prompt] if args.prompt else read_prompts(args.prompts), Terminal(session, out)
-    session.report_missing(*texts)
     if args.turns is not None:
         turns = [("you", [args.prompt, *pictures])]
         terminal.show(args.prompt, *pictures)

@@ -13,21 +13,20 @@ defaults, in WEIGHTS/minigpt5/config.json, with weight 1 for L_text.
 """
 
 import argparse
-import re
 from functools import partial
 from pathlib import Path
 
-from common.cli import DTYPES  # isort: skip
-from common.cli import run as run_command  # isort: skip
+from common.cli import DTYPES, run as run_command  # isort: skip
 
 import torch
 from torch import Tensor
 
+from common.collate import collate
 from common.images import preprocess_output
 from lora import TARGETS
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE, TEXT_WEIGHT, collate
-from prompts import SPEAKERS, TASKS, WORDS_FIRST_SYSTEM
+from minigpt5 import DROP_RATE, TEXT_WEIGHT
+from prompts import TASKS, WORDS_FIRST_SYSTEM
 from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
@@ -35,26 +34,11 @@ from tars.batches import Batches
 from tars.datasets import packed
 from tars.index import expand
 from tars.precomputed import find_precomputed
-from tars.stories import StoryData, checked_weights
+from tars.stories import StoryData, read_weights
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
-from trainer.log import Preview
+from trainer.log import Preview, picture_title
 from trainer.options import read_run_options
 from trainer.run import Run
-
-
-def task_weights(text: str) -> dict[str, float]:
-    """ "image=2,text=1" -> {"image": 2.0, "text": 1.0}."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    try:
-        return {name.strip(): float(weight) for name, _, weight in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=WEIGHT,...") from None
-
-
-def picture_title(source: str, target: str) -> str:
-    """The words above a picture in samples.png: those of the answer, or else the request's."""
-    request = re.split(r"\n|###\w+:", source.removesuffix(SPEAKERS[1]).strip())[-1].strip()
-    return re.sub(r"\[IMG\d+\]|###", "", target).strip() or request
 
 
 def arguments() -> argparse.Namespace:
@@ -68,8 +52,8 @@ def arguments() -> argparse.Namespace:
     add("--lora-rank", type=int, default=8, metavar="R", help="rank of LoRA's matrices; alpha is twice the rank")
     add("--lora-targets", type=lambda text: tuple(map(str.strip, text.split(","))), default=TARGETS, metavar="NAME,...",
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
-    add("--tasks", type=task_weights, default=dict.fromkeys(TASKS, 1.0), metavar="TASK=WEIGHT,...",
-        help=f"share of each task among a story's steps, of {', '.join(TASKS)}; default: equal shares")  # fmt: skip
+    add("--tasks", default=",".join(f"{task}=1" for task in TASKS), metavar="TASK=WEIGHT,...",
+        help="share of each task among a story's steps")  # fmt: skip
     add("--blind-history", type=float, default=0.0, metavar="SHARE",
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
     add("--words-only", action="store_true",
@@ -91,7 +75,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--text-weight must be 0 or more")
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")
-    checked_weights(args.tasks)  # before any data are drawn
+    args.tasks = read_weights(args.tasks)
     if args.words_first and (args.prefix or not args.data):
         parser.error("--words-first trains LoRA, not a prefix, and needs --data: drawn stories describe no pictures")
     if args.words_only and args.tasks.get("image"):
@@ -174,7 +158,6 @@ def main() -> None:
     # ---- losses
     round_length = bucket_length if run.compiled else int
     multiple = -(-args.batch_size // 8)  # of pictures in a batch, when compiled
-    weights = {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """ "loss" = --text-weight * "text_loss" + "ldm_loss" (Eq. 3) of some samples; without pictures, no L_LDM."""
@@ -189,7 +172,7 @@ def main() -> None:
             posterior = None if args.no_ldm else model.encode_pictures(samples["outputs"])
             if run.compiled:
                 batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple)
-        return model.losses(batch, noise, posterior, inputs=samples["inputs"], **weights)
+        return model.losses(batch, noise, posterior, None, samples["inputs"], args.min_snr_gamma, args.text_weight)
 
     # ---- training
     # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.

@@ -15,14 +15,14 @@ to zero. The miniature has its own defaults, in WEIGHTS/minigpt5/config.json.
 import argparse
 from pathlib import Path
 
-from common.cli import DTYPES  # isort: skip
-from common.cli import run as run_command  # isort: skip
+from common.cli import DTYPES, run as run_command  # isort: skip
 
 import torch
 from torch import Tensor
 
+from common.collate import collate
 from miniature.world import write_pairs
-from minigpt5 import DROP_RATE, collate
+from minigpt5 import DROP_RATE
 from prompts import uas_texts
 from published.loading import given_checkpoint
 from published.parts import load_minigpt5

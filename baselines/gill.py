@@ -7,7 +7,7 @@ The same frozen language model and vokens as MiniGPT-5, but GILL's own mapper an
 Stable Diffusion's encoding of the caption, without the diffusion model's loss and without dropped conditions. Pictures
 are guided against the empty caption's encoding.
 
-    caption, [IMG0]..[IMGN-1]          (B, T)      minigpt5.collate
+    caption, [IMG0]..[IMGN-1]          (B, T)      collate
     states at the vokens, embeddings   (B, N, D)   each voken's own state, where MiniGPT-5 takes the one before it
     conditioning                       (B, S, Dc)  GillMapper of their sum
     L = MSE to the caption's encoding + 0.01 L_text
@@ -29,9 +29,10 @@ from common.cli import run as run_command  # isort: skip
 import torch
 from torch import Tensor, nn
 
+from common.collate import collate
 from mapper import Attention, Transformer
 from miniature.world import write_pairs
-from minigpt5 import TEXT_WEIGHT, MiniGPT5, Vokens, collate
+from minigpt5 import TEXT_WEIGHT, MiniGPT5, Vokens, send
 from prompts import uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import matched, open_safetensors, rows_of, save_safetensors, tensor_slices
@@ -91,7 +92,7 @@ class Gill(nn.Module):
     def read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> L_text, conditioning (B, S, Dc)."""
         texts = [uas_texts(self.tokenizer.plain(text), len(self.tokenizer.voken_ids)) for text in texts]
-        batch = collate(self.tokenizer, texts, 0, limit=MAX_TOKENS).to(self.device)
+        batch = send(collate(self.tokenizer, texts, 0, limit=MAX_TOKENS), self.device)
         embeddings = self.vokens.embed(self.llama, batch.ids)  # (B, T, D)
         hidden = self.hidden_states(embeddings, batch.targets)
         predicting = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])

@@ -32,6 +32,7 @@ import random_weights as files
 
 from common.cli import MINIATURE
 from common.files import read_json
+from common.tokenizer import Tokenizer
 from llama import Llama, LlamaConfig
 from mapper import VokenMapper
 from miniature.autoencoder import VAE_SIZES
@@ -44,7 +45,6 @@ from published.parts import read_config
 from qformer import LN_VISION_EPS, ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import ScheduleConfig
 from text_encoder import TextConfig, TextEncoder
-from tokenizer import Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 

@@ -32,9 +32,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from common.cli import run
+from common.collate import Batch
 from generation import Sampling, paint
 from llama import Llama, LlamaConfig
-from minigpt5 import Batch, MiniGPT5, Noise
+from minigpt5 import MiniGPT5, Noise
 from scheduler import NoiseSchedule, ScheduleConfig
 from trainer.compiled import checkpoint_gradients
 from unet import UNet, UNetConfig

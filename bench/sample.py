@@ -42,11 +42,11 @@ from bench.common import Report, agree, alternate, exact_products, parser, rows_
 from common.cli import read_arguments, run
 from common.images import to_image
 from common.page import save_image
+from common.tokenizer import Tokenizer
 from generation import Sampling, answer, paint, prompt_ids, say
 from mapper import VokenMapper
 from minigpt5 import MiniGPT5, Vokens, dtype_of, send
 from published.parts import load_minigpt5
-from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = "transformers, diffusers"

@@ -6,7 +6,8 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from minigpt5 import MiniGPT5, Noise, collate
+from common.collate import collate
+from minigpt5 import MiniGPT5, Noise
 from prompts import uas_texts
 from train_uas import MAX_TOKENS
 from trainer.compiled import bucket_length
@@ -23,7 +24,8 @@ def make_batches(model: MiniGPT5, size: int, number: int = 4) -> list[dict]:
     generator, batches = torch.Generator().manual_seed(0), []
     for n in range(number):
         captions = [" ".join(CAPTION.split()[: 8 + (5 * n + 3 * i) % 13]) for i in range(size)]
-        shape = (size, 3, model.picture_size, model.picture_size)
+        side = model.unet.config.sample_size * model.vae.config.downsampling
+        shape = (size, 3, side, side)
         pictures = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
         moments = [torch.stack(model.encode_pictures(part), 1).cpu() for part in pictures.split(8)]
         batch = {"captions": captions, "pictures": pictures, "moments": torch.cat(moments)}

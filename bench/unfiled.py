@@ -25,13 +25,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 import random_weights as files
 import sentencepiece
 
+from common.tokenizer import Tokenizer
 from llama import Llama, LlamaConfig
 from minigpt5 import MiniGPT5
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import Uninitialised
 from scheduler import NoiseSchedule, ScheduleConfig
 from text_encoder import TextConfig, TextEncoder
-from tokenizer import Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 

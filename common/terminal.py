@@ -22,7 +22,12 @@ class Terminal:
 
     def watch(self, ids: list[int] | None = None, done: int = 0, steps: int = 0, latents: object = None) -> None:
         if ids is not None:
-            words = self.tokenizer.decode(ids, skip_special=True).strip().rstrip("#\N{REPLACEMENT CHARACTER}").rstrip()
+            words = (
+                self.tokenizer.decode(ids, skip_special=True)
+                .strip()
+                .rstrip("#\N{REPLACEMENT CHARACTER}")
+                .rstrip()
+            )
             if words.startswith(self.printed):
                 print(words.removeprefix(self.printed), end="", flush=True)
                 self.printed = words
@@ -73,7 +78,6 @@ def chat(session, out: Path, first: str, seed: int, pictures: list[Image.Image])
                 print(COMMANDS)
             else:
                 given, pictures = pictures, []
-                session.report_missing(line)
                 segments = session.chat(line, tuple(given))
                 turns += [("you", [line, *given]), ("model", segments)]
                 write_answer(turns, "chat", seed, out)

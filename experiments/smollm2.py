@@ -35,16 +35,17 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import MINIATURE
+from common.collate import collate
 from common.files import written_whole
 from common.images import preprocess_output
 from experiments.vocabulary import wide_wish
 from miniature.chats import bracketed
 from miniature.facts import random_stream
 from miniature.wishes import wish
-from minigpt5 import CAP_WEIGHT, MiniGPT5, collate
+from minigpt5 import CAP_WEIGHT, MiniGPT5
 from prompts import uas_texts
 from published.loading import given_checkpoint, save_trained, shipped_checkpoint
-from published.parts import load_minigpt5
+from published.parts import load_minigpt5, picture_size
 from tars.batches import open_pairs
 from trainer.muon import Muon
 
@@ -116,7 +117,7 @@ def fit(mapper: nn.Module, captions: int, steps: int, loss_of: Callable[[Tensor]
 def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps: list[int], out: Path) -> None:
     """`steps`: of the three parts."""
     teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
-    batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=model.picture_size), batch_size=BATCH)
+    batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=picture_size(weights)), batch_size=BATCH)
     empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
     read = [next(batches) for _ in tqdm(range(n // BATCH), "captions")]
     moments, encodings = (torch.cat([samples[name] for samples in read]) for name in ("moments", "encoding"))

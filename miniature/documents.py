@@ -20,6 +20,7 @@ import sentencepiece
 import prompts
 from common.files import written_whole
 from common.texts import plain_words
+from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
 from miniature.descriptions import as_named, describe, from_left
 from miniature.facts import PLACES, Picture, pick, pick_weighted, random_stream
@@ -29,7 +30,6 @@ from miniature.wishes import typed, wish
 from miniature.words import description, some
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from prompts import Example, Turn, chat_history, dialog_example, history_start, story_example, uas_texts
-from tokenizer import Tokenizer
 
 PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
 TEXTS = 20_000  # documents that it is made from
@@ -227,7 +227,7 @@ def ids_with(tokenizer: Tokenizer, mark: str) -> set[int]:
 
 
 def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """<s>, source, target, each encoded by itself as `minigpt5.collate` does, and so the words of each picture, of an
+    """<s>, source, target, each encoded by itself as `collate` does, and so the words of each picture, of an
     answer's in random order. The ids and how much each counts."""
     words_first, described = row.source.startswith(prompts.WORDS_FIRST_SYSTEM.text), False
     told = ANSWER_WEIGHT if words_first else 1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from common.cli import MINIATURE
 from common.files import fingerprint, write_file, write_json
+from common.tokenizer import Tokenizer
 from llama import KVCache, Llama
 from miniature.chats import known_words, unknown_words
 from miniature.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at, train_tokenizer
@@ -27,7 +28,6 @@ from miniature.world import sample_pair
 from prompts import Example, Turn, dialog_source
 from published.parts import config_of, load_llama, read_config
 from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConfig
-from tokenizer import Tokenizer
 
 LANGUAGE_SIZES = config_of("llama", MINIATURE / "vicuna" / "config.json")
 VISION_SIZES = read_config(VisionConfig, MINIATURE / "blip2" / "config.json", "vision_config")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizer import Tokenizer
+from common.tokenizer import Tokenizer
 
 
 def chatml(text: str) -> str:

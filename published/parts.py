@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_json
+from common.tokenizer import Tokenizer
 from llama import Llama, LlamaConfig
 from minigpt5 import MiniGPT5
 from published import loading
@@ -43,7 +44,6 @@ from published.loading import (
 from qformer import ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import NoiseSchedule, ScheduleConfig
 from text_encoder import ACTIVATIONS, TextConfig, TextEncoder
-from tokenizer import Tokenizer
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 

@@ -12,7 +12,7 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
                      partial(images.preprocess_output, size=512))
     batch = next(Batches(data, batch_size=32))
 
-    batch["pairs"]          B (source, target); batch["ids"] the same as token ids, for minigpt5.collate
+    batch["pairs"]          B (source, target); batch["ids"] the same as token ids, for `collate`
     batch["inputs"]         (P, 3, H, W) of all <ImageHere> of the batch, in order of samples; None where there is none
     batch["outputs"]        (M, 3, H, W) of all vokens of the batch, in order of samples; None where there is none
                             of precomputed tars (P, Q, D) and (M, 2, C, h, w), see precomputed.py
@@ -70,6 +70,16 @@ def picture_member(name: object, key: str) -> int:
 
 
 # ---- weights of the tasks
+
+
+def read_weights(text: str) -> dict[str, float]:
+    """ "image=2,text=1" -> {"image": 2.0, "text": 1.0}; see `checked_weights`."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        weights = {name.strip(): float(weight) for name, _, weight in pairs}
+    except ValueError:
+        raise ValueError(f"{text!r} is not TASK=WEIGHT,...") from None
+    return checked_weights(weights)
 
 
 def checked_weights(weights: dict[str, float]) -> dict[str, float]:

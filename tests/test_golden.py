@@ -18,18 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import llama
+from common.collate import collate
 from common.images import preprocess_output, read_image, resize_and_crop, to_image
 from common.texts import clean_caption
+from common.tokenizer import Tokenizer
 from generation import Sampling, paint, prompt_ids, say
 from llama import KVCache
-from minigpt5 import MiniGPT5, Noise, collate
+from minigpt5 import MiniGPT5, Noise
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import TRAINED_NAMES, convert
 from published.loading import our_name, save_safetensors
 from published.parts import load_image_encoder, load_llama, load_minigpt5, load_text_encoder, load_unet, load_vae
 from qformer import preprocess_input
 from scheduler import PNDM
-from tokenizer import Tokenizer
 from vae import to_pixels
 
 NETWORK, DIFFUSION, SCALAR, GRADIENT = 2e-5, 1e-4, 2e-5, 1e-4  # GOLDEN.md section 5

@@ -19,8 +19,8 @@ from test_commands import train
 
 from bench.gpu import not_compiled
 from common import graphs
+from common.collate import collate
 from generation import Sampling, paint, prompt_ids, say
-from minigpt5 import collate
 from prompts import uas_texts
 from published.parts import load_minigpt5
 from trainer import run as trainer_run

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_PRODUCT = ("tests", "docs")
 LAYERS = [  # from the bottom to the top; a name is a package or a file of the top level
     {"common"},
-    {"prompts", "tokenizer", "llama", "qformer", "mapper", "scheduler", "unet", "vae", "text_encoder", "lora"},
+    {"prompts", "llama", "qformer", "mapper", "scheduler", "unet", "vae", "text_encoder", "lora"},
     {"minigpt5"},
     {"generation"},
     {"published"},

@@ -11,11 +11,11 @@ import transformers
 from helpers import assert_close, randomise, shapes
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from common.tokenizer import Tokenizer
 from llama import History, KVCache, Llama, LlamaConfig, RopeScaling, rotary_frequencies
 from minigpt5 import Vokens
 from published.loading import WeightsError
 from published.parts import load_llama
-from tokenizer import Tokenizer
 
 SIZES = {
     "vocab_size": 96,

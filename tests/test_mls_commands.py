@@ -18,8 +18,9 @@ import prompts
 import published.__main__ as weights_command
 import sample
 import train_mls
+from common.collate import collate
 from miniature.world import write_dialogues, write_stories
-from minigpt5 import MiniGPT5, collate
+from minigpt5 import MiniGPT5
 from prompts import Turn
 from published.convert import RELEASED_FORMS
 from published.loading import WeightsError, checkpoint_folders, load_trained, save_trained

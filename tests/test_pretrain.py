@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.tokenizer import Tokenizer
 from llama import Llama
 from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
@@ -29,7 +30,6 @@ from published.loading import WeightsError
 from published.parts import load_image_encoder, load_llama, load_schedule, load_text_encoder, load_unet, load_vae
 from qformer import ImageEncoder
 from text_encoder import TextEncoder
-from tokenizer import Tokenizer
 from trainer.muon import Muon, orthogonal
 from unet import UNet
 from vae import VAE

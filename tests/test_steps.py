@@ -13,8 +13,9 @@ from test_commands import train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.collate import collate
 from generation import Sampling, paint, prompt_ids, say
-from minigpt5 import Batch, collate
+from minigpt5 import MiniGPT5
 from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.compiled import bucket_length, checkpoint_gradients, pad_pictures
@@ -182,7 +183,10 @@ def test_no_recompilation(monkeypatch, weights, tmp_path):
     exact = train(monkeypatch, weights, tar, tmp_path / "eager", *options)
     assert "graphs" not in exact[0]
     lengths = []
-    monkeypatch.setattr(Batch, "to", lambda rows, device: lengths.append(rows.ids.shape[1]) or rows)
+    read = MiniGPT5.embed
+    monkeypatch.setattr(
+        MiniGPT5, "embed", lambda model, ids, *rest: lengths.append(ids.shape[1]) or read(model, ids, *rest)
+    )
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.utils.counters.clear()
     log = train(monkeypatch, weights, tar, tmp_path / "compiled", *options, "--compile")

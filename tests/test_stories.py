@@ -15,9 +15,10 @@ from helpers import sample_file
 from PIL import Image
 
 import prompts
+from common.collate import collate
 from common.images import preprocess_output
+from common.tokenizer import Tokenizer
 from miniature.world import write_dialogues, write_stories
-from minigpt5 import collate
 from prompts import DIALOG_SYSTEM, STORY_SYSTEM, TASKS, Example, Turn, history_start
 from qformer import preprocess_input
 from tars import index as tars
@@ -26,7 +27,6 @@ from tars.batches import Batches, PairData
 from tars.datasets import convert
 from tars.index import Member
 from tars.stories import StoryData
-from tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 small_input, small_output = partial(preprocess_input, size=8), partial(preprocess_output, size=16)

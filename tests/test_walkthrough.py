@@ -63,7 +63,7 @@ def test_the_mapper_stands_in_for_the_text_encoder(ran):
 
 
 def test_pictures(ran):
-    side = ran["model"].picture_size
+    side = ran["model"].unet.config.sample_size * ran["model"].vae.config.downsampling
     assert ran["painted"].shape == (4, 3, side, side) and ran["day"].size == (side, side)
     assert len(ran["film"]) == 20 and len(ran["frames"]) == 7
     assert ran["changed"].max() > 0 and len(ran["stories"]) == 4

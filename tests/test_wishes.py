@@ -7,6 +7,7 @@ import pytest
 from common.cli import MINIATURE
 from common.files import read_json
 from common.texts import Words, plain_words
+from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat, known_words, unknown_words
 from miniature.descriptions import describe
 from miniature.documents import chat_document, described_story_document, wish_document
@@ -14,7 +15,6 @@ from miniature.facts import fits, held_out, random_stream, sample_picture
 from miniature.wishes import typed, wish
 from miniature.words import facts_in
 from prompts import Turn, chat_history, description_in, model_turn, user_turn
-from tokenizer import Tokenizer
 
 WORDS = Words.of(MINIATURE)
 TOKENIZER_FOLDER = MINIATURE / "vicuna"  # which has no words.json

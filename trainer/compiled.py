@@ -3,8 +3,8 @@
 torch.compile makes a graph for every shape that it meets, which takes a minute or more. So batches are padded to few
 shapes when they are made, and the losses are compiled in three parts, each of which depends on one length alone:
 
-    hidden_states     tokens of the sequences, T    minigpt5.collate(round_length=bucket_length)
-    text_loss         tokens of the targets, L      minigpt5.collate(round_target=bucket_length)
+    hidden_states     tokens of the sequences, T    collate(round_length=bucket_length)
+    text_loss         tokens of the targets, L      collate(round_target=bucket_length)
     picture_losses    pictures of the batch, M      pad_pictures
 
 There are then as many graphs as lengths of each part, not as many as combinations of them.
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minigpt5 import Batch, MiniGPT5, Noise
+from common.collate import Batch
+from minigpt5 import MiniGPT5, Noise
 
 MAX_GRAPHS = 64  # of one part; torch's own limit is 8
 

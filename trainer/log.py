@@ -10,6 +10,7 @@ They are in the run's folder.
 
 import json
 import math
+import re
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +18,13 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from common.collate import Batch
 from common.files import is_number, write_text
 from common.images import to_image
 from common.page import draw_grid, save_image
 from generation import Sampling, paint
-from minigpt5 import Batch, MiniGPT5, dtype_of, send
+from minigpt5 import MiniGPT5, dtype_of, send
+from prompts import SPEAKERS
 from vae import to_pixels
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#555555")
@@ -150,11 +153,17 @@ class Preview(NamedTuple):
     captions: list[str]  # what is written above the picture of each sequence
 
 
+def picture_title(source: str, target: str) -> str:
+    """The words above a picture in samples.png: those of the answer, or else the request's."""
+    request = re.split(r"\n|###\w+:", source.removesuffix(SPEAKERS[1]).strip())[-1].strip()
+    return re.sub(r"\[IMG\d+\]|###", "", target).strip() or request
+
+
 @torch.no_grad()
 def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     """The preview's first four pictures above those painted from their vokens, always from the same noise."""
     batch, _, pictures, captions = preview
-    batch, was_training = batch.to(model.device), model.training
+    batch, was_training = send(batch, model.device), model.training
     model.eval()
     embeddings = model.embed(batch.ids, preview.inputs)
     hidden = type(model).hidden_states(model, embeddings, batch.targets)  # not the compiled one: no further graph

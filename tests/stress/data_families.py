@@ -21,9 +21,10 @@ from PIL import Image
 from random_weights import GOLDEN_TOKENIZERS
 
 import sample
+from common.collate import collate
 from common.images import preprocess_output, resize_and_crop
 from common.page import write_answer
-from minigpt5 import collate
+from common.tokenizer import Tokenizer
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
 from tars import index as tars
@@ -31,7 +32,6 @@ from tars.batches import Batches, PairData, decode
 from tars.index import Unusable, read_index
 from tars.precomputed import Precomputed, marker_bytes, read_marker
 from tars.stories import StoryData
-from tokenizer import Tokenizer
 
 QUERIES = 4  # positions that an input picture takes
 small = partial(preprocess_output, size=8)

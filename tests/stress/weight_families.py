@@ -17,6 +17,7 @@ from helpers import DATA
 from random_weights import GOLDEN_TOKENIZERS, write_random_weights
 
 import train_uas
+from common.tokenizer import Tokenizer
 from published.clip_tokenizer import ClipTokenizer
 from published.convert import read_tensors
 from published.loading import find_checkpoint, load, load_trained, open_checkpoint, save_trained
@@ -30,7 +31,6 @@ from published.parts import (
     load_vae,
 )
 from scheduler import SAMPLERS
-from tokenizer import Tokenizer
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 
 GOLDEN = GOLDEN_TOKENIZERS.parent
