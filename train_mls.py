@@ -172,7 +172,8 @@ def main() -> None:
             posterior = None if args.no_ldm else model.encode_pictures(samples["outputs"])
             if run.compiled:
                 batch, noise, posterior = pad_pictures(batch, noise, posterior, multiple)
-        return model.losses(batch, noise, posterior, None, samples["inputs"], args.min_snr_gamma, args.text_weight)
+        weights = {"min_snr_gamma": args.min_snr_gamma, "text_weight": args.text_weight}
+        return model.losses(batch, noise, posterior, inputs=samples["inputs"], **weights)
 
     # ---- training
     # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.

@@ -117,7 +117,8 @@ def fit(mapper: nn.Module, captions: int, steps: int, loss_of: Callable[[Tensor]
 def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps: list[int], out: Path) -> None:
     """`steps`: of the three parts."""
     teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
-    batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=picture_size(weights)), batch_size=BATCH)
+    to_output = partial(preprocess_output, size=picture_size(weights))
+    batches, _ = open_pairs(data, None, weights, to_output, batch_size=BATCH)
     empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
     read = [next(batches) for _ in tqdm(range(n // BATCH), "captions")]
     moments, encodings = (torch.cat([samples[name] for samples in read]) for name in ("moments", "encoding"))
