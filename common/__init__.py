@@ -1,1 +1,1 @@
-"""What every part uses: the command line, files written whole, pictures."""
+"""What every part uses: the tokenizer, batches of token sequences, the command line, files written whole, pictures."""
