@@ -51,7 +51,7 @@ from trainer.muon import Muon
 START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
 RIDGE = 1e-3  # of the states' mean square
 BATCH, LR, MUON_LR, IMITATION_WEIGHT = 32, 5e-4, 0.01, 0.3  # of `mapper`
-WIDE = 0.6  # share of wishes in words of vocabulary.py
+WIDE = 0.7  # share of wishes in words of vocabulary.py
 WISHES = 300  # purpose of the random stream
 
 
