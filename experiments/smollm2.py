@@ -2,7 +2,7 @@
 
     python experiments/smollm2.py start --weights smol --captions pairs.tar --out runs/smollm2/start.safetensors
     python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 17408 \
-        --steps 700 1200 4000 --out runs/smollm2/mapper.safetensors
+        --steps 700 1200 4000 1700 --out runs/smollm2/mapper.safetensors
     python experiments/smollm2.py wishes --n 24000 --seed 1 --out wishes.jsonl
 
 `start`: the mapper is the miniature's, but for its first layer, which another width asks for anew. It is fitted by
@@ -10,9 +10,10 @@ ridge regression, so that from SmolLM2's states it makes what the miniature's ma
 for the same captions. `train_uas.py --init` then trains it with the vokens' rows.
 
 `mapper`: SmolLM2 takes most of a step of stage 1. Here the vokens' rows stay as stage 1 left them, so that their
-features of some captions are computed once. The mapper alone goes on, in three parts: it imitates the conditioning that
-the miniature makes of the same captions; it trains with the losses of stage 1; and with L_LDM and imitation, which
-takes the place of L_CAP.
+features of some captions are computed once. The mapper alone goes on, in four parts: it imitates the conditioning that
+the miniature makes of the same captions; it trains with the losses of stage 1; with L_LDM and imitation, which takes
+the place of L_CAP; and, with as many descriptions as `--descriptions` says besides, so that the UNet predicts under
+its conditioning what it predicts under the miniature's.
 
 `wishes`: dialogues of two turns for `train_mls.py --words-first`, in which somebody wishes for a picture and it is
 described in brackets.
@@ -40,7 +41,9 @@ from common.files import written_whole
 from common.images import preprocess_output
 from experiments.vocabulary import wide_wish
 from miniature.chats import bracketed
-from miniature.facts import random_stream
+from miniature.descriptions import describe
+from miniature.facts import random_stream, sample_picture
+from miniature.paint import draw
 from miniature.wishes import wish
 from minigpt5 import CAP_WEIGHT, MiniGPT5
 from prompts import uas_texts
@@ -51,9 +54,9 @@ from trainer.muon import Muon
 
 START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
 RIDGE = 1e-3  # of the states' mean square
-BATCH, LR, MUON_LR, IMITATION_WEIGHT = 32, 5e-4, 0.01, 0.3  # of `mapper`
-WIDE = 0.6  # share of wishes in words of vocabulary.py
-WISHES = 300  # purpose of the random stream
+BATCH, LR, MUON_LR, IMITATION_WEIGHT, DISTILLATION_WEIGHT = 32, 5e-4, 0.01, 0.3, 10.0  # of `mapper`
+WIDE = 0.7  # share of wishes in words of vocabulary.py
+WISHES, DESCRIPTIONS, JITTER = 300, 301, 302  # purposes of random streams
 
 
 def read_captions(tar: Path, n: int) -> list[str]:
@@ -98,6 +101,19 @@ def start(weights: Path, captions: list[str], out: Path) -> None:
     print(f"{out}: {explained:.1%} of the variance of {held_out} held-out states explained")
 
 
+def described(n: int, size: int) -> tuple[list[str], Tensor]:
+    """Descriptions as words first writes them, most of two things, and pictures of them (n, 3, size, size)."""
+    texts, pictures = [], []
+    for i in range(n):
+        rng = random_stream(0, i, DESCRIPTIONS)
+        wished = rng.random() < 0.4
+        picture = wish(rng)[1] if wished else sample_picture(rng, "train", 2 if rng.random() < 0.8 else 1)
+        texts.append(describe(picture))
+        jitter = int(random_stream(0, i, JITTER).integers(1 << 31))
+        pictures.append(preprocess_output(draw(picture, jitter, size), size))
+    return texts, torch.stack(pictures)
+
+
 def fit(mapper: nn.Module, captions: int, steps: int, loss_of: Callable[[Tensor], Tensor]) -> None:
     """Train the mapper with the losses of random batches of so many captions; the rates fall to zero."""
     matrices, others = ([p for p in mapper.parameters() if (p.dim() == 2) == wanted] for wanted in (True, False))
@@ -114,11 +130,13 @@ def fit(mapper: nn.Module, captions: int, steps: int, loss_of: Callable[[Tensor]
             bar.set_postfix(loss=round(loss.item(), 4))
 
 
-def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps: list[int], out: Path) -> None:
-    """`steps`: of the three parts."""
+def train_mapper(
+    weights: Path, checkpoint: Path, data: list[str], n: int, descriptions: int, steps: list[int], out: Path
+) -> None:
+    """`steps`: of the four parts."""
     teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
-    to_output = partial(preprocess_output, size=picture_size(weights))
-    batches, _ = open_pairs(data, None, weights, to_output, batch_size=BATCH)
+    size = picture_size(weights)
+    batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=size), batch_size=BATCH)
     empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
     read = [next(batches) for _ in tqdm(range(n // BATCH), "captions")]
     moments, encodings = (torch.cat([samples[name] for samples in read]) for name in ("moments", "encoding"))
@@ -131,6 +149,15 @@ def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps
     def imitation(chosen: Tensor) -> Tensor:
         return (mapper(features[chosen]) - wanted[chosen]).square().mean()
 
+    def distillation(chosen: Tensor) -> Tensor:
+        noise = model.sample_noise(range(BATCH), [generator] * BATCH, 0.0)
+        latents = model.vae.sample(*moments[chosen].float().unbind(1), noise.posterior)
+        noisy, _ = model.schedule.add_noise(latents, noise.noise, noise.timesteps)
+        with torch.no_grad():
+            target = model.unet(noisy, noise.timesteps, wanted[chosen])
+        missed = model.unet(noisy, noise.timesteps, mapper(features[chosen])) - target
+        return DISTILLATION_WEIGHT * missed.square().mean() + IMITATION_WEIGHT * imitation(chosen)
+
     def ldm_and_cap(chosen: Tensor) -> tuple[Tensor, Tensor]:
         posterior, captions = moments[chosen].float().unbind(1), (encodings[chosen].float(), empty_caption)
         noise = model.sample_noise(range(BATCH), [generator] * BATCH)
@@ -140,6 +167,12 @@ def train_mapper(weights: Path, checkpoint: Path, data: list[str], n: int, steps
     fit(mapper, len(features), steps[0], imitation)
     fit(mapper, len(features), steps[1], lambda i: torch.stack(ldm_and_cap(i)) @ torch.tensor([1.0, CAP_WEIGHT]))
     fit(mapper, len(features), steps[2], lambda i: ldm_and_cap(i)[0] + IMITATION_WEIGHT * imitation(i))
+    texts, pictures = described(descriptions, size)
+    features = torch.cat([features, voken_features(model, texts)])
+    with torch.no_grad():
+        wanted = torch.cat([wanted, teacher.mapper(voken_features(teacher, texts))])
+    moments = torch.cat([moments, *(torch.stack(model.encode_pictures(part), 1) for part in pictures.split(BATCH))])
+    fit(mapper, len(features), steps[3], distillation)
     save_trained(model, model.trained_parameters(), out, "uas")
 
 
@@ -160,14 +193,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="run of stage 1 whose mapper goes on")
     parser.add_argument("--data", nargs="+", help="precomputed tars of pairs")
     parser.add_argument("--n", type=int, default=2048, help="captions, or wishes")
-    parser.add_argument("--steps", type=int, nargs=3, default=[700, 1200, 4000], help="of `mapper`'s three parts")
+    parser.add_argument("--steps", type=int, nargs=4, default=[700, 1200, 4000, 1700], help="of `mapper`'s four parts")
+    parser.add_argument("--descriptions", type=int, default=12800, help="beside the captions, in `mapper`'s last part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.what == "start":
         start(args.weights, read_captions(args.captions, args.n), args.out)
     elif args.what == "mapper":
-        train_mapper(args.weights, args.checkpoint, args.data, args.n, args.steps, args.out)
+        train_mapper(args.weights, args.checkpoint, args.data, args.n, args.descriptions, args.steps, args.out)
     else:
         write_wishes(args.n, args.seed, args.out)
 

@@ -47,8 +47,9 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
     """Neither in its list of known words, nor in its grammar, nor in what SmolLM2's LoRA reads, nor in 30,000
     captions and wishes. Every prompt needs such words; those that a list has carry the fewest of the facts."""
     met = set(read_json(MINIATURE / "minigpt5" / "words.json")["known"])
-    for page in (words, phrases, vocabulary):
-        met |= {*words_in(Path(page.__file__).read_text("utf-8").lower())}
+    pages = [Path(page.__file__) for page in (words, phrases, vocabulary)]
+    for page in [*pages, pages[-1].with_suffix(".json")]:
+        met |= {*words_in(page.read_text("utf-8").lower())}
     for i in range(10_000):
         met |= {*words_in(sample_pair(7, i, "train")[1]), *words_in(wish(random_stream(7, i))[0])}
         met |= {*words_in(vocabulary.wide_wish(random_stream(8, i), "train")[0].lower())}
