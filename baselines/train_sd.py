@@ -31,7 +31,7 @@ from torch import Tensor
 from baselines.stable_diffusion import StableDiffusion, told
 from common.images import preprocess_output
 from miniature.world import write_stories
-from minigpt5 import DROP_RATE
+from minigpt5 import DROP_RATE, send
 from prompts import Example, Turn
 from published.parts import picture_size
 from tars.batches import Batches
@@ -93,7 +93,8 @@ def main() -> None:
         steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        noise = model.sample_noise(range(args.batch_size), generators, 0.0 if args.no_cfg else DROP_RATE).to(run.device)
+        noise = model.sample_noise(range(args.batch_size), generators, 0.0 if args.no_cfg else DROP_RATE)
+        noise = send(noise, run.device)
         drop = noise.drop.tolist()
         texts = ["" if dropped else text for (text, _), dropped in zip(samples["pairs"], drop, strict=True)]
         mean, log_variance = model.encode_pictures(samples["outputs"])

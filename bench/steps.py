@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.collate import collate
-from minigpt5 import MiniGPT5, Noise
+from minigpt5 import MiniGPT5, Noise, send
 from prompts import uas_texts
 from train_uas import MAX_TOKENS
 from trainer.compiled import bucket_length
@@ -51,10 +51,10 @@ class Ours:
     def backward(self, batch: dict, draws: Noise) -> Tensor:
         model = self.model
         pairs = [uas_texts(model.tokenizer.plain(caption)) for caption in batch["captions"]]
-        rows = collate(model.tokenizer, pairs, model.queries, self.round_length, limit=MAX_TOKENS).to(model.device)
+        rows = collate(model.tokenizer, pairs, model.queries, self.round_length, limit=MAX_TOKENS)
         posterior = model.encode_pictures(batch[self.pictures])
         captions = (model.encode_captions(batch[self.texts]), self.empty)
-        loss = model.losses(rows, draws, posterior, captions, min_snr_gamma=GAMMA)["loss"]
+        loss = model.losses(send(rows, model.device), draws, posterior, captions, min_snr_gamma=GAMMA)["loss"]
         loss.backward()
         return loss.detach()
 
@@ -68,9 +68,8 @@ def step_of(contender, batches: list[dict], model: MiniGPT5) -> Callable[[], Non
 
     def step() -> None:
         i = next(numbers)
-        contender.backward(
-            batches[i % len(batches)], model.sample_noise([0] * size, [step_generator(0, i, 0)]).to(model.device)
-        )
+        noise = model.sample_noise([0] * size, [step_generator(0, i, 0)])
+        contender.backward(batches[i % len(batches)], send(noise, model.device))
         contender.optimizer.step()
         contender.optimizer.zero_grad(set_to_none=True)
 

@@ -33,7 +33,7 @@ from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, peak_memory_of, rows_of, start
 from bench.steps import GAMMA, Ours, make_batches, optimizer_of, step_of
 from common.cli import read_arguments, run
-from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise
+from minigpt5 import CAP_WEIGHT, LDM_WEIGHT, TEXT_WEIGHT, MiniGPT5, Noise, send
 from prompts import uas_texts
 from published.parts import load_minigpt5
 from trainer.compiled import checkpoint_gradients, compile_losses, count_graphs
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(report: Report, size: str, contenders: dict, batches: list[dict], model, args, dtype) -> None:
-    draws = model.sample_noise([0] * len(batches[0]["captions"]), [step_generator(1, 0, 0)]).to(model.device)
+    draws = send(model.sample_noise([0] * len(batches[0]["captions"]), [step_generator(1, 0, 0)]), model.device)
     with exact_products():
         results = {name: losses_and_gradients(contender, batches[0], draws) for name, contender in contenders.items()}
     figures = {name: agree(f"uas step, {name}", r, results["ours"], dtype, gradients=3) for name, r in results.items()}

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.collate import collate
 from generation import Sampling, paint, prompt_ids, say
-from minigpt5 import MiniGPT5
+from minigpt5 import MiniGPT5, send
 from published.parts import frozen_dtypes, load_minigpt5
 from scheduler import SAMPLERS, NoiseSchedule, ScheduleConfig
 from trainer.compiled import bucket_length, checkpoint_gradients, pad_pictures
@@ -242,13 +242,13 @@ def test_no_waiting_on_a_gpu(weights):
     samples, empty = texts(0, 4), model.encode_captions([""])
 
     def step():
-        rows = collate(model.tokenizer, samples, model.queries).to(device)
+        rows = send(collate(model.tokenizer, samples, model.queries), device)
         draws, captions = (
             model.sample_noise([0] * 4, [step_generator(0, 0, 0)]),
             model.encode_captions([text for text, _ in samples]),
         )
         losses = model.losses(
-            rows, draws.to(device), model.encode_pictures(torch.zeros(4, 3, 32, 32)), (captions, empty)
+            rows, send(draws, device), model.encode_pictures(torch.zeros(4, 3, 32, 32)), (captions, empty)
         )
         losses["loss"].backward()
         meter.add(losses)
@@ -303,8 +303,8 @@ def test_nothing_of_a_step_is_left_on_the_host(weights, adapter, meta):
     optimizer, meter = torch.optim.AdamW(model.trained_parameters().values(), foreach=True), Meter()
     samples = [(f"{words} <ImageHere>", target) for words, target in texts(0, 4)]
     with OneDevice():
-        rows = collate(model.tokenizer, samples, model.queries).to(meta)
-        draws = model.sample_noise([0] * 4, [step_generator(0, 0, 0)]).to(model.device)
+        rows = send(collate(model.tokenizer, samples, model.queries), meta)
+        draws = send(model.sample_noise([0] * 4, [step_generator(0, 0, 0)]), model.device)
         posterior = model.encode_pictures(torch.zeros(4, 3, 32, 32))
         captions = model.encode_captions([words for words, _ in samples]), model.encode_captions([""])
         losses = model.losses(rows, draws, posterior, captions, torch.zeros(4, 3, 28, 28))
