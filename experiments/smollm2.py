@@ -3,7 +3,7 @@
     python experiments/smollm2.py start --weights smol --captions pairs.tar --out runs/smollm2/start.safetensors
     python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 17408 \
         --steps 700 1200 4000 1700 --out runs/smollm2/mapper.safetensors
-    python experiments/smollm2.py wishes --n 24000 --seed 1 --out wishes.jsonl
+    python experiments/smollm2.py wishes --n 32000 --seed 2 --out wishes.jsonl
 
 `start`: the mapper is the miniature's, but for its first layer, which another width asks for anew. It is fitted by
 ridge regression, so that from SmolLM2's states it makes what the miniature's makes of its own language model's states
