@@ -26,14 +26,15 @@ from common.graphs import compiled, compiled_step, lasting_cache
 from common.images import to_image
 from llama import KVCache
 from minigpt5 import MiniGPT5, dtype_of
-from prompts import description_in
+from prompts import DESCRIPTION, description_in
 from qformer import preprocess_input
 from scheduler import SAMPLERS, NoiseSchedule
 
 MAX_PICTURES = 8  # of an answer, as far as its positions are concerned
 Segments = list[str | Image.Image]  # an answer: text and pictures in turn
-Watch = Callable[..., None]  # is called with ids=, the first prompt's answer so far, after every token; with done=,
-# the number of denoising steps, steps=, how many there will be, and latents= (M, C, h, w) after every step
+# Is called with ids= (the first prompt's answer so far) after every token, and after every denoising step with done=
+# (the number of steps so far), steps= (of how many) and latents= (M, C, h, w).
+Watch = Callable[..., None]
 
 
 @dataclass
@@ -46,19 +47,19 @@ class Sampling:
     repetition_penalty: float = 2.0
     max_new_tokens: int = 256
     force_image: bool = False  # begin with a picture
-    words_first: bool = False  # say what a picture shows, then draw that
+    words_first: bool = False  # say what a picture shows, then paint that
     sampler: str = "pndm"
     steps: int = 50
     guidance: float = 7.5  # 1: no guidance
-    empty_caption: bool | None = None  # goes against its encoding, not against zeros; None: as the model was trained
+    empty_caption: bool | None = None  # guide against its encoding, not against zeros; None: as the model was trained
     compile: bool = False  # torch.compile the token step, the UNet and the decoder
-    samplers = tuple(sorted(SAMPLERS))  # to choose from; no field
+    samplers = tuple(sorted(SAMPLERS))  # what `sampler` may be (without an annotation this is no field)
 
     def __post_init__(self):
         if not 0 < self.top_p <= 1 or self.temperature < 0 or self.repetition_penalty <= 0:
             raise ValueError("top-p is in (0, 1], temperature at least 0, repetition-penalty above 0")
-        if min(self.max_new_tokens, self.steps) < 1:
-            raise ValueError("max-new-tokens and steps are at least 1")
+        if min(self.max_new_tokens, self.steps, self.top_k) < 1:
+            raise ValueError("max-new-tokens, steps and top-k are at least 1")
 
     @classmethod
     def of(cls, options: dict) -> "Sampling":
@@ -115,7 +116,7 @@ def read(model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, pixels: Ten
     return model.llama(model.embed(ids, pixels), mask, cache)
 
 
-def pick(model: MiniGPT5, hidden: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
+def next_ids(model: MiniGPT5, hidden: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
     """States (B, D) that predict the next tokens -> their ids (B,)."""
     return pick_tokens(model.vokens.logits(model.llama, hidden), seen, chances, sampling)
 
@@ -123,9 +124,9 @@ def pick(model: MiniGPT5, hidden: Tensor, seen: Tensor, chances: Tensor, samplin
 def next_token(
     model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
-    """`read` and `pick` for one token of each sequence: the step that is compiled."""
+    """`read` and `next_ids` for one token of each sequence: the step that is compiled."""
     hidden = read(model, cache, ids, mask)[:, 0]
-    return hidden, pick(model, hidden, seen, chances, sampling)
+    return hidden, next_ids(model, hidden, seen, chances, sampling)
 
 
 @dataclass
@@ -152,9 +153,9 @@ def say(
 
     pixels: all input pictures in order, as `MiniGPT5.embed` takes them. When [IMG0] is sampled, all N vokens are fed at
     once and [IMG0] alone is recorded; text goes on after the last one. An answer ends with </s>, with "###", after
-    max_new_tokens, after max_new_tokens + 8 N positions (the vokens of eight pictures), or when no position is left.
-    The stop ids stay in it. The repetition penalty counts <s> and what was said, not the prompt. ValueError for a
-    prompt that leaves no room.
+    max_new_tokens, or when fewer than N positions are left of its max_new_tokens + 8 N (the vokens of eight pictures)
+    or of the model's. The stop ids stay in it. The repetition penalty counts <s> and what was said, not the prompt.
+    ValueError for a prompt that leaves no room.
     """
     tokenizer, positions = model.tokenizer, model.llama.config.max_position_embeddings
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions))
@@ -179,7 +180,7 @@ def say(
     batch = torch.arange(len(prompts), device=device)
     one_each = torch.ones(len(prompts), 1, dtype=torch.long, device=device)  # the mask of one token a sequence
     hidden = read(model, cache, ids, mask, pixels)[batch, mask.sum(1) - 1]  # (B, D)
-    picked = pick(model, hidden, seen, chances[0], sampling)  # (B,)
+    picked = next_ids(model, hidden, seen, chances[0], sampling)  # (B,)
     if sampling.force_image:
         picked = torch.full_like(picked, vokens[0])
     for position in range(1, sampling.max_new_tokens + 1):
@@ -213,7 +214,7 @@ def say(
         if last:
             break
         hidden = following[batch, (mask.sum(1) - 1).clamp(min=0)]
-        picked = pick(model, hidden, seen, chances[position], sampling)
+        picked = next_ids(model, hidden, seen, chances[position], sampling)
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
     return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
 
@@ -296,7 +297,7 @@ def answer(
     if sampling.words_first:
         sampling = replace(sampling, words_first=False)
         said = answer(model, prompts, pictures, sampling, generators, pad, watch)
-        return draw_described(model, said, sampling, generators, watch)
+        return paint_described(model, said, sampling, generators, watch)
     for ids, given in zip(prompts, pictures, strict=True):
         places = ids.count(model.tokenizer.image_id) // model.queries
         if places != len(given):
@@ -321,23 +322,23 @@ def answer(
     return [segments_of(model, ids, remaining) for ids, _ in said]
 
 
-def draw_described(
+def paint_described(
     model: MiniGPT5, said: list[Segments], sampling: Sampling, generators: list[torch.Generator], watch: Watch | None
 ) -> list[Segments]:
     """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
     boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
     `info` keeps the description. LoRA that was trained for words alone is set aside, since stage 1 had none."""
     descriptions = [description_in(" ".join(s for s in segments if isinstance(s, str))) for segments in said]
-    with_picture = [i for i, description in enumerate(descriptions) if description]
-    if not with_picture:
+    pictured = [i for i, description in enumerate(descriptions) if description]
+    if not pictured:
         return said
-    captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in with_picture]
-    alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)
+    captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in pictured]
+    alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)  # a picture and no words
     with lora.without(model.lora) if model.lora_for_words else nullcontext():
-        drawn = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in with_picture], True, watch)
-    for i, (picture,) in zip(with_picture, drawn, strict=True):
+        painted = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in pictured], watch=watch)
+    for i, (picture,) in zip(pictured, painted, strict=True):
         picture.info["description"] = descriptions[i]
-        words = " ".join(s for s in said[i] if isinstance(s, str)).replace(f"({descriptions[i]})", "").strip()
+        words = DESCRIPTION.sub("", " ".join(s for s in said[i] if isinstance(s, str)), count=1).strip()
         said[i] = [words, picture] if words else [picture]
     return said
 

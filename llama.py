@@ -48,7 +48,7 @@ class LlamaConfig:
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int = 0  # each serves as many attention heads; 0: every attention head has its own
+    num_key_value_heads: int = 0  # fewer than attention heads: grouped-query attention; 0: as many
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6  # v1.5 has 1e-5
@@ -93,14 +93,14 @@ class KVCache:
     """Keys and values of every layer in slots allocated once, so that decoding has static shapes.
 
     A token's slot is its position. Sequences of a batch may have different lengths: each goes on at its own position.
-    Padding is written to one slot more, the last, which no token of the text reaches.
+    One more slot, the last, takes the padding; no real token attends to it.
     """
 
     def __init__(self, llama: "Llama", batch: int, slots: int):
         table, (_, Hk, Dh) = llama.model.embed_tokens.weight, llama.config.heads
         self.device = table.device
         shape = (batch, slots + 1, Hk, Dh)
-        layers = range(llama.config.num_hidden_layers)  # a tensor each: torch.compile would copy one for all whole
+        layers = range(llama.config.num_hidden_layers)  # one tensor each: torch.compile would copy a stacked one
         self.keys = [torch.zeros(shape, dtype=table.dtype, device=self.device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=table.dtype, device=self.device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
@@ -128,10 +128,10 @@ class KVCache:
 
 
 class History:
-    """Keys and values that a training pass continues. Nothing is overwritten, so that gradients can flow through it.
+    """Keys and values of earlier passes, which a training pass continues. Nothing is overwritten: gradients can flow.
 
-    The keys and values of a pass without gradient are kept for the next pass; no later token attends to its padding.
-    Those of a pass with gradients are not kept, so that gradient checkpointing may compute its layers a second time.
+    A pass without gradients keeps its keys and values for the next pass, in which no token attends to its padding. A
+    pass with gradients keeps none, so that gradient checkpointing may compute its layers a second time.
     """
 
     def __init__(self, batch: int, device):
@@ -158,7 +158,7 @@ class History:
 
 
 class Attention(nn.Module):
-    attend = staticmethod(F.scaled_dot_product_attention)  # another device may have a faster one
+    attend = staticmethod(F.scaled_dot_product_attention)  # published/cpu.py replaces it for bfloat16 on a CPU
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -243,7 +243,7 @@ class Llama(nn.Module):
             positions, mask = torch.arange(T, device=device).expand(B, T), None
 
         if mask is not None:
-            mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # here once, not in each layer
+            mask = torch.where(mask, 0.0, -torch.inf).to(embeddings.dtype)  # converted once, not in each layer
         table = rotary_table(positions, rotary_frequencies(self.config, device))
         rotary = tuple(t.to(embeddings.dtype) for t in table)
         x = embeddings

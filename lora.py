@@ -1,8 +1,9 @@
 """The two ways in which stage 2 changes the frozen language model (paper section 3.3): LoRA and prefix tuning.
 
 LoRA (arXiv 2106.09685) adds a low-rank product to chosen linear layers, y = W x + (alpha / r) B A x, with A and B
-alone trained. Prefix tuning (arXiv 2101.00190) puts P virtual tokens before every layer's keys and values, which an MLP
-makes of P learned embeddings. Both leave llama.py as it is: LoRA wraps layers by name, a prefix enters as a cache.
+alone trained. Prefix tuning (arXiv 2101.00190) puts keys and values of P virtual tokens before those of every layer; an
+MLP makes them from P learned embeddings. Both leave llama.py as it is: LoRA wraps layers by name, a prefix enters as a
+cache.
 
     x -> lora_A -> lora_B, added to the layer's output      (B, T, D) -> (B, T, r) -> (B, T, D')
     Prefix() -> keys, values of all layers                  (L, P, H, Dh) each

@@ -65,8 +65,8 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def encode_captions(encoder: TextEncoder, tokenizer: Callable, captions: list[str]) -> Tensor:
-    """Captions -> (B, S, Dc), Stable Diffusion's own encoding. As in the released code the encoder gets the padding
-    mask, which Stable Diffusion does not give it."""
+    """Captions -> (B, S, Dc), the target of L_CAP. As in the released code the text encoder gets the padding mask;
+    Stable Diffusion itself gives it none."""
     device = next(encoder.parameters()).device
     return encoder(*(send(tensor, device) for tensor in tokenizer(captions)))
 
@@ -169,7 +169,7 @@ class MiniGPT5(nn.Module):
         targets continue them: only L positions are differentiated. The gradients are exactly the same.
         """
         B, T, D = embeddings.shape
-        if self.lora or self.prefix:
+        if self.lora or self.prefix:  # stage 2: its adapters train at every position
             return self.llama(embeddings, cache=self.prefix.history(B, embeddings.dtype) if self.prefix else None)
         L = targets.shape[1]
         at = targets[..., None].expand(-1, -1, D)

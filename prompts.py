@@ -8,7 +8,7 @@
     reply        the previous exchange of a dialogue and the turns before turn k    text of k, its vokens if any ###
 
 A caption is stage 1's (UAS); "image", "text+image" and "text" are stage 2's tasks (MLS) at step k of a story. The marks
-(###Human:, <Img> ...) are the released code's; the requests are worded anew.
+(###Human:, <Img> ...) and each task's first request are the released code's, the other texts are our own.
 
 A language model other than Vicuna may have other marks: its tokenizer puts them in their place
 (published/byte_pairs.py). How the released checkpoints' prompts were worded: published/convert.py.

@@ -70,9 +70,9 @@ def load(
 ) -> "Session":
     """A model to draw, chat and tell stories with.
 
-    weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`,
-    for the `purpose` "chat" or "story" stage 2's where there is one, and with words_first the one that was trained so.
-    sampling: how answers are sampled; default: as suits the weights, but for the `changes`, fields of `Sampling`.
+    weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`, or
+    if it is there, stage 2's for the `purpose` "chat" or "story", and with words_first that of `train_mls.py
+    --words-first`. sampling: default: the settings of the weights, with the `changes`, which are fields of `Sampling`.
     read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. ValueError where
     something is missing.
     """
@@ -133,8 +133,8 @@ class Session:
         """The answer to the next turn of the conversation. Where that fails, the conversation stays as it was."""
         turns = [*self.turns, self.user_turn(text, pictures)]
         k = len(turns)
-        heard = prompts.chat_history(turns, k, self.sampling.words_first)
-        return self.go_on(turns, heard, lambda heard: prompts.dialog_source(heard, k, self.system))
+        history = prompts.chat_history(turns, k, self.sampling.words_first)
+        return self.continue_with(turns, history, lambda before: prompts.dialog_source(before, k, self.system))
 
     def story(self, text: str, steps: int = 4, pictures: tuple[Image.Image, ...] = ()) -> Iterator[Segments]:
         """A new story that begins with this sentence, and perhaps its picture, told in so many answers."""
@@ -156,7 +156,7 @@ class Session:
             self.turns = [self.model_turn([last.text, *split(segments)[1]])]
             return segments
         request = prompts.STORY_REQUESTS["text+image"][0]
-        return self.go_on(self.turns, self.turns, lambda told: prompts.story_source(told, request, self.system))
+        return self.continue_with(self.turns, self.turns, lambda b: prompts.story_source(b, request, self.system))
 
     def missing(self, text: str) -> list[str]:
         """The words of a text that are not in the world of the weights, where these bring a list of it."""
@@ -171,19 +171,19 @@ class Session:
     def model_turn(self, segments: Segments) -> Turn:
         return prompts.model_turn(self.model.tokenizer, *split(segments))
 
-    def go_on(self, turns: list[Turn], heard: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:
-        """The answer to the `source` of the turns `heard`; it becomes the turn after `turns`. The oldest turns are left
-        out where they would leave too little room for it."""
-        for first in range(len(heard)):
-            ids = prompt_ids(self.model, source(heard[first:]))
+    def continue_with(self, turns: list[Turn], history: list[Turn], source: Callable[[list[Turn]], str]) -> Segments:
+        """The answer to the prompt source(history), which becomes the turn after `turns`. The oldest turns of the
+        history are left out where they would leave too little room for the answer."""
+        for first in range(len(history)):
+            ids = prompt_ids(self.model, source(history[first:]))
             if room_after(self.model, ids) >= room_wanted(self.model, self.sampling):
                 break
-        segments = self.ask(ids, list(prompts.pictures_of(heard[first:])))
+        segments = self.ask(ids, list(prompts.pictures_of(history[first:])))
         self.turns = [*turns, self.model_turn(segments)]
         return segments
 
-    def ask(self, ids: list[int], pictures: list[Image.Image], **otherwise) -> Segments:
-        sampling = replace(self.sampling, **otherwise)
+    def ask(self, ids: list[int], pictures: list[Image.Image], **changes) -> Segments:
+        sampling = replace(self.sampling, **changes)
         return answer(self.model, [ids], [pictures], sampling, [self.generator], watch=self.watch)[0]
 
 
@@ -206,8 +206,8 @@ def arguments() -> argparse.Namespace:
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
     add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
     add("--chat", action="store_true", help="chat in the terminal, a line a turn; /help lists the commands")
-    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5 "
-        "stage 1's; without words first stage 2's for stories, chats and pictures that are given")  # fmt: skip
+    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: from WEIGHTS/minigpt5 those "
+        "of stage 1; if there: stage 2's for --turns, --chat, --image, mls-words for --words-first")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser, Sampling, words_first=True)

@@ -35,12 +35,11 @@ class ScheduleConfig:
     prediction_type: str = "epsilon"  # SD 2.1-base; or "v_prediction", SD 2.1
     set_alpha_to_one: bool = False  # the last step ends without noise; false: with as much as at timestep 0
     steps_offset: int = 1
-    timestep_spacing: str = "leading"  # the only one here
-    skip_prk_steps: bool = True  # the only one here
 
 
 class NoiseSchedule:
-    """The forward process. `alphas_cumprod` (num_train_timesteps,) float32: the share of signal in a noisy latent."""
+    """The forward process. `alphas_cumprod` (num_train_timesteps,) float32: the signal's share of the variance of a
+    noisy latent."""
 
     def __init__(self, config: ScheduleConfig, device: str | torch.device | None = None):
         self.config = config
@@ -72,8 +71,8 @@ class NoiseSchedule:
 
 
 def leading_timesteps(config: ScheduleConfig, steps: int, below: int = 0) -> tuple[list[int], int]:
-    """`steps` evenly spaced timesteps, from high to low, and their spacing: of steps + `below` timesteps that begin at
-    steps_offset, the lowest `below` are left out."""
+    """`steps` evenly spaced timesteps, from high to low, and their spacing. They are the highest of `steps` + `below`
+    timesteps, the lowest of which is steps_offset."""
     max_steps = config.num_train_timesteps - config.steps_offset - below
     if not 1 <= steps <= max_steps:
         raise ValueError(f"cannot sample in {steps} steps: 1 to {max_steps} are possible")
@@ -97,9 +96,9 @@ def transfer(a: float, a_next: float, prediction_type: str) -> tuple[float, floa
 def leading_transfers(schedule: NoiseSchedule, steps: int) -> tuple[list[int], list[tuple[float, float]]]:
     """The timesteps of `steps` equal steps and the transfer from each to the next."""
     config, a = schedule.config, schedule.alphas_cumprod.tolist()
-    before_first = 1.0 if config.set_alpha_to_one else a[0]
+    final_share = 1.0 if config.set_alpha_to_one else a[0]
     timesteps, spacing = leading_timesteps(config, steps)
-    shares = [(a[t], a[t - spacing] if t >= spacing else before_first) for t in timesteps]
+    shares = [(a[t], a[t - spacing] if t >= spacing else final_share) for t in timesteps]
     return timesteps, [transfer(*pair, config.prediction_type) for pair in shares]
 
 

@@ -90,7 +90,7 @@ def main() -> None:
     shipped = None if args.no_uas else find_checkpoint(args.weights / "minigpt5")
     stage_1 = given_checkpoint(args.uas) if args.uas else shipped
 
-    # ---- data, as far as the model needs them
+    # ---- tars, before the model: what they have precomputed is not loaded
     size = picture_size(args.weights)
     with run.world.rank_0_first():
         tars = expand(packed("turns", args.data, run.out / "data") or run.draw_data("stories", write_stories, size))
@@ -114,7 +114,7 @@ def main() -> None:
     model.mapper.t2i_decoder_prompt.requires_grad_(False)
     model.vokens.requires_grad_(not args.words_first)
     model.lora_for_words = args.words_first
-    if trains_mapper:  # else what guidance goes against stays stage 1's
+    if trains_mapper:  # else guidance stays as stage 1 has it
         model.guides_against_empty_caption = args.no_cfg
     trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}
     print(f"stage 1: {stage_1 or 'none, vokens and mapper are untrained'}")
@@ -152,15 +152,15 @@ def main() -> None:
     adapter = [p for name, p in trained.items() if "lora_" in name or "prefix_" in name]
     others = [p for name, p in trained.items() if "lora_" not in name and "prefix_" not in name]
     adapter_lr = args.lr if args.adapter_lr is None else args.adapter_lr
-    groups = [{"params": adapter, "lr": adapter_lr}, {"params": others, "lr": args.lr}]
+    groups = [{"params": adapter, "lr": adapter_lr}, {"params": others, "lr": args.lr}][: 1 + bool(others)]
     optimizer = torch.optim.AdamW(groups, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
 
     # ---- losses
     round_length = bucket_length if run.compiled else int
-    multiple = -(-args.batch_size // 8)  # of pictures in a batch, when compiled
+    multiple = -(-args.batch_size // 8)  # when compiled, the pictures of a batch are padded to a multiple of this
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        """ "loss" = --text-weight * "text_loss" + "ldm_loss" (Eq. 3) of some samples; without pictures, no L_LDM."""
+        """Of some samples: loss = --text-weight * text_loss + ldm_loss (Eq. 3), the latter only with pictures."""
         batch = collate(model.tokenizer, samples["ids"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:

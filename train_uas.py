@@ -6,10 +6,10 @@
     python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out features       # then --data features
     python sample.py --weights weights --checkpoint runs/cc3m --prompt "a lighthouse in a storm"
 
-The vokens' rows in Vicuna's two embedding tables and the feature mapper are trained; everything else is frozen. The
-loss is 0.01 L_text + L_LDM + 0.1 L_CAP. The defaults are those of the released code: 2 epochs, batches of 48, AdamW
-with learning rate 2e-5 for the embedding rows and ten times that for the mapper, warm-up over 1000 steps, then linearly
-to zero. The miniature has its own defaults, in WEIGHTS/minigpt5/config.json.
+The mapper trains, and so do nine embedding rows beside each of Vicuna's two tables (minigpt5.Vokens); everything else
+is frozen. The loss is 0.01 L_text + L_LDM + 0.1 L_CAP. The defaults are those of the released code: 2 epochs, batches
+of 48, AdamW with learning rate 2e-5 for the embedding rows and ten times that for the mapper, warm-up over 1000 steps,
+then linearly to zero. The miniature has its own defaults, in WEIGHTS/minigpt5/config.json.
 """
 
 import argparse
@@ -81,6 +81,7 @@ def main() -> None:
         checkpoint_gradients(model)
     if run.compiled:
         compile_losses(model)
+    model.train()  # some voken features are then replaced by zeros (DROP_RATE); the frozen parts have no dropout
 
     # ---- optimisers
     matrices = [p for p in model.mapper.parameters() if args.muon and p.dim() == 2]
@@ -97,7 +98,7 @@ def main() -> None:
     round_length = bucket_length if run.compiled else int
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        """ "loss" = 0.01 "text_loss" + "ldm_loss" (Eq. 3) + 0.1 "cap_loss" of some caption-picture pairs."""
+        """Of some caption-picture pairs: loss = 0.01 text_loss + ldm_loss (Eq. 3) + 0.1 cap_loss."""
         plain = map(model.tokenizer.plain, samples["captions"])
         texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
         batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)

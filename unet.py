@@ -34,7 +34,6 @@ class UNetConfig:
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     cross_attention_dim: int = 1024
     attention_head_dim: tuple[int, ...] = (5, 10, 20, 20)  # the NUMBER of heads of each level: a misnomer of the source
-    use_linear_projection: bool = True  # false (SD 1) is refused
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True

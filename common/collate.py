@@ -37,9 +37,10 @@ def collate(
 
     Source and target are tokenised separately, so each begins with sentencepiece's leading space, and <ImageHere>
     becomes `queries` ids. A source that is too long is cut at its end. Of the target, L_text learns all tokens but
-    [IMG1]..[IMGN-2]: [IMG0] says that a picture belongs here, and [IMGN-1] is where text goes on. T holds the longest
-    source and the longest target together (see `MiniGPT5.hidden_states`). `round_length` and `round_target` may round
-    T and L up, so that a compiled step meets few shapes.
+    [IMG1]..[IMGN-2]: [IMG0] decides where a picture comes; [IMGN-1] is learned because the released code learns it,
+    although it is never sampled. T holds the longest source and the longest target together (see
+    `MiniGPT5.hidden_states`). `round_length` and `round_target` may round T and L up, so that a compiled step meets few
+    shapes.
     """
     ignored = {*tokenizer.voken_ids[1:-1], tokenizer.image_id}
     sequences, labels, starts, pictures = [], [], [], []

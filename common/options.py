@@ -13,13 +13,14 @@ def add_picture_options(parser: argparse.ArgumentParser, sampling: type, against
 def add_sampling_options(parser: argparse.ArgumentParser, sampling: type, words_first: bool = False) -> None:
     """The fields of `Sampling` as options; --words-first only where `words_first`."""
     add = parser.add_argument
-    add_picture_options(parser, sampling, against="vokens of zeros or, after --no-cfg, the empty caption")
-    add("--empty-caption", action=argparse.BooleanOptionalAction, help="of both, the latter; default: as trained")
+    add_picture_options(parser, sampling, against="vokens of zeros (see --empty-caption)")
+    about = "guide against the empty caption, not against vokens of zeros; default: as trained"
+    add("--empty-caption", action=argparse.BooleanOptionalAction, help=about)
     add("--temperature", type=float, default=sampling.temperature, help="of the words; 0: always the likeliest")
     add("--top-p", type=float, default=sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
     add("--repetition-penalty", type=float, default=sampling.repetition_penalty, help="on words said before; 1: off")
     add("--max-new-tokens", type=int, default=sampling.max_new_tokens, help="longest answer, in tokens")
     add("--force-image", action="store_true", help="begin every answer with a picture")
     if words_first:
-        about = "say in words what a picture shows, then draw that description"
+        about = "say in words what a picture shows, then paint that description"
         add("--words-first", action=argparse.BooleanOptionalAction, default=False, help=about)

@@ -39,7 +39,7 @@ class Terminal:
             print()
         for segment in segments:
             words = segment if isinstance(segment, str) else f"({segment.info.get('description', '')})"
-            if words != "()" and not self.printed:
+            if words != "()" and words not in self.printed:
                 print(words)
             if not isinstance(segment, str):
                 print(f"[{self.out / f'{self.count}.png'}]")

@@ -39,7 +39,7 @@ from common.cli import MINIATURE
 from common.collate import collate
 from common.files import written_whole
 from common.images import preprocess_output
-from experiments.vocabulary import wide_wish
+from experiments.vocabulary import SLIPS, wide_wish
 from miniature.chats import bracketed
 from miniature.descriptions import describe
 from miniature.facts import random_stream, sample_picture
@@ -55,7 +55,7 @@ from trainer.muon import Muon
 START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
 RIDGE = 1e-3  # of the states' mean square
 BATCH, LR, MUON_LR, IMITATION_WEIGHT, DISTILLATION_WEIGHT = 32, 5e-4, 0.01, 0.3, 10.0  # of `mapper`
-WIDE = 0.7  # share of wishes in words of vocabulary.py
+WIDE = 0.65  # share of wishes in words of vocabulary.py
 WISHES, DESCRIPTIONS, JITTER = 300, 301, 302  # purposes of random streams
 
 
@@ -180,7 +180,7 @@ def write_wishes(n: int, seed: int, out: Path) -> None:
     with written_whole(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for i in range(n):
             rng = random_stream(seed, i, WISHES)
-            text, picture = (wide_wish if rng.random() < WIDE else wish)(rng, "train")
+            text, picture = wide_wish(rng, "train") if rng.random() < WIDE else wish(rng, slips=SLIPS)
             turns = [{"text": text}, {"text": bracketed(picture)}]
             file.write(json.dumps({"kind": "dialog", "turns": turns}) + "\n")
 

@@ -21,6 +21,8 @@ COLOUR_NAMES, SIZES, PLACES, SCENES, TIMES = (
     VOCABULARY[facts] for facts in ("colour_names", "sizes", "places", "scenes", "times")
 )
 
+SLIPS = 0.25  # share of wishes with slips of the fingers
+
 SOUNDS = """ph>f ck>k ie>ei ei>ie ou>oo ff>f f>ff mm>m pp>p g>dg ee>e e>ee si>cy c>s o>e u>o c>k k>c ee>ea ea>ee tt>t
     ll>l nn>n rr>r ss>s l>ll s>ss n>nn t>tt a>e e>a i>y y>i er>or or>er gh> th>t sh>ch oo>u s>z z>s o>u qu>kw
     x>ks"""  # how a word sounds may also be written
@@ -51,8 +53,8 @@ def named(rng: np.random.Generator, kind: str, colour: str | None, size: str | N
         return f"{name}{joined}{large}{' and' if large and shade else ''}{shade}"
     large = f"{pick(rng, SIZES[size])} " if size else ""
     how = rng.random() if colour else 1.0
-    if how < 0.15:
-        name = f"{pick(rng, COLOUR_NAMES[colour])} {name}"
+    if how < 0.2:
+        name = f"{colour if how < 0.12 else pick(rng, COLOUR_NAMES[colour])} {name}"
     elif how < 0.3:
         name = f"{bare(compared)} {pick(rng, ('coloured', 'colored', 'coloured'))} {name}"
     thing = large + name if rng.random() < 0.1 else article(large + name)
@@ -104,4 +106,4 @@ def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
     text = pick(rng, (" ", " ", ", ")).join(parts)
     before = pick(rng, ("", "", "", "", "draw ", "i would like ", "please paint ", "show me "))
     text = before + text
-    return typed(rng, misspelt(rng, text) if rng.random() < 0.25 else text), picture
+    return typed(rng, misspelt(rng, text) if rng.random() < 0.25 else text, SLIPS), picture

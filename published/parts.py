@@ -1,5 +1,5 @@
 """One loader for each part of the stack, and for all of MiniGPT-5: sizes from config.json, tensors as loading.py has
-them. All parts are frozen and in eval mode.
+them. All loaded parts are frozen and in eval mode.
 
     weights/vicuna                     load_llama           config.json *.safetensors, of any Llama
                                        load_tokenizer       tokenizer.model, or tokenizer.json and config.json
@@ -80,7 +80,7 @@ PARTS = {
         UNet,
         UNetConfig,
         {
-            "use_linear_projection": (True,),  # a file without it means false (SD 1)
+            "use_linear_projection": (True,),  # SD 1 has False, which a file without it means
             "act_fn": ("silu", None),
             "freq_shift": (0, 1, None),
             **dict.fromkeys(("downsample_padding", "mid_block_scale_factor", "resnet_out_scale_factor"), (1, None)),

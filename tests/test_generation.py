@@ -247,9 +247,9 @@ def test_words_first(model, monkeypatch):
     said = [["it sails.", "(a small boat)"], ["hello"], ["(a big [IMG0] boat)"]]
     real, asked = generation.answer, []
 
-    def fake(model, prompts, *rest):
+    def fake(model, prompts, *rest, **options):
         asked.append((prompts, rest))
-        return [list(segments) for segments in said] if len(asked) == 2 else real(model, prompts, *rest)
+        return [list(segments) for segments in said] if len(asked) == 2 else real(model, prompts, *rest, **options)
 
     monkeypatch.setattr(generation, "answer", fake)
     prompts, sampling = ["a", "b", "c"], Sampling(words_first=True, steps=2, sampler="ddim")

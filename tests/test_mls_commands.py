@@ -217,7 +217,7 @@ def test_words_first(monkeypatch, weights, uas, tmp_path, capsys):
     forced = generation.Sampling(steps=2, sampler="ddim", force_image=True, temperature=0, max_new_tokens=1)
     ((expected,),) = generation.answer(plain, ids, [[]], forced, [torch.Generator().manual_seed(0)])
     ((with_lora,),) = generation.answer(tuned, ids, [[]], forced, [torch.Generator().manual_seed(0)])
-    ((drawn,),) = generation.draw_described(tuned, said, alone, [torch.Generator().manual_seed(0)], None)
+    ((drawn,),) = generation.paint_described(tuned, said, alone, [torch.Generator().manual_seed(0)], None)
     assert drawn.tobytes() == expected.tobytes() != with_lora.tobytes()
     training = ("--weights", weights, "--data", tmp_path / "wishes.jsonl", "--out", tmp_path / "no", "--words-first")
     fails(train_mls.main, monkeypatch, capsys, "--words-first trains LoRA, not a prefix", *training, "--prefix")

@@ -59,8 +59,8 @@ def append_log(path: Path, record: dict, board=None) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log. Lines that are none, such as a last one that was cut off, are left out: those that are no
-    object, and those whose step or losses are no numbers."""
+    """The records of a log. Left out are lines that are not JSON, such as a last one that was cut off, or not an
+    object, and those whose step or losses are not numbers."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
@@ -160,7 +160,7 @@ def picture_title(source: str, target: str) -> str:
 
 
 @torch.no_grad()
-def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
+def paint_samples(model: MiniGPT5, preview: Preview, sampling: Sampling, path: Path) -> None:
     """The preview's first four pictures above those painted from their vokens, always from the same noise."""
     batch, _, pictures, captions = preview
     batch, was_training = send(batch, model.device), model.training
@@ -169,7 +169,7 @@ def paint_samples(model: MiniGPT5, preview: Preview, path: Path) -> None:
     hidden = type(model).hidden_states(model, embeddings, batch.targets)  # not the compiled one: no further graph
     features = model.voken_features(hidden, batch.picture_sequences[:4], batch.picture_starts[:4])
     latents = model.sample_latents(len(features), torch.Generator().manual_seed(0))
-    painted = paint(model, features, Sampling(sampler="dpm", steps=20), latents)
+    painted = paint(model, features, sampling, latents)
     if pictures.dim() == 5:  # moments
         means = send(pictures[:4, 0], model.device).to(dtype_of(model.vae))
         real = model.vae.decode(means * model.vae.config.scaling_factor)

@@ -22,7 +22,10 @@ class Muon(torch.optim.Optimizer):
         skipped = getattr(self, "found_inf", 0.0)  # 1 where a gradient was not finite
         for group in self.param_groups:
             for parameter in group["params"]:
-                average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
+                state = self.state[parameter]
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(parameter)
+                average = state["average"]
                 average.mul_(group["momentum"] ** (1 - skipped)).add_(parameter.grad)
                 ahead = parameter.grad.add(average, alpha=group["momentum"]).flatten(1)
                 # A tall matrix's orthogonal step has smaller entries; this makes them as large as a square matrix's.

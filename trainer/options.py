@@ -23,16 +23,16 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--batch-size", type=int, default=batch_size, help="samples of one forward pass, on each GPU")
     add("--accumulate", type=int, default=1, help="forward passes of one optimiser step")
     add("--warmup", type=int, default=1000, help="steps of linear warm-up of the learning rates")
-    add("--no-cfg", action="store_true", help="never drop the condition (an ablation of the paper)")
+    add("--no-cfg", action="store_true", help="never replace voken features by zeros (an ablation of the paper)")
     add("--no-ldm", action="store_true", help="train without L_LDM (an ablation of the paper)")
     add("--min-snr-gamma", type=float, default=5.0,
         help="weight L_LDM by min(SNR, gamma) / SNR, as released; 0: no weights, as in the paper")  # fmt: skip
     add("--seed", type=int, default=0, help="of all random numbers of the run")
     add("--workers", type=int, default=4, help="processes that read pictures; 0: the main process reads them")
     add("--max-bad", type=float, default=0.01,
-        help="stop when a larger share of the samples is broken, of 1,000 samples at least")  # fmt: skip
+        help="stop when more than this share of the samples is broken, 1,000 of them counted at least")  # fmt: skip
     add("--max-nonfinite", type=int, default=20,
-        help="stop when so many steps in a row were skipped because they were not finite")  # fmt: skip
+        help="stop when so many steps in a row were skipped: loss or gradients not finite")  # fmt: skip
     add("--save-every", type=int, default=1000, help="steps between checkpoints; the last step always has one")
     add("--sample-every", type=int, default=1000, help="steps between samples.png and losses.png; 0: never")
     add("--val", nargs="+", metavar="DATA", help="held-out data, whose losses are logged as val_loss and so on")

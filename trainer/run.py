@@ -30,9 +30,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cli import can_compile, pick_device
+from common.cli import can_compile, pick_device, suited_options
 from common.files import lock_folder
 from common.images import preprocess_output
+from generation import Sampling
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
 from tars.batches import Batches, open_pairs
@@ -174,7 +175,7 @@ class Meter:
 class Run:
     """One training from its first to its last step, over several processes and several starts of the command.
 
-    save_trained(model, trained, path, name) and load_trained(model, path) write and read the tensors of
+    save_trained(model, trained, path, stage) and load_trained(model, path) write and read the tensors of
     `model.trained_parameters()`. `preview`: the `Preview` for samples.png; the script sets it, if it wants one.
     """
 
@@ -305,12 +306,12 @@ class Run:
     def batches(self, step: int) -> Iterator[tuple[dict, list[torch.Generator]]]:
         """This rank's batches of a step, and a random generator for each sample."""
         for forward_pass in range(self.args.accumulate):
-            yield next(self.data), self.generators(step, forward_pass * self.world.size + self.world.rank)
+            yield next(self.data), self.seed_batch(step, forward_pass * self.world.size + self.world.rank)
 
-    def generators(self, step: int, batch: int) -> list[torch.Generator]:
-        """A generator for each sample of a batch; dropout's is seeded, too. They depend on the seed and the place in
-        the run alone, so a resumed run has the same ones, with whatever number of processes. batch: its number among
-        the batches of all forward passes and ranks of the step."""
+    def seed_batch(self, step: int, batch: int) -> list[torch.Generator]:
+        """Seed dropout, and return a generator for each sample of a batch. All depends on the seed and the place in the
+        run alone, so a resumed run has the same random numbers, with whatever number of processes. batch: its number
+        among the batches of all forward passes and ranks of the step."""
         seed, size = self.args.seed, self.args.batch_size
         torch.manual_seed(step_generator(seed, step, batch, DROPOUT).initial_seed())
         return [step_generator(seed, step, index) for index in range(batch * size, (batch + 1) * size)]
@@ -365,7 +366,8 @@ class Run:
 
     def write_pictures(self) -> None:
         if self.preview:
-            paint_samples(self.model, self.preview, self.out / "samples.png")
+            sampling = Sampling.of(suited_options(self.args.weights, "sample") | {"sampler": "dpm", "steps": 20})
+            paint_samples(self.model, self.preview, sampling, self.out / "samples.png")
         plot_losses(read_log(self.log), self.out / "losses.png")
 
     def save(self) -> None:
@@ -388,7 +390,7 @@ class Run:
         # Compiled losses keep what gradients need: without it they would have to be compiled once more.
         with closing(held_out), torch.set_grad_enabled(self.compiled):
             for n in range(min(args.val_batches, one_pass)):
-                meter.add(self.losses_of(next(held_out), self.generators(n, self.world.rank)))
+                meter.add(self.losses_of(next(held_out), self.seed_batch(n, self.world.rank)))
                 if stopping := self.world.any(bool(received)):
                     break
         self.model.train(was_training)
