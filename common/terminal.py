@@ -39,7 +39,9 @@ class Terminal:
             print()
         for segment in segments:
             words = segment if isinstance(segment, str) else f"({segment.info.get('description', '')})"
-            if words != "()" and words not in self.printed:
+            if words in self.printed:  # of the first answer, whose words were seen as they came
+                self.printed = self.printed.replace(words, "", 1)
+            elif words != "()":
                 print(words)
             if not isinstance(segment, str):
                 print(f"[{self.out / f'{self.count}.png'}]")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +69,21 @@ def test_streams_that_are_closed_or_strict(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a red \xff boat\n"), "utf-8", "strict"))
     open_streams()
     assert terminal.read_line() == "a red \ufffd boat"
+
+
+def test_only_words_that_were_streamed_are_not_printed_again(tmp_path, capsys, monkeypatch):
+    """With --count a terminal streams the first answer; two seeds may say the same."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    said = "a boat (red)"
+    model = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, skip_special: said[: ids[0]]))
+    shown = terminal.Terminal(session := SimpleNamespace(model=model), tmp_path)
+    for length in (3, len(said)):
+        session.watch(ids=[length])
+    red = Image.new("RGB", (2, 2))
+    red.info["description"] = "red"
+    shown.show("a boat", red, "a boat", red, "a house", red)
+    printed = capsys.readouterr().out
+    assert [printed.count(words) for words in ("a boat", "(red)", "a house", ".png]")] == [2, 3, 1, 3]
 
 
 def test_a_picture_outlives_its_terminal(weights, tmp_path):
