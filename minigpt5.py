@@ -44,8 +44,8 @@ class Noise(NamedTuple):
     """Everything random in the losses of M pictures."""
 
     drop: Tensor  # (M,) bool: whether the voken features are replaced by zeros
-    posterior: Tensor  # (M, C, h, w) standard normal, picks the latent from the autoencoder's posterior
-    noise: Tensor  # (M, C, h, w) standard normal, epsilon of Eq. 3
+    latent_noise: Tensor  # (M, C, h, w) standard normal, samples the latents from the autoencoder's posterior
+    epsilon: Tensor  # (M, C, h, w) standard normal, of Eq. 3
     timesteps: Tensor  # (M,)
 
 
@@ -196,14 +196,14 @@ class MiniGPT5(nn.Module):
     def ldm_loss(self, conditioning: Tensor, latents: Tensor, noise: Noise, gamma: float) -> Tensor:
         """L_LDM (Eq. 3) of each picture (M,). The released code weights it by min(SNR, gamma) / SNR; with gamma 0 it is
         the paper's."""
-        noisy, target = self.schedule.add_noise(latents, noise.noise, noise.timesteps)
+        noisy, target = self.schedule.add_noise(latents, noise.epsilon, noise.timesteps)
         predicted = self.unet(noisy, noise.timesteps, conditioning).float()
         return self.schedule.snr_weight(noise.timesteps, gamma) * (predicted - target).square().mean((1, 2, 3))
 
-    def cap_loss(self, conditioning: Tensor, captions: tuple[Tensor, Tensor], drop: Tensor) -> Tensor:
+    def cap_loss(self, conditioning: Tensor, encodings: tuple[Tensor, Tensor], drop: Tensor) -> Tensor:
         """L_CAP of each picture (M,): the distance to the caption's encoding (M, S, Dc), or to the empty
         caption's (1, S, Dc) where the picture's features were dropped."""
-        target = torch.where(drop[:, None, None], captions[1], captions[0])
+        target = torch.where(drop[:, None, None], encodings[1], encodings[0])
         return (conditioning - target).square().mean((1, 2))
 
     def picture_losses(
@@ -212,17 +212,17 @@ class MiniGPT5(nn.Module):
         noise: Noise,
         weights: Tensor,
         posterior: tuple[Tensor, Tensor] | None,
-        captions: tuple[Tensor, Tensor] | None,
+        encodings: tuple[Tensor, Tensor] | None,
         gamma: float,
     ) -> dict[str, Tensor]:
         """Voken features (M, N, D) -> "ldm_loss" and "cap_loss", where their inputs are given."""
         features = features.masked_fill(noise.drop[:, None, None], 0.0)  # the unconditional branch of guidance
         conditioning, losses = self.mapper(features), {}  # (M, S, Dc)
         if posterior is not None:
-            latents = self.vae.sample(posterior[0].float(), posterior[1].float(), noise.posterior)
+            latents = self.vae.sample(posterior[0].float(), posterior[1].float(), noise.latent_noise)
             losses["ldm_loss"] = (weights * self.ldm_loss(conditioning, latents, noise, gamma)).sum()
-        if captions is not None:
-            losses["cap_loss"] = (weights * self.cap_loss(conditioning, captions, noise.drop)).sum()
+        if encodings is not None:
+            losses["cap_loss"] = (weights * self.cap_loss(conditioning, encodings, noise.drop)).sum()
         return losses
 
     def losses(
@@ -230,7 +230,7 @@ class MiniGPT5(nn.Module):
         batch: Batch,
         noise: Noise | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
-        captions: tuple[Tensor, Tensor] | None = None,
+        encodings: tuple[Tensor, Tensor] | None = None,
         inputs: Tensor | None = None,
         min_snr_gamma: float = 5.0,
         text_weight: float = TEXT_WEIGHT,
@@ -238,8 +238,8 @@ class MiniGPT5(nn.Module):
         """{"loss", "text_loss", "ldm_loss", "cap_loss"}; the last two only where their inputs are given.
 
         batch and noise may still be on the host. noise: of the M output pictures, None where there are none; posterior:
-        mean and log variance of their latents; captions: the encodings of their captions (M, S, Dc) and of the empty
-        one (1, S, Dc); inputs: see `embed`.
+        mean and log variance of their latents; encodings: those of their captions (M, S, Dc) and of the empty one
+        (1, S, Dc); inputs: see `embed`.
         """
         batch, noise = send(batch, self.device), noise and send(noise, self.device)
         hidden = self.hidden_states(self.embed(batch.ids, inputs), batch.targets)  # (B, T, D)
@@ -249,7 +249,7 @@ class MiniGPT5(nn.Module):
         if noise is not None:
             features = self.voken_features(hidden, batch.picture_sequences, batch.picture_starts)  # (M, N, D)
             weights = batch.picture_weights
-            losses |= self.picture_losses(features, noise, weights, posterior, captions, min_snr_gamma)
+            losses |= self.picture_losses(features, noise, weights, posterior, encodings, min_snr_gamma)
         for name, weight in (("ldm_loss", LDM_WEIGHT), ("cap_loss", CAP_WEIGHT)):
             if name in losses:
                 losses["loss"] = losses["loss"] + weight * losses[name]
@@ -279,8 +279,8 @@ class MiniGPT5(nn.Module):
         for sequence, pictures in Counter(sequences).items():
             options = {"generator": generators[sequence], "device": generators[sequence].device}
             drop = torch.rand(pictures, **options) < drop_rate
-            posterior, epsilon = (self.sample_latents(pictures, generators[sequence]) for _ in range(2))
-            noise.append((drop, posterior, epsilon, torch.randint(steps, (pictures,), **options)))
+            latent_noise, epsilon = (self.sample_latents(pictures, generators[sequence]) for _ in range(2))
+            noise.append((drop, latent_noise, epsilon, torch.randint(steps, (pictures,), **options)))
         return Noise(*map(torch.cat, zip(*noise, strict=True)))
 
     def sample_latents(self, pictures: int, generator: torch.Generator) -> Tensor:

@@ -98,7 +98,7 @@ def main() -> None:
         drop = noise.drop.tolist()
         texts = ["" if dropped else text for (text, _), dropped in zip(samples["pairs"], drop, strict=True)]
         mean, log_variance = model.encode_pictures(samples["outputs"])
-        latents = model.vae.sample(mean.float(), log_variance.float(), noise.posterior)
+        latents = model.vae.sample(mean.float(), log_variance.float(), noise.latent_noise)
         ldm_loss = model.ldm_loss(model.encode(texts), latents, noise, args.min_snr_gamma).mean()  # Eq. 3
         return {"loss": ldm_loss, "ldm_loss": ldm_loss}
 

@@ -98,11 +98,11 @@ class Released(nn.Module):
         steps = draws.timesteps
         with torch.no_grad():
             posterior = self.vae.encode(pixels.to(steps.device, self.dtype)).latent_dist
-            latents = posterior.mean.float() + posterior.std.float() * draws.posterior
+            latents = posterior.mean.float() + posterior.std.float() * draws.latent_noise
             latents = latents * self.vae.config.scaling_factor
-            noisy = self.noise.add_noise(latents, draws.noise, steps)
+            noisy = self.noise.add_noise(latents, draws.epsilon, steps)
         velocity = self.noise.config.prediction_type == "v_prediction"
-        target = self.noise.get_velocity(latents, draws.noise, steps) if velocity else draws.noise
+        target = self.noise.get_velocity(latents, draws.epsilon, steps) if velocity else draws.epsilon
         predicted = self.unet(noisy.to(self.dtype), steps, condition.to(self.dtype)).sample.float()
         signal = self.noise.alphas_cumprod.to(steps.device)[steps]
         snr = signal / (1 - signal)
@@ -110,7 +110,7 @@ class Released(nn.Module):
         return (weight * F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))).mean()
 
     def backward(self, batch: dict, draws: Noise) -> Tensor:
-        with torch.autocast(draws.noise.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(draws.epsilon.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             loss = self.loss(batch, draws)
         loss.backward()
         for table in self.tables:  # all but the new rows

@@ -151,8 +151,8 @@ def train_mapper(
 
     def distillation(chosen: Tensor) -> Tensor:
         noise = model.sample_noise(range(BATCH), [generator] * BATCH, 0.0)
-        latents = model.vae.sample(*moments[chosen].float().unbind(1), noise.posterior)
-        noisy, _ = model.schedule.add_noise(latents, noise.noise, noise.timesteps)
+        latents = model.vae.sample(*moments[chosen].float().unbind(1), noise.latent_noise)
+        noisy, _ = model.schedule.add_noise(latents, noise.epsilon, noise.timesteps)
         with torch.no_grad():
             target = model.unet(noisy, noise.timesteps, wanted[chosen])
         missed = model.unet(noisy, noise.timesteps, mapper(features[chosen])) - target
