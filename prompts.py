@@ -44,8 +44,6 @@ MLS_SYSTEM = (
     "Give the following images in <Img>ImageContent</Img> format. "
     "You will be able to see the images once I provide it to you. "
 )
-STORY_SYSTEM = MLS_SYSTEM + "Please look at the images and tell the story."
-DIALOG_SYSTEM = MLS_SYSTEM + "Please talk with me and show images where they fit."
 
 
 class System(NamedTuple):
@@ -55,6 +53,8 @@ class System(NamedTuple):
     separator: str = "\n"
 
 
+STORY_SYSTEM = System(MLS_SYSTEM + "Please look at the images and tell the story.")
+DIALOG_SYSTEM = System(MLS_SYSTEM + "Please talk with me and show images where they fit.")
 WORDS_FIRST_SYSTEM = System("Put every picture into words first.")
 
 STORY_REQUESTS = {  # {}: the step's text, or its picture
@@ -132,8 +132,7 @@ def story_source(before: list[Turn], request: str, system: System | None = None)
     A space stands between two texts that no picture separates: together they could make a special token.
     """
     story = "".join(turn.text + (PICTURE_MARK * len(turn.pictures) or " ") for turn in before).rstrip(" ")
-    opening = system.text if system else STORY_SYSTEM
-    return f"{opening}###Human:{story}" + ("\n" if story else "") + f" {request} ###Assistant:"
+    return f"{(system or STORY_SYSTEM).text}###Human:{story}" + ("\n" if story else "") + f" {request} ###Assistant:"
 
 
 def story_example(
@@ -151,7 +150,7 @@ def story_example(
 
 def dialog_source(before: list[Turn], k: int, system: System | None = None) -> str:
     """The turns before turn k and the mark of who speaks next: even turns are the human's, odd ones the assistant's."""
-    first, (opening, separator) = k - len(before), system or System(DIALOG_SYSTEM)
+    first, (opening, separator) = k - len(before), system or DIALOG_SYSTEM
     turns = [
         f"{SPEAKERS[i % 2]} {with_pictures(turn, PICTURE_MARK)}{separator}" for i, turn in enumerate(before, first)
     ]

@@ -439,7 +439,7 @@ def test_released_checkpoints_open_prompts_as_they_were_trained(monkeypatch, wei
     monkeypatch.setattr(sample, "answer", lambda _, asked, *rest, watch: [[heard.append(asked[0]) or "on it goes"]])
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     for name, sentences in (
-        ("ours", (prompts.STORY_SYSTEM, prompts.DIALOG_SYSTEM)),
+        ("ours", (prompts.STORY_SYSTEM.text, prompts.DIALOG_SYSTEM.text)),
         ("released", 2 * ("Please go on.",)),
     ):
         options = (

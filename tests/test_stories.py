@@ -109,7 +109,7 @@ def same(a: list[dict], b: list[dict]) -> bool:
 
 def test_strings_are_the_recorded_ones(monkeypatch):
     """The released code's rows, as recorded, but for the system line that it puts before them."""
-    monkeypatch.setattr(prompts, "STORY_SYSTEM", "")
+    monkeypatch.setattr(prompts, "STORY_SYSTEM", prompts.System(""))
     mls = json.loads((GOLDEN / "golden.json").read_text())["mls"]
     early, others = Turn("my sister arrived early", ("a",)), Turn("every one else arrived soon after.", ("b",))
     rows = [
@@ -125,9 +125,9 @@ def test_story_rows():
     before = [Turn("One.", (1,)), Turn("Two {}.", (2,))]
     row = prompts.story_example(before, Turn("Three {}.", (3,)), "image", 1, "[V]")
     request = "Draw the scene that is described here: Three {}."
-    source = f"{STORY_SYSTEM}###Human:One.{SEEN}Two {{}}.{SEEN}\n {request} ###Assistant:"
+    source = f"{STORY_SYSTEM.text}###Human:One.{SEEN}Two {{}}.{SEEN}\n {request} ###Assistant:"
     assert row == Example(source, "[V] ###", (1, 2), (3,))
-    assert prompts.story_source([], "Hello") == f"{STORY_SYSTEM}###Human: Hello ###Assistant:"
+    assert prompts.story_source([], "Hello") == f"{STORY_SYSTEM.text}###Human: Hello ###Assistant:"
     for task, requests in prompts.STORY_REQUESTS.items():
         rows = {prompts.story_example(before, before[0], task, phrase, "[V]").source for phrase in range(7)}
         assert len(rows) == len(requests) and all(row.count(SEEN) == 2 + (task == "text") for row in rows)
@@ -140,11 +140,11 @@ def test_dialog_rows():
     a, b = f"###Human: a {SEEN}\n", "###Assistant: b\n"
     c, d, e = f"###Human: c {SEEN}{SEEN}\n", f"###Assistant: {SEEN}\n", "###Human: e\n"
     assert rows == [
-        Example(DIALOG_SYSTEM + a + "###Assistant:", "b ###", (0,)),
-        Example(DIALOG_SYSTEM + a + b + "###Human:", "c [V][V] ###", (0,), (1, 2)),
-        Example(DIALOG_SYSTEM + a + b + c + "###Assistant:", "[V] ###", (0, 1, 2), (3,)),
-        Example(DIALOG_SYSTEM + c + d + "###Human:", "e ###", (1, 2, 3)),
-        Example(DIALOG_SYSTEM + c + d + e + "###Assistant:", "f ###", (1, 2, 3)),
+        Example(DIALOG_SYSTEM.text + a + "###Assistant:", "b ###", (0,)),
+        Example(DIALOG_SYSTEM.text + a + b + "###Human:", "c [V][V] ###", (0,), (1, 2)),
+        Example(DIALOG_SYSTEM.text + a + b + c + "###Assistant:", "[V] ###", (0, 1, 2), (3,)),
+        Example(DIALOG_SYSTEM.text + c + d + "###Human:", "e ###", (1, 2, 3)),
+        Example(DIALOG_SYSTEM.text + c + d + e + "###Assistant:", "f ###", (1, 2, 3)),
     ]
 
 
@@ -226,7 +226,7 @@ def test_which_turns_are_items(tmp_path, tokenizer):
     replies = [(f"b/c.{k}", "reply") for k in (1, 2, 3)]
     wanted = [("a.0", "image"), *later, *replies, ("d.0", "image"), *[("d.1", task) for task in TASKS]]
     assert [(sample["key"], sample["task"]) for sample in samples] == wanted
-    assert samples[0]["source"].startswith(f"{STORY_SYSTEM}###Human: ") and "step 0 of 1" in samples[0]["source"]
+    assert samples[0]["source"].startswith(f"{STORY_SYSTEM.text}###Human: ") and "step 0 of 1" in samples[0]["source"]
     assert not samples[0]["inputs"] and len(samples[0]["outputs"]) == 1
     counts = {task: len(open_data(tar, tokenizer, weights=only(task))) for task in TASKS}
     assert counts == {"image": 5 + 3 + 2, "text+image": 4 + 3 + 1, "text": 4 + 3 + 1}
