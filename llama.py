@@ -105,13 +105,14 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=table.dtype, device=self.device) for _ in layers]
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.batch = torch.arange(batch, device=self.device)[:, None]
-        self.all_slots = torch.arange(slots + 1, device=self.device)
+        self.all_positions = torch.arange(slots + 1, device=self.device)
         self.used = slots + 1  # how many slots attention reads; generation.say sets it to those that are filled
         self.padding = slots
 
     @property
-    def slots(self) -> Tensor:
-        return self.all_slots[: -(-self.used // 64) * 64]  # multiples of 64, so that shapes change seldom
+    def key_positions(self) -> Tensor:
+        """(S,): those of the slots that attention reads, a multiple of 64, so that shapes change seldom."""
+        return self.all_positions[: -(-self.used // 64) * 64]
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
         """Reserve the next slots for the tokens where attention_mask (B, T) is 1; returns the slots of all (B, T)."""
@@ -124,7 +125,7 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         keys[self.batch, positions] = key
         values[self.batch, positions] = value
-        return keys[:, : len(self.slots)], values[:, : len(self.slots)]
+        return keys[:, : len(self.key_positions)], values[:, : len(self.key_positions)]
 
 
 class History:
@@ -137,14 +138,14 @@ class History:
     def __init__(self, batch: int, device):
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.slots = torch.empty(batch, 1, 1, 0, dtype=torch.long, device=device)  # positions of what is kept
+        self.key_positions = torch.empty(batch, 1, 1, 0, dtype=torch.long, device=device)
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
         """Positions (B, T) of the next pass's tokens, which are noted for the masks of this and later passes."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1
         never = torch.iinfo(torch.long).max
-        slots = torch.where(attention_mask.bool(), positions, never)[:, None, None]  # (B, 1, 1, T)
-        self.slots = torch.cat([self.slots, slots], dim=-1)
+        new = torch.where(attention_mask.bool(), positions, never)[:, None, None]  # (B, 1, 1, T)
+        self.key_positions = torch.cat([self.key_positions, new], dim=-1)
         self.lengths = self.lengths + attention_mask.sum(-1)
         return positions
 
@@ -232,8 +233,8 @@ class Llama(nn.Module):
             if attention_mask is None:
                 attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
             positions = cache.reserve(attention_mask)  # (B, T)
-            # A slot's number is its token's position, so this is causal. Padding and empty slots have higher numbers.
-            mask = cache.slots <= positions[:, None, :, None]  # (B, 1, T, S)
+            # This is causal. Padding and empty slots have positions that are higher than any token's.
+            mask = cache.key_positions <= positions[:, None, :, None]  # (B, 1, T, S)
         elif attention_mask is not None:
             positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()

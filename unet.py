@@ -1,17 +1,17 @@
 """Stable Diffusion 2.1's UNet: noisy latents, a timestep and conditioning tokens -> the noise (or velocity) in them.
 
 Paper: MiniGPT-5, section 3.2: epsilon_theta of Eq. 3. It stays frozen; the mapper's features take the place of the text
-encoder's and gradients flow through `encoder_hidden_states`. The published SD 2.1-base and 2.1 load into it. Left out:
+encoder's and gradients flow through the conditioning. The published SD 2.1-base and 2.1 load into it. Left out:
 SD 1's convolutional projections, class and size embeddings, control inputs.
 
-    sample (B, 4, 64, 64), timesteps (B,), encoder_hidden_states (B, 77, 1024)
+    sample (B, 4, 64, 64), timesteps (B,), conditioning (B, 77, 1024)
     conv_in                         (B, 320, 64, 64)
     down_blocks, four levels        (B, 320, 32, 32) (B, 640, 16, 16) (B, 1280, 8, 8) (B, 1280, 8, 8)
     mid_block                       (B, 1280, 8, 8)
     up_blocks                       (B, 1280, 16, 16) (B, 1280, 32, 32) (B, 640, 64, 64) (B, 320, 64, 64)
     conv_out                        (B, 4, 64, 64)
 
-B batch, C channels, h w latent size, T = h*w tokens, S conditioning tokens, D width, H heads, Dh head width.
+B batch, C channels, h w latent size, T = h*w tokens of width D, S conditioning tokens of width Dc, H heads of width Dh.
 """
 
 import math
@@ -232,13 +232,13 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, sample: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, encoder_hidden_states (B, S, D), the
-        conditioning -> (B, C, h, w) in the weights' dtype: epsilon or v, as the schedule's prediction_type says. h and
-        w are multiples of 2^(levels - 1).
+    def forward(self, sample: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
+        """sample (B, C, h, w) of scaled latents, timesteps (B,) or a scalar, conditioning (B, S, Dc) -> (B, C, h,
+        w) in the weights' dtype: epsilon or v, as the schedule's prediction_type says. h and w are multiples of
+        2^(levels - 1).
         """
         config, dtype = self.config, self.conv_in.weight.dtype
-        sample, encoder_hidden_states = sample.to(dtype), encoder_hidden_states.to(dtype)
+        sample, conditioning = sample.to(dtype), conditioning.to(dtype)
         _, C, h, w = sample.shape
         factor = 2 ** (len(self.down_blocks) - 1)
         assert (C, h % factor, w % factor) == (config.in_channels, 0, 0), tuple(sample.shape)
@@ -251,10 +251,10 @@ class UNet(nn.Module):
         x = self.conv_in(sample)
         kept = [x]
         for block in self.down_blocks:
-            x, skips = block(x, time, encoder_hidden_states)
+            x, skips = block(x, time, conditioning)
             kept += skips
-        x = self.mid_block(x, time, encoder_hidden_states)
+        x = self.mid_block(x, time, conditioning)
         for block in self.up_blocks:
             skips = [kept.pop() for _ in block.resnets]
-            x = block(x, skips, time, encoder_hidden_states)
+            x = block(x, skips, time, conditioning)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
