@@ -52,8 +52,9 @@ WAIT = 0.2  # seconds between looks at the running jobs
 def check_settings(options: Options) -> None:
     """ValueError where OUT holds jobs of another budget or of other weights."""
     files = [path for path in options.weights.rglob("*") if path.is_file()]
-    # No experiment starts from the checkpoints that are there, but all take the options in their folder's config.json.
-    files = sorted(path for path in files if path.parent.name != "minigpt5" or path.suffix == ".json")
+    # No experiment starts from the checkpoints that are there, but all take the options in minigpt5/config.json.
+    checkpoints = "minigpt5", "smollm2"
+    files = sorted(path for path in files if path.parent.name not in checkpoints or path.suffix == ".json")
     now = {name: value for name, value in asdict(options).items() if name in SIZES}
     now |= {"weights": fingerprint(files), "networks": list(options.networks), "data": str(options.data or "drawn")}
     path = options.out / "settings.json"
