@@ -56,13 +56,15 @@ class AutoencoderRecipe(Recipe):
 
     def losses(self, vae: VAE, pixels: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         mean, logvar = vae.encode(pixels)
-        error = vae.decode(vae.sample(mean, logvar, noise)) - pixels
+        losses = self.drawing_losses(vae.decode(vae.sample(mean, logvar, noise)) - pixels, weight)
+        losses["kl_loss"] = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean()
+        return losses | {"loss": losses["loss"] + KL_WEIGHT * losses["kl_loss"]}
+
+    def drawing_losses(self, error: Tensor, weight: Tensor) -> dict[str, Tensor]:
         pixel_loss = (weight * error.abs()).mean()
         edges = error.diff(dim=2), error.diff(dim=3)  # a plain distance lets outlines blur
         edge_loss = sum((weight[..., : e.shape[2], : e.shape[3]] * e.abs()).mean() for e in edges)
-        kl_loss = 0.5 * (mean.square() + logvar.exp() - logvar - 1).mean()
-        loss = pixel_loss + edge_loss + KL_WEIGHT * kl_loss
-        return {"loss": loss, "pixel_loss": pixel_loss, "edge_loss": edge_loss, "kl_loss": kl_loss}
+        return {"loss": pixel_loss + edge_loss, "pixel_loss": pixel_loss, "edge_loss": edge_loss}
 
     def round_trip(self, vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures -> their latent means and what is drawn from them."""

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from common.tokenizer import Tokenizer
+from experiments.decoder import DecoderRecipe
 from llama import Llama
 from mapper import VokenMapper
 from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
@@ -36,6 +38,7 @@ from vae import VAE
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 SMALLER = [
     (autoencoder, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
     (painter, "UNET_SIZES", {"block_out_channels": (32, 32), "attention_head_dim": (2, 2)}),
@@ -321,6 +324,21 @@ def test_latents_of_the_export(shop):
     scale = vae.config.scaling_factor
     assert torch.allclose(mean, scale * expected, rtol=1e-3, atol=1e-3)
     assert torch.allclose(deviation, scale * logvar.exp().sqrt(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_decoder_trains_alone(shop, tmp_path):
+    """Latents stay as they are; pictures that are decoded from noisy ones come closer to what was drawn."""
+    weights = tmp_path / "weights"
+    shutil.copytree(shop.weights, weights)
+    recipe = DecoderRecipe(setup := Setup(tmp_path / "runs", weights, CPU, 3, 24, tested=4))
+    recipe.batch_size = 4
+    batch = recipe.batch(torch.Generator().manual_seed(0))
+    before = recipe.losses(recipe.model, *batch)["loss"].item()
+    recipe.export(pretrain.train(recipe, setup, 60, last_step=30), weights)
+    assert recipe.losses(recipe.model, *batch)["loss"] < 0.95 * before
+    old, new = (load_file(folder / "stable-diffusion/vae" / VAE_FILE) for folder in (shop.weights, weights))
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and changed == {"decoder", "post_quant_conv"}
 
 
 def test_transformers_and_diffusers_load_the_exports(shop):
