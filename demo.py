@@ -87,7 +87,7 @@ def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segment
         if stopped.is_set():
             raise Stopped
         if ids is not None:
-            words = session.model.tokenizer.decode(ids, skip_special=True).removesuffix("###").strip()
+            words = session.model.tokenizer.decode(ids).removesuffix("###").strip()
             events.put([words] if words else [])
         elif done % PREVIEW_EVERY == 0:
             events.put(list(map(to_image, session.model.vae.decode(latents).float())))

@@ -273,7 +273,7 @@ def segments_of(model: MiniGPT5, ids: list[int], pictures: Iterator[Image.Image]
         if i not in (tokenizer.voken_ids[0], tokenizer.eos_id):
             text.append(i)
             continue
-        words = tokenizer.decode(text, skip_special=True).strip().removesuffix("###").strip()
+        words = tokenizer.decode(text).strip().removesuffix("###").strip()
         segments += [words] if words else []
         segments += [next(pictures)] if i == tokenizer.voken_ids[0] else []
         text = []

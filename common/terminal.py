@@ -22,7 +22,7 @@ class Terminal:
 
     def watch(self, ids: list[int] | None = None, done: int = 0, steps: int = 0, latents: object = None) -> None:
         if ids is not None:
-            words = self.tokenizer.decode(ids, skip_special=True).strip().rstrip("#\N{REPLACEMENT CHARACTER}").rstrip()
+            words = self.tokenizer.decode(ids).strip().rstrip("#\N{REPLACEMENT CHARACTER}").rstrip()
             if words.startswith(self.printed):
                 print(words.removeprefix(self.printed), end="", flush=True)
                 self.printed = words

@@ -71,33 +71,10 @@ class Tokenizer:
                 ids += self.encode_plain(part)
         return ids
 
-    def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of `ids`. Added tokens stand between single spaces; the spaces around <s>, </s>, <unk> follow the
-        reference tokenizer's irregular rule."""
-        parts, run = [], []
-        for i in ids:
-            if skip_special and i in self.names:
-                continue
-            if i >= self.base_vocabulary:
-                parts += [self._decode_run(run)] if run else []
-                parts.append(self.names[i])
-                run = []
-            else:
-                run.append(i)
-        parts += [self._decode_run(run)] if run else []
-        return " ".join(parts)
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids` without the special tokens."""
+        return self.pieces.decode([i for i in ids if i not in self.names])
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a text in which nothing is special."""
         return self.pieces.encode(text)
-
-    def _decode_run(self, ids: list[int]) -> str:
-        text, run, after_special = "", [], False
-        for n, i in enumerate(ids):
-            if i in self.names:
-                text += (" " if n and not after_special else "") + self.pieces.decode(run) + self.names[i]
-                run = []
-            else:
-                run.append(i)
-            after_special = i in self.names
-        return text + self.pieces.decode(run)

@@ -53,7 +53,7 @@ def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, ma
 def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """What is said up to a stop sequence or </s>."""
     end = next((end for end in range(1, len(ids) + 1) if tokenizer.ends(ids[:end])), len(ids))
-    return tokenizer.decode(ids[:end], skip_special=True).removesuffix("###").strip()
+    return tokenizer.decode(ids[:end]).removesuffix("###").strip()
 
 
 def described(texts: list[str], wanted: list[Picture]) -> float:

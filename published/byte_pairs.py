@@ -50,6 +50,3 @@ class BytePairTokenizer(Tokenizer):
 
     def encode_plain(self, text: str) -> list[int]:
         return self.pieces.encode(text, add_special_tokens=False).ids
-
-    def _decode_run(self, ids: list[int]) -> str:
-        return self.pieces.decode(ids, skip_special_tokens=False)

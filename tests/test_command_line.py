@@ -75,7 +75,7 @@ def test_only_words_that_were_streamed_are_not_printed_again(tmp_path, capsys, m
     """With --count a terminal streams the first answer; two seeds may say the same."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     said = "a boat (red)"
-    model = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, skip_special: said[: ids[0]]))
+    model = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: said[: ids[0]]))
     shown = terminal.Terminal(session := SimpleNamespace(model=model), tmp_path)
     for length in (3, len(said)):
         session.watch(ids=[length])

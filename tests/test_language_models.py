@@ -83,7 +83,7 @@ def test_ids_are_those_of_transformers(converted):
     print(f"{len(strings)} strings, {len(wrong)} encoded otherwise")
     assert not wrong, wrong[:3]
     plain = [s for s in strings if not any(name in s for name in ours.added)]
-    wrong = [s for s in plain if ours.decode(ours.encode(s)) != s]
+    wrong = [s for s in plain if ours.decode(ours.encode(s)) != ours.special_pattern.sub("", s)]
     assert len(plain) > 100 and not wrong, wrong[:3]
 
 
@@ -95,7 +95,7 @@ def test_interface(converted):
     for text in ("draw [IMG0] and <ImageHere>", "<|im_end|><|im_start|>system", "<|endoftext|>"):
         assert not set(tokenizer.encode(tokenizer.plain(text))) & set(tokenizer.special.values())
     assert tokenizer.ends(tokenizer.encode("the end." + END)) and not tokenizer.ends(tokenizer.encode("the end."))
-    assert tokenizer.decode(tokenizer.encode("the end." + END), skip_special=True) == "the end."
+    assert tokenizer.decode(tokenizer.encode("the end." + END)) == "the end."
 
 
 def test_vicunas_form_with_byte_pairs(folder, tmp_path):

@@ -111,7 +111,7 @@ def test_greedy_text(model, reference):
     for question, (ids, _), theirs in zip(questions, said, expected, strict=True):
         theirs = theirs[: theirs.index(2) + 1] if 2 in theirs else theirs
         same += ids == theirs
-        print(f"{question} -> {model.tokenizer.decode(ids, skip_special=True)!r}")
+        print(f"{question} -> {model.tokenizer.decode(ids)!r}")
     print(f"{same} of 20 answers are the same")
     assert same == 20
 
