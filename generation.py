@@ -266,6 +266,12 @@ def denoise(
 # ---- both
 
 
+def split(segments: Segments) -> tuple[str, tuple[Image.Image, ...]]:
+    """An answer's words and its pictures."""
+    words = " ".join(segment for segment in segments if isinstance(segment, str))
+    return words, tuple(segment for segment in segments if not isinstance(segment, str))
+
+
 def segments_of(model: MiniGPT5, ids: list[int], pictures: Iterator[Image.Image]) -> Segments:
     """What was said, with the next of the pictures in the place of every [IMG0]; other special tokens are left out."""
     tokenizer, segments, text = model.tokenizer, [], []
@@ -328,7 +334,7 @@ def paint_described(
     """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
     boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
     `info` keeps the description. LoRA that was trained for words alone is set aside, since stage 1 had none."""
-    descriptions = [description_in(" ".join(s for s in segments if isinstance(s, str))) for segments in said]
+    descriptions = [description_in(split(segments)[0]) for segments in said]
     pictured = [i for i, description in enumerate(descriptions) if description]
     if not pictured:
         return said
@@ -338,7 +344,7 @@ def paint_described(
         painted = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in pictured], watch=watch)
     for i, (picture,) in zip(pictured, painted, strict=True):
         picture.info["description"] = descriptions[i]
-        words = DESCRIPTION.sub("", " ".join(s for s in said[i] if isinstance(s, str)), count=1).strip()
+        words = DESCRIPTION.sub("", split(said[i])[0], count=1).strip()
         said[i] = [words, picture] if words else [picture]
     return said
 

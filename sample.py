@@ -46,7 +46,7 @@ from common.options import add_sampling_options
 from common.page import write_answer
 from common.terminal import Terminal, chat, read_prompts
 from common.texts import Words, clean_caption
-from generation import Sampling, Segments, answer, prompt_ids, room_after, room_wanted
+from generation import Sampling, Segments, answer, prompt_ids, room_after, room_wanted, split
 from minigpt5 import MiniGPT5
 from prompts import Turn
 from published.loading import CHAT_FILES, STORY_FILES, WORDS_FILES, given_checkpoint, shipped_checkpoint
@@ -185,12 +185,6 @@ class Session:
     def ask(self, ids: list[int], pictures: list[Image.Image], **changes) -> Segments:
         sampling = replace(self.sampling, **changes)
         return answer(self.model, [ids], [pictures], sampling, [self.generator], watch=self.watch)[0]
-
-
-def split(segments: Segments) -> tuple[str, tuple[Image.Image, ...]]:
-    """An answer's words and its pictures."""
-    words = " ".join(segment for segment in segments if isinstance(segment, str))
-    return words, tuple(segment for segment in segments if not isinstance(segment, str))
 
 
 # ---- the command

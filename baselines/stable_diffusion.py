@@ -41,7 +41,7 @@ from common.files import fingerprint
 from common.images import to_image
 from common.options import add_picture_options
 from evaluation import cases
-from generation import Sampling, denoise
+from generation import Sampling, denoise, split
 from minigpt5 import MiniGPT5
 from prompts import TASKS
 from published.clip_tokenizer import ClipTokenizer
@@ -123,7 +123,7 @@ def text_of(case: cases.Case, context: str, model: StableDiffusion) -> str:
 def described(case: cases.Case, words: Path) -> tuple[str, str | None]:
     """What another system said, and what is to be drawn of it, if anything."""
     answer = cases.read_answer(words, case.key)
-    said = " ".join(segment for segment in answer.segments if isinstance(segment, str)) if answer else ""
+    said = split(answer.segments)[0] if answer else ""
     return split_description(said) if case.task == "reply" else (said, said or None)
 
 

@@ -19,6 +19,7 @@ from common.images import resize_and_crop
 from evaluation import metrics
 from evaluation.cases import Case, pictures_of, read_answer
 from evaluation.scorers import Unavailable, look
+from generation import split
 from miniature.judge import NOTHING, right_shares
 from miniature.score_stories import true_of
 from tars.batches import describe
@@ -39,7 +40,7 @@ class Outcome:
 
     @property
     def text(self) -> str:
-        return " ".join(segment for segment in self.segments if isinstance(segment, str))
+        return split(self.segments)[0]
 
     @property
     def missing(self) -> int:
@@ -78,7 +79,7 @@ def outcomes_of(cases: list[Case], folder: Path, networks: dict) -> tuple[list[O
                 continue
             missing.update([f"picture: {reason}" for reason in answer.lost] if answer else ["no answer"])
             segments = answer.segments if answer else []
-            came = [segment for segment in segments if not isinstance(segment, str)]
+            came = list(split(segments)[1])
             numbers = iter(range(len(came)))
             outcome = Outcome(case, [s if isinstance(s, str) else next(numbers) for s in segments], [], [])
             outcomes.append(outcome)

@@ -26,6 +26,7 @@ from common.cli import make_folder, read_arguments
 from common.files import read_json, write_json, write_text
 from evaluation.cases import Case, compared_cases, pictures_of, read_answer
 from evaluation.metrics import agreement
+from generation import split
 from tars.index import Unusable
 
 TEMPLATE = Path(__file__).with_name("study.html")
@@ -54,9 +55,9 @@ def parts_of(segments: list[str | Image.Image]) -> list[dict]:
 def continuation(folder: Path, case: Case) -> list[dict]:
     """An answer, with a remark for words or a picture that did not come."""
     segments = read_answer(folder, case.key).segments
-    has_words = any(isinstance(segment, str) for segment in segments)
-    missing = [] if has_words or not case.words else ["(no words)"]
-    missing += [] if sum(not isinstance(s, str) for s in segments) or not case.pictures else ["(no picture)"]
+    words, pictures = split(segments)
+    missing = [] if words or not case.words else ["(no words)"]
+    missing += [] if pictures or not case.pictures else ["(no picture)"]
     return parts_of(segments) + [{"text": text, "missing": True} for text in missing]
 
 

@@ -21,6 +21,7 @@ from evaluation.cases import Case, compared_cases, read_answer
 from evaluation.comparisons import TOGETHER, Bench, encode
 from evaluation.metrics import cosine
 from evaluation.scorers import Unavailable, look, open_network
+from generation import split
 from miniature.judge import ATTRIBUTES, asks_for, right
 
 Preference = tuple[float, ...]  # compared in order
@@ -32,7 +33,7 @@ def preferences(cases: list[Case], folder: Path, bench: Bench) -> list[Preferenc
     for start in tqdm(range(0, len(cases), TOGETHER), desc=folder.name, unit=f" x {TOGETHER} cases", delay=2):
         batch = cases[start : start + TOGETHER]
         answers = [read_answer(folder, case.key) for case in batch]
-        pictures = [[segment for segment in answer.segments if not isinstance(segment, str)] for answer in answers]
+        pictures = [split(answer.segments)[1] for answer in answers]
         seen = iter(look(bench.networks, [first[0] for first in pictures if first]))
         texts = encode(bench, "hps" if "hps" in bench.networks else "pairing", [case.turn.text for case in batch])
         for case, text, came in zip(batch, texts, pictures, strict=True):

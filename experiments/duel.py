@@ -28,6 +28,7 @@ import torch
 from common.files import write_json
 from evaluation.cases import Case, facts_of, read_answer, read_cases
 from evaluation.scorers import WorldJudge
+from generation import split
 from miniature.facts import Picture
 from miniature.judge import NOTHING
 from miniature.score_stories import hero_colour, kept, true_of
@@ -88,9 +89,7 @@ def main() -> None:
             answer, last = read_answer(folder, case.key), last_picture(case)
             if last is None or case.facts is None:
                 raise ValueError(f"{case.key}: pictures without labels of the drawn world")
-            segments = answer.segments if answer else []
-            pictures = [segment for segment in segments if not isinstance(segment, str)]
-            words = " ".join(segment for segment in segments if isinstance(segment, str))
+            words, pictures = split(answer.segments if answer else [])
             seen = judge.pictures(pictures[:1])["facts"][0] if pictures else NOTHING
             rows.append(judged(words, seen, last, case.facts))
         sides.append(rows)

@@ -43,6 +43,7 @@ from experiments.systems import (
     Table,
     scorings_of,
 )
+from generation import split
 from trainer.log import COLOURS, read_log
 
 PUBLISHED = Path(__file__).parent / "published.json"
@@ -226,7 +227,7 @@ def grid(part: str, options: Options, seed: int, path: Path) -> list[str]:
         pictures = [true]
         for folder in folders.values():
             answer = read_answer(folder, case.key)
-            came = [segment for segment in (answer.segments if answer else []) if not isinstance(segment, str)]
+            _, came = split(answer.segments if answer else [])
             pictures.append(came[0] if came else Image.new("RGB", true.size, "lightgrey"))
         columns.append((case.turn.text, pictures))
     draw_grid(columns, path, side=112)

@@ -19,7 +19,7 @@ from common.images import to_image, to_tensor
 from common.page import draw_grid
 from common.texts import Words, clean_caption
 from evaluation.cases import spoken
-from generation import Sampling, answer, prompt_ids
+from generation import Sampling, answer, prompt_ids, split
 from miniature.facts import Picture, random_stream
 from miniature.judge import NOTHING, Judge, load_judge, read, share
 from miniature.judge import WEIGHTS as JUDGE
@@ -116,8 +116,8 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
         generators = [exam.generator(start + i) for i in range(len(sources[part]))]
         prompts = [prompt_ids(exam.model, source) for source in sources[part]]
         for segments in answer(exam.model, prompts, pictures[part], sampling, generators):
-            words = " ".join(s for s in spoken(segments) if isinstance(s, str))
-            said.append(Said(words, next((s for s in segments if not isinstance(s, str)), None)))
+            words, came = split(spoken(segments))
+            said.append(Said(words, came[0] if came else None))
     return said
 
 
