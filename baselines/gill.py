@@ -41,7 +41,6 @@ from trainer.compiled import checkpoint_gradients
 from trainer.options import read_run_options
 from trainer.run import Run
 
-FORMAT = "gill"  # in a checkpoint's metadata
 HEADS, WIDTH = 4, 512  # of its mapper
 MAX_TOKENS = 256  # of a sequence, as in stage 1
 
@@ -70,6 +69,7 @@ class Gill(nn.Module):
 
     hidden_states, text_loss = MiniGPT5.hidden_states, MiniGPT5.text_loss
     lora = prefix = None
+    format = "gill"  # in a checkpoint's metadata
 
     def __init__(
         self,
@@ -112,17 +112,18 @@ class Gill(nn.Module):
         return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
 
     def save_trained(self, trained: dict[str, nn.Parameter], path: Path, stage: str) -> None:
-        save_safetensors(trained, path, {"format": FORMAT, "stage": stage})
+        save_safetensors(trained, path, {"format": self.format, "stage": stage})
 
     @torch.no_grad()
     def load_trained(self, path: Path) -> None:
         """In place: an optimiser may hold the parameters. Raises WeightsError."""
-        for name, tensor in matched(self.trained_parameters(), [path]).items():
-            self.trained_parameters()[name].copy_(tensor)
+        trained = self.trained_parameters()
+        for name, tensor in matched(trained, [path]).items():
+            trained[name].copy_(tensor)
 
 
 def is_gill(checkpoint: Path) -> bool:
-    return (open_safetensors(checkpoint).metadata() or {}).get("format") == FORMAT
+    return (open_safetensors(checkpoint).metadata() or {}).get("format") == Gill.format
 
 
 def load_gill(weights: Path, checkpoint: Path, dtype: torch.dtype | None, device: torch.device) -> Gill:

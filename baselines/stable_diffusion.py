@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.divter import split_description
-from baselines.gill import is_gill, load_gill
+from baselines.gill import Gill, is_gill, load_gill
 from common.files import fingerprint
 from common.images import to_image
 from common.options import add_picture_options
@@ -45,7 +45,7 @@ from generation import Sampling, denoise, split
 from minigpt5 import MiniGPT5
 from prompts import TASKS
 from published.clip_tokenizer import ClipTokenizer
-from published.loading import given_checkpoint, matched, save_safetensors
+from published.loading import given_checkpoint
 from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
 
 
@@ -55,6 +55,8 @@ class StableDiffusion(nn.Module):
 
     sample_noise, sample_latents, ldm_loss = MiniGPT5.sample_noise, MiniGPT5.sample_latents, MiniGPT5.ldm_loss
     encode_pictures = MiniGPT5.encode_pictures
+    format = "stable-diffusion"  # in a checkpoint's metadata
+    save_trained, load_trained = Gill.save_trained, Gill.load_trained
 
     def __init__(
         self,
@@ -89,17 +91,8 @@ class StableDiffusion(nn.Module):
         latents = denoise(self.unet, self.schedule, latents.to(self.device), conditioning, sampling)
         return self.vae.decode(latents).float()
 
-    # ---- what a run saves and loads
-
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.unet.named_parameters())
-
-    def save_trained(self, trained: dict[str, nn.Parameter], path: Path, stage: str) -> None:
-        save_safetensors(trained, path, {"format": "stable-diffusion", "stage": stage})
-
-    def load_trained(self, path: Path) -> None:
-        """In place: an optimiser may hold the parameters. Raises WeightsError."""
-        self.unet.load_state_dict(matched(self.trained_parameters(), [path]))
 
 
 # ---- what is drawn
