@@ -265,12 +265,10 @@ def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Job]:
             if number == 0 and b"caption" in cells and len(cells) > 1:
                 caption = cells.index(b"caption")
                 picture = cells.index(b"image_path") if b"image_path" in cells else int(caption == 0)
-            elif max(caption, picture) < len(cells):
-                source = os.fsdecode(cells[picture])
-                path = find_picture(folders, source)
-                yield partial(cc3m_sample, caption=cells[caption], picture=path, source=source)
             elif line.strip():
-                yield partial(cc3m_sample, caption=None, picture=None, source=f"line {number + 1}")
+                row = {i: cell.decode("utf-8", "surrogateescape") for i, cell in enumerate(cells)}
+                line = {"file": row.get(picture), "caption": row.get(caption)}
+                yield partial(listed_sample, line=line, folders=folders)
 
 
 def folder_jobs(folder: Path) -> Iterator[Job]:
@@ -286,10 +284,8 @@ def folder_sample(key: str, members: dict[Member, Path], source: str) -> Sample:
     return cc3m_sample(key, caption.encode(), members.get(Member.PICTURE), source)
 
 
-def cc3m_sample(key: str, caption: bytes | None, picture: Path | None, source: str) -> Sample:
+def cc3m_sample(key: str, caption: bytes, picture: Path | None, source: str) -> Sample:
     """A pair with its caption as it was: batches.py cleans it in reading. Raises Unusable."""
-    if caption is None:
-        raise Unusable("no caption")
     try:
         if not clean_caption(caption.decode("utf-8-sig")):
             raise Unusable("empty caption")
