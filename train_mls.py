@@ -34,7 +34,7 @@ from tars.batches import Batches
 from tars.datasets import packed
 from tars.index import expand
 from tars.precomputed import find_precomputed
-from tars.stories import StoryData, read_weights
+from tars.stories import StoryData
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview, picture_title
 from trainer.options import read_run_options
@@ -52,8 +52,7 @@ def arguments() -> argparse.Namespace:
     add("--lora-rank", type=int, default=8, metavar="R", help="rank of LoRA's matrices; alpha is twice the rank")
     add("--lora-targets", type=lambda text: tuple(map(str.strip, text.split(","))), default=TARGETS, metavar="NAME,...",
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
-    add("--tasks", default=",".join(f"{task}=1" for task in TASKS), metavar="TASK=WEIGHT,...",
-        help="share of each task among a story's steps")  # fmt: skip
+    add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is learned of a story's steps; default: all")
     add("--blind-history", type=float, default=0.0, metavar="SHARE",
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
     add("--words-only", action="store_true",
@@ -75,11 +74,10 @@ def arguments() -> argparse.Namespace:
         parser.error("--text-weight must be 0 or more")
     if not 0 <= args.blind_history <= 1:
         parser.error("--blind-history must be from 0 to 1")
-    args.tasks = read_weights(args.tasks)
     if args.words_first and (args.prefix or not args.data):
         parser.error("--words-first trains LoRA, not a prefix, and needs --data: drawn stories describe no pictures")
-    if args.words_only and args.tasks.get("image"):
-        parser.error("--words-only leaves nothing of the task image: give --tasks text=1,text+image=1, or one of them")
+    if args.words_only and "image" in args.tasks:
+        parser.error("--words-only leaves nothing of the task image: give --tasks text text+image, or one of them")
     args.words_only |= args.words_first
     return args
 
@@ -138,7 +136,7 @@ def main() -> None:
         to_input=partial(preprocess_input, size=side),  # input pictures are cropped, as released
         to_output=partial(preprocess_output, size=size),  # output pictures are padded
         limit=limit,
-        weights=args.tasks,
+        tasks=[task for task in TASKS if task in args.tasks],
         precomputed=precomputed,
         blind=args.blind_history,
         words_only=args.words_only,

@@ -4,7 +4,7 @@
     python baselines/train_sd.py --data stories.tar --out runs/sd
     python baselines/stable_diffusion.py --data stories-test.tar --last --context texts --checkpoint runs/sd \\
         --answers sd-stories                                                                          # fine-tuned
-    python train_mls.py --data stories.tar --no-uas --words-only --tasks text+image=1 --out runs/teller
+    python train_mls.py --data stories.tar --no-uas --words-only --tasks text+image --out runs/teller
     python -m evaluation --data stories-test.tar --task text+image --last --checkpoint runs/teller \\
         --answers told --out told.json                     # two stages: MiniGPT-4, fine-tuned for this step, tells it,
     python baselines/stable_diffusion.py --data stories-test.tar --task text+image --last --words told \\

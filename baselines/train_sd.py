@@ -47,7 +47,7 @@ class StorySteps(StoryData):
     """The steps of stories, as samples of a text and its picture."""
 
     def __init__(self, tars: list[str], tokenizer, to_output, precomputed: Precomputed):
-        super().__init__(tars, self, 0, None, to_output, weights={"image": 1.0}, precomputed=precomputed)
+        super().__init__(tars, self, 0, None, to_output, tasks=["image"], precomputed=precomputed)
         self.clip_tokenizer = tokenizer
 
     def plain(self, text: str) -> str:

@@ -129,7 +129,7 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
             option.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
     for option in parser._actions:
-        if type(option) is argparse._StoreAction and option.nargs is None and getattr(args, option.dest) == []:
+        if type(option) is argparse._StoreAction and option.nargs in (None, "+") and getattr(args, option.dest) == []:
             parser.error(f"--{option.dest.replace('_', '-')} needs a value")  # argparse reads "--name=--" as a list
     for name, value in vars(args).items():
         if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:

@@ -38,8 +38,8 @@ SYSTEMS = {
     "lora": System(MLS, "stories", (), "uas"),
     "prefix": System(MLS, "stories", ("--prefix",), "uas"),
     "no-uas": System(MLS, "stories", ("--no-uas",)),
-    "minigpt4": System(MLS, "stories", ("--tasks", "text=1", *TEXT_ONLY)),  # it narrates a picture that is given
-    "teller": System(MLS, "stories", ("--tasks", "text+image=1", *TEXT_ONLY)),  # it tells the next step
+    "minigpt4": System(MLS, "stories", ("--tasks", "text", *TEXT_ONLY)),  # it narrates a picture that is given
+    "teller": System(MLS, "stories", ("--tasks", "text+image", *TEXT_ONLY)),  # it tells the next step
     "gill": System("baselines/gill.py", "pairs", small=("--lr", "1e-3", "--warmup", "50", "--width", "64")),
     "sd": System("baselines/train_sd.py", "stories", small=("--lr", "1e-4", "--warmup", "50", "--min-snr-gamma", "0")),
     "dialogue": System(MLS, "dialogues", (), "uas"),

@@ -5,8 +5,7 @@ pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or nu
 `python -m tars mmdialog` write these tars (datasets.py); prompts.py has the tasks and their texts.
 
 The items of the order (batches.py) are every turn of a dialogue but the first, and every step of a story in each task,
-the first step as an image alone: 13 items of five steps. An epoch meets each once. Where the tasks have weights,
-(seed, position) chooses the step's task.
+the first step as an image alone: 13 items of five steps. An epoch meets each once.
 
     data = StoryData(["vist-train.tar"], tokenizer, 32, partial(qformer.preprocess_input, size=224),
                      partial(images.preprocess_output, size=512))
@@ -21,7 +20,7 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import numpy as np
@@ -69,36 +68,6 @@ def picture_member(name: object, key: str) -> int:
     return found[1]
 
 
-# ---- weights of the tasks
-
-
-def read_weights(text: str) -> dict[str, float]:
-    """ "image=2,text=1" -> {"image": 2.0, "text": 1.0}; see `checked_weights`."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    try:
-        weights = {name.strip(): float(weight) for name, _, weight in pairs}
-    except ValueError:
-        raise ValueError(f"{text!r} is not TASK=WEIGHT,...") from None
-    return checked_weights(weights)
-
-
-def checked_weights(weights: dict[str, float]) -> dict[str, float]:
-    """The weights above 0, in the order of TASKS. ValueError for what no task can be chosen by."""
-    unknown = sorted(set(weights) - set(TASKS))
-    if unknown:
-        raise ValueError(f"no such task: {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    weights = {task: float(weights.get(task, 0)) for task in TASKS}
-    if not all(0 <= weight <= 1e30 for weight in weights.values()) or not any(weights.values()):
-        raise ValueError("the weights of the tasks must be from 0 to 1e30, one of them above 0")
-    return {task: weight for task, weight in weights.items() if weight}
-
-
-def pick_task(weights: dict[str, float], place: float) -> str:
-    """A place in [0, 1) -> the task there, if the tasks share this interval by their weights."""
-    ends = np.cumsum(list(weights.values()))
-    return list(weights)[int(np.searchsorted(ends, place * ends[-1], side="right"))]
-
-
 def uniform(bits: int) -> float:
     """64 random bits -> a number in [0, 1)."""
     return (bits >> 11) * 2.0**-53
@@ -112,7 +81,7 @@ class StoryData(TarData):
 
     tokenizer: its `plain` escapes what comes from the tar, its `encode` makes token ids. queries: positions that an
     input picture takes. limit: of tokens in a sequence, pictures and <s> counted; the oldest turns are left out whole,
-    the last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). weights: of TASKS, for stories.
+    the last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). tasks: of a story's steps.
     precomputed: tensors that take the place of pictures. blind: share of story steps whose history has no pictures.
     words_only: answers have no pictures. system: opens every prompt; None: the released code's sentences.
     """
@@ -125,7 +94,7 @@ class StoryData(TarData):
         to_input: Callable,
         to_output: Callable,
         limit: int = 2048,
-        weights: dict[str, float] | None = None,
+        tasks: Sequence[str] = TASKS,
         precomputed: Precomputed = NOTHING,
         blind: float = 0.0,
         words_only: bool = False,
@@ -133,40 +102,35 @@ class StoryData(TarData):
     ):
         self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
         self.to_input, self.to_output, self.precomputed, self.blind = to_input, to_output, precomputed, blind
-        self.words_only, self.system = words_only, system
-        self.weights = checked_weights(dict.fromkeys(TASKS, 1.0) if weights is None else weights)
-        self.items_per_step = len(self.weights)
-        self.items_of_first_step = int("image" in self.weights)
+        self.tasks, self.words_only, self.system = tasks, words_only, system
+        self.items_of_first_step = int("image" in tasks)
         super().__init__(tars)
 
     def count_items(self, index: TarIndex) -> np.ndarray:
         """At least one, so that a broken sample is met and counted."""
-        steps = self.items_of_first_step + self.items_per_step * (index.turns - 1)
+        steps = self.items_of_first_step + len(self.tasks) * (index.turns - 1)
         return np.maximum(np.where(index.kinds == STORY, steps, index.turns - 1), 1)
 
-    def choose(self, bits: np.random.PCG64) -> tuple[int, int]:
-        """The task and the phrasing, each as 64 random bits."""
-        task, phrase = bits.random_raw(2)
-        return int(task), int(phrase)
+    def choose(self, bits: np.random.PCG64) -> int:
+        """The phrasing, as 64 random bits: the second number, so that runs read what they read before."""
+        return int(bits.random_raw(2)[1])
 
-    def turn_and_task(self, kind: int, item: int, task_bits: int) -> tuple[int, str]:
+    def turn_and_task(self, kind: int, item: int) -> tuple[int, str]:
         """Which turn an item of a sample is, and its task."""
         if kind != STORY:
             return item + 1, "reply"
         if item < self.items_of_first_step:
             return 0, "image"
-        step, nth = divmod(item - self.items_of_first_step, self.items_per_step)
-        # The items of a step share the interval [0, 1), so that with equal weights each task comes once.
-        return step + 1, pick_task(self.weights, (nth + uniform(task_bits)) / self.items_per_step)
+        step, nth = divmod(item - self.items_of_first_step, len(self.tasks))
+        return step + 1, self.tasks[nth]
 
-    def read_item(self, key: str, read: Reader, kind: int, item: int, choice: tuple[int, int]) -> dict:
+    def read_item(self, key: str, read: Reader, kind: int, item: int, choice: int) -> dict:
         """{"key", "task", "source", "target", "inputs", "outputs", "ids"}: lists of tensors, and of token ids."""
-        task_bits, phrase = choice
-        k, task = self.turn_and_task(kind, item, task_bits)
+        k, task = self.turn_and_task(kind, item)
         kind_now, turns = read_turns(read(Member.JSON), key, self.tokenizer.plain)
         if k >= len(turns) or (kind_now == "story") != (kind == STORY):
             raise Unusable("tar and index differ")
-        example = self.fit(kind_now, turns[: k + 1], task, phrase)
+        example = self.fit(kind_now, turns[: k + 1], task, choice)
         if self.precomputed.shapes:
             inputs = [f"{member - Member.NUMBERED}.queries" for member in example.inputs]
             outputs = [f"{member - Member.NUMBERED}.moments" for member in example.outputs]

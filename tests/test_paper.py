@@ -158,8 +158,8 @@ def test_commands():
             assert command.count("--guidance") <= 1, command
     for scoring, guidance in (("cc3m/uas", "3"), ("cc3m/no-cfg", "3"), ("guidance-7.5/sd0", "7.5")):
         assert given(jobs[f"{scoring}.0"].commands[0], "--guidance") == [guidance]
-    assert given(jobs["minigpt4.0"].commands[0], "--tasks") == ["text=1"]
-    assert given(jobs["teller.0"].commands[0], "--tasks") == ["text+image=1"]
+    assert given(jobs["minigpt4.0"].commands[0], "--tasks") == ["text"]
+    assert given(jobs["teller.0"].commands[0], "--tasks") == ["text+image"]
     told, drawn = (jobs[f"continued/{name}.0"].commands[0] for name in ("words", "two-stages"))
     assert given(told, "--checkpoint")[0].endswith("teller.0") and "--checkpoint" not in drawn  # the plain one draws
     assert given(jobs["cc3m/gill.0"].commands[0], "--checkpoint")[0].endswith("runs/gill.0")

@@ -184,7 +184,7 @@ def read_bad_answer(what: str, rng: Random, folder: Path) -> str:
 
 SCRIPTS = {"train_uas": train_uas, "train_mls": train_mls, "sample": sample}
 NUMBERS = ("0", "-1", "1", "1e300", "-1e300", "1e31", "1e29", "nan", "inf", "1e-320", "10" * 20, "2147483648", "0x10")
-NUMBERS += ("1_000", "٣", "", " ", "image=1e308", "image=nan", "text=1,=", "[IMG0]", "\udcff", "x" * 1000, "--", "0.5")
+NUMBERS += ("1_000", "٣", "", " ", "image", "[IMG0]", "\udcff", "x" * 1000, "--", "0.5")
 OPTIONS = ("lr", "mapper-lr", "muon", "min-snr-gamma", "epochs", "steps", "batch-size", "accumulate", "warmup", "drawn")
 OPTIONS += ("workers", "max-bad", "max-nonfinite", "save-every", "sample-every", "val-every", "val-batches", "seed")
 OPTIONS += ("log-every", "vokens", "start-as", "lora-rank", "tasks", "blind-history", "text-weight", "adapter-lr")
