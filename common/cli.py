@@ -112,11 +112,9 @@ def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
     options = {option.dest: option for option in parser._actions}
     for name, value in suited.items():
         option, is_flag = options[name], isinstance(value, bool)
-        is_list = isinstance(option, argparse._AppendAction) or option.nargs not in (None, 0)
-        if is_list or is_flag != (option.nargs == 0) or not isinstance(value, str | int | float) or value != value:
+        takes_one = option.nargs in (None, 0) and not isinstance(option, argparse._AppendAction)
+        if not takes_one or is_flag != (option.nargs == 0) or (option.choices and str(value) not in option.choices):
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, which is no value for it")
-        if option.choices and value not in option.choices:
-            raise ValueError(f"{path}: {command} has {name} {value!r:.80}, not one of {', '.join(option.choices)}")
         option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed
         option.help = re.sub("; default: .*", "", option.help or "", flags=re.DOTALL)  # that was the other one
     return read_arguments(parser)
