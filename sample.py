@@ -34,7 +34,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from common.cli import DTYPES, MINIATURE, can_compile, make_folder  # isort: skip
+from common.cli import DTYPES, FROM_0, FROM_1, MINIATURE, can_compile, make_folder  # isort: skip
 from common.cli import parse, pick_device, run, suited_options  # isort: skip
 
 import torch
@@ -196,16 +196,16 @@ def arguments() -> argparse.Namespace:
     add("text", nargs="?", metavar="PROMPT", help="what to say to the model")
     add("--prompt", help="the same as PROMPT")
     add("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line; each is answered by itself")
-    add("--count", type=int, default=1, help="answers to each prompt, with the seeds SEED, SEED + 1 ...")
+    add("--count", type=FROM_1, default=1, help="answers to each prompt, with the seeds SEED, SEED + 1 ...")
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
-    add("--turns", type=int, help="tell a story in this many answers; their pictures are read again for the next")
+    add("--turns", type=FROM_1, help="tell a story in this many answers; their pictures are read again for the next")
     add("--chat", action="store_true", help="chat in the terminal, a line a turn; /help lists the commands")
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: from WEIGHTS/minigpt5 those "
         "of stage 1; if there: stage 2's for --turns, --chat, --image, mls-words for --words-first")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser, Sampling, words_first=True)
-    add("--threads", type=int, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
+    add("--threads", type=FROM_0, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
@@ -220,10 +220,6 @@ def arguments() -> argparse.Namespace:
         parser.error("--chat and --turns exclude each other: the second tells a story")
     if (args.prompts or args.count != 1) and (args.chat or args.turns is not None):
         parser.error("--prompts and --count are for single answers, not for --chat or --turns")
-    if min(args.count, 1 if args.turns is None else args.turns) < 1:
-        parser.error("--count and --turns are at least 1")
-    if args.threads < 0:
-        parser.error("--threads is at least 0")
     return args
 
 

@@ -16,7 +16,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.cli import DTYPES, run as run_command  # isort: skip
+from common.cli import DTYPES, number, run as run_command  # isort: skip
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from tars.precomputed import find_precomputed
 from tars.stories import StoryData
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview, picture_title
-from trainer.options import read_run_options
+from trainer.options import RATE, SHARE, VOKENS, read_run_options
 from trainer.run import Run
 
 
@@ -49,31 +49,26 @@ def arguments() -> argparse.Namespace:
     add("--uas", type=Path, help="stage 1's run or checkpoint to start from; default: WEIGHTS/minigpt5's, if any")
     add("--no-uas", action="store_true", help="start from untrained vokens and mapper (an ablation of the paper)")
     add("--prefix", action="store_true", help="prefix tuning instead of LoRA")
-    add("--lora-rank", type=int, default=8, metavar="R", help="rank of LoRA's matrices; alpha is twice the rank")
+    rank = number(1, MAX_RANK)
+    add("--lora-rank", type=rank, default=8, metavar="R", help="rank of LoRA's matrices; alpha is twice the rank")
     add("--lora-targets", type=lambda text: tuple(map(str.strip, text.split(","))), default=TARGETS, metavar="NAME,...",
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is learned of a story's steps; default: all")
-    add("--blind-history", type=float, default=0.0, metavar="SHARE",
+    add("--blind-history", type=SHARE, default=0.0, metavar="SHARE",
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
     add("--words-only", action="store_true",
         help="train on the words of the answers without their pictures: the paper's fine-tuned MiniGPT-4")  # fmt: skip
     about = "train LoRA alone, on dialogues that describe their pictures in brackets (sample.py --words-first)"
     add("--words-first", action="store_true", help=about)
-    add("--text-weight", type=float, default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
+    add("--text-weight", type=number(0.0), default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
     add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
-    add("--lr", type=float, default=2e-5, help="learning rate of the voken rows and the mapper")
-    add("--adapter-lr", type=float, help="learning rate of LoRA or the prefix; default: --lr")
-    add("--vokens", type=int, default=8, help="vokens of a picture, where there is no stage 1 to start from")
+    add("--lr", type=RATE, default=2e-5, help="learning rate of the voken rows and the mapper")
+    add("--adapter-lr", type=RATE, help="learning rate of LoRA or the prefix; default: --lr")
+    add("--vokens", type=VOKENS, default=8, help="vokens of a picture, where there is no stage 1 to start from")
     add("--max-tokens", type=int, default=2048, help="longest sequence; a longer history loses its oldest steps")
     args = read_run_options(parser, "train_mls", out="runs/mls", epochs=4, batch_size=32)
     if args.uas and args.no_uas:
         parser.error("--uas and --no-uas exclude each other")
-    if not 1 <= args.lora_rank <= MAX_RANK:
-        parser.error(f"--lora-rank must be at least 1 and at most {MAX_RANK:,}")
-    if args.text_weight < 0:
-        parser.error("--text-weight must be 0 or more")
-    if not 0 <= args.blind_history <= 1:
-        parser.error("--blind-history must be from 0 to 1")
     if args.words_first and (args.prefix or not args.data):
         parser.error("--words-first trains LoRA, not a prefix, and needs --data: drawn stories describe no pictures")
     if args.words_only and "image" in args.tasks:

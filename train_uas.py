@@ -29,7 +29,7 @@ from published.parts import load_minigpt5
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses
 from trainer.log import Preview
 from trainer.muon import Muon
-from trainer.options import read_run_options
+from trainer.options import RATE, VOKENS, read_run_options
 from trainer.run import Run
 
 MAX_TOKENS = 256  # of a sequence; a longer caption is cut at its end
@@ -41,11 +41,11 @@ def arguments() -> argparse.Namespace:
     about = "tars, folders or brace lists of them; folders of KEY.jpg with KEY.txt; a .csv or .jsonl (tars/datasets.py)"
     add("--data", nargs="+", help=f"{about}; default: drawn pictures")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from vokens and mapper of this checkpoint or run")
-    add("--lr", type=float, default=2e-5, help="learning rate of the vokens' embedding rows")
-    add("--output-lr", type=float, help="learning rate of their rows in the output embedding; default: --lr")
-    add("--mapper-lr", type=float, help="learning rate of the mapper; default: ten times --lr")
-    add("--muon", type=float, metavar="LR", help="Muon for the mapper's matrices, with this rate; default: AdamW")
-    add("--vokens", type=int, default=8, help="vokens of a picture")
+    add("--lr", type=RATE, default=2e-5, help="learning rate of the vokens' embedding rows")
+    add("--output-lr", type=RATE, help="learning rate of their rows in the output embedding; default: --lr")
+    add("--mapper-lr", type=RATE, help="learning rate of the mapper; default: ten times --lr")
+    add("--muon", type=RATE, metavar="LR", help="Muon for the mapper's matrices, with this rate; default: AdamW")
+    add("--vokens", type=VOKENS, default=8, help="vokens of a picture")
     add("--start-as", metavar="TEXT", help="the vokens start as the embeddings of this text; default: the tables' mean")
     add("--no-cap", action="store_true", help="train without L_CAP (an ablation of the paper)")
     args = read_run_options(parser, "train_uas", out="runs/uas", epochs=2, batch_size=48)

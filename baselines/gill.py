@@ -38,7 +38,7 @@ from published.clip_tokenizer import ClipTokenizer
 from published.loading import matched, open_safetensors, rows_of, save_safetensors, tensor_slices
 from published.parts import config_of, frozen_dtypes, load_llama, load_text_encoder, load_tokenizer
 from trainer.compiled import checkpoint_gradients
-from trainer.options import read_run_options
+from trainer.options import RATE, VOKENS, read_run_options
 from trainer.run import Run
 
 HEADS, WIDTH = 4, 512  # of its mapper
@@ -143,8 +143,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", help="captioned pictures, as train_uas.py takes them; default: drawn pictures")
-    add("--lr", type=float, default=1e-3, help="learning rate")
-    add("--vokens", type=int, default=8, help="vokens of a picture")
+    add("--lr", type=RATE, default=1e-3, help="learning rate")
+    add("--vokens", type=VOKENS, default=8, help="vokens of a picture")
     add("--width", type=int, default=WIDTH, help="width of the mapper")
     args = read_run_options(parser, "train_gill", out="runs/gill", epochs=2, batch_size=48)
     for name in ("no_cfg", "no_ldm", "compile"):

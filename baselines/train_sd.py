@@ -39,7 +39,7 @@ from tars.index import Unusable, expand
 from tars.precomputed import Precomputed, find_precomputed
 from tars.stories import StoryData
 from trainer.compiled import checkpoint_gradients
-from trainer.options import read_run_options
+from trainer.options import RATE, read_run_options
 from trainer.run import Run
 
 
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", nargs="+", help="interleaved tars of stories; default: drawn stories")
-    add("--lr", type=float, default=1e-5, help="learning rate of the UNet")
+    add("--lr", type=RATE, default=1e-5, help="learning rate of the UNet")
     args = read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32)
     for name in ("no_ldm", "compile", "val"):
         if getattr(args, name):

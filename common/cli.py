@@ -3,6 +3,7 @@ number type."""
 
 import argparse
 import io
+import math
 import os
 import re
 import sys
@@ -97,6 +98,23 @@ def suited_options(weights: Path, command: str) -> dict:
     if not isinstance(suited, dict):
         raise ValueError(f"{path}: {command} should be an object of options and values")
     return suited
+
+
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an option from `least` to `most`, which is a whole number if `least` is one."""
+
+    def read(text: str) -> float:
+        value = type(least)(text)
+        if not least <= value <= most:
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:,g}"
+            raise argparse.ArgumentTypeError(f"must be {limits}")
+        return value
+
+    read.__name__ = type(least).__name__  # argparse says it of what is no number
+    return read
+
+
+FROM_0, FROM_1 = number(0), number(1)
 
 
 def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:

@@ -37,7 +37,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from common.cli import DTYPES, make_folder, parse, pick_device, run  # isort: skip
+from common.cli import DTYPES, FROM_1, make_folder, parse, pick_device, run  # isort: skip
 
 import torch
 from PIL import Image
@@ -95,8 +95,8 @@ def arguments() -> argparse.Namespace:
         "stage 2's for stories and dialogues where it is there, else stage 1's")  # fmt: skip
     add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: OUT without ending, -answers")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
-    add("--splits", type=int, metavar="N", help="parts of the Inception Score, released: 10; default: 10 or, of fewer "
-        "than 1,000 pictures, 1")  # fmt: skip
+    about = "parts of the Inception Score, released: 10; default: 10 or, of fewer than 1,000 pictures, 1"
+    add("--splits", type=FROM_1, metavar="N", help=about)
     for name, about in (
         ("inception", "FID's Inception, as torch-fidelity has it"),
         ("clip", "folder of a CLIP in the Hugging Face layout"),
@@ -111,8 +111,6 @@ def arguments() -> argparse.Namespace:
     args = parse(parser, "evaluate")
     if not args.out or args.out.suffix != ".json":
         parser.error("--out is needed, with the ending .json")
-    if args.splits is not None and args.splits < 1:
-        parser.error("--splits is at least 1")
     args.sampling = Sampling.of(vars(args))
     for name in ("judge", "pairing"):
         path = args.weights / f"{name}.safetensors"

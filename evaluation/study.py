@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.cli import make_folder, read_arguments
+from common.cli import FROM_0, make_folder, read_arguments
 from common.files import read_json, write_json, write_text
 from evaluation.cases import Case, compared_cases, pictures_of, read_answer
 from evaluation.metrics import agreement
@@ -69,11 +69,9 @@ def study() -> None:
     add("answers", nargs=2, type=Path, metavar="DIR", help="folders of answers with --task text+image, or to dialogues")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for index.html and study.json")
     add("--data", nargs="+", help="the tars that were asked about; default: as a folder of answers says")
-    add("--n", type=int, default=50, help="so many cases, chosen at random; 0: all")
+    add("--n", type=FROM_0, default=50, help="so many cases, chosen at random; 0: all")
     add("--seed", type=int, default=0, help="of the choice of cases and their order")
     args = read_arguments(parser)
-    if args.n < 0:
-        parser.error("--n is at least 0")
     cases = compared_cases(args.answers, args.data)
     if cases[0].task not in ("text+image", "reply"):
         raise ValueError(f"{args.answers[0]}: answers to {cases[0].task}; a study compares words and pictures")

@@ -21,7 +21,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import add_weights_option, read_arguments, run  # isort: skip
+from common.cli import FROM_0, add_weights_option, read_arguments, run  # isort: skip
 
 import torch
 
@@ -74,12 +74,10 @@ def main() -> None:
         metavar="DIR",
         help="of `python -m evaluation --task text+image --last`",
     )
-    add("--n", type=int, default=0, help="the first so many stories; 0: all")
+    add("--n", type=FROM_0, default=0, help="the first so many stories; 0: all")
     add("--out", type=Path, required=True, metavar="FILE", help="shares as JSON")
     add_weights_option(parser)
     args = read_arguments(parser)
-    if args.n < 0:
-        parser.error("--n is at least 0")
     cases = read_cases(args.data, "text+image", True)[0][: args.n or None]
     judge = WorldJudge(args.weights / "judge.safetensors", torch.device("cpu"))
     sides = []

@@ -25,7 +25,7 @@ from textwrap import wrap
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import MINIATURE, make_folder, pick_device, read_arguments, run  # isort: skip
+from common.cli import FROM_1, MINIATURE, make_folder, pick_device, read_arguments, run  # isort: skip
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -187,7 +187,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     about = "NAME WAY WEIGHTS [CHECKPOINT], repeatable; default: the miniature in all three ways"
     add("--system", nargs="+", action="append", metavar="NAME", help=about)
     add("--prompts", type=Path, default=PROMPTS, help="prompts in the form of miniature/people/prompts.jsonl")
-    add("--n", type=int, help="only the first so many prompts")
+    add("--n", type=FROM_1, help="only the first so many prompts")
     add("--seeds", type=seeds, default=[0, 1, 2], help="default: 0,1,2")
     add("--out", type=Path, default=Path("runs/knowledge"), help="folder of results.json, table.md and sheet.png")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -196,8 +196,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for system in args.system:
         if len(system) not in (3, 4) or system[1] not in WAYS:
             parser.error(f"--system {' '.join(system)}: not NAME WAY WEIGHTS [CHECKPOINT] with WAY {', '.join(WAYS)}")
-    if args.n is not None and args.n < 1:
-        parser.error("--n is at least 1")
     return args
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import MINIATURE, can_compile, make_folder, pick_device, read_arguments, run  # isort: skip
+from common.cli import FROM_1, MINIATURE, can_compile, make_folder, pick_device, read_arguments, run  # isort: skip
 
 import torch
 from torch import nn
@@ -188,13 +188,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, training sets")
     add("--weights", type=Path, default=MINIATURE, help="where finished parts go, beside those that they build on; "
         "needed but for --parts pairing")  # fmt: skip
-    add("--pictures", type=int, default=1 << 17, help="different pictures to train on (12 kB each)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that draw them")
+    add("--pictures", type=FROM_1, default=1 << 17, help="different pictures to train on (12 kB each)")
+    add("--workers", type=FROM_1, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = read_arguments(parser, argv)
-    if args.pictures < 1 or args.workers < 1:
-        parser.error("--pictures and --workers are at least 1")
     if args.weights == MINIATURE and args.parts != ["pairing"]:
         parser.error("--weights is needed: finished parts would go over the shipped ones")
     return args

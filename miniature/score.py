@@ -32,7 +32,7 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import add_weights_option, make_folder, pick_device, read_arguments, run
+from common.cli import FROM_1, add_weights_option, make_folder, pick_device, read_arguments, run
 from common.files import write_json
 from common.options import add_sampling_options
 from generation import Sampling
@@ -249,7 +249,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("parts", nargs="*", choices=[*PARTS, "all"], default="all", metavar="PART", help=", ".join(PARTS))
     add_weights_option(parser)
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
-    add("--n", type=int, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
+    add("--n", type=FROM_1, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
     add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
     add("--prompts", type=Path, default=PROMPTS, help="prompts of the part people")
     add("--chats", type=Path, default=CHATS, help="chats of the part people")
@@ -260,10 +260,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    args = read_arguments(parser, argv)
-    if args.n is not None and args.n < 1:
-        parser.error("--n is at least 1")
-    return args
+    return read_arguments(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import read_arguments, run
+from common.cli import FROM_1, number, read_arguments, run
 from miniature.descriptions import describe
 from miniature.facts import SPLITS, Picture, random_stream, sample_picture
 from miniature.paint import draw
@@ -110,14 +110,12 @@ WRITERS = {"pairs": write_pairs, "stories": write_stories, "dialogues": write_di
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw samples of the miniature world into a tar.")
     parser.add_argument("what", choices=WRITERS, help="samples to write")
-    parser.add_argument("--n", type=int, default=1000, help="samples")
+    parser.add_argument("--n", type=FROM_1, default=1000, help="samples")
     parser.add_argument("--seed", type=int, default=0, help="0 or more")
     parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--size", type=int, default=64, help="pixels a side, 16 to 1024")
+    parser.add_argument("--size", type=number(16, 1024), default=64, help="pixels a side, 16 to 1024")
     parser.add_argument("--out", type=Path, help="file to write; default: WHAT.tar")
     args = read_arguments(parser, argv)
-    if args.n < 1 or not 16 <= args.size <= 1024:
-        parser.error("--n is at least 1, --size from 16 to 1024")
     args.out = args.out or Path(f"{args.what}.tar")
     return args
 

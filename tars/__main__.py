@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from common.cli import DTYPES, add_model_options, pick_device, run
+from common.cli import DTYPES, FROM_0, FROM_1, add_model_options, pick_device, run
 from tars import datasets, precompute
 
 SOURCES = {
@@ -27,9 +27,9 @@ def arguments() -> argparse.Namespace:
         add = commands.add_parser(name, help=sources, description=datasets.__doc__, **style).add_argument
         add("sources", nargs="+", type=Path, metavar="SOURCE", help=sources)
         add("--out", type=Path, required=True, help="the tar to write")
-        add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
+        add("--workers", type=FROM_1, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
         if name == "mmdialog":
-            add("--max-words", type=int, default=50, help="end a dialogue at a turn of more words; 0: never")
+            add("--max-words", type=FROM_0, default=50, help="end a dialogue at a turn of more words; 0: never")
     about = precompute.__doc__.split("\n")[0]
     command = commands.add_parser("precompute", help=about, description=precompute.__doc__, **style)
     add = command.add_argument
@@ -38,14 +38,9 @@ def arguments() -> argparse.Namespace:
     add_model_options(command)
     add("--store", choices=precompute.STORE, default="fp16", help="dtype of what is written")
     add("--no-captions", action="store_true", help="leave captions to the text encoder in training: smaller tars")
-    add("--batch-size", type=int, default=16, help="pictures encoded at once")
-    add("--workers", type=int, default=2, help="processes that read pictures; 0: none")
-    args = parser.parse_args()
-    if args.command == "precompute" and (args.batch_size < 1 or args.workers < 0):
-        parser.error("--batch-size is at least 1, --workers at least 0")
-    if args.command != "precompute" and (args.workers < 1 or getattr(args, "max_words", 0) < 0):
-        parser.error("--workers is at least 1, --max-words at least 0")
-    return args
+    add("--batch-size", type=FROM_1, default=16, help="pictures encoded at once")
+    add("--workers", type=FROM_0, default=2, help="processes that read pictures; 0: none")
+    return parser.parse_args()
 
 
 def main() -> None:
