@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--dtype", choices=DTYPES, default="fp16")
     command = commands.add_parser("check", help="what is there and what is wrong; exit status 1 if anything is")
     command.add_argument("folder", type=Path)
-    command.add_argument("--hash", action="store_true", help="read every file and compare its SHA-256")
+    command.add_argument("--hash", action="store_true", help="compare every file of a published size by its SHA-256")
     options = parser.parse_args(arguments)
     if options.command == "fetch":
         fetch(options.folder, options.parts, DTYPES.get(options.dtype))

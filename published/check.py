@@ -9,9 +9,8 @@ import torch
 from mapper import VokenMapper
 from minigpt5 import Vokens
 from published.clip_tokenizer import ClipTokenizer
-from published.convert import readable
 from published.fetch import KNOWN, sha256
-from published.loading import WeightsError, matched, open_checkpoint, tensor_slices, with_file_below
+from published.loading import WeightsError, matched, open_checkpoint, with_file_below
 from published.parts import load, load_image_encoder, load_schedule, load_tokenizer, size_mismatches, tokenizer_file
 from unet import UNetConfig
 
@@ -38,59 +37,43 @@ def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
 
 
 def check(root: Path, hashes: bool = False) -> list[str]:
-    """Print what the folder holds, return what is wrong with it, one line a problem. Only headers are read, unless
-    `hashes` asks for every file's SHA-256."""
+    """Print a line for each part of the folder, return what is wrong, one line a problem. Only headers are read, unless
+    `hashes` asks for the SHA-256 of every file that has the size of a published one."""
     if not root.is_dir():
         raise WeightsError(f"{root}: no such folder")
-    rows, problems, loaded = [("part", "state", "file", "dtype", "size", "published")], [], {}
+    problems, loaded = [], {}
     trained = sorted((root / "minigpt5").glob("[!.]*.safetensors"))
     for name, places, read in [*parts(root), *((f.stem, [f], partial(check_trained, f, loaded)) for f in trained)]:
-        found, described = [], []
+        found = []
         try:
             loaded[name] = read()
         except ValueError as error:
             found += getattr(error, "problems", [str(error)])
-        for place in places:
-            files = [place] if place.suffix else sorted(place.glob("[!.]*.safetensors"))
-            files = [file for file in files if file.is_file()]
-            for file in files:
-                published, problem = compared(file, root, hashes)
-                found += problem
-                described.append((f"{file.relative_to(root)}", dtypes(file), readable(file.stat().st_size), published))
-            described += [] if files else [(f"{place.relative_to(root)}", "-", "-", "-")]
-        missing = all(size == "-" for _, _, size, _ in described)
-        state = "missing" if missing else "not right" if found else "complete"
-        rows += [(name, state, *columns) for columns in described]
+        files = [f for place in places for f in ([place] if place.suffix else place.glob("[!.]*.safetensors"))]
+        files = sorted(filter(Path.is_file, files))
+        compared = [compare(file, root) for file in files] if hashes else []
+        found += [problem for _, problem in compared if problem]
+        state = "not right" if found else "complete"
+        if compared and all(is_published for is_published, _ in compared):
+            state += ", same hash as published"
+        print(f"{name:16}  {state if files else 'missing'}")
         problems += found
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
     if not trained:
         print("minigpt5/ holds no checkpoint: train_uas.py writes one, `published fetch` gets the released ones")
     return problems + mismatches(loaded)
 
 
-def dtypes(path: Path) -> str:
-    if path.suffix != ".safetensors":
-        return "-"
-    try:
-        return "+".join(sorted({tensor.get_dtype() for tensor in tensor_slices(path).values()}))
-    except WeightsError:
-        return "unreadable"
-
-
-def compared(path: Path, root: Path, hashes: bool) -> tuple[str, list[str]]:
-    """How `path` compares with the published file of its name, and a problem if only its size is the same."""
+def compare(path: Path, root: Path) -> tuple[bool, str]:
+    """Whether `path` has the hash of the published file of its name, and a problem if only the size is the same."""
     sd = root / "stable-diffusion"
     name = path.relative_to(sd).as_posix() if path.is_relative_to(sd) else path.name
     size, known = KNOWN.get(name, (None, ""))
-    same_size = size == path.stat().st_size
-    if not hashes:
-        return "-" if size is None else "same size" if same_size else "other size", []
-    digest = sha256(path)
-    if digest == known:
-        return "same hash", []
+    if size != path.stat().st_size:
+        return False, ""
+    if sha256(path) == known:
+        return True, ""
     reason = "its size is the published file's, its hash is not" + OTHER_UNET * name.startswith("unet/")
-    return f"{digest[:8]}...", [f"{path}: {reason}"] * same_size
+    return False, f"{path}: {reason}"
 
 
 def check_trained(path: Path, loaded: dict) -> None:

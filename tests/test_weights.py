@@ -71,8 +71,7 @@ def test_check_of_a_whole_folder(folder, command):
     status, out, err = command("check", folder)
     assert (status, err) == (0, "")
     assert "everything is there" in out
-    row = next(line for line in out.splitlines() if UNET in line).split()
-    assert row[:4] == ["unet", "complete", UNET, "F32"]
+    assert ["unet", "complete"] in map(str.split, out.splitlines())
     assert "everything is there" in command("check", folder, "--hash")[1]
 
 
@@ -83,7 +82,7 @@ def test_check_names_a_missing_part(folder, command, part):
     status, out, _ = command("check", folder)
     assert status == 1
     assert f"{path}" in out and "no such file" in out.lower()
-    assert "  missing  " in out or "  not right  " in out
+    assert any(line.endswith(("  missing", "  not right")) for line in out.splitlines())
 
 
 def test_check_lists_every_wrong_tensor(folder, command):
@@ -107,7 +106,6 @@ def test_check_of_a_truncated_file(folder, command):
     status, out, _ = command("check", folder)
     assert status == 1
     assert f"{path}: not a whole safetensors file" in out
-    assert "unreadable" in out
 
 
 def test_check_reads_headers_only(folder, command):
@@ -188,7 +186,6 @@ def test_check_finds_another_file_of_the_published_size(folder, command, monkeyp
     status, out, _ = command("check", folder, "--hash")
     assert status == 0 and "same hash" in out
     monkeypatch.setitem(fetch.KNOWN, name, (size, "0" * 64))
-    assert "same size" in command("check", folder)[1]
     status, out, _ = command("check", folder, "--hash")
     assert status == 1 and "Stable Diffusion 2.0" in out
 
