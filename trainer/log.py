@@ -11,6 +11,7 @@ They are in the run's folder.
 import json
 import math
 import re
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from common.collate import Batch
-from common.files import is_number, write_text
+from common.files import write_text
 from common.images import to_image
 from common.page import draw_grid, save_image
 from generation import Sampling, paint
@@ -30,7 +31,6 @@ from vae import to_pixels
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#555555")
 PALE = ("#b5d2e7", "#f2bcbc", "#bce0bc", "#ddd0ea", "#555555")
 PANEL = 800, 520  # pixels of a chart, twice those of the file
-NUMBERS = ("step", "loss", "lr")  # endings of the names whose values are numbers in every record of a log
 
 
 # ---- log.jsonl
@@ -59,26 +59,18 @@ def append_log(path: Path, record: dict, board=None) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log. Left out are lines that are not JSON, such as a last one that was cut off, or not an
-    object, and those whose step or losses are not numbers."""
+    """The records of a log, without lines that are not JSON, such as a last one that was cut off."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            record = json.loads(line.decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and all(is_number(v) for name, v in record.items() if name.endswith(NUMBERS)):
-            records.append(record)
+        with suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
     return records
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run goes through those steps again."""
-    records = [record for record in read_log(path) if "step" in record]
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    if others := sum(map(bool, lines)) - len(records):
-        print(f"{path}: {others:,} lines are left out, because they are no records of a step")
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
+    records = [record for record in read_log(path) if record["step"] <= step]
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 # ---- pictures of a run
@@ -128,7 +120,6 @@ def draw_panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, cu
 def plot_losses(records: list[dict], path: Path) -> None:
     """A chart for each loss and one for the learning rate, over the steps. Pale: the lines of the log; in full colour:
     their running mean; black: held-out losses. A title ends with the last value of each curve."""
-    records = [record for record in records if "step" in record]
     names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss", "lr") if any(name in r for r in records)]
     if names in ([], ["lr"]):  # no loss was finite
         return
