@@ -80,7 +80,12 @@ LLAMA |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_emb
 TEXT = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "pad_token_id": 0}
 UNET = {"_class_name": "UNet2DConditionModel", "use_linear_projection": True, "act_fn": "silu"}
 VAE_SETTINGS = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
-SCHEDULER = {"_class_name": "PNDMScheduler", "trained_betas": None}
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "trained_betas": None,
+    "timestep_spacing": "leading",
+    "skip_prk_steps": True,
+}
 
 
 class RandomNumbers:
