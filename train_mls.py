@@ -145,7 +145,8 @@ def main() -> None:
     adapter = [p for name, p in trained.items() if "lora_" in name or "prefix_" in name]
     others = [p for name, p in trained.items() if "lora_" not in name and "prefix_" not in name]
     adapter_lr = args.lr if args.adapter_lr is None else args.adapter_lr
-    groups = [{"params": adapter, "lr": adapter_lr}, {"params": others, "lr": args.lr}][: 1 + bool(others)]
+    groups = [{"params": adapter, "lr": adapter_lr}, {"params": others, "lr": args.lr}]
+    groups = [group for group in groups if group["params"]]  # --words-first trains LoRA alone
     optimizer = torch.optim.AdamW(groups, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
 
     # ---- losses

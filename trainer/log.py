@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from common.cli import suited_options
 from common.collate import Batch
 from common.files import write_text
 from common.images import to_image
@@ -151,8 +152,9 @@ def picture_title(source: str, target: str) -> str:
 
 
 @torch.no_grad()
-def paint_samples(model: MiniGPT5, preview: Preview, sampling: Sampling, path: Path) -> None:
-    """The preview's first four pictures above those painted from their vokens, always from the same noise."""
+def paint_samples(model: MiniGPT5, preview: Preview, weights: Path, path: Path) -> None:
+    """The preview's first four pictures above those painted from their vokens, always from the same noise, with the
+    guidance of the folder `weights`."""
     batch, _, pictures, captions = preview
     batch, was_training = send(batch, model.device), model.training
     model.eval()
@@ -160,6 +162,7 @@ def paint_samples(model: MiniGPT5, preview: Preview, sampling: Sampling, path: P
     hidden = type(model).hidden_states(model, embeddings, batch.targets)  # not the compiled one: no further graph
     features = model.voken_features(hidden, batch.picture_sequences[:4], batch.picture_starts[:4])
     latents = model.sample_latents(len(features), torch.Generator().manual_seed(0))
+    sampling = Sampling.of(suited_options(weights, "sample") | {"sampler": "dpm", "steps": 20})
     painted = paint(model, features, sampling, latents)
     if pictures.dim() == 5:  # moments
         means = send(pictures[:4, 0], model.device).to(dtype_of(model.vae))

@@ -30,10 +30,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cli import can_compile, pick_device, suited_options
+from common.cli import can_compile, pick_device
 from common.files import lock_folder
 from common.images import preprocess_output
-from generation import Sampling
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
 from tars.batches import Batches, open_pairs
@@ -366,8 +365,7 @@ class Run:
 
     def write_pictures(self) -> None:
         if self.preview:
-            sampling = Sampling.of(suited_options(self.args.weights, "sample") | {"sampler": "dpm", "steps": 20})
-            paint_samples(self.model, self.preview, sampling, self.out / "samples.png")
+            paint_samples(self.model, self.preview, self.args.weights, self.out / "samples.png")
         plot_losses(read_log(self.log), self.out / "losses.png")
 
     def save(self) -> None:
