@@ -1,22 +1,20 @@
 """Divter, MMDialog's baseline: a dialogue model describes a picture in words, a text-to-image model draws it.
 
     python baselines/divter.py dialogues.tar --out described.tar              # pictures as words: "picture: a red boat"
-    python baselines/divter.py mmdialog-train.tar --captions captions.csv --out described.tar       # of real pictures
+    python baselines/divter.py mmdialog-train.tar --captions captions.jsonl --out described.tar     # of real pictures
     python train_mls.py --data described.tar --no-uas --no-ldm --out runs/divter
     python -m evaluation --data described-test.tar --checkpoint runs/divter --out divter.json       # what it says
     python baselines/stable_diffusion.py --data dialogues-test.tar --words divter-answers --answers drawn
     python -m evaluation --data dialogues-test.tar --answers drawn --out drawn.json                 # with the pictures
 
-In Divter (Sun et al. 2022) a captioner describes the pictures of the training dialogues. Its captions come in a file: a
-.csv whose first line names the columns "file" and "caption", or a .jsonl of objects with these names, a line for each
-picture of the tar (KEY.1.jpg). In the drawn world the facts of each picture are known; without a file, a caption of
-them is used. A picture with neither is an error.
+In Divter (Sun et al. 2022) a captioner describes the pictures of the training dialogues. Its captions come in a file, a
+line {"file": "KEY.1.jpg", "caption": ...} for each picture of the tar. In the drawn world the facts of each picture are
+known; without a file, a caption of them is used. A picture with neither is an error.
 
     {"text": "here it is", "image": "KEY.1.png"}  ->  {"text": "here it is picture: a red boat at sea", "image": null}
 """
 
 import argparse
-import csv
 import json
 import sys
 import zlib
@@ -48,17 +46,14 @@ def split_description(said: str) -> tuple[str, str | None]:
 def read_captions(path: Path) -> dict[str, str]:
     """Name of a picture -> its caption. ValueError where a line has not both."""
     found = {}
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        lines = csv.DictReader(file) if path.suffix == ".csv" else filter(str.strip, file)
-        for number, line in enumerate(lines, 1 + (path.suffix == ".csv")):
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for line in filter(str.strip, file):
             try:
-                row = json.loads(line) if isinstance(line, str) else line
-                name, text = row["file"].strip(), " ".join(row["caption"].split())
+                row = json.loads(line)
+                found[row["file"]] = " ".join(row["caption"].split())
             except (ValueError, LookupError, TypeError, AttributeError):
-                raise ValueError(f"{path}: line {number} does not give a file and its caption") from None
-            if text:
-                found[name] = text
-    return found
+                raise ValueError(f"{path}: no file and its caption in {line.strip()!r:.80}") from None
+    return {name: caption for name, caption in found.items() if caption}
 
 
 def in_words(turns: list[dict], key: str, captions: dict[str, str] | None = None) -> list[dict]:
@@ -95,8 +90,8 @@ def samples(tar: str, captions: dict[str, str] | None) -> Iterator[Sample]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tar", help="dialogues, of `python -m tars mmdialog` or `miniature/world.py dialogues`")
-    parser.add_argument("--captions", type=Path, metavar="FILE", help=".csv or .jsonl with the file and the caption of "
-                        "every picture; default: the pictures are drawn ones, whose facts are known")  # fmt: skip
+    about = ".jsonl with the file and the caption of every picture; default: facts of drawn pictures"
+    parser.add_argument("--captions", type=Path, metavar="FILE", help=about)
     parser.add_argument("--out", type=Path, required=True, help="tar to write")
     args = parser.parse_args()
     write_samples(samples(args.tar, read_captions(args.captions) if args.captions else None), args.out)

@@ -35,7 +35,7 @@ from miniature.world import write_pairs
 from minigpt5 import TEXT_WEIGHT, MiniGPT5, Vokens, send
 from prompts import uas_texts
 from published.clip_tokenizer import ClipTokenizer
-from published.loading import matched, open_safetensors, rows_of, save_safetensors, tensor_slices
+from published.loading import matched, rows_of, save_safetensors, tensor_slices
 from published.parts import config_of, frozen_dtypes, load_llama, load_text_encoder, load_tokenizer
 from trainer.compiled import checkpoint_gradients
 from trainer.options import RATE, VOKENS, read_run_options
@@ -69,7 +69,6 @@ class Gill(nn.Module):
 
     hidden_states, text_loss = MiniGPT5.hidden_states, MiniGPT5.text_loss
     lora = prefix = None
-    format = "gill"  # in a checkpoint's metadata
 
     def __init__(
         self,
@@ -108,11 +107,10 @@ class Gill(nn.Module):
     # ---- what a run saves and loads
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        parts = {"vokens": self.vokens, "mapper": self.mapper}
-        return {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def save_trained(self, trained: dict[str, nn.Parameter], path: Path, stage: str) -> None:
-        save_safetensors(trained, path, {"format": self.format, "stage": stage})
+        save_safetensors(trained, path, {"stage": stage})
 
     @torch.no_grad()
     def load_trained(self, path: Path) -> None:
@@ -120,10 +118,6 @@ class Gill(nn.Module):
         trained = self.trained_parameters()
         for name, tensor in matched(trained, [path]).items():
             trained[name].copy_(tensor)
-
-
-def is_gill(checkpoint: Path) -> bool:
-    return (open_safetensors(checkpoint).metadata() or {}).get("format") == Gill.format
 
 
 def load_gill(weights: Path, checkpoint: Path, dtype: torch.dtype | None, device: torch.device) -> Gill:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines.divter import split_description
-from baselines.gill import Gill, is_gill, load_gill
+from baselines.gill import Gill, load_gill
 from common.files import fingerprint
 from common.images import to_image
 from common.options import add_picture_options
@@ -45,7 +45,7 @@ from generation import Sampling, denoise, split
 from minigpt5 import MiniGPT5
 from prompts import TASKS
 from published.clip_tokenizer import ClipTokenizer
-from published.loading import given_checkpoint
+from published.loading import given_checkpoint, tensor_slices
 from published.parts import frozen_dtypes, load_schedule, load_text_encoder, load_unet, load_vae
 
 
@@ -55,7 +55,6 @@ class StableDiffusion(nn.Module):
 
     sample_noise, sample_latents, ldm_loss = MiniGPT5.sample_noise, MiniGPT5.sample_latents, MiniGPT5.ldm_loss
     encode_pictures = MiniGPT5.encode_pictures
-    format = "stable-diffusion"  # in a checkpoint's metadata
     save_trained, load_trained = Gill.save_trained, Gill.load_trained
 
     def __init__(
@@ -141,36 +140,27 @@ def main() -> None:
     given, _, data = cases.given_cases(args)
     context = args.context if given[0].task in TASKS else "both"  # as `python -m evaluation` has it
     if args.words:  # which have their own
-        if not args.words.is_dir():
-            raise ValueError(f"{args.words}: no such folder of answers")
         context = cases.check_settings(args.words, {"task": given[0].task}).get("context", "both")
-    if given[0].task not in ("caption", "image") and not args.words:
+    elif given[0].task not in ("caption", "image"):
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
     found = given_checkpoint(args.checkpoint) if args.checkpoint else None
-    if found and is_gill(found):
+    if found and "mapper.fc.weight" in tensor_slices(found):
         model.read = load_gill(args.weights, found, DTYPES[args.dtype], device).encode
     elif found:
         model.load_trained(found)
-    made = {"task": given[0].task, "context": context, "data": data}
+    made = {"task": given[0].task, "context": context, "data": data, "words": args.words and str(args.words)}
     made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
-    made |= {"words": args.words and str(args.words), "checkpoint": found and f"{found.parent.name}/{found.name}"}
-    made |= {"trained": found and fingerprint([found])}
-    cases.open_answers(args.answers, made)
+    made |= {"checkpoint": found and f"{found.parent.name}/{found.name}", "trained": found and fingerprint([found])}
+    cases.open_answers(args.answers, made, args.data)
     for batch in cases.unanswered(given, args.answers, args.batch_size):
-        asked = []
-        for case in batch:
-            said, text = described(case, args.words) if args.words else ("", text_of(case, args.context, model))
-            if text:
-                asked.append((case.key, said, text))
-            else:
-                cases.write_answer(args.answers, case.key, [said] if said else [])
-        if asked:
-            latents = torch.cat([model.sample_latents(1, cases.generator_of(args.seed, key)) for key, _, _ in asked])
-            texts = [text for _, _, text in asked]
-            pixels = model.paint(texts, latents, sampling)
-            for (key, said, _), picture in zip(asked, pixels, strict=True):
-                cases.write_answer(args.answers, key, [*([said] if said else []), to_image(picture)])
+        asked = {case.key: described(case, args.words) if args.words else ("", text_of(case, args.context, model))
+                 for case in batch}  # fmt: skip
+        noise = [model.sample_latents(1, cases.generator_of(args.seed, k)) for k, (_, text) in asked.items() if text]
+        texts = [text for _, text in asked.values() if text]
+        pictures = map(to_image, model.paint(texts, torch.cat(noise), sampling) if texts else ())
+        for key, (said, text) in asked.items():
+            cases.write_answer(args.answers, key, ([said] if said else []) + ([next(pictures)] if text else []))
     print(f"{len(given):,} cases are answered, see {args.answers}")
 
 

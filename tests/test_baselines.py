@@ -1,6 +1,5 @@
 """The paper's baselines: Stable Diffusion alone, fine-tuned and as the second of two stages; Divter's dialogues."""
 
-import csv
 import json
 import shutil
 import sys
@@ -196,35 +195,32 @@ def test_described_dialogues(monkeypatch, tars, tmp_path):
 
 
 def test_captions_of_real_pictures(monkeypatch, tmp_path):
-    """Dialogues without labels, with two pictures in a turn: captions come from a file, in either form."""
+    """Dialogues without labels, with two pictures in a turn: captions come from a file."""
     turns = [{"text": "a picture: look", "image": None}, {"text": "two", "image": ["7.0.jpg", "7.1.jpg"]}]
     turns += [{"text": "", "image": "7.2.jpg"}]
     told = json.dumps({"kind": "dialog", "turns": turns}).encode()
     shown = [(f"7.{k}.jpg", b"a picture is not read") for k in range(3)]
     write_samples([Sample([("7.json", told), *shown], {"dialogues": 1})], tmp_path / "real.tar")
     captions = {"7.0.jpg": "Two dogs, a cat", "7.1.jpg": 'A  "house"\non a hill', "7.2.jpg": "one picture: a boat"}
-    with open(tmp_path / "c.csv", "w", newline="") as file:
-        csv.writer(file).writerows([("caption", "file"), *((text, name) for name, text in captions.items())])
     lines = [json.dumps({"file": name, "caption": text}) for name, text in captions.items()]
     (tmp_path / "c.jsonl").write_text("\n\n".join(lines))
-    for kind in ("csv", "jsonl"):
-        call(monkeypatch, divter, tmp_path / "real.tar", "--captions", tmp_path / f"c.{kind}", "--out", tmp_path / kind)
-        cases = read_cases([str(tmp_path / kind)], "image", False)[0]
-        assert [case.turn.text for case in cases] == [
-            'two picture: Two dogs, a cat picture: A "house" on a hill',
-            "picture: one picture : a boat",
-        ]
-        assert cases[0].before[0].text == "a picture : look"
-        assert divter.split_description(cases[1].turn.text) == ("", "one picture : a boat")
+    call(monkeypatch, divter, tmp_path / "real.tar", "--captions", tmp_path / "c.jsonl", "--out", tmp_path / "told.tar")
+    cases = read_cases([str(tmp_path / "told.tar")], "image", False)[0]
+    assert [case.turn.text for case in cases] == [
+        'two picture: Two dogs, a cat picture: A "house" on a hill',
+        "picture: one picture : a boat",
+    ]
+    assert cases[0].before[0].text == "a picture : look"
+    assert divter.split_description(cases[1].turn.text) == ("", "one picture : a boat")
     (tmp_path / "c.jsonl").write_text("\n".join(lines[:2]))
     with pytest.raises(ValueError, match=r"7: 7\.2\.jpg is a picture without a caption"):
         call(monkeypatch, divter, tmp_path / "real.tar", "--captions", tmp_path / "c.jsonl", "--out", tmp_path / "x")
     with pytest.raises(ValueError, match=r"7\.0\.jpg is a picture without a label of the drawn world: give --captions"):
         call(monkeypatch, divter, tmp_path / "real.tar", "--out", tmp_path / "x")
-    for name, text in (("a.csv", "file,text\nx,y\n"), ("a.jsonl", '{"file": "x"}'), ("a.jsonl", "[]")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=r"a\.\w+: line [12] does not give a file and its caption"):
-            divter.read_captions(tmp_path / name)
+    for text in ("file,caption", '{"file": "x"}', "[]"):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"a\.jsonl: no file and its caption in"):
+            divter.read_captions(tmp_path / "a.jsonl")
     assert not (tmp_path / "x").exists()
 
 
