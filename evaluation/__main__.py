@@ -103,8 +103,6 @@ def arguments() -> argparse.Namespace:
         ("hps", "HPS_v2_compressed.pt"),
         ("sbert", "folder of a sentence-transformers model"),
         ("meteor", "nltk_data folder with WordNet"),
-        ("judge", "the miniature's judge; default: judge.safetensors in WEIGHTS, if there"),
-        ("pairing", "the miniature's pairing; default: pairing.safetensors in WEIGHTS, if there"),
     ):
         add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
     add_sampling_options(parser, Sampling)
@@ -112,10 +110,6 @@ def arguments() -> argparse.Namespace:
     if not args.out or args.out.suffix != ".json":
         parser.error("--out is needed, with the ending .json")
     args.sampling = Sampling.of(vars(args))
-    for name in ("judge", "pairing"):
-        path = args.weights / f"{name}.safetensors"
-        if getattr(args, name) is None and path.is_file():
-            setattr(args, name, path)
     args.scores_only = bool(args.answers) and not args.checkpoint
     args.answers = args.answers or args.out.with_name(f"{args.out.stem}-answers")
     return args
@@ -132,17 +126,15 @@ def main() -> None:
         raise ValueError("--context is for stories, this data has none")
     settings = {"task": cases[0].task, "context": args.context, "data": data}
     make_folder(args.out.parent)
-    if not args.scores_only:
-        settings |= ask(args, cases, device, settings)
-    elif not args.answers.is_dir():
-        raise ValueError(f"{args.answers}: no such folder of answers")
-    else:
+    if args.scores_only:
         check_settings(args.answers, settings)
+    else:
+        settings |= ask(args, cases, device, settings)
 
-    networks, unavailable = {}, {}
-    for name in [name for name in OPENERS if name in {METRICS[metric].network for metric in args.metrics}]:
-        try:
-            networks[name] = open_network(name, getattr(args, name, None), device)
+    networks, unavailable, needed = {}, {}, {METRICS[metric].network for metric in args.metrics}
+    for name in filter(needed.__contains__, OPENERS):
+        try:  # the miniature's own are beside its weights
+            networks[name] = open_network(name, getattr(args, name, args.weights / f"{name}.safetensors"), device)
         except Unavailable as error:
             unavailable[name] = str(error)
     outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)

@@ -24,14 +24,13 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import make_folder
+from common.cli import FROM_0, FROM_1, make_folder
 from common.files import read_json, write_json
 from common.images import ImageError, read_image
 from common.page import save_image
@@ -52,7 +51,6 @@ CONTEXTS = {  # what of the steps before a story's step is told
     "both": lambda before: before,
 }
 SETTINGS = "_answers.json"
-MAX_NAME = 180  # characters of a key in the name of a file: 255 are allowed, with endings and as a temporary name
 
 
 def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> None:
@@ -62,9 +60,9 @@ def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> No
     add("--task", choices=TASKS, default="image", help="what a story's step asks for")
     add("--context", choices=contexts, default=contexts[-1], help="what of a story's earlier steps is told")
     add("--last", action="store_true", help="of each story the last step alone")
-    add("--n", type=int, default=0, help="the first so many cases; 0: all")
+    add("--n", type=FROM_0, default=0, help="the first so many cases; 0: all")
     add("--seed", type=int, default=0, help="same seed, same answers")
-    add("--batch-size", type=int, default=16, help="cases answered at a time")
+    add("--batch-size", type=FROM_1, default=16, help="cases answered at a time")
 
 
 class Case(NamedTuple):
@@ -110,12 +108,9 @@ def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Coun
 
 
 def given_cases(args: argparse.Namespace) -> tuple[list[Case], Counter, str]:
-    """The first --n cases, how many samples cannot be used, and the digest of all cases. ValueError for options out of
-    range, too."""
+    """The first --n cases, how many samples cannot be used, and the digest of all cases."""
     if not args.data:
         raise ValueError("--data is needed")
-    if args.batch_size < 1 or args.n < 0:
-        raise ValueError("--batch-size is at least 1, --n at least 0")
     cases, bad = read_cases(args.data, args.task, args.last)
     return cases[: args.n or None], bad, digest(cases)
 
@@ -130,11 +125,7 @@ def pair_of(key: str, read: Callable[[int], bytes | None]) -> Case:
     caption = clean_caption(read_caption(read))
     if not caption:
         raise Unusable("empty caption")
-    try:
-        labelled = "label" in json.loads(read(Member.JSON) or b"{}")
-    except (ValueError, TypeError, RecursionError):
-        labelled = False
-    facts = facts_in(caption) if labelled else None
+    facts = facts_in(caption) if b'"label"' in (read(Member.JSON) or b"") else None
     return Case(key, key, "caption", [], Turn(caption, (Member.PICTURE,)), facts, read)
 
 
@@ -194,16 +185,12 @@ class Answer(NamedTuple):
 
 
 def file_of(folder: Path, key: str, ending: str) -> Path:
-    """The file of a case. A name that few file systems would take is cut, with a hash of the key at its end."""
-    name = quote(key, safe=" ")
-    if len(name) > MAX_NAME:
-        name = f"{name[:MAX_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return folder / f"{name}{ending}"
+    """The file of a case, in the folder itself whatever the key."""
+    return folder / f"{key.replace('%', '%25').replace('/', '%2F')}{ending}"
 
 
 def write_answer(folder: Path, key: str, segments: list[str | Image.Image], unusable: str | None = None) -> None:
     described, pictures = [], 0
-    folder.mkdir(parents=True, exist_ok=True)
     for segment in segments:
         if isinstance(segment, str):
             described.append({"text": segment})
@@ -220,8 +207,7 @@ def read_answer(folder: Path, key: str) -> Answer | None:
     path = file_of(folder, key, ".json")
     if not path.is_file():
         return None
-    content = read_json(path)
-    segments, lost = [], []
+    content, segments, lost = read_json(path), [], []
     found = content.get("segments")
     for segment in found if isinstance(found, list) else [None]:
         if isinstance(segment, dict) and isinstance(segment.get("text"), str):
@@ -250,19 +236,19 @@ def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
     return kept
 
 
-def open_answers(folder: Path, settings: dict, data: list[str] | None = None) -> None:
+def open_answers(folder: Path, settings: dict, data: list[str]) -> None:
     """Make the folder for answers that are made with `settings`, and note where the data are. ValueError where it holds
     others."""
     check_settings(make_folder(folder), settings)
-    tars = {"tars": [str(Path(name).absolute()) for name in data]} if data else {}
-    write_json(folder / SETTINGS, settings | tars)
+    write_json(folder / SETTINGS, settings | {"tars": [str(Path(name).absolute()) for name in data]})
 
 
 def check_settings(folder: Path, settings: dict) -> dict:
     """How the answers in `folder` were made, as far as it says. ValueError where that was with other `settings`."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of answers")
     there = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    known = [name for name in settings if name in there]
-    if other := [f"{name} {there[name]}, not {settings[name]}" for name in known if there[name] != settings[name]]:
+    if other := [f"{name} {there[name]}, not {now}" for name, now in settings.items() if there.get(name, now) != now]:
         raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
     return there
 
@@ -270,24 +256,17 @@ def check_settings(folder: Path, settings: dict) -> dict:
 def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
     """The cases that all folders of answers have answered. data: tars; default: those that a folder names. ValueError
     for folders that were made for different cases, or have none in common."""
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ValueError(f"{missing[0]}: no such folder of answers")
-    settings = [check_settings(folder, {}) for folder in folders]
-    told = {name: {str(one[name]) for one in settings if name in one} for name in ("task", "data")}
-    names = ", ".join(map(str, folders))
-    if different := [name for name, values in told.items() if len(values) > 1]:
-        raise ValueError(f"{names}: made for different cases ({', '.join(different)})")
-    tars = data or next((one["tars"] for one in settings if "tars" in one), None)
+    told = {}
+    for folder in folders:
+        told |= check_settings(folder, {name: told[name] for name in ("task", "data") if name in told})
+    tars, names = data or told.get("tars"), ", ".join(map(str, folders))
     if not tars:
         raise ValueError(f"{names}: --data is needed, they do not say which tars were asked about")
-    task = next(iter(told["task"]), "text+image")
-    asked = [read_cases(tars, task, last)[0] for last in (False, True)]
-    cases = next((cases for cases in asked if {digest(cases)} >= told["data"]), None)
-    if cases is None:
-        raise ValueError(f"{', '.join(tars)}: not the data that {names} were made for")
+    both = [read_cases(tars, told.get("task", "text+image"), last)[0] for last in (False, True)]
+    cases = next((cases for cases in both if told.get("data") in (None, digest(cases))), [])
     common = [case for case in cases if all(file_of(folder, case.key, ".json").is_file() for folder in folders)]
     if not common:
-        raise ValueError(f"{names}: no case that all of them have answered")
+        raise ValueError(f"{names}: no case of {', '.join(tars)} that all of them have answered")
     return common
 
 

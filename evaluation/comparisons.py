@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
+from statistics import fmean as mean
 from typing import NamedTuple
 
 import torch
@@ -25,7 +27,6 @@ from miniature.score_stories import true_of
 from tars.batches import describe
 from tars.index import Unusable
 
-TOGETHER = 16  # cases whose pictures the networks see at a time
 LARGEST = 512  # pixels of a true picture's side, as released
 
 
@@ -64,29 +65,22 @@ def outcomes_of(cases: list[Case], folder: Path, networks: dict) -> tuple[list[O
     """Also counts of what could not be asked, and of what is missing in the folder. A case without an answer has said
     nothing. ValueError where there is no answer at all."""
     outcomes, unusable, missing = [], Counter(), Counter()
-    for start in tqdm(range(0, len(cases), TOGETHER), desc="pictures", unit=f" x {TOGETHER} cases", delay=2):
-        pictures, places = [], []
-        for case in cases[start : start + TOGETHER]:
-            answer = read_answer(folder, case.key)
-            try:
-                if answer and answer.unusable:
-                    raise Unusable(answer.unusable)
-                # What was learned is to draw whole pictures on white squares, so they are compared with such.
-                true = pictures_of(case, case.pictures)
-                wanted = [resize_and_crop(picture, min(LARGEST, max(picture.size)), pad=True) for picture in true]
-            except Unusable as error:
-                unusable[str(error)] += 1
-                continue
-            missing.update([f"picture: {reason}" for reason in answer.lost] if answer else ["no answer"])
-            segments = answer.segments if answer else []
-            came = list(split(segments)[1])
-            numbers = iter(range(len(came)))
-            outcome = Outcome(case, [s if isinstance(s, str) else next(numbers) for s in segments], [], [])
-            outcomes.append(outcome)
-            pictures += wanted + came
-            places += [outcome.wanted] * len(wanted) + [outcome.came] * len(came)
-        for place, seen in zip(places, look(networks, pictures), strict=True):
-            place.append(seen)
+    for case in tqdm(cases, desc="pictures", unit="case", delay=2):
+        answer = read_answer(folder, case.key)
+        try:
+            if answer and answer.unusable:
+                raise Unusable(answer.unusable)
+            # What was learned is to draw whole pictures on white squares, so they are compared with such.
+            true = pictures_of(case, case.pictures)
+            wanted = [resize_and_crop(picture, min(LARGEST, max(picture.size)), pad=True) for picture in true]
+        except Unusable as error:
+            unusable[str(error)] += 1
+            continue
+        missing.update([f"picture: {reason}" for reason in answer.lost] if answer else ["no answer"])
+        segments, numbers = answer.segments if answer else [], count()
+        seen = look(networks, [*wanted, *split(segments)[1]])
+        said = [segment if isinstance(segment, str) else next(numbers) for segment in segments]
+        outcomes.append(Outcome(case, said, seen[: len(wanted)], seen[len(wanted) :]))
     if not outcomes:
         raise ValueError(f"none of the {len(cases):,} cases can be used: {describe(unusable)}")
     if missing["no answer"] == len(outcomes):
@@ -224,10 +218,6 @@ def encode(bench: Bench, name: str, texts: list[str]) -> Tensor:
     return torch.cat(rows) if rows else torch.empty(0, 0)
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 # ---- the list
 
 
@@ -284,6 +274,6 @@ def measure(wanted: list[str], bench: Bench, unavailable: dict[str, str], outcom
             value = metric.compute(bench, outcomes)
             values = value if isinstance(value, dict) else {"": value}
             figures |= {f"{metric.title} {name}".strip(): value for name, value in values.items()}
-        except (Unavailable, ValueError) as error:
+        except ValueError as error:
             reasons[metric.title] = str(error)
     return figures, reasons

@@ -33,7 +33,7 @@ SIDE = 256  # pixels of a picture for Inception, which itself makes 299 of them;
 JUDGED_SIDE = 64
 
 
-class Unavailable(Exception):
+class Unavailable(ValueError):
     """A metric that cannot be computed. The only argument is the reason, on one line."""
 
 
@@ -191,13 +191,11 @@ def open_network(name: str, path: Path | None, device: torch.device):
         raise Unavailable(f"--{name} {path}: no such file or folder")
     try:
         return OPENERS[name](path, device)
-    except Unavailable:
-        raise
     except ImportError as error:
         raise Unavailable(f"{error.name or error} is not installed: pip install -e '.[eval]'") from None
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise Unavailable(f"--{name} {path}: {lines[0] if lines else type(error).__name__}") from None
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unavailable(f"--{name} {path}: {reason[0]}") from None
 
 
 @torch.inference_mode()

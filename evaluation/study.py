@@ -109,8 +109,6 @@ def read_judges(files: list[Path]) -> tuple[list[str], dict[str, dict]]:
         if record.get("study") != own["study"] or not isinstance(record.get("answers"), dict):
             raise ValueError(f"{path}: no judge's answers to the study of {keys[0]}")
         judges[str(record.get("judge"))] = record["answers"]
-    if not judges:
-        raise ValueError(f"{keys[0]}: no judge's file beside it")
     return own["systems"], judges
 
 
@@ -141,12 +139,12 @@ def count(judges: dict[str, dict]) -> dict[str, dict]:
     return found
 
 
-def tally_table(systems: list[str], judges: dict[str, dict], found: dict[str, dict]) -> str:
+def tally_table(systems: list[str], judges: dict[str, dict]) -> str:
     """Markdown."""
     names = [f"{Path(name).name} better" for name in systems]
-    lines = [f"{len(judges)} judge{'s' * (len(judges) > 1)}", ""]
+    lines = [f"{len(judges)} judge{'s' * (len(judges) != 1)}", ""]
     lines += [f"| | {' | '.join(names)} | tie | judgements | judges agree | alpha |", "| --- |" + " ---: |" * 6]
-    for question, row in found.items():
+    for question, row in count(judges).items():
         shares = " | ".join(f"{row[verdict]:.2%}" for verdict in VERDICTS)
         agreed = "-" if row["agreement"] is None else f"{row['agreement']:.2%}"
         alpha = "-" if row["alpha"] is None else f"{row['alpha']:.3f}"
@@ -159,10 +157,5 @@ def tally() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m evaluation tally", description=__doc__, formatter_class=raw)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="study.json and the judges' files")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="figures as JSON")
-    args = read_arguments(parser)
-    systems, judges = read_judges(args.files)
-    found = count(judges)
-    if args.out:
-        write_json(args.out, {"systems": systems, "judges": sorted(judges), "questions": found})
-    print(tally_table(systems, judges, found))
+    systems, judges = read_judges(read_arguments(parser).files)
+    print(tally_table(systems, judges))

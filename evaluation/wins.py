@@ -18,9 +18,9 @@ from tqdm import tqdm
 from common.cli import add_weights_option, pick_device, read_arguments
 from common.files import write_json
 from evaluation.cases import Case, compared_cases, read_answer
-from evaluation.comparisons import TOGETHER, Bench, encode
+from evaluation.comparisons import Bench, encode
 from evaluation.metrics import cosine
-from evaluation.scorers import Unavailable, look, open_network
+from evaluation.scorers import look, open_network
 from generation import split
 from miniature.judge import ATTRIBUTES, asks_for, right
 
@@ -29,15 +29,11 @@ Preference = tuple[float, ...]  # compared in order
 
 def preferences(cases: list[Case], folder: Path, bench: Bench) -> list[Preference | None]:
     """How much each case's picture is preferred; None where none came."""
+    texts = encode(bench, "hps" if "hps" in bench.networks else "pairing", [case.turn.text for case in cases])
     found = []
-    for start in tqdm(range(0, len(cases), TOGETHER), desc=folder.name, unit=f" x {TOGETHER} cases", delay=2):
-        batch = cases[start : start + TOGETHER]
-        answers = [read_answer(folder, case.key) for case in batch]
-        pictures = [split(answer.segments)[1] for answer in answers]
-        seen = iter(look(bench.networks, [first[0] for first in pictures if first]))
-        texts = encode(bench, "hps" if "hps" in bench.networks else "pairing", [case.turn.text for case in batch])
-        for case, text, came in zip(batch, texts, pictures, strict=True):
-            found.append(preference(case, text, next(seen)) if came else None)
+    for case, text in zip(tqdm(cases, desc=folder.name, unit="case", delay=2), texts, strict=True):
+        came = split(read_answer(folder, case.key).segments)[1]
+        found.append(preference(case, text, look(bench.networks, [came[0]])[0]) if came else None)
     return found
 
 
@@ -65,24 +61,21 @@ def wins() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m evaluation wins", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("answers", nargs="+", type=Path, metavar="DIR", help="folders of answers, two or more")
+    add("answers", nargs="+", type=Path, metavar="DIR", help="folders of answers")
     add("--out", type=Path, required=True, metavar="FILE", help="shares as JSON")
     add("--data", nargs="+", help="the tars that were asked about; default: as a folder of answers says")
     add("--hps", type=Path, metavar="PATH", help="weights: HPS_v2_compressed.pt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add_weights_option(parser)
     args = read_arguments(parser)
-    if len(set(args.answers)) < max(2, len(args.answers)):
-        parser.error("two or more different folders of answers are needed")
+    if len(set(args.answers)) < len(args.answers):
+        parser.error("a folder of answers is named twice")
     cases = [case for case in compared_cases(args.answers, args.data) if case.pictures]
     device = pick_device(args.device)
     paths = {"hps": args.hps} if args.hps else {n: args.weights / f"{n}.safetensors" for n in ("judge", "pairing")}
     if not cases or not (args.hps or all(case.facts for case in cases)):
         raise ValueError("no picture was wanted" if not cases else "pictures without labels of the drawn world: --hps?")
-    try:
-        bench = Bench({name: open_network(name, path, device) for name, path in paths.items()}, {})
-    except Unavailable as error:
-        raise ValueError(str(error)) from None
+    bench = Bench({name: open_network(name, path, device) for name, path in paths.items()}, {})
     rows = [preferences(cases, folder, bench) for folder in args.answers]
     shares = dict(zip(map(str, args.answers), count_wins(rows), strict=True))
     write_json(args.out, {"by": "HPS v2" if args.hps else "facts", "cases": len(cases), "wins": shares})

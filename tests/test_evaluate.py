@@ -284,7 +284,7 @@ def test_pairs(monkeypatch, quick, weights, tars, tmp_path, capsys):
     assert {"Frechet distance, judge", "Inception-style score, judge", "right all"} < record["figures"].keys()
     assert all(0 <= value <= 1 for name, value in record["figures"].items() if name.startswith("right"))
     left_out = {"FID": "--inception is not given", "CLIP-I": "--clip is not given"}
-    left_out |= {"BLEU-1": "no words wanted", "image-text score, pairing": "--pairing is not given"}
+    left_out |= {"BLEU-1": "no words wanted", "image-text score, pairing": "pairing.safetensors: no such file"}
     for name, reason in left_out.items():
         assert reason in record["left out"][name] and f"- left out: {name} (" in shown
     rows = {METRICS[name].title for name in METRICS}
@@ -522,18 +522,19 @@ def test_dialogues_with_clip(monkeypatch, quick, tars, tmp_path):
     assert found["other"]["pictures"]["extra"] > 0 and found["other"]["pictures"]["missing"] > 0
 
 
-def test_pairing(monkeypatch, quick, tars, tmp_path):
+def test_pairing(monkeypatch, tars, tmp_path):
     """As CLIP, in the miniature: its own pictures and words score 1, another turn's do not; a missing picture is 0."""
     torch.manual_seed(0)
     save_safetensors(Pairing().state_dict(), tmp_path / "pairing.safetensors")
+    options = ("--weights", tmp_path, "--device", "cpu", "--metrics", "image-image", "image-text", "relevance")
     replies, _ = cases.read_cases([str(tars / "dialogues.tar")], "image", False)
     found = {}
     for name, said in (("same", replies), ("other", replies[1:] + replies[:1]), ("silent", replies)):
         for case, other in zip(replies, said, strict=True):
             shown = [] if name == "silent" else cases.pictures_of(other, other.pictures)
             write_answer(tmp_path / name, case.key, [other.turn.text, *shown])
-        options = (*quick[-2:], "--answers", tmp_path / name, "--pairing", tmp_path / "pairing.safetensors")
-        found[name] = evaluated(monkeypatch, tars / "dialogues.tar", tmp_path / f"{name}.json", *options)["figures"]
+        given = ("--answers", tmp_path / name, *options)
+        found[name] = evaluated(monkeypatch, tars / "dialogues.tar", tmp_path / f"{name}.json", *given)["figures"]
     for name in ("image-image score, pairing", "MM-Relevance, pairing"):
         assert found["same"][name] == pytest.approx(1) and found["other"][name] < 0.97, name
     assert found["silent"]["image-image score, pairing"] == found["silent"]["image-text score, pairing"] == 0
