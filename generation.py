@@ -111,22 +111,21 @@ def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tu
     return ids, torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in sequences], device=device)
 
 
-def read(model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, pixels: Tensor | None = None) -> Tensor:
-    """ids and mask (B, T), which continue what the cache holds -> hidden states (B, T, D)."""
-    return model.llama(model.embed(ids, pixels), mask, cache)
-
-
-def next_ids(model: MiniGPT5, hidden: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
-    """States (B, D) that predict the next tokens -> their ids (B,)."""
-    return pick_tokens(model.vokens.logits(model.llama, hidden), seen, chances, sampling)
-
-
-def next_token(
-    model: MiniGPT5, cache: KVCache, ids: Tensor, mask: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
-    """`read` and `next_ids` for one token of each sequence: the step that is compiled."""
-    hidden = read(model, cache, ids, mask)[:, 0]
-    return hidden, next_ids(model, hidden, seen, chances, sampling)
+def read(
+    model: MiniGPT5,
+    cache: KVCache,
+    ids: Tensor,
+    mask: Tensor,
+    seen: Tensor,
+    chances: Tensor,
+    sampling: Sampling,
+    pixels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids and mask (B, T), which continue what the cache holds -> hidden states (B, T, D), those of each sequence's
+    last token (B, D), and the ids (B,) that these predict."""
+    states = model.llama(model.embed(ids, pixels), mask, cache)
+    last = states[cache.batch[:, 0], (mask.sum(1) - 1).clamp(min=0)]
+    return states, last, pick_tokens(model.vokens.logits(model.llama, last), seen, chances, sampling)
 
 
 @dataclass
@@ -168,7 +167,6 @@ def say(
 
     cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling)
     device = cache.device
-    step = partial(compiled_step, next_token) if sampling.compile else next_token
     chances = torch.zeros(sampling.max_new_tokens, len(prompts), device=device)
     if sampling.temperature:  # at 0 no random number is used up, so that a picture's noise is the generator's first
         own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
@@ -177,16 +175,13 @@ def say(
     seen[:, tokenizer.bos_id] = tokenizer.bos_id != tokenizer.eos_id  # a penalty on </s> would lengthen the answers
 
     ids, mask = pad_right(prompts, tokenizer.eos_id, device)
-    batch = torch.arange(len(prompts), device=device)
-    one_each = torch.ones(len(prompts), 1, dtype=torch.long, device=device)  # the mask of one token a sequence
-    hidden = read(model, cache, ids, mask, pixels)[batch, mask.sum(1) - 1]  # (B, D)
-    picked = next_ids(model, hidden, seen, chances[0], sampling)  # (B,)
+    hidden, picked = read(model, cache, ids, mask, seen, chances[0], sampling, pixels)[1:]
     if sampling.force_image:
         picked = torch.full_like(picked, vokens[0])
     for position in range(1, sampling.max_new_tokens + 1):
         seen.scatter_(1, picked[:, None], True)
         fed, with_picture = [[] for _ in prompts], []
-        for i, token in enumerate(picked.tolist()):  # the host waits for the device here and nowhere else
+        for i, token in enumerate(picked.tolist()):  # the host waits for the device here
             answer = answers[i]
             if answer.active:
                 answer.ids.append(token)
@@ -201,20 +196,14 @@ def say(
             break
         if not sampling.compile:
             cache.used = max(answer.used for answer in answers)
-        if all(len(ids) == 1 for ids in fed):
-            ids, mask = picked[:, None], one_each
-        else:
-            ids, mask = pad_right(fed, tokenizer.eos_id, device)
-        if not with_picture:
-            hidden, picked = step(model, cache, ids, mask, seen, chances[position], sampling)
-            continue
-        following = read(model, cache, ids, mask)  # (B, N, D)
+        ids, mask = pad_right(fed, tokenizer.eos_id, device)
+        step = partial(compiled_step, read) if sampling.compile and not with_picture else read
+        states, following, picked = step(model, cache, ids, mask, seen, chances[position % len(chances)], sampling)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
-            answers[i].features.append(torch.cat([hidden[i : i + 1], following[i, : N - 1]]).float())
-        if last:
+            answers[i].features.append(torch.cat([hidden[i : i + 1], states[i, : N - 1]]).float())
+        if last:  # whose next token, picked with the first chance again, is of no account
             break
-        hidden = following[batch, (mask.sum(1) - 1).clamp(min=0)]
-        picked = next_ids(model, hidden, seen, chances[position], sampling)
+        hidden = following
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
     return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
 
