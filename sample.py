@@ -65,20 +65,17 @@ def load(
     seed: int = 0,
     read_pictures: bool = True,
     int8: bool = False,
-    sampling: Sampling | None = None,
     **changes,
 ) -> "Session":
     """A model to draw, chat and tell stories with.
 
     weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`, or
     if it is there, stage 2's for the `purpose` "chat" or "story", and with words_first that of `train_mls.py
-    --words-first`. sampling: default: the settings of the weights, with the `changes`, which are fields of `Sampling`.
-    read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. ValueError where
-    something is missing.
+    --words-first`. read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. changes:
+    fields of `Sampling`, for others than the weights' own settings. ValueError where something is missing.
     """
     weights = Path(weights)
-    if sampling is None:
-        sampling = replace(Sampling.of(suited_options(weights, "sample")), **changes)
+    sampling = replace(Sampling.of(suited_options(weights, "sample")), **changes)
     files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
     found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if found is None:
@@ -192,14 +189,16 @@ class Session:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("text", nargs="?", metavar="PROMPT", help="what to say to the model")
     add("--prompt", help="the same as PROMPT")
     add("--prompts", type=Path, metavar="FILE", help="a text file with a prompt a line; each is answered by itself")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--count", type=FROM_1, default=1, help="answers to each prompt, with the seeds SEED, SEED + 1 ...")
-    add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
     add("--turns", type=FROM_1, help="tell a story in this many answers; their pictures are read again for the next")
     add("--chat", action="store_true", help="chat in the terminal, a line a turn; /help lists the commands")
+    add = parser.add_argument
+    add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: from WEIGHTS/minigpt5 those "
         "of stage 1; if there: stage 2's for --turns, --chat, --image, mls-words for --words-first")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
@@ -210,16 +209,12 @@ def arguments() -> argparse.Namespace:
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
     args = parse(parser, "sample")
-    if args.text and args.prompt:
-        parser.error("PROMPT and --prompt are the same: give one of them")
     typed = args.prompt or args.text or ""
     args.prompt = typed.encode("utf-8", "replace").decode().strip()  # a terminal can pass bytes that are no UTF-8
-    if bool(args.prompt) + bool(args.prompts) != 1 and not (args.chat and not args.prompts):
+    if not (args.prompt or args.prompts or args.chat):
         parser.error("a PROMPT is needed, or --prompts, or --chat")
-    if args.chat and args.turns is not None:
-        parser.error("--chat and --turns exclude each other: the second tells a story")
-    if (args.prompts or args.count != 1) and (args.chat or args.turns is not None):
-        parser.error("--prompts and --count are for single answers, not for --chat or --turns")
+    if args.prompts and (args.chat or args.turns):
+        parser.error("--prompts is for single answers, not for --chat or --turns")
     return args
 
 
@@ -231,9 +226,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.compile is None:  # compiling takes minutes: for one answer that is too long
         args.compile = args.chat and can_compile(pick_device(args.device))
-    purpose = "story" if args.turns is not None else "chat" if args.chat or pictures else "draw"
+    purpose = "story" if args.turns else "chat" if args.chat or pictures else "draw"
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "seed", "int8")}
-    session = load(purpose=purpose, read_pictures=purpose != "draw", sampling=Sampling.of(vars(args)), **options)
+    options |= vars(Sampling.of(vars(args)))
+    session = load(purpose=purpose, read_pictures=purpose != "draw", **options)
     loaded = time.perf_counter()
     if args.compile:
         print("compiling takes minutes: at the first words and picture, and when a chat outgrows 256, 512 ... tokens")
@@ -241,7 +237,7 @@ def main() -> None:
     if args.chat:
         return chat(session, out, args.prompt, args.seed, pictures)
     texts, terminal = [args.prompt] if args.prompt else read_prompts(args.prompts), Terminal(session, out)
-    if args.turns is not None:
+    if args.turns:
         turns = [("you", [args.prompt, *pictures])]
         terminal.show(args.prompt, *pictures)
         for segments in session.story(args.prompt, args.turns, tuple(pictures)):

@@ -93,20 +93,15 @@ def transfer(a: float, a_next: float, prediction_type: str) -> tuple[float, floa
     )
 
 
-def leading_transfers(schedule: NoiseSchedule, steps: int) -> tuple[list[int], list[tuple[float, float]]]:
-    """The timesteps of `steps` equal steps and the transfer from each to the next."""
-    config, a = schedule.config, schedule.alphas_cumprod.tolist()
-    final_share = 1.0 if config.set_alpha_to_one else a[0]
-    timesteps, spacing = leading_timesteps(config, steps)
-    shares = [(a[t], a[t - spacing] if t >= spacing else final_share) for t in timesteps]
-    return timesteps, [transfer(*pair, config.prediction_type) for pair in shares]
-
-
 class DDIM:
-    """Deterministic DDIM (eta 0): one transfer a step."""
+    """Deterministic DDIM (eta 0): equal steps, each the transfer from its timestep to the next."""
 
     def __init__(self, schedule: NoiseSchedule, steps: int):
-        timesteps, self.transfers = leading_transfers(schedule, steps)
+        config, a = schedule.config, schedule.alphas_cumprod.tolist()
+        final_share = 1.0 if config.set_alpha_to_one else a[0]
+        timesteps, spacing = leading_timesteps(config, steps)
+        shares = [(a[t], a[t - spacing] if t >= spacing else final_share) for t in timesteps]
+        self.transfers = [transfer(*pair, config.prediction_type) for pair in shares]
         self.timesteps = torch.tensor(timesteps, device=schedule.alphas_cumprod.device)
 
     def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
@@ -119,7 +114,7 @@ class DDIM:
 MULTISTEP = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-class PNDM:
+class PNDM(DDIM):
     """PNDM as Stable Diffusion runs it, the published default: linear multistep without the Runge-Kutta start.
 
     The first step is made twice, the second time with the mean of the outputs at its two ends; so n steps call the
@@ -127,9 +122,9 @@ class PNDM:
     """
 
     def __init__(self, schedule: NoiseSchedule, steps: int):
-        timesteps, transfers = leading_transfers(schedule, steps)
-        self.timesteps = torch.tensor(timesteps[:2] + timesteps[1:], device=schedule.alphas_cumprod.device)
-        self.transfers = transfers[:1] + transfers
+        super().__init__(schedule, steps)
+        self.timesteps = torch.cat([self.timesteps[:2], self.timesteps[1:]])
+        self.transfers = self.transfers[:1] + self.transfers
 
     def step(self, model_output: Tensor, index: int, latents: Tensor) -> Tensor:
         """Model output at timesteps[index] and latents, each (B, C, h, w) -> the next, less noisy latents.

@@ -471,7 +471,7 @@ def test_bad_arguments(weights, tar, tmp_path, monkeypatch, capsys):
     sample_fails("--temperature must be a finite number", "--temperature", "inf")
     sample_fails("--seed must be at least 0", "--seed", 10**23)
     sample_fails("a PROMPT is needed", "--prompt", "  ")
-    sample_fails("--chat and --turns exclude each other", "--chat", "--turns", 2)
+    sample_fails("--turns: not allowed with argument --chat", "--chat", "--turns", 2)
     sample_fails("the prompt has", "--prompt", "word " * 3000)
     training_fails("no such folder", "--weights", nothing)
     training_fails("no such tar", "--data", nothing)
