@@ -71,8 +71,7 @@ def table(record: dict) -> str:
     """Markdown: a row a metric, then what was left out."""
     counts, complete = record["pictures"], record["figures, no picture missing"]
     lines = [f"{record['cases']:,} cases, {', '.join(f'{count:,} pictures {name}' for name, count in counts.items())}"]
-    for name in ("unusable", "not in the answers"):
-        lines += [f"{name}: {describe(record[name])}"] if record[name] else []
+    lines += [f"{name}: {describe(record[name])}" for name in ("unusable", "not in the answers") if record[name]]
     few = f" in the {record['cases, no picture missing']:,} cases that miss no picture |" if complete else ""
     lines += ["", f"| metric | all cases |{few}", "| --- | ---: |" + " ---: |" * bool(few)]
     for name, value in record["figures"].items():
@@ -97,14 +96,11 @@ def arguments() -> argparse.Namespace:
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
     about = "parts of the Inception Score, released: 10; default: 10 or, of fewer than 1,000 pictures, 1"
     add("--splits", type=FROM_1, metavar="N", help=about)
-    for name, about in (
-        ("inception", "FID's Inception, as torch-fidelity has it"),
-        ("clip", "folder of a CLIP in the Hugging Face layout"),
-        ("hps", "HPS_v2_compressed.pt"),
-        ("sbert", "folder of a sentence-transformers model"),
-        ("meteor", "nltk_data folder with WordNet"),
-    ):
-        add(f"--{name}", type=Path, metavar="PATH", help=f"weights: {about}")
+    add("--inception", type=Path, metavar="FILE", help="weights of FID's Inception, as torch-fidelity has it")
+    add("--clip", type=Path, metavar="DIR", help="folder of a CLIP in the Hugging Face layout")
+    add("--hps", type=Path, metavar="FILE", help="HPS_v2_compressed.pt")
+    add("--sbert", type=Path, metavar="DIR", help="folder of a sentence-transformers model")
+    add("--meteor", type=Path, metavar="DIR", help="nltk_data folder with WordNet")
     add_sampling_options(parser, Sampling)
     args = parse(parser, "evaluate")
     if not args.out or args.out.suffix != ".json":
@@ -131,8 +127,8 @@ def main() -> None:
     else:
         settings |= ask(args, cases, device, settings)
 
-    networks, unavailable, needed = {}, {}, {METRICS[metric].network for metric in args.metrics}
-    for name in filter(needed.__contains__, OPENERS):
+    networks, unavailable = {}, {}
+    for name in [name for name in OPENERS if name in {METRICS[metric].network for metric in args.metrics}]:
         try:  # the miniature's own are beside its weights
             networks[name] = open_network(name, getattr(args, name, args.weights / f"{name}.safetensors"), device)
         except Unavailable as error:

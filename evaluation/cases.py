@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 from common.cli import FROM_0, FROM_1, make_folder
 from common.files import read_json, write_json
-from common.images import ImageError, read_image
+from common.images import read_image
 from common.page import save_image
 from common.texts import clean_caption
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
 from miniature.facts import Picture
 from miniature.words import facts_in
 from minigpt5 import MiniGPT5
-from prompts import TASKS, Example, Turn, dialog_example, history_start, story_example, uas_texts
+from prompts import TASKS, Example, Turn, dialog_example, history_start, story_example
 from tars.batches import decode, describe, read_caption, read_member
 from tars.index import Member, Unusable, expand, read_index
 from tars.stories import read_turns
@@ -164,7 +164,7 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[lis
     before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
     for first in range(history_start(k) if case.task == "reply" else 0, max(len(before), 1)):
         if case.task == "caption":
-            row = Example(uas_texts(turn.text)[0], "")
+            row = Example(turn.text, "")
         elif case.task == "reply":
             row = dialog_example(before[first:], turn, k, "", model.system)
         else:
@@ -180,7 +180,6 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[lis
 
 class Answer(NamedTuple):
     segments: list[str | Image.Image]
-    lost: tuple[str, ...] = ()  # why pictures that it names cannot be read
     unusable: str | None = None  # why the case could not be asked
 
 
@@ -203,23 +202,20 @@ def write_answer(folder: Path, key: str, segments: list[str | Image.Image], unus
 
 
 def read_answer(folder: Path, key: str) -> Answer | None:
-    """None where there is none. ValueError for a file that is no answer."""
-    path = file_of(folder, key, ".json")
+    """None where there is none. ValueError for a file that is no answer, or for a picture that cannot be read."""
+    path, segments = file_of(folder, key, ".json"), []
     if not path.is_file():
         return None
-    content, segments, lost = read_json(path), [], []
-    found = content.get("segments")
-    for segment in found if isinstance(found, list) else [None]:
-        if isinstance(segment, dict) and isinstance(segment.get("text"), str):
-            segments.append(segment["text"].encode("utf-8", "replace").decode())
-        elif isinstance(segment, dict) and isinstance(segment.get("image"), str):
-            try:
+    content = read_json(path)
+    try:
+        for segment in content["segments"]:
+            if "image" in segment:
                 segments.append(read_image(folder / Path(segment["image"]).name))
-            except ImageError as error:
-                lost.append(error.reason)
-        else:
-            raise ValueError(f"{path}: segments should be a list of texts and images")
-    return Answer(spoken(segments), tuple(lost), content.get("unusable"))
+            else:
+                segments.append(segment["text"].encode("utf-8", "replace").decode())
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path}: segments should be a list of texts and images") from None
+    return Answer(spoken(segments), content.get("unusable"))
 
 
 def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:

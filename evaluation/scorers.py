@@ -82,18 +82,14 @@ class Clip:
 class PreferenceClip:
     """HPS v2: a CLIP that was tuned on people's choices; the score of a picture is its cosine with the prompt."""
 
-    architecture = "ViT-H-14"
-
     def __init__(self, path: Path, device: torch.device):
         import open_clip
 
-        self.net, _, self.processor = open_clip.create_model_and_transforms(
-            self.architecture, image_resize_mode="longest"
-        )
+        self.net, _, self.processor = open_clip.create_model_and_transforms("ViT-H-14", image_resize_mode="longest")
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.net.load_state_dict(state.get("state_dict", state))
         self.net.to(device).eval()
-        self.tokenizer, self.device = open_clip.get_tokenizer(self.architecture), device
+        self.tokenizer, self.device = open_clip.get_tokenizer("ViT-H-14"), device
 
     def pictures(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
         pixels = torch.stack([self.processor(picture) for picture in pictures])

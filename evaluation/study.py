@@ -56,8 +56,7 @@ def continuation(folder: Path, case: Case) -> list[dict]:
     """An answer, with a remark for words or a picture that did not come."""
     segments = read_answer(folder, case.key).segments
     words, pictures = split(segments)
-    missing = [] if words or not case.words else ["(no words)"]
-    missing += [] if pictures or not case.pictures else ["(no picture)"]
+    missing = ["(no words)"] * bool(case.words and not words) + ["(no picture)"] * bool(case.pictures and not pictures)
     return parts_of(segments) + [{"text": text, "missing": True} for text in missing]
 
 

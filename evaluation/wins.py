@@ -24,16 +24,16 @@ from evaluation.scorers import look, open_network
 from generation import split
 from miniature.judge import ATTRIBUTES, asks_for, right
 
-Preference = tuple[float, ...]  # compared in order
+Preference = tuple[float, ...]  # compared in order; empty, and so below all others, where no picture came
 
 
-def preferences(cases: list[Case], folder: Path, bench: Bench) -> list[Preference | None]:
-    """How much each case's picture is preferred; None where none came."""
+def preferences(cases: list[Case], folder: Path, bench: Bench) -> list[Preference]:
+    """How much each case's picture is preferred."""
     texts = encode(bench, "hps" if "hps" in bench.networks else "pairing", [case.turn.text for case in cases])
     found = []
     for case, text in zip(tqdm(cases, desc=folder.name, unit="case", delay=2), texts, strict=True):
         came = split(read_answer(folder, case.key).segments)[1]
-        found.append(preference(case, text, look(bench.networks, [came[0]])[0]) if came else None)
+        found.append(preference(case, text, look(bench.networks, [came[0]])[0]) if came else ())
     return found
 
 
@@ -45,12 +45,11 @@ def preference(case: Case, text: torch.Tensor, seen: dict) -> Preference:
     return facts, cosine(text, seen["pairing"]).item()
 
 
-def count_wins(rows: list[list[Preference | None]]) -> list[float]:
+def count_wins(rows: list[list[Preference]]) -> list[float]:
     """Preferences of several systems, each in the same order of cases -> the share of cases that each of them wins."""
     wins = [0.0] * len(rows)
     for case in zip(*rows, strict=True):
-        best = max((one for one in case if one is not None), default=None)
-        winners = [i for i, one in enumerate(case) if one is not None and one == best]
+        winners = [i for i, one in enumerate(case) if one and one == max(case)]
         for i in winners:
             wins[i] += 1 / len(winners)
     return [share / len(rows[0]) for share in wins]

@@ -128,7 +128,7 @@ def test_bleu_of_mmdialog(order):
 
 def test_wins():
     """By hand: the first case is A's, the second B's, the third shared by A and C, the fourth nobody's."""
-    rows = [[(2, 0.1), (1, 0.9), (3, 0.5), None], [(1, 0.9), (1, 0.95), None, None], [None, (1, 0.2), (3, 0.5), None]]
+    rows = [[(2, 0.1), (1, 0.9), (3, 0.5), ()], [(1, 0.9), (1, 0.95), (), ()], [(), (1, 0.2), (3, 0.5), ()]]
     assert wins.count_wins(rows) == pytest.approx([1.5 / 4, 1 / 4, 0.5 / 4])
 
 

@@ -172,7 +172,7 @@ def read_bad_answer(what: str, rng: Random, folder: Path) -> str:
         require(isinstance(segment, str | Image.Image), f"{segment!r:.80}")
         require(not isinstance(segment, str) or segment.encode(), "words that cannot be written")
     require(what != "key" or len(found.segments) == 2, "another answer than was written")
-    return "skipped" if found.lost or found.unusable else "used"
+    return "skipped" if found.unusable else "used"
 
 
 # ---- options
