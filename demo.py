@@ -70,12 +70,11 @@ def messages(segments: Segments) -> list[dict]:
     said = []
     for segment in segments:
         if isinstance(segment, str):
-            said.append({"role": "assistant", "content": segment})
+            said.append(segment)
         else:
-            said.append({"role": "assistant", "content": shown(segment)})
             about = segment.info.get("description")
-            said += [{"role": "assistant", "content": f"*{about}*"}] if about else []
-    return said
+            said += [shown(segment), f"*{about}*"] if about else [shown(segment)]
+    return [{"role": "assistant", "content": part} for part in said]
 
 
 def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segments]:
@@ -119,10 +118,8 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
         for segments in followed(session, work):
             yield history + messages(segments), session, turns, gr.skip()
         turns = [*turns, ("model", segments)]
-        place = folder / str(id(session))
-        place.mkdir(exist_ok=True)
-        write_answer(turns, "chat", 0, place)
-        board = place / "storyboard.png"
+        board = folder / str(id(session)) / "storyboard.png"
+        write_answer(turns, "chat", 0, board.parent)
         yield gr.skip(), session, turns, gr.update(value=board if board.exists() else None)
 
     def say(message, history, session, turns, mode, seed, guidance, steps):

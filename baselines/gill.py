@@ -67,7 +67,7 @@ class Gill(nn.Module):
     """The language model, its vokens and the mapper: in the place of a text encoder, `encode` reads texts for Stable
     Diffusion."""
 
-    hidden_states, text_loss = MiniGPT5.hidden_states, MiniGPT5.text_loss
+    hidden_states, text_loss, states = MiniGPT5.hidden_states, MiniGPT5.text_loss, MiniGPT5.voken_features
     lora = prefix = None
 
     def __init__(
@@ -96,9 +96,8 @@ class Gill(nn.Module):
         hidden = self.hidden_states(embeddings, batch.targets)
         predicting = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
         text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels)
-        at = batch.picture_starts[:, None] + 1 + torch.arange(len(self.tokenizer.voken_ids), device=self.device)
-        own = batch.picture_sequences[:, None], at
-        return text_loss, self.mapper((hidden[own] + embeddings[own]).float())
+        own = batch.picture_sequences, batch.picture_starts + 1
+        return text_loss, self.mapper(self.states(hidden, *own) + self.states(embeddings, *own))
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
@@ -158,8 +157,7 @@ def main() -> None:
     sd, dtype = args.weights / "stable-diffusion", frozen_dtypes(args.weights, DTYPES[args.dtype], run.device)[0]
     text_encoder, tokenizer = load_text_encoder(sd / "text_encoder", dtype, run.device), ClipTokenizer(sd / "tokenizer")
     trained = list(model.trained_parameters().values())
-    count = sum(p.numel() for p in trained)
-    print(f"trained: {count:,} parameters in the voken rows and the mapper; all else is frozen")
+    print(f"trained: {sum(p.numel() for p in trained):,} parameters in the voken rows and the mapper")
     if args.gradient_checkpointing:
         checkpoint_gradients(model)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # as GILL's code
