@@ -69,7 +69,7 @@ class Uninitialised(TorchFunctionMode):
 
 def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     """The safetensors files of `folder` that hold keys starting with one of `wanted`, through the index where there is
-    one. Files with a second suffix are variants: `*.fp16.safetensors` count where there is nothing else."""
+    one. Files with a second suffix are variants, which do not count."""
     folder, wanted = Path(folder), tuple(wanted)
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
@@ -79,11 +79,9 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
         if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):
             raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
         return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
-    found = sorted(folder.glob("[!.]*.safetensors"))  # without macOS's ._model.safetensors
-    files = [f for f in found if len(f.suffixes) == 1] or [f for f in found if f.suffixes[:-1] == [".fp16"]]
+    files = [f for f in sorted(folder.glob("*.safetensors")) if "." not in f.stem]  # without ._model.safetensors
     if not files:
-        others = f", only the variants {', '.join(f.name for f in found)}" if found else ""
-        raise WeightsError(f"{folder}: no .safetensors file{others}")
+        raise WeightsError(f"{folder}: no .safetensors file (variants, such as X.fp16.safetensors, do not count)")
     return files
 
 
@@ -176,14 +174,9 @@ def load(
         raise WeightsError(f"{folder / 'config.json'}: no model has these sizes ({reason})") from None
     files = tensor_files(files) if isinstance(files, Path) else files
     wanted, state = dict(model.named_parameters()), {}  # a parameter that has two names, since it is tied, has one here
-    found = matched(wanted, files, names)
-    for name, tensor in found.items():
+    for name, tensor in matched(wanted, files, names).items():
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
         state[name] = tensor.to(device, dtype, memory_format=layout)
-    views = [name for name in found if state[name] is found[name]]
-    if 0 < len(views) < len(found):  # map those anew: the first mapping keeps in memory what was read for the copies
-        found = matched(wanted, files, names)
-        state |= {name: found[name] for name in views}
     loaded = {wanted[name]: nn.Parameter(tensor) for name, tensor in state.items()}
     state = {name: loaded[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(state, strict=True, assign=True)
