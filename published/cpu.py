@@ -12,11 +12,13 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()  # AVX-512's own bfloat16 instructi
 MIN_KEYS = 256  # from this many keys on, the attention's own kernel is fast enough
 
 
-def use_float32_attention(model: nn.Module) -> None:
-    """Replace attention in a frozen model in bfloat16 on a CPU, wherever a module has `attend`."""
-    for module in model.modules():
-        if hasattr(module, "attend"):
-            module.attend = attention
+def with_float32_attention(model: nn.Module) -> nn.Module:
+    """A frozen model. If it is in bfloat16 on a CPU, its attention is replaced wherever a module has `attend`."""
+    if any(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in model.parameters()):
+        for module in model.modules():
+            if hasattr(module, "attend"):
+                module.attend = attention
+    return model
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: bool) -> Tensor:

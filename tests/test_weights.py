@@ -314,11 +314,11 @@ def test_convert_vicuna(tmp_path, command):
     assert (folder / "tokenizer.model").is_file()
 
 
-def test_convert_vicuna_wants_all_shards(tmp_path, command):
+def test_vicuna_wants_all_shards_and_rows(tmp_path, command):
     source = vicuna_shards(tmp_path / "v")
-    status, _, err = command("convert", source / "pytorch_model-00002-of-00002.bin", "--out", tmp_path / "w")
-    assert status == 2 and "all shards are converted together" in err
-    assert not (tmp_path / "w").exists()
+    command("convert", source / "pytorch_model-00002-of-00002.bin", "--out", tmp_path / "w")
+    with pytest.raises(WeightsError, match=r"vicuna: tensor .* is missing|model-00001-of-00001.* is missing"):
+        load_llama(tmp_path / "w" / "vicuna")
     shutil.rmtree(source)
     command("convert", vicuna_shards(tmp_path / "v", rows=500), "--out", tmp_path / "w")
     with pytest.raises(WeightsError, match=r"has shape \(500, 64\), expected \(512, 64\)"):
@@ -444,14 +444,14 @@ def test_convert_refuses_what_it_does_not_know(tmp_path, command):
     torch.save([torch.ones(2)], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("no tensors here")
     (tmp_path / "empty.pth").write_bytes(b"")
-    torch.save({"model": golden("minigpt4_proj") | {"more": torch.ones(1)}}, tmp_path / "more.pth")
+    torch.save({"model": {"llama_proj.weight": torch.ones(2)}}, tmp_path / "half.pth")
     for name, said in {
         "bomb.pth": "refused",
         "other.pth": "resnet.weight",
         "list.pth": "no state dict",
         "text.pth": "neither safetensors nor",
         "empty.pth": "neither safetensors nor",
-        "more.pth": "expected one file with",
+        "half.pth": "tensor llama_proj.bias is missing",
     }.items():
         status, _, err = command("convert", tmp_path / name, "--out", tmp_path / "w")
         assert status == 2 and said in err and err.count("\n") == 1, err
