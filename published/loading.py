@@ -23,7 +23,7 @@ hold is taken from there. Every number that sizes the model to be built is check
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -263,20 +263,9 @@ def rows_of(tensors: dict, name: str, allowed: range, path: Path) -> int:
     """How many rows a checkpoint's matrix has, a size of the model to be built. WeightsError if it is not `allowed`."""
     shape = tensors[name].get_shape() if name in tensors else []
     if len(shape) != 2 or shape[0] not in allowed:
-        expected = f"{allowed.start} to {allowed.stop - 1:,} rows"
-        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {expected}")
+        rows = f"{allowed.start} to {allowed.stop - 1:,} rows"
+        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {rows}")
     return shape[0]
-
-
-def with_file_below(path: Path, tensors: Collection[str], wanted: Collection[str]) -> list[Path]:
-    """The files that hold a checkpoint: `path`, and stage 1's, over which it is laid where `wanted` has more names than
-    its `tensors`. WeightsError if that file is not there."""
-    below, missing = path.with_name(STAGE_1), sorted(set(wanted) - set(tensors))
-    if not missing or path.name == STAGE_1:
-        return [path]
-    if not below.is_file():
-        raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
-    return [path, below]
 
 
 # ---- saving and loading checkpoints
@@ -304,7 +293,11 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
     model runs with the shrunk ones. They replace Vicuna's, and `model.tables` keeps them for the next checkpoint.
     """
     checkpoint, trained = open_checkpoint(path), model.trained_parameters()
-    files = with_file_below(path, checkpoint.tensors, trained)
+    files, below, missing = [path], path.with_name(STAGE_1), sorted(trained.keys() - checkpoint.tensors.keys())
+    if missing and path != below:  # it is laid over stage 1's
+        if not below.is_file():
+            raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
+        files.append(below)
     modules = {name: model.llama.get_submodule(name.removesuffix(".weight")) for name in TABLES}
     stored = {name for file in files for name in tensor_slices(file)}
     tables = {name: modules[name].weight[: model.tokenizer.base_vocabulary] for name in TABLES if name in stored}

@@ -38,6 +38,7 @@ from published.loading import (
     WeightsError,
     load_trained,
     open_checkpoint,
+    rows_of,
     tensor_files,
     tensor_slices,
 )
@@ -258,9 +259,7 @@ def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu
     vision = read_config(VisionConfig, path, "vision_config")
     queries = read_config(QFormerConfig, path).num_query_tokens  # the one field at the file's top level
     qformer = replace(read_config(QFormerConfig, path, "qformer_config"), num_query_tokens=queries)
-    matrix = tensor_slices(projection).get("llama_proj.weight")
-    shape = matrix.get_shape() if matrix else []
-    llm_width = shape[0] if shape else 4096  # loading says that the matrix is missing
+    llm_width = rows_of(tensor_slices(projection), "llama_proj.weight", range(1, MAX_SIZE), projection)
     files = [*tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens")), projection]
     build = partial(ImageEncoder, vision, qformer, llm_width)
     return with_float32_attention(loading.load(build, files, BLIP2_UNUSED, dtype, device))
