@@ -1,4 +1,4 @@
-"""What stands in for bfloat16's slow attention on a CPU: the same values and gradients, and where it does."""
+"""What stands in for bfloat16's slow kernels on a CPU: the same values and gradients, and where it does."""
 
 import pytest
 import torch
@@ -14,6 +14,42 @@ from published.parts import load_int8_llama, load_llama
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+# ---- products
+
+
+def test_product_and_its_gradient():
+    """Also of more rows than ROWS."""
+    weight, x, results = random(cpu.ROWS + 64, 64), random(2, 5, 64, seed=1), []
+    for product in (F.linear, cpu.InFloat32.apply):
+        y = x.clone().requires_grad_(True)
+        output = product(y, weight)
+        output.square().sum().backward()
+        results.append((output.detach().float(), y.grad.float()))
+    for name, pair in zip(("product", "gradient"), zip(*results, strict=True), strict=True):
+        assert_close(*pair, 1e-2, f"{name} in bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("without", "tokens", "x_trains", "weight_trains", "dtype", "detour"),
+    [
+        (True, 3, False, False, torch.bfloat16, True),
+        (True, 2, False, False, torch.bfloat16, False),  # quick as it is
+        (True, 2, True, False, torch.bfloat16, True),  # not its gradient
+        (True, 3, True, True, torch.bfloat16, False),  # that gradient is not written
+        (True, 3, False, False, torch.float32, False),
+        (False, 3, True, False, torch.bfloat16, False),
+    ],
+)
+def test_which_products_are_in_float32(monkeypatch, without, tokens, x_trains, weight_trains, dtype, detour):
+    calls = []
+    monkeypatch.setattr(cpu, "HAS_NO_BF16", without)
+    monkeypatch.setattr(cpu.InFloat32, "apply", lambda *inputs: calls.append(inputs) or F.linear(*inputs))
+    x, layer = random(1, tokens, 8).to(dtype), nn.Sequential(nn.Linear(8, 4, bias=False)).to(dtype)
+    cpu.with_float32_kernels(layer.requires_grad_(weight_trains))
+    layer(x.requires_grad_(x_trains))
+    assert bool(calls) == detour
 
 
 # ---- attention
@@ -66,15 +102,17 @@ def test_which_attention_is_in_float32(monkeypatch, keys, trains, dtype, detour)
 # ---- swapped in from outside
 
 
-def test_attention_is_swapped_in_for_bfloat16_alone(tmp_path):
+def test_kernels_are_swapped_in_for_bfloat16_alone(tmp_path, monkeypatch):
     """Also under LoRA and beside 8-bit matrices; the same hidden states and gradients but for rounding."""
+    monkeypatch.setattr(cpu, "HAS_NO_BF16", True)
     weights = write_random_weights(tmp_path, small=True)
     exact = load_llama(weights / "vicuna", torch.float32)
-    assert "attend" not in vars(exact.model.layers[0].self_attn)
+    assert "attend" not in vars(exact.model.layers[0].self_attn) and "forward" not in vars(exact.lm_head)
     results = []
     for load in (load_llama, load_int8_llama):
         llama = load(weights / "vicuna", torch.bfloat16)
-        assert vars(llama.model.layers[0].self_attn)["attend"] is cpu.attention
+        assert vars(llama.model.layers[0].self_attn)["attend"] is cpu.attention and "forward" in vars(llama.lm_head)
+        assert ("forward" in vars(llama.model.layers[0].mlp.up_proj)) == (load is load_llama)
         plain = load(weights / "vicuna", torch.float32)
         embeddings = random(2, 9, 64)
         for model in (llama, plain):
