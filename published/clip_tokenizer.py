@@ -3,19 +3,76 @@
 texts -> fix_text, split_words, merge -> input_ids, attention_mask  (B, 77) each
 """
 
+import html
 import re
 import unicodedata
-from itertools import pairwise
+from html.entities import html5
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
-from ftfy import fix_text
 
 from common.files import read_json
 from published.loading import WeightsError
 
-MAX_LENGTH = 2000  # of a text: 77 tokens hold fewer characters, and the time to merge them grows with their square
 LONG_S = "\u017f"
+
+
+def _unescape(match: re.Match) -> str:
+    """One HTML entity with its semicolon -> its character. &EACUTE; is read too, although only &eacute; is HTML."""
+    entity, name = match[0], match[0][1:]
+    if name.startswith("#"):
+        character = html.unescape(entity)
+        return entity if ";" in character else character
+    if name in html5:
+        return html5[name]
+    if name.isupper() and name.lower() in html5 and html.unescape(entity) == entity:
+        return html5[name.lower()].upper()
+    return entity
+
+
+def _replacements() -> dict[int, str]:
+    """Characters with a plainer equivalent: curly quotes, Latin ligatures, full and half widths, C1 controls."""
+    table = dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'")
+    table |= dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
+    compatible = chain([0x3000, 0x132, 0x133, 0x149], range(0x1C4, 0x1CD), range(0x1F1, 0x1F4), range(0xFB00, 0xFB07))
+    table |= {code: unicodedata.normalize("NFKC", chr(code)) for code in chain(compatible, range(0xFF01, 0xFFF0))}
+    table[0xFB05] = LONG_S + "t"  # NFKC would replace the long s too
+    for code in range(0x80, 0xA0):  # what browsers make of them: Windows-1252, where it has a character
+        table[code] = bytes([code]).decode("cp1252", errors="ignore") or chr(code)
+    return table
+
+
+REPLACED = _replacements()
+REMOVED = dict.fromkeys(
+    chain(range(0x09), [0x0B], range(0x0E, 0x20), [0x7F], range(0x206A, 0x2070), [0xFEFF], range(0xFFF9, 0xFFFD))
+)
+MAX_PASSES = 20  # over a line; "&amp;amp;amp; ..." could ask for thousands
+ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
+TERMINAL_CODE = re.compile("\033\\[[\\d;]*[a-zA-Z]")
+
+
+def fix_text(text: str) -> str:
+    """CLIP cleans its text with the package ftfy. This is ftfy.fix_text, rewritten, without its repair of mojibake.
+
+    It treats HTML entities (until a line holds "<"), curly quotes, ligatures, widths, control characters, surrogates
+    and NFC as ftfy does. Text that was decoded with the wrong encoding ("schÃ¶n") stays, where ftfy guesses "schön".
+    """
+    lines, markup = [], False
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
+        markup, before = markup or "<" in line, None
+        for _ in range(MAX_PASSES):  # one pass may produce what the next one replaces: "&amp;eacute;"
+            if line == before:
+                break
+            before = line
+            line = line if markup else ENTITY.sub(_unescape, line)
+            line = line.translate(REPLACED)
+            line = line.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            line = TERMINAL_CODE.sub("", line).translate(REMOVED)
+            line = unicodedata.normalize("NFC", line)
+        lines.append(line)
+    return "".join(lines)
+
 
 # CLIP's pattern is written with \p{L} and \p{N}, which Python's re does not know. So the pattern below is matched with
 # a copy of the text in which every letter beyond ASCII is "é", every number "²" and every other sign "§". The long s
@@ -53,6 +110,9 @@ def join_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
         else:
             joined.append(part)
     return joined
+
+
+MAX_WORD_LENGTH = 2000  # characters; 77 tokens hold fewer, and the time to merge them grows with their square
 
 
 class ClipTokenizer:
@@ -95,7 +155,7 @@ class ClipTokenizer:
 
     def merge(self, word: str) -> tuple[int, ...]:
         """One word -> ids: from single bytes on, join the pair that training merged first, until no pair is known."""
-        parts = [self.byte_letters[byte] for byte in word.encode()]
+        parts = [self.byte_letters[byte] for byte in word[:MAX_WORD_LENGTH].encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
             pair = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
@@ -120,7 +180,7 @@ class ClipTokenizer:
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Texts -> input_ids and attention_mask, both (B, length) int64; the mask is 1 up to the end token."""
         start, end, pad = (self.vocabulary[token] for token in (self.START, self.END, self.pad))
-        sequences = [[start, *self.encode(text[:MAX_LENGTH])[: self.length - 2], end] for text in texts]
+        sequences = [[start, *self.encode(text)[: self.length - 2], end] for text in texts]
         ids = torch.tensor([sequence + [pad] * (self.length - len(sequence)) for sequence in sequences])
         mask = torch.arange(self.length) < torch.tensor([[len(sequence)] for sequence in sequences])
         return ids, mask.long()

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ftfy import fix_text
 from helpers import assert_close, difference, randomise, sample_file, shapes
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPTokenizerFast
 
-from published.clip_tokenizer import ClipTokenizer
+from published.clip_tokenizer import ClipTokenizer, fix_text
 from published.loading import WeightsError
 from published.parts import load_text_encoder
 from text_encoder import TextConfig, TextEncoder
@@ -60,6 +59,9 @@ def real():
     slow, fast = (
         kind(*map(str, files), pad_token="!", model_max_length=77) for kind in (CLIPTokenizer, CLIPTokenizerFast)
     )
+    # Without ftfy, transformers falls back on BERT's cleaning, which is not CLIP's. fix_text is tested by itself below;
+    # here both sides clean alike, and what follows the cleaning is compared.
+    slow.fix_text = fix_text
     return ClipTokenizer(files[0].parent), slow, fast
 
 
@@ -168,6 +170,38 @@ def test_generated_strings_equal_transformers(real):
     assert not different, different[:3]
 
 
+# (text, ftfy 6.3.1's fix_text)
+FIXED = [
+    ("\u2018a\u2019 \u201cb\u201d \u201ec\u201f \u02bcd", "'a' \"b\" \"c\" 'd"),
+    ("fix &amp; html &lt;b&gt;", "fix & html <b>"),
+    ("<b>fix &amp; html</b>\n&amp;", "<b>fix &amp; html</b>\n&amp;"),
+    ("&amp;\n<&amp;", "&\n<&amp;"),
+    ("&amp;eacute; P&EACUTE;REZ &#233; &#xe9; &#59; &nosuch; &ampx; &amp &LTIMES;",
+     "\u00e9 P\u00c9REZ \u00e9 \u00e9 &#59; &nosuch; &ampx; &amp &LTIMES;"),
+    ("\ufb01\ufb03\ufb05 \u0149 \u01c4", "fiffi\u017ft 'n D\u017d"),
+    ("\uff2c\uff2f\uff35\uff24\u3000\uff76\uff9e \uff06amp;", "LOUD \u30ac &"),
+    ("a\x00b\x1b[31mc\x1b[0m\x7f\ufeff\u206a\ufff9", "abc"),
+    ("\x85\x93\x9d", "\u2026\"\x9d"),
+    ("\ud83d\ude00 \ud83d \ude00", "\U0001f600 \ufffd \ufffd"),
+    ("e\u0301\u0345 \u212b", "\u00e9\u0345 \u00c5"),
+    *(2 * (same,) for same in ("nothing to do", "\u00fcber \u4e2d\u6587 \u00bd", "\U0001f469\u200d\U0001f467", "")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, fixed", FIXED)
+def test_fix_text(text, fixed):
+    assert fix_text(text) == fixed
+
+
+def test_fix_text_equals_ftfy_but_for_mojibake():
+    ftfy = pytest.importorskip("ftfy", reason="ftfy is not installed")
+    for text, fixed in FIXED:
+        assert ftfy.fix_text(text) == fixed
+    for text in generated(2000):  # line breaks are folded afterwards on both sides
+        assert fix_text(text).split() == ftfy.fix_text(text, fix_encoding=False).split(), text
+    assert ftfy.fix_text("sch\u00c3\u00b6n") == "sch\u00f6n" and fix_text("sch\u00c3\u00b6n") == "sch\u00c3\u00b6n"
+
+
 def test_padding_token_and_length_from_the_folder(golden_folder, tmp_path):
     """Stable Diffusion 2.1's two files contradict each other; the special tokens map wins, as in transformers."""
     folder = shutil.copytree(golden_folder, tmp_path / "tokenizer")
@@ -176,6 +210,7 @@ def test_padding_token_and_length_from_the_folder(golden_folder, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         (folder / "special_tokens_map.json").write_text(json.dumps(special))
         reference = CLIPTokenizer.from_pretrained(folder)
+        reference.fix_text = fix_text
         texts = ["a man!", "!", "two small dogs playing in the snow", "on <|endoftext|> and!"]
         ids, mask = ClipTokenizer(folder)(texts)
         wanted = reference(texts, padding="max_length", truncation=True)
