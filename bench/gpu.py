@@ -42,7 +42,7 @@ import torch
 from bench import gpu_parts, gpu_runs
 from bench.common import hardware, show
 from bench.gpu_rows import Rows, Setup
-from common.files import ended_in_order, write_json, write_text
+from common.files import write_json, write_text
 
 # Shares of the time. In nine minutes they are seconds, less what starting and reporting takes.
 SHARES = {"words": 115, "picture": 140, "stage-1": 130, "stage-2": 20, "tests": 35, "miniature": 100}
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.dry_run and not torch.cuda.is_available():
         raise ValueError("this torch sees no GPU; --dry-run tries everything on the CPU")
     began = time.monotonic()
-    with ended_in_order(), tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
         record = {"bench": "gpu", "dry_run": args.dry_run, "machine": {}, "parts": {}}
         measure(args, Path(folder), out.resolve(), began, record)
     print((out / "gpu.md").read_text(encoding="utf-8"))

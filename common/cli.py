@@ -119,20 +119,18 @@ FROM_0, FROM_1 = number(0), number(1)
 
 def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
     """Add --weights, --device and --dtype, and read the command line. Options that are not given take the values of
-    `suited_options`. ValueError if these name an unknown option."""
+    `suited_options`. ValueError if these are none of its options or values."""
     first = argparse.ArgumentParser(add_help=False)
     add_weights_option(first)
     add_model_options(parser)
     weights = first.parse_known_args()[0].weights
     path, suited = weights / "minigpt5" / "config.json", suited_options(weights, command)
-    if unknown := set(suited) - set(vars(parser.parse_args([]))):
-        raise ValueError(f"{path}: {command} has no option {', '.join(sorted(unknown))}")
     options = {option.dest: option for option in parser._actions}
     for name, value in suited.items():
-        option, is_flag = options[name], isinstance(value, bool)
-        takes_one = option.nargs in (None, 0) and not isinstance(option, argparse._AppendAction)
+        option, is_flag = options.get(name), isinstance(value, bool)
+        takes_one = option and option.nargs in (None, 0) and not isinstance(option, argparse._AppendAction)
         if not takes_one or is_flag != (option.nargs == 0) or (option.choices and str(value) not in option.choices):
-            raise ValueError(f"{path}: {command} has {name} {value!r:.80}, which is no value for it")
+            raise ValueError(f"{path}: {command} has {name} {value!r:.80}, which is no value for an option")
         option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed
         option.help = re.sub("; default: .*", "", option.help or "", flags=re.DOTALL)  # that was the other one
     return read_arguments(parser)
@@ -144,9 +142,6 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
         if option.help and option.default not in (None, False, [], argparse.SUPPRESS) and "default" not in option.help:
             option.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
-    for option in parser._actions:
-        if type(option) is argparse._StoreAction and option.nargs in (None, "+") and getattr(args, option.dest) == []:
-            parser.error(f"--{option.dest.replace('_', '-')} needs a value")  # argparse reads "--name=--" as a list
     for name, value in vars(args).items():
         if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
             parser.error(f"--{name.replace('_', '-')} must be a finite number, of at most {LARGEST_NUMBER:g}")
@@ -160,22 +155,17 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
 def pick_device(name: str) -> torch.device:
     """ "auto" is the NVIDIA GPU where there is one, else the CPU; "mps" is Apple's GPU. Under torchrun each process
     takes the GPU of its local rank. ValueError for one that is not there."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", name):
         raise ValueError(f"--device {name}: not auto, cpu, cuda, cuda:N or mps")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this torch sees no GPU of Apple's")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name in ("cpu", "mps"):
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch sees no GPU")
-    count = torch.cuda.device_count()
-    number = int(os.environ.get("LOCAL_RANK", 0) if name == "cuda" else name.removeprefix("cuda:"))
-    if number >= count:
-        raise ValueError(f"--device cuda:{number}: there are {count} GPUs, the first is cuda:0")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    count = {"cpu": 1, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.device_count()}[device.type]
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: this torch sees {count:d} such devices")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def can_compile(device: torch.device) -> bool:

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import sys
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,42 +20,20 @@ TO_END = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sig
 
 
 @contextmanager
-def ended_in_order() -> Iterator[None]:
-    """A request to end (SIGTERM, SIGHUP) leaves the block as an error does, unless it is handled otherwise already. A
-    second one does not break off what is done on the way out."""
-
-    def end(number: int, _) -> None:
-        for other in numbers:
-            signal.signal(other, signal.SIG_IGN)
-        sys.exit(128 + number)
-
-    in_main = threading.current_thread() is threading.main_thread()  # no other may say what a signal does
-    numbers = [number for number in TO_END if in_main and signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
 def written_whole(path: Path | str) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block is through, removed when it fails. An OSError that
     names no file, as that of a full disk, gets the name `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with ended_in_order():
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        except OSError as error:
-            if error.filename is None:
-                error.filename, error.strerror = str(path), f"not written: {error.strerror or error}"
-            raise
-        finally:
-            temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename, error.strerror = str(path), f"not written: {error.strerror or error}"
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None:

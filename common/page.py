@@ -3,13 +3,12 @@
 import base64
 import html
 import io
-import json
-import re
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import write_file
+from common.files import write_file, write_json, write_text
 
 Turn = tuple[str, list[str | Image.Image]]  # who speaks, and text and pictures in turn
 ACROSS = 8  # pictures beside one another on a storyboard
@@ -60,23 +59,17 @@ def draw_sheet(columns: list[tuple[str, list[Image.Image]]], side: int, across: 
         for row, picture in enumerate(pictures):
             square = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, "white")
             sheet.paste(square, (left, top + row * (side + 8) + 4))
-        lines = [""]
-        for word in caption[:1000].split():  # three lines hold fewer characters
-            if lines[-1] and pen.textlength(f"{lines[-1]} {word}", font=font) > side:
-                lines.append(word)
-            else:
-                lines[-1] = f"{lines[-1]} {word}".strip()
-        pen.multiline_text((left, top + height - 50), "\n".join(lines[:3]), fill="black", font=font)
+        lines = textwrap.wrap(caption, side // 6)[:3]  # of letters of 6 pixels, as they are on the average
+        pen.multiline_text((left, top + height - 50), "\n".join(lines), fill="black", font=font)
     return sheet
 
 
 def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
     """Writes the pictures 0.png, 1.png ..., storyboard.png, index.html and answer.json into `out`, each under a
-    temporary name first. Pictures of an older answer in the folder that are not written over are removed.
+    temporary name first.
 
     turns: who speaks, "you" or "model", and text and pictures in turn."""
-    old, files = pictures_of(out / "answer.json"), {}
-    described, columns, words = [], [], ""
+    files, described, columns, words = {}, [], [], ""
     for speaker, segment in ((speaker, segment) for speaker, segments in turns for segment in segments):
         if isinstance(segment, str):
             described.append({"text": segment})
@@ -94,24 +87,10 @@ def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
     if columns:
         files["storyboard.png"] = png_bytes(draw_sheet(columns, min(max(192, columns[0][1][0].width), 512), ACROSS))
     body = "".join(paragraphs(*turn) for turn in ([] if turns[0][0] == "you" else [("you", [prompt])]) + turns)
-    files["index.html"] = PAGE.format(title=html.escape(prompt), style=STYLE, body=body).encode("utf-8", "replace")
-    record = {"segments": described, "seed": seed, "prompt": prompt}
-    files["answer.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
     for name, content in files.items():
         write_file(out / name, content)
-    for name in old - pictures_of(out / "answer.json"):
-        (out / name).unlink(missing_ok=True)
-
-
-def pictures_of(record: Path) -> set[str]:
-    """The picture files that an answer.json names, and their storyboard; none where it cannot be read."""
-    try:
-        segments = json.loads(record.read_text(encoding="utf-8"))["segments"]
-        names = {str(segment["image"]) for segment in segments if "image" in segment}
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-    names = {name for name in names if re.fullmatch(r"\d+\.png", name)}
-    return names | {"storyboard.png"} if names else names
+    write_text(out / "index.html", PAGE.format(title=html.escape(prompt), style=STYLE, body=body))
+    write_json(out / "answer.json", {"segments": described, "seed": seed, "prompt": prompt})
 
 
 def paragraphs(speaker: str, segments: list[str | Image.Image]) -> str:

@@ -44,7 +44,7 @@ class BytePairTokenizer(Tokenizer):
         known = self.pieces.get_added_tokens_decoder().items()
         special = {token.content: i for i, token in known if token.special}
         self.add_tokens(self.pieces.get_vocab_size(), special, vokens)
-        if not {bos, *eos} <= set(special.values()):
+        if not all(i in special.values() for i in (bos, *eos)):
             raise ValueError(f"{path}: bos_token_id {bos} and eos_token_id {eos} should be special tokens of it")
         self.stops = [[i] for i in eos] + [self.encode(end) for end in ("###", " ###")]
 

@@ -4,19 +4,18 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from mapper import VokenMapper
-from minigpt5 import Vokens
 from published.clip_tokenizer import ClipTokenizer
 from published.fetch import KNOWN, sha256
-from published.loading import WeightsError, matched, open_checkpoint, with_file_below
-from published.parts import load, load_image_encoder, load_schedule, load_tokenizer, size_mismatches, tokenizer_file
-from unet import UNetConfig
-
-# 2.0, 2.1 and 2.1-base have the same names, shapes and number of bytes.
-OTHER_UNET = "; Stable Diffusion 2.0 looks like this under 2.1's name"
-UNCHECKED = ((r"^(model|lm_head|prefix_encoder)\.", None),)  # of a checkpoint: LoRA, tables, a prefix
+from published.loading import WeightsError
+from published.parts import (
+    load,
+    load_image_encoder,
+    load_minigpt5,
+    load_schedule,
+    load_tokenizer,
+    size_mismatches,
+    tokenizer_file,
+)
 
 
 def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
@@ -24,6 +23,7 @@ def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
     vicuna, sd = root / "vicuna", root / "stable-diffusion"
     pieces, projection = tokenizer_file(vicuna), root / "minigpt4/llama_proj.safetensors"
     clip, header = sd / "tokenizer", {"device": "meta"}
+    stack = partial(load_minigpt5, root, read_pictures=False, **header)
     return [
         ("vicuna", [vicuna], partial(load, "llama", vicuna, **header)),
         ("vicuna tokenizer", [pieces], partial(load_tokenizer, vicuna)),
@@ -33,6 +33,7 @@ def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
         ("text encoder", [sd / "text_encoder"], partial(load, "text encoder", sd / "text_encoder", **header)),
         ("clip tokenizer", [clip / "vocab.json", clip / "merges.txt"], partial(ClipTokenizer, clip)),
         ("schedule", [sd / "scheduler/scheduler_config.json"], partial(load_schedule, sd / "scheduler")),
+        *((file.stem, [file], partial(stack, file)) for file in sorted((root / "minigpt5").glob("[!.]*.safetensors"))),
     ]
 
 
@@ -42,8 +43,7 @@ def check(root: Path, hashes: bool = False) -> list[str]:
     if not root.is_dir():
         raise WeightsError(f"{root}: no such folder")
     problems, loaded = [], {}
-    trained = sorted((root / "minigpt5").glob("[!.]*.safetensors"))
-    for name, places, read in [*parts(root), *((f.stem, [f], partial(check_trained, f, loaded)) for f in trained)]:
+    for name, places, read in parts(root):
         found = []
         try:
             loaded[name] = read()
@@ -58,9 +58,9 @@ def check(root: Path, hashes: bool = False) -> list[str]:
             state += ", same hash as published"
         print(f"{name:16}  {state if files else 'missing'}")
         problems += found
-    if not trained:
+    if not any((root / "minigpt5").glob("[!.]*.safetensors")):
         print("minigpt5/ holds no checkpoint: train_uas.py writes one, `published fetch` gets the released ones")
-    return problems + mismatches(loaded)
+    return list(dict.fromkeys(problems + size_mismatches(loaded)))  # a checkpoint tells those of its parts again
 
 
 def compare(path: Path, root: Path) -> tuple[bool, str]:
@@ -72,31 +72,5 @@ def compare(path: Path, root: Path) -> tuple[bool, str]:
         return False, ""
     if sha256(path) == known:
         return True, ""
-    reason = "its size is the published file's, its hash is not" + OTHER_UNET * name.startswith("unet/")
-    return False, f"{path}: {reason}"
-
-
-def check_trained(path: Path, loaded: dict) -> None:
-    """Compare a checkpoint with the sizes of the parts that it goes with, but for its adapters and Vicuna's tables."""
-    if not {"vicuna", "unet", "text encoder"} <= loaded.keys():
-        raise WeightsError(f"{path}: not checked, because parts that it goes with are missing or not right")
-    checkpoint = open_checkpoint(path)
-    llm_width = loaded["vicuna"].config.hidden_size
-    tokens = len(loaded["text encoder"].text_model.embeddings.position_embedding.weight)
-    with torch.device("meta"):
-        model = VokenMapper(llm_width, loaded["unet"].config.cross_attention_dim, tokens)
-        model.vokens = Vokens(loaded["vicuna"], checkpoint.vokens, 0)
-    wanted = model.state_dict()
-    matched(wanted, with_file_below(path, checkpoint.tensors, wanted), UNCHECKED, first_wins=True)
-
-
-def mismatches(loaded: dict) -> list[str]:
-    """What is wrong with parts that are each right but do not go together."""
-    problems = size_mismatches(loaded)
-    if "unet" in loaded and "schedule" in loaded:
-        unet, predicts = loaded["unet"].config, loaded["schedule"].config.prediction_type
-        trained = {64: "epsilon", 96: "v_prediction"}.get(unet.sample_size)  # Stable Diffusion 2 for 512, 768 pixels
-        if unet.block_out_channels == UNetConfig().block_out_channels and trained not in (predicts, None):
-            size = unet.sample_size
-            problems.append(f"unet: with sample_size {size} it predicts {trained}, the schedule says {predicts}")
-    return problems
+    hint = "; Stable Diffusion 2.0 has the same names and shapes as 2.1" * name.startswith("unet/")
+    return False, f"{path}: its size is the published file's, its hash is not{hint}"

@@ -110,9 +110,7 @@ def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
     convert([path], out, dtype)
     if not (out / "stable-diffusion").exists():
         shutil.copytree(MINIATURE / "smollm2", out / "minigpt5", dirs_exist_ok=True)
-        unfinished = out / ".stable-diffusion.tmp"
-        shutil.copytree(MINIATURE / "stable-diffusion", unfinished, dirs_exist_ok=True)
-        unfinished.replace(out / "stable-diffusion")
+        shutil.copytree(MINIATURE / "stable-diffusion", out / "stable-diffusion")
 
 
 def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...], folder: Path) -> list[Path]:

@@ -23,7 +23,7 @@ hold is taken from there. Every number that sizes the model to be built is check
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,7 @@ class Uninitialised(TorchFunctionMode):
 
 def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     """The safetensors files of `folder` that hold keys starting with one of `wanted`, through the index where there is
-    one. Files with a second suffix are variants: `*.fp16.safetensors` count where there is nothing else."""
+    one. Files with a second suffix are variants, which do not count."""
     folder, wanted = Path(folder), tuple(wanted)
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
@@ -79,11 +79,9 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
         if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):
             raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
         return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
-    found = sorted(folder.glob("[!.]*.safetensors"))  # without macOS's ._model.safetensors
-    files = [f for f in found if len(f.suffixes) == 1] or [f for f in found if f.suffixes[:-1] == [".fp16"]]
+    files = [f for f in sorted(folder.glob("*.safetensors")) if "." not in f.stem]  # without ._model.safetensors
     if not files:
-        others = f", only the variants {', '.join(f.name for f in found)}" if found else ""
-        raise WeightsError(f"{folder}: no .safetensors file{others}")
+        raise WeightsError(f"{folder}: no .safetensors file (variants, such as X.fp16.safetensors, do not count)")
     return files
 
 
@@ -176,14 +174,9 @@ def load(
         raise WeightsError(f"{folder / 'config.json'}: no model has these sizes ({reason})") from None
     files = tensor_files(files) if isinstance(files, Path) else files
     wanted, state = dict(model.named_parameters()), {}  # a parameter that has two names, since it is tied, has one here
-    found = matched(wanted, files, names)
-    for name, tensor in found.items():
+    for name, tensor in matched(wanted, files, names).items():
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
         state[name] = tensor.to(device, dtype, memory_format=layout)
-    views = [name for name in found if state[name] is found[name]]
-    if 0 < len(views) < len(found):  # map those anew: the first mapping keeps in memory what was read for the copies
-        found = matched(wanted, files, names)
-        state |= {name: found[name] for name in views}
     loaded = {wanted[name]: nn.Parameter(tensor) for name, tensor in state.items()}
     state = {name: loaded[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(state, strict=True, assign=True)
@@ -270,20 +263,9 @@ def rows_of(tensors: dict, name: str, allowed: range, path: Path) -> int:
     """How many rows a checkpoint's matrix has, a size of the model to be built. WeightsError if it is not `allowed`."""
     shape = tensors[name].get_shape() if name in tensors else []
     if len(shape) != 2 or shape[0] not in allowed:
-        expected = f"{allowed.start} to {allowed.stop - 1:,} rows"
-        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {expected}")
+        rows = f"{allowed.start} to {allowed.stop - 1:,} rows"
+        raise WeightsError(f"{path}: {name} has shape {tuple(shape)}, expected {rows}")
     return shape[0]
-
-
-def with_file_below(path: Path, tensors: Collection[str], wanted: Collection[str]) -> list[Path]:
-    """The files that hold a checkpoint: `path`, and stage 1's, over which it is laid where `wanted` has more names than
-    its `tensors`. WeightsError if that file is not there."""
-    below, missing = path.with_name(STAGE_1), sorted(set(wanted) - set(tensors))
-    if not missing or path.name == STAGE_1:
-        return [path]
-    if not below.is_file():
-        raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
-    return [path, below]
 
 
 # ---- saving and loading checkpoints
@@ -311,7 +293,11 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
     model runs with the shrunk ones. They replace Vicuna's, and `model.tables` keeps them for the next checkpoint.
     """
     checkpoint, trained = open_checkpoint(path), model.trained_parameters()
-    files = with_file_below(path, checkpoint.tensors, trained)
+    files, below, missing = [path], path.with_name(STAGE_1), sorted(trained.keys() - checkpoint.tensors.keys())
+    if missing and path != below:  # it is laid over stage 1's
+        if not below.is_file():
+            raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
+        files.append(below)
     modules = {name: model.llama.get_submodule(name.removesuffix(".weight")) for name in TABLES}
     stored = {name for file in files for name in tensor_slices(file)}
     tables = {name: modules[name].weight[: model.tokenizer.base_vocabulary] for name in TABLES if name in stored}

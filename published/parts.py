@@ -30,7 +30,7 @@ from minigpt5 import MiniGPT5
 from published import loading
 from published.byte_pairs import CHAT_FORMS, BytePairTokenizer
 from published.clip_tokenizer import ClipTokenizer
-from published.cpu import HAS_AMX, use_float32_kernels
+from published.cpu import HAS_AMX, with_float32_kernels
 from published.int8 import to_int8
 from published.loading import (
     Names,
@@ -38,6 +38,7 @@ from published.loading import (
     WeightsError,
     load_trained,
     open_checkpoint,
+    rows_of,
     tensor_files,
     tensor_slices,
 )
@@ -156,15 +157,14 @@ def checked(value: object, default: object, name: str):
     return value
 
 
-def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | None = None, values: dict | None = None):
-    """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it. `values`: what the
-    file would hold, where `path` is a file of another form.
+def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | None = None):
+    """Fill the dataclass `cls` from a published config.json, or from the object `nested` inside it.
 
     Keys that `cls` does not name are ignored. A missing or null key takes the field's default, which is the published
     model's value: published files leave defaults out. WeightsError for another type, an impossible size, and a setting
     that has none of its `supported` values, among which None stands for one that is left out.
     """
-    values = read_json(path, WeightsError) if values is None else values
+    values = read_json(path, WeightsError)
     try:
         for name, allowed in (supported or {}).items():
             if values.get(name) not in allowed:
@@ -187,35 +187,32 @@ def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | Non
 
 def check_heads(config: LlamaConfig | QFormerConfig | TextConfig | VisionConfig) -> None:
     """ValueError for widths and heads that do not go together."""
-    heads, width = config.num_attention_heads, getattr(config, "head_dim", 0)
-    if not width and config.hidden_size % heads:
-        raise ValueError(f"hidden_size {config.hidden_size} cannot be shared by {heads} attention heads")
-    width, key_value_heads = width or config.hidden_size // heads, getattr(config, "num_key_value_heads", 0) or heads
-    if isinstance(config, LlamaConfig) and width % 2:
-        raise ValueError(f"attention heads have width {width}, which is not even")
-    if heads % key_value_heads:
-        raise ValueError(f"{key_value_heads} key-value heads cannot be shared by {heads} attention heads")
+    channels, heads, width = config.hidden_size, config.num_attention_heads, getattr(config, "head_dim", 0)
+    groups = getattr(config, "num_key_value_heads", 0) or heads
+    is_odd = isinstance(config, LlamaConfig) and (width or channels // heads) % 2  # a head's channels turn in pairs
+    if (not width and channels % heads) or heads % groups or is_odd:
+        found = f"{channels} channels, {heads} attention heads, {groups} key-value heads, head_dim {width}"
+        raise ValueError(f"hidden_size and heads do not go together: {found}")
 
 
 def check_levels(config: UNetConfig) -> None:
     """Give every level its number of heads, where the file has one for all. ValueError for what no UNet here has."""
-    levels = len(config.block_out_channels)
+    widths, levels = config.block_out_channels, len(config.block_out_channels)
     if len(config.attention_head_dim) == 1:
         config.attention_head_dim *= levels
-    for name in ("down_block_types", "up_block_types", "attention_head_dim"):
-        if len(getattr(config, name)) != levels:
-            raise ValueError(f"{name} should have {levels} entries, as block_out_channels has")
-    if any(width % heads for width, heads in zip(config.block_out_channels, config.attention_head_dim, strict=True)):
-        raise ValueError(f"attention_head_dim should divide block_out_channels, found {config.attention_head_dim}")
+    heads, blocks = config.attention_head_dim, config.down_block_types + config.up_block_types
+    if unknown := {*blocks} - UNET_BLOCKS:
+        raise ValueError(f"block type {min(unknown)} is not supported")
+    lengths = {len(config.down_block_types), len(config.up_block_types), len(heads)}
+    if lengths != {levels} or any(width % count for width, count in zip(widths, heads, strict=True)):
+        raise ValueError(f"block_out_channels {widths} does not go with attention_head_dim {heads} or the block types")
     if config.sample_size % 2 ** (levels - 1) or config.sample_size > 1024:
         raise ValueError(f"sample_size {config.sample_size} cannot be halved {levels - 1} times")
-    if unknown := {*config.down_block_types, *config.up_block_types} - UNET_BLOCKS:
-        raise ValueError(f"block type {min(unknown)} is not supported")
 
 
-def config_of(part: str, path: Path, values: dict | None = None):
-    """The configuration of a part in the published file `path`; `values` as in `read_config`."""
-    return read_config(PARTS[part].config, Path(path), supported=PARTS[part].supported, values=values)
+def config_of(part: str, path: Path):
+    """The configuration of a part in the published file `path`."""
+    return read_config(PARTS[part].config, Path(path), supported=PARTS[part].supported)
 
 
 # ---- a part
@@ -225,13 +222,7 @@ def load(part: str, folder: Path, dtype: DType = None, device: Device = "cpu") -
     """A part from its folder of config.json and *.safetensors."""
     published, folder = PARTS[part], Path(folder)
     build = partial(published.module, config_of(part, folder / "config.json"))
-    return with_fast_kernels(loading.load(build, folder, published.names, dtype, device, published.channels_last))
-
-
-def with_fast_kernels(part: nn.Module) -> nn.Module:
-    if any(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in part.parameters()):
-        use_float32_kernels(part)
-    return part
+    return with_float32_kernels(loading.load(build, folder, published.names, dtype, device, published.channels_last))
 
 
 load_llama, load_unet, load_text_encoder = (partial(load, part) for part in ("llama", "unet", "text encoder"))
@@ -239,7 +230,7 @@ load_llama, load_unet, load_text_encoder = (partial(load, part) for part in ("ll
 
 def load_int8_llama(folder: Path, dtype: torch.dtype, device: Device = "cpu") -> Llama:
     """`load_llama` with the blocks' matrices in 8 bits, which are made of the mapped file one by one."""
-    return with_fast_kernels(to_int8(load_llama(folder), dtype, device))
+    return with_float32_kernels(to_int8(load_llama(folder), dtype, device))
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -256,12 +247,9 @@ def load_tokenizer(folder: Path, vokens: int = 8) -> Tokenizer:
         return Tokenizer(file, vokens)
     values = read_json(path, WeightsError)
     bos, eos, form = values.get("bos_token_id"), values.get("eos_token_id"), values.get("chat_form", "vicuna")
-    eos = eos if isinstance(eos, list) else [eos]
-    if not eos or not all(type(i) is int for i in (bos, *eos)):
-        raise WeightsError(f"{path}: bos_token_id and eos_token_id should be token ids, found {bos!r:.80}, {eos!r:.80}")
     if form not in CHAT_FORMS:
         raise WeightsError(f"{path}: chat_form {form!r:.80} is not supported, only {' or '.join(CHAT_FORMS)}")
-    return BytePairTokenizer(file, bos, eos, CHAT_FORMS[form], vokens)
+    return BytePairTokenizer(file, bos, eos if eos and isinstance(eos, list) else [eos], CHAT_FORMS[form], vokens)
 
 
 def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu") -> ImageEncoder:
@@ -271,12 +259,10 @@ def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu
     vision = read_config(VisionConfig, path, "vision_config")
     queries = read_config(QFormerConfig, path).num_query_tokens  # the one field at the file's top level
     qformer = replace(read_config(QFormerConfig, path, "qformer_config"), num_query_tokens=queries)
-    matrix = tensor_slices(projection).get("llama_proj.weight")
-    shape = matrix.get_shape() if matrix else []
-    llm_width = shape[0] if shape else 4096  # loading says that the matrix is missing
+    llm_width = rows_of(tensor_slices(projection), "llama_proj.weight", range(1, MAX_SIZE), projection)
     files = [*tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens")), projection]
     build = partial(ImageEncoder, vision, qformer, llm_width)
-    return with_fast_kernels(loading.load(build, files, BLIP2_UNUSED, dtype, device))
+    return with_float32_kernels(loading.load(build, files, BLIP2_UNUSED, dtype, device))
 
 
 def load_vae(folder: Path, dtype: DType = None, device: Device = "cpu") -> VAE:
@@ -288,10 +274,10 @@ def load_vae(folder: Path, dtype: DType = None, device: Device = "cpu") -> VAE:
 
 def load_schedule(folder: Path, device: Device = "cpu") -> NoiseSchedule:
     path = Path(folder) / "scheduler_config.json"
-    schedule = NoiseSchedule(config_of("schedule", path), device)
-    if not schedule.alphas_cumprod.min() > 0:
+    config = config_of("schedule", path)
+    if not NoiseSchedule(config).alphas_cumprod.min() > 0:
         raise WeightsError(f"{path}: beta_start, beta_end and num_train_timesteps leave no signal at the last timestep")
-    return schedule
+    return NoiseSchedule(config, device)
 
 
 @torch.no_grad()

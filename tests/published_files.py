@@ -48,10 +48,29 @@ def qformer_file(path):
     return path
 
 
-def blip2_config(path):
-    path.write_text(
-        json.dumps({"vision_config": {"num_attention_heads": 4}, "qformer_config": {"num_attention_heads": 4}})
-    )
+BLIP2 = {
+    "num_query_tokens": 8,
+    "vision_config": {
+        "num_attention_heads": 4,
+        "hidden_size": 48,
+        "patch_size": 14,
+        "image_size": 28,
+        "intermediate_size": 209,
+        "num_hidden_layers": 3,
+    },
+    "qformer_config": {
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "encoder_hidden_size": 48,
+        "cross_attention_frequency": 2,
+    },
+}
+
+
+def blip2_config(path, **vision):
+    path.write_text(json.dumps(BLIP2 | {"vision_config": BLIP2["vision_config"] | vision}))
     return path
 
 

@@ -304,21 +304,6 @@ def test_sample(monkeypatch, weights, tmp_path, capsys):
     assert "[" + str(tmp_path / "a" / "0.png") + "]" in printed and "no trained checkpoint found" in printed
 
 
-def test_a_folder_holds_one_answer(monkeypatch, weights, tmp_path):
-    """Pictures of the answer before go; other files stay, and what only claims to be one."""
-    ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--force-image")
-    assert (tmp_path / "0.png").exists() and (tmp_path / "storyboard.png").exists()
-    (tmp_path / "7.png").touch()
-    ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--temperature", 0)
-    assert {path.name for path in tmp_path.iterdir()} == {"7.png", "answer.json", "index.html"}
-    outside = tmp_path / "x.png"
-    for content in ('{"segments": [{"image": "x.png"}, {"image": "../x.png"}]}', '{"segments": 3}', "[1]", "no JSON"):
-        outside.touch()
-        (tmp_path / "answer.json").write_text(content)
-        ask(monkeypatch, weights, tmp_path, "--prompt", "a boat", "--temperature", 0)
-        assert outside.exists()
-
-
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm"])
 def test_samplers_and_guidance(monkeypatch, weights, tmp_path, sampler):
     answer = ask(

@@ -54,10 +54,10 @@ def test_errors(tmp_path, monkeypatch):
         assert error.value.reason == reason and "\n" not in str(error.value)
     with pytest.raises(ImageError, match=r"missing\.png: no such file"):
         read_image(tmp_path / "missing.png")
-    for size, reason in (((10_001, 200), "too large"), ((1010, 10), "too long")):
+    for size in ((10_001, 200), (1010, 10)):
         with pytest.raises(ImageError) as error:
             read_image(encoded(Image.new("L", size), "PNG"))
-        assert error.value.reason == reason
+        assert error.value.reason == "too large"
     monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(ImageError, match="64x64 is over"):
         read_image(jpeg)

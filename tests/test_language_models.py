@@ -14,7 +14,8 @@ from test_llama import FAMILY, SIZES, generated_strings
 from prompts import END, System, Turn, dialog_source, uas_texts
 from published.__main__ import main
 from published.byte_pairs import chatml
-from published.gguf_file import chat_form, smollm_tokenizer
+from published.convert import chat_form
+from published.gguf_file import smollm_tokenizer
 from published.loading import WeightsError
 from published.parts import load_llama, load_tokenizer
 
@@ -110,9 +111,9 @@ def test_vicunas_form_with_byte_pairs(folder, tmp_path):
     ("change", "message"),
     [
         ({"chat_form": "zephyr"}, "chat_form 'zephyr' is not supported, only vicuna or chatml"),
-        ({"bos_token_id": None}, r"bos_token_id and eos_token_id should be token ids, found None, \[2\]"),
-        ({"eos_token_id": "2"}, r"should be token ids, found 1, \['2'\]"),
-        ({"eos_token_id": []}, r"should be token ids, found 1, \[\]"),
+        ({"bos_token_id": None}, r"bos_token_id None and eos_token_id \[2\] should be special tokens of it"),
+        ({"eos_token_id": "2"}, r"eos_token_id \['2'\] should be special tokens"),
+        ({"eos_token_id": []}, r"eos_token_id \[\[\]\] should be special tokens"),
         ({"eos_token_id": 9}, r"bos_token_id 1 and eos_token_id \[9\] should be special tokens of it"),
     ],
 )
@@ -153,7 +154,14 @@ def test_chatml():
     assert chatml("a boat. ###") == "a boat.<|im_end|>"
     source, target = uas_texts("a red boat", 2)
     assert (chatml(source), chatml(target)) == ("a red boat", "[IMG0][IMG1]<|im_end|>")
-    assert chat_form(TEMPLATE) == "chatml" and chat_form("### {{ message }}") == chat_form(None) == "vicuna"
+
+
+def test_chat_form(tmp_path):
+    assert chat_form(tmp_path) == "vicuna"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    assert chat_form(tmp_path) == "chatml"
+    (tmp_path / "chat_template.jinja").write_text("### {{ message }}")
+    assert chat_form(tmp_path) == "vicuna"
 
 
 # ---- conversion
@@ -181,6 +189,7 @@ def write_gguf(path, folder, **change):
     writer.add_head_count(heads["q_proj"])
     writer.add_head_count_kv(heads["k_proj"])
     writer.add_key_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_tokenizer_model("gpt2")
@@ -241,6 +250,6 @@ def test_broken_gguf_files(folder, tmp_path):
     path = tmp_path / "broken.gguf"
     for size in (4, 24, 100, 5000, len(content) - 4000):
         path.write_bytes(content[:size])
-        with pytest.raises(WeightsError, match="not a whole GGUF file") as error:
+        with pytest.raises(WeightsError, match="no GGUF file that can be read") as error:
             main(["convert", str(path), "--out", str(tmp_path)])
         assert "\n" not in str(error.value)

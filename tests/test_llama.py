@@ -183,9 +183,9 @@ def test_rotary_frequencies_of_llama3():
         ({"rope_scaling": {**LLAMA3, "factor": "8"}}, "rope_scaling.factor should be float, found '8'"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "low_freq_factor that is not below"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "rope_parameters {.* is not supported"),
-        ({"num_key_value_heads": 3}, "3 key-value heads cannot be shared by 4 attention heads"),
-        ({"head_dim": 15}, "attention heads have width 15, which is not even"),
-        ({"num_attention_heads": 5}, "hidden_size 64 cannot be shared by 5 attention heads"),
+        ({"num_key_value_heads": 3}, "4 attention heads, 3 key-value heads"),
+        ({"head_dim": 15}, "head_dim 15"),
+        ({"num_attention_heads": 5}, "do not go together: 64 channels, 5 attention heads"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings should be bool, found 1"),
     ],
 )

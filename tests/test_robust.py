@@ -130,28 +130,6 @@ def test_what_resumes_differently_is_told(monkeypatch, weights, tar, tmp_path, c
     assert told == ["--lr is 0.25 from here on, before it was 0.5", "--steps is 2 from here on, before it was 1"]
 
 
-def test_a_request_to_end_leaves_no_half_file(tmp_path):
-    """SIGTERM to a command that handles it nowhere itself."""
-    program = f"""
-import time
-from pathlib import Path
-from common.cli import run
-from common.files import written_whole
-def main():
-    with written_whole(Path({str(tmp_path)!r}) / "x.tar") as temporary:
-        temporary.write_bytes(b"half")
-        print("writing", flush=True)
-        time.sleep(60)
-run(main)
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"writing\n" and list(tmp_path.iterdir())
-        process.terminate()
-        assert process.wait(30) == 128 + signal.SIGTERM
-    assert not list(tmp_path.iterdir())
-
-
 # ---- numbers that are not finite
 
 

@@ -18,7 +18,6 @@ from test_commands import fails, train
 from test_robust import load, open_tiny, save, stepped
 
 import train_uas
-from common.files import written_whole
 from published.loading import checkpoint_folders
 from trainer.log import cut_log, plot_losses, read_log
 from trainer.processes import stop_signals
@@ -157,7 +156,7 @@ def test_log_lines_that_are_not_json(tmp_path):
 
 
 def test_the_end_of_the_terminal_stops_a_run(monkeypatch):
-    """As SIGTERM does, unless nohup has it ignored; while a file is written, too."""
+    """As SIGTERM does, unless nohup has it ignored."""
     with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.01)
@@ -168,15 +167,6 @@ def test_the_end_of_the_terminal_stops_a_run(monkeypatch):
         time.sleep(0.01)
     signal.signal(signal.SIGHUP, before)
     assert received == []
-
-
-def test_a_file_in_the_making_goes_with_the_terminal(tmp_path):
-    with pytest.raises(SystemExit) as stop, written_whole(tmp_path / "x") as temporary:
-        temporary.touch()
-        os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(1)
-    assert stop.value.code == 128 + signal.SIGHUP and not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
 
 
 def test_a_clock_that_stands_still(monkeypatch):
