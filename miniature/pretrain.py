@@ -39,11 +39,9 @@ import torch
 from torch import nn
 
 from common.files import written_whole
-from miniature.autoencoder import AutoencoderRecipe
 from miniature.judge import JudgeRecipe
-from miniature.painter import DiffusionRecipe
+from miniature.painter import AutoencoderRecipe, DiffusionRecipe, TextRecipe
 from miniature.pairing import PairingRecipe
-from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Setup, write_settings
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from trainer.log import append_log, cut_log, plot_losses, read_log

@@ -12,11 +12,9 @@ from PIL import Image
 from common.cli import run
 from generation import Sampling
 from miniature import (
-    autoencoder,
     documents,
     painter,
     pretrain,
-    reader,
     score,
     score_people,
     score_stories,
@@ -34,9 +32,9 @@ from published.parts import load_minigpt5
 
 CPU = torch.device("cpu")
 SMALLER = [
-    (autoencoder, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
+    (painter, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
     (painter, "UNET_SIZES", {"block_out_channels": (32, 32), "attention_head_dim": (2, 2)}),
-    (reader, "TEXT_SIZES", {"num_hidden_layers": 1}),
+    (painter, "TEXT_SIZES", {"num_hidden_layers": 1}),
     (speaker, "LANGUAGE_SIZES", {"num_hidden_layers": 1}),
     (speaker, "VISION_SIZES", {"num_hidden_layers": 1}),
     (speaker, "QFORMER_SIZES", {"num_hidden_layers": 2}),
@@ -51,7 +49,6 @@ def weights(tmp_path_factory):
     for module, name, changes in SMALLER:
         patch.setattr(module, name, replace(getattr(module, name), **changes))
     patch.setattr(documents, "TEXTS", 1000)
-    patch.setattr(reader, "TEXTS", 1000)
     folder = tmp_path_factory.mktemp("miniature")
     shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=8, tested=2)
     torch.manual_seed(0)
