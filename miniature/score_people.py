@@ -9,10 +9,11 @@ defaults, once with each seed; a chat goes on from what the model said and drew 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.cli import suited_options
 from generation import Sampling
@@ -32,40 +33,27 @@ class Wish(NamedTuple):
     wanted: Picture | None
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
-    """The objects of a JSONL file, each with its place for messages. ValueError where a line is none."""
+def read_lines(path: Path, read: Callable[[dict], Any]) -> list:
+    """`read` of each object of a JSONL file. ValueError that names the line where it finds something else."""
+    found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            try:
-                value = json.loads(line)
-            except ValueError:
-                raise ValueError(f"{place}: not JSON") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{place}: not an object")
-            yield place, value
+        try:
+            found += [read(json.loads(line))] if line.strip() else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not in the form of {FOLDER} ({error!r})") from None
+    return found
 
 
-def wish_of(place: str, text_name: str, entry: dict) -> Wish:
-    try:
-        text, is_asked = entry[text_name], entry.get("picture", True)
-        return Wish(str(text), Picture.from_label(entry) if is_asked else None)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{place}: {error} is missing or no value for it") from None
+def wish_of(entry: dict, text_name: str = "say") -> Wish:
+    return Wish(str(entry[text_name]), Picture.from_label(entry) if entry.get("picture", True) else None)
 
 
 def read_prompts(path: Path) -> list[Wish]:
-    return [wish_of(place, "prompt", entry) for place, entry in read_lines(path)]
+    return read_lines(path, partial(wish_of, text_name="prompt"))
 
 
 def read_chats(path: Path) -> list[list[Wish]]:
-    chats = []
-    for place, entry in read_lines(path):
-        turns = entry.get("turns")
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError(f"{place}: no list of turns")
-        chats.append([wish_of(place, "say", turn) for turn in turns])
-    return chats
+    return read_lines(path, lambda entry: [wish_of(turn) for turn in entry["turns"]])
 
 
 def sampling_of_sample(weights: Path) -> Sampling:
@@ -122,7 +110,7 @@ def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
         exam = replace(exam, seed=seed)
         said = draw_prompts(exam, [wish.text for wish in wishes])
         drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
-        exam.sheet(f"people {seed}", ((w.text, [s.picture]) for w, s in zip(wishes, said, strict=True)))
+        exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in said])
         answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
         turns += zip(flat, verdicts(exam, flat, answers), strict=True)
     rows = {"prompts": [fine for _, fine in drawn]}

@@ -20,7 +20,7 @@ from miniature.wishes import wish
 from miniature.world import sample_pair
 
 PROMPTS = Path(__file__).resolve().parents[1] / "experiments" / "knowledge.jsonl"
-ENTRIES = [entry for _, entry in read_lines(PROMPTS)]
+ENTRIES = read_lines(PROMPTS, dict)
 
 
 def test_there_are_a_hundred_prompts_of_people():

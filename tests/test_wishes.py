@@ -182,10 +182,10 @@ def test_copies_of_the_peoples_files_can_be_read(tmp_path):
     wishes, chats = read_prompts(FOLDER / "prompts.jsonl"), read_chats(FOLDER / "chats.jsonl")
     assert {len(wish.wanted.things) for wish in wishes} == {1, 2} and len(chats) == 6
     (tmp_path / "x.jsonl").write_text(json.dumps({"scene": None}) + "\n")
-    with pytest.raises(ValueError, match=r"x.jsonl, line 1: 'prompt' is missing"):
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: not in the form of .*'prompt'"):
         read_prompts(tmp_path / "x.jsonl")
-    with pytest.raises(ValueError, match=r"x.jsonl, line 1: no list of turns"):
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: not in the form of .*'turns'"):
         read_chats(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_text("\nno json\n")
-    with pytest.raises(ValueError, match=r"x.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"x.jsonl, line 2: not in the form of .*JSON"):
         read_prompts(tmp_path / "x.jsonl")
