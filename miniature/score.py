@@ -97,7 +97,7 @@ def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Im
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
         drawn = draw_all(texts)
-        exam.sheet(f"{part} {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        exam.sheet(f"{part} {name}", texts, drawn)
         figures[f"{name}, named"] = named_shares(wanted)
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
@@ -115,7 +115,6 @@ def captions(exam: Exam) -> Figures:
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
     sources = [chat_source(exam, some(rng, SHOWS), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
-    exam.sheet("captions", ((text, [picture]) for text, picture in zip(texts, pictures, strict=True)))
     told = [facts_in(text) for text in texts]
     fine = [no_error(a, b) for a, b in zip(told, wanted, strict=True)]
     return {"described, right": right_shares(told, wanted) | {"no error": share(fine)}}
@@ -178,7 +177,7 @@ def dialogues(exam: Exam) -> Figures:
     changed = [r for r in turns[True] if not facts_in(r.asked.text).scene and has_picture(r)]
     wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.picture for r in changed]}
     for name, rows in {"asked for": new, "changed": changed}.items():
-        drawn = [said.picture for said in answers(exam, f"dialogues {name}", rows)]
+        drawn = [said.picture for said in answers(exam, rows)]
         figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted[name])
     shown = [reply for reply in turns[False] if reply.asked.picture]
     about = [r for r in turns[False] if has_picture(r) and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
@@ -186,7 +185,7 @@ def dialogues(exam: Exam) -> Figures:
     for name, rows in {"described": shown, "answered": about}.items():
         fine = [
             no_error(facts_in(said.text), r.asked.picture) if r.asked.picture else same_answer(said.text, r.turn.text)
-            for r, said in zip(rows, answers(exam, f"dialogues {name}", rows), strict=True)
+            for r, said in zip(rows, answers(exam, rows), strict=True)
         ]
         figures[name] = {"samples": len(rows) / exam.n, "right": share(fine)}
     return figures
@@ -202,12 +201,8 @@ def no_error(told: Picture, picture: Picture) -> bool:
     return len(told.things) == len(picture.things) and agrees(told, picture)
 
 
-def answers(exam: Exam, name: str, rows: list[Reply]) -> list[Said]:
-    """What is said to each, and a sheet of it: the picture that came, or the one that it is about."""
-    said = ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
-    columns = zip(rows, said, strict=True)
-    exam.sheet(name, ((f"{r.asked.text} > {a.text}", [a.picture or (*r.pictures, None)[-1]]) for r, a in columns))
-    return said
+def answers(exam: Exam, rows: list[Reply]) -> list[Said]:
+    return ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
 
 
 # ---- the command
@@ -257,7 +252,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
-    add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
+    add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return read_arguments(parser, argv)

@@ -383,9 +383,8 @@ def test_all_parts(weights, tmp_path, capsys, monkeypatch):
             assert f"| {row} | " in printed
             assert all(0 <= value <= 1 for value in columns.values()), row
     pictures = {path.stem for path in (tmp_path / "sheets").iterdir()}
-    for part in score.PARTS:
-        assert part == "replies" or any(name.startswith(part) for name in pictures), part
-    assert {"stories-own-1", "stories-text-image"} <= pictures
+    drawn = [f"{part}-{count}" for part in ("prompts", "vokens") for count in ("one-thing", "two-things")]
+    assert pictures == {*drawn, "people-0", "people-1", "people-2"}
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(record["figures"]["stories"]) == 13
 
