@@ -110,20 +110,13 @@ class AutoencoderRecipe(Recipe):
 
 
 def latent_block(vae: VAE, drawn: Tensor, entries: range) -> np.ndarray:
-    """float16 (n, 2, C, h, w): mean and deviation of the scaled latents."""
+    """float16 (n, 2, C, h, w): mean and deviation of the scaled latents of these training pictures."""
     device = next(vae.parameters()).device
     with torch.no_grad():
         encoded = [vae.encode(to_pixels(part.to(device))) for part in drawn[entries.start : entries.stop].split(64)]
         mean, logvar = map(torch.cat, zip(*encoded, strict=True))
         both = torch.stack([mean, torch.exp(0.5 * logvar)], 1) * vae.config.scaling_factor
     return both.half().cpu().numpy()
-
-
-def latent_set(setup: Setup, vae: VAE) -> Tensor:
-    """Mean and deviation of the scaled latents of the training pictures (n, 2, C, h, w), made once for an encoder."""
-    version = fingerprint([setup.weights / "stable-diffusion" / "vae" / "diffusion_pytorch_model.safetensors"])
-    path = setup.sets / f"latents-{version}-{setup.seed}-{setup.pictures}.npy"
-    return cached(path, setup.pictures, partial(latent_block, vae, setup.training_pictures()), 1).to(setup.device)
 
 
 # ---- text encoder
@@ -229,11 +222,13 @@ class DiffusionRecipe(Recipe):
         self.vae = load_vae(folder / "vae", torch.float32, setup.device)
         self.tokenizer, self.texts = tokenizer_at(folder / "tokenizer"), caption_set(setup, folder / "tokenizer")
         self.empty = self.tokenizer([""])[0].to(setup.device)
-        self.latents = latent_set(setup, self.vae)
+        version = fingerprint([folder / "vae" / "diffusion_pytorch_model.safetensors"])
+        path = setup.sets / f"latents-{version}-{setup.seed}-{setup.pictures}.npy"
+        make = partial(latent_block, self.vae, setup.training_pictures())
+        self.latents = cached(path, setup.pictures, make, 1).to(setup.device)
         self.judge = judge.load_judge(setup.weights / "judge.safetensors", setup.device)
         self.wanted = [sample_pair(setup.seed, i, "held-out", 1)[0] for i in range(min(64, setup.tested))]
-        streams = (random_stream(setup.seed, i, PROMPTS) for i in range(len(self.wanted)))
-        self.prompts = [full_caption(picture, rng) for picture, rng in zip(self.wanted, streams, strict=True)]
+        self.prompts = [full_caption(p, random_stream(setup.seed, i, PROMPTS)) for i, p in enumerate(self.wanted)]
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         B, shape = self.batch_size, (self.batch_size, *self.latents.shape[2:])

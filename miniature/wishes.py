@@ -14,9 +14,8 @@ import numpy as np
 
 from common.texts import plain_words
 from miniature import phrases, words
-from miniature.descriptions import as_named
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, home, pick, pick_other, sample_picture
-from miniature.words import caption, choices, facts_in, home_level, one_of, plural, some, tidy, verb, with_article
+from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, verb, with_article
 
 SLIPS = 0.05  # share of texts with slips of the fingers
 
@@ -94,7 +93,7 @@ def thing_phrase(rng: np.random.Generator, named: Thing) -> str:
 
 def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
     if chance(rng, 0.45):
-        return some(rng, words.SCENE_PHRASES[f"{scene} {home_level(picture)}".strip()])
+        return some(rng, words.SCENE_PHRASES[f"{scene} {words.home_level(picture)}".strip()])
     if chance(rng, 0.55):
         return one_of(rng, phrases.MORE_SCENES[scene])
     sky = all(home(thing.kind, scene) == "sky" for thing in picture.things)
@@ -122,7 +121,7 @@ def wish(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
         text = caption(picture, rng)
         if len(picture.things) == 2 and not any(thing.place for thing in facts_in(text).things):
             picture = spread(rng, picture)
-        picture = as_named(picture, text)
+        picture = words.as_named(picture, text)
     else:
         picture = wanted_picture(rng, split)
         text, picture = asked_for(rng, picture)

@@ -15,7 +15,7 @@ from miniature import phrases, words
 from miniature.exam import Said
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, home, random_stream
 from miniature.judge import NOTHING
-from miniature.score_people import FOLDER, read_lines, read_prompts
+from miniature.score import FOLDER, read_lines, read_prompts
 from miniature.wishes import wish
 from miniature.world import sample_pair
 

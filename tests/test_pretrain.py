@@ -61,7 +61,6 @@ def shop(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for module, name, changes in SMALLER:
         patch.setattr(module, name, replace(getattr(module, name), **changes))
-    patch.setattr(documents, "TEXTS", 2000)
     folder = tmp_path_factory.mktemp("miniature")
     shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=24, tested=4)
     for part in pretrain.PARTS:
@@ -200,7 +199,7 @@ def test_sets_do_not_depend_on_workers(tmp_path, monkeypatch):
 
 
 def test_documents_fit_their_rows(shop):
-    path = shop.sets / "pieces-3.model"
+    path = speaker.TOKENIZER
     tokenizer = Tokenizer(path)
     for i in range(300):
         row = documents.document(0, i, "train")
@@ -229,13 +228,13 @@ def test_documents_fit_their_rows(shop):
     rows = [documents.language_ids(path, 0, "train", i) for i in range(20)]
     for ids, weights in rows:
         assert len(ids) == len(weights) == documents.LENGTH
-        assert ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
+        assert ids[0] == tokenizer.bos_id and ids.max() < LANGUAGE_SIZES.vocab_size
     weights = {*np.concatenate(rows, axis=1)[1]}
     assert weights == {1, documents.TOLD_WEIGHT, documents.ANSWER_WEIGHT, documents.PICTURE_WEIGHT}
 
 
 def test_answers_to_questions(shop):
-    path = shop.sets / "pieces-3.model"
+    path = speaker.TOKENIZER
     tokenizer = Tokenizer(path)
     for i in range(50):
         row, picture = documents.answer_ids(path, 0, i), world.sample_pair(0, i)[0]
@@ -282,7 +281,7 @@ def test_shipped_size():
             *(VAE(VAE_SIZES), UNet(UNET_SIZES), TextEncoder(replace(TEXT_SIZES, vocab_size=1100))),
             *(llama, ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)),
             *(judging.Judge(), VokenMapper(width, context, TEXT_SIZES.max_position_embeddings)),
-            Vokens(llama, 8, documents.PIECES),
+            Vokens(llama, 8, LANGUAGE_SIZES.vocab_size),
         ]
     sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) for part in parts}
     print(f"{sizes}: {2e-6 * sum(sizes.values()):.1f} MB")

@@ -11,17 +11,8 @@ from PIL import Image
 
 from common.cli import run
 from generation import Sampling
-from miniature import (
-    documents,
-    painter,
-    pretrain,
-    score,
-    score_people,
-    score_stories,
-    speaker,
-    world,
-)
 from miniature import exam as examining
+from miniature import painter, pretrain, score, score_stories, speaker, world
 from miniature.exam import Exam, Said
 from miniature.facts import Picture, Thing, random_stream
 from miniature.judge import NOTHING, right_shares
@@ -48,7 +39,6 @@ def weights(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for module, name, changes in SMALLER:
         patch.setattr(module, name, replace(getattr(module, name), **changes))
-    patch.setattr(documents, "TEXTS", 1000)
     folder = tmp_path_factory.mktemp("miniature")
     shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=8, tested=2)
     torch.manual_seed(0)
@@ -455,13 +445,11 @@ def test_people(exam, draw, monkeypatch, tmp_path, capsys):
             said.append(Said("" if picture else "hi", picture))
         return said
 
-    for module in (examining, score_people):
+    for module in (examining, score):
         monkeypatch.setattr(module, "ask", ask)
-    monkeypatch.setattr(
-        score_people, "look", lambda exam, pictures: [p.info["facts"] if p else NOTHING for p in pictures]
-    )
-    monkeypatch.setattr(score_people, "sampling_of_sample", lambda weights: Sampling(words_first=True))
-    figures = score_people.people(exam, tmp_path / "prompts", tmp_path / "chats", [0, 1])
+    monkeypatch.setattr(score, "look", lambda exam, pictures: [p.info["facts"] if p else NOTHING for p in pictures])
+    monkeypatch.setattr(score, "sampling_of_sample", lambda weights: Sampling(words_first=True))
+    figures = score.people(exam, tmp_path / "prompts", tmp_path / "chats", [0, 1])
     assert {name: row["all right"] for name, row in figures.items()} == pytest.approx(
         {
             "prompts, 6": 2 / 3,

@@ -9,11 +9,10 @@ from common.files import read_json
 from common.texts import Words, plain_words
 from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat, known_words, unknown_words
-from miniature.descriptions import describe
 from miniature.documents import chat_document, described_story_document, wish_document
 from miniature.facts import fits, held_out, random_stream, sample_picture
 from miniature.wishes import typed, wish
-from miniature.words import facts_in
+from miniature.words import describe, facts_in
 from prompts import Turn, chat_history, description_in, model_turn, user_turn
 
 WORDS = Words.of(MINIATURE)
@@ -177,7 +176,7 @@ def test_slips_are_mended():
 
 
 def test_copies_of_the_peoples_files_can_be_read(tmp_path):
-    from miniature.score_people import FOLDER, read_chats, read_prompts
+    from miniature.score import FOLDER, read_chats, read_prompts
 
     wishes, chats = read_prompts(FOLDER / "prompts.jsonl"), read_chats(FOLDER / "chats.jsonl")
     assert {len(wish.wanted.things) for wish in wishes} == {1, 2} and len(chats) == 6
