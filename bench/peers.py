@@ -35,9 +35,7 @@ from common.files import read_json
 from common.tokenizer import Tokenizer
 from llama import Llama, LlamaConfig
 from mapper import VokenMapper
-from miniature.autoencoder import VAE_SIZES
-from miniature.painter import SCHEDULE, UNET_SIZES
-from miniature.reader import TEXT_SIZES
+from miniature.painter import SCHEDULE, TEXT_SIZES, UNET_SIZES, VAE_SIZES
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from minigpt5 import Vokens
 from published.loading import tensor_files

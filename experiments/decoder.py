@@ -19,7 +19,7 @@ from torch import Tensor, nn
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from miniature.autoencoder import AutoencoderRecipe
+from miniature.painter import AutoencoderRecipe
 from miniature.pretrain import train
 from miniature.recipe import Setup, write_tensors
 from published.parts import load_vae

@@ -36,8 +36,7 @@ from common.texts import clean_caption
 from miniature.exam import SIDE, Exam, Said, draw_prompts, look, text_to_pictures
 from miniature.facts import random_stream, sample_picture
 from miniature.judge import ATTRIBUTES, asks_for, right
-from miniature.score import checkpoint_for, seeds
-from miniature.score_people import Wish, read_prompts, sampling_of_sample
+from miniature.score import Wish, checkpoint_for, read_prompts, sampling_of_sample, seeds
 
 PROMPTS = Path(__file__).parent / "knowledge.jsonl"
 WAYS = ("words", "vokens", "text")

@@ -41,10 +41,10 @@ from common.files import written_whole
 from common.images import preprocess_output
 from experiments.vocabulary import SLIPS, wide_wish
 from miniature.chats import bracketed
-from miniature.descriptions import describe
 from miniature.facts import random_stream, sample_picture
 from miniature.paint import draw
 from miniature.wishes import wish
+from miniature.words import describe
 from minigpt5 import CAP_WEIGHT, MiniGPT5
 from prompts import uas_texts
 from published.loading import given_checkpoint, save_trained, shipped_checkpoint

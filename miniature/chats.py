@@ -15,11 +15,10 @@ import numpy as np
 
 from common.texts import plain_words, words_in
 from miniature import facts, phrases, words
-from miniature.descriptions import describe, from_left
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
 from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast, talk_about
 from miniature.wishes import SLIPS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
-from miniature.words import choices, one_of, plural, some
+from miniature.words import choices, describe, from_left, one_of, plural, some
 
 WORDS = 203  # purpose of the random streams
 COMPARATIVES = {

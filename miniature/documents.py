@@ -15,24 +15,19 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
 import prompts
-from common.files import written_whole
 from common.texts import plain_words
 from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
-from miniature.descriptions import as_named, describe, from_left
-from miniature.facts import PLACES, Picture, pick, pick_weighted, random_stream
+from miniature.facts import Picture, pick, pick_weighted, random_stream
 from miniature.tales import SEES, SHOWS
 from miniature.tales import Turn as ToldTurn
 from miniature.wishes import typed, wish
-from miniature.words import description, some
+from miniature.words import as_named, describe, description, from_left, some
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from prompts import Example, Turn, chat_history, dialog_example, history_start, story_example, uas_texts
 
-PIECES = 768  # of the sentencepiece model: 256 bytes, the letters, the commonest words
-TEXTS = 20_000  # documents that it is made from
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training sequence
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
@@ -47,9 +42,8 @@ DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
 
 def picture_words(picture: Picture) -> str:
     """The facts as WORDS words: "sea night small red boat left big white kite right"."""
-    things = sorted(picture.things, key=lambda thing: PLACES.index(thing.place))
-    words = [picture.scene, picture.time, *(f"{t.size} {t.colour} {t.kind} {t.place}" for t in things)]
-    return " ".join(words + ["nothing"] * (4 * (2 - len(things))))
+    things = [f"{t.size} {t.colour} {t.kind} {t.place}" for t in from_left(picture).things]
+    return " ".join([picture.scene, picture.time, *things] + ["nothing"] * (4 * (2 - len(things))))
 
 
 def shuffled_words(picture: Picture, rng: np.random.Generator) -> str:
@@ -191,30 +185,6 @@ def document(seed: int, i: int, split: str) -> Example:
 
 
 # ---- tokens
-
-
-def train_tokenizer(path: Path, seed: int) -> None:
-    """A sentencepiece model with Vicuna's settings, from TEXTS documents."""
-    texts = []
-    for row in (document(seed, i, "train") for i in range(TEXTS)):
-        pieces = f"{row.source}\n{row.target}".replace("<ImageHere>", "\n").split("\n")
-        texts += [*pieces, *map(picture_words, row.inputs + row.outputs)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=file,
-            model_type="bpe",
-            vocab_size=PIECES,
-            character_coverage=1.0,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            num_threads=1,
-            minloglevel=2,
-        )
 
 
 tokenizer_at = lru_cache(Tokenizer)  # of a tokenizer.model

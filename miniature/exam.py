@@ -3,11 +3,8 @@
 Prompt i starts from the same noise whichever way its picture is made. Words are decoded greedily.
 """
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +27,7 @@ from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
-SHOWN = 10  # examples of a sheet
+SHOWN = 10  # prompts of a sheet
 LONGEST = 96  # tokens of an answer
 SIDE = 64  # of the judge's pictures
 NOISE = 400  # purpose of the random streams
@@ -47,7 +44,7 @@ class Exam:
     sampling: Sampling
     n: int
     seed: int
-    sheets: Path | None = None  # folder for pictures of examples
+    sheets: Path | None = None  # folder for pictures of the first prompts
 
     @cached_property
     def judge(self) -> Judge:
@@ -72,12 +69,12 @@ class Exam:
         """The random numbers of prompt i: its noise."""
         return torch.Generator().manual_seed(int(random_stream(self.seed, i, NOISE).integers(1 << 62)))
 
-    def sheet(self, name: str, columns: Iterable[tuple[str, list[Image.Image | None]]]) -> None:
-        """The first examples, words below their pictures; a picture that did not come is grey."""
+    def sheet(self, name: str, texts: list[str], pictures: list[Image.Image | None]) -> None:
+        """The first prompts below their pictures; a picture that did not come is grey."""
         blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-        shown = [(words, [picture or blank for picture in pictures]) for words, pictures in islice(columns, SHOWN)]
-        if self.sheets and shown:
-            draw_grid(shown, self.sheets / f"{'-'.join(re.findall(r'[a-z0-9]+', name))}.png")
+        columns = [(text, [picture or blank]) for text, picture in zip(texts[:SHOWN], pictures, strict=False)]
+        if self.sheets and columns:
+            draw_grid(columns, self.sheets / f"{name.replace(' ', '-')}.png")
 
 
 # ---- ways to answers

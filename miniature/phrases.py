@@ -43,9 +43,8 @@ MORE_PLACES = {
     "on the very right",
 }
 SETTINGS = {  # nouns of a scene, and what follows "in the": people use them in lists and sentences
-    "sea": "sea | ocean | waves | water | open sea | blue sea | deep blue sea | deep sea | seaside | "
-    "open water | shore | "
-    "coast | seashore | pacific ocean | blue ocean | bay",
+    "sea": "sea | ocean | waves | water | open sea | blue sea | deep blue sea | deep sea | seaside | open water | "
+    "shore | coast | seashore | pacific ocean | blue ocean | bay",
     "meadow": "meadow | field | grass | green field | grassy field | pasture | green meadow | lawn | green grass | "
     "countryside | grassland | flowery meadow | farmland | prairie",
     "snow": "snow | winter | ice | white snow | deep snow | snowy field | snowy landscape | winter landscape | "
@@ -64,8 +63,7 @@ MORE_SCENES = {
     "on the meadow | in a field of grass | in a green meadow | over a meadow",
     "snow": "in winter time | in the ice | on a snowy field | in wintertime | in a winter landscape | over the ice | "
     "in the white snow | during winter | when it snows | covered in snow",
-    "city": "in a city | in a big city | on the road | in the streets | in the street | in a town | "
-    "in the big city | "
+    "city": "in a city | in a big city | on the road | in the streets | in the street | in a town | in the big city | "
     "over the rooftops | between the buildings | in the city centre | above the skyscrapers | uptown",
     "desert": "in a desert | in the sand | on a dune | in the dunes | in the sahara | in the hot desert | in egypt | "
     "over the sand | near the pyramids | over a dune",
@@ -105,8 +103,7 @@ TIME_STARTS = {  # clauses before "a red boat sails ..."
     "sunset": "the sun goes down and | the sun is setting and | it is evening and | the evening comes and | "
     "the day ends and",
     "night": "the moon shines and | the stars are out and | it is night and | it is dark and | "
-    "at night when it is dark | "
-    "the moon shines on | the moon is over | the moon hangs above",
+    "at night when it is dark | the moon shines on | the moon is over | the moon hangs above",
 }
 REQUESTS = (
     "draw {} | draw {} | draw {} | draw {} | please draw {} | please draw {} | "
@@ -134,8 +131,7 @@ FILLERS = (
 SKY = "in the sky | in the air | up in the sky | high in the sky | up in the air | flying high | overhead | high up"
 JOINS = (
     "and | and | and | and | with | next to | beside | near | together with | plus | along with | close to | "
-    "and also | "
-    "by | as well as | alongside | and then"
+    "and also | by | as well as | alongside | and then"
 )
 LOOKS = (
     "looks at | watches | sees | likes | meets | is next to | is beside | is close to | waits for | dreams of | "
@@ -146,17 +142,14 @@ ABSENT = (
     "and no {1} | no {1} please | not a {0}"
 )
 STRANGERS = (  # what this world does not have
-    "dog | horse | man | woman | girl | boy | robot | dragon | plane | train | bus | bicycle | bike | truck | "
-    "rocket | "
+    "dog | horse | man | woman | girl | boy | robot | dragon | plane | train | bus | bicycle | bike | truck | rocket | "
     "castle | bridge | table | chair | apple | banana | cake | book | guitar | piano | mouse | rabbit | cow | pig | "
-    "sheep | lion | tiger | elephant | monkey | bear | penguin | dolphin | whale | shark | spider | snake | "
-    "frog | duck | "
-    "chicken | unicorn | ghost | king | queen | princess | knight | pirate | wizard | clown | doctor | astronaut | "
-    "umbrella | hat | shoe | phone | computer | lamp | clock | key | door | fence | tent | flag | drum | cup | "
-    "bottle | "
-    "pizza | hamburger | cheese | egg | carrot | mushroom | cactus | bush | rainbow | cloud | rain | volcano | "
-    "island | "
-    "helicopter | submarine | tractor | motorbike | skateboard | swing | statue | tower | church | windmill"
+    "sheep | lion | tiger | elephant | monkey | bear | penguin | dolphin | whale | shark | spider | snake | frog | "
+    "duck | chicken | unicorn | ghost | king | queen | princess | knight | pirate | wizard | clown | doctor | "
+    "astronaut | umbrella | hat | shoe | phone | computer | lamp | clock | key | door | fence | tent | flag | drum | "
+    "cup | bottle | pizza | hamburger | cheese | egg | carrot | mushroom | cactus | bush | rainbow | cloud | rain | "
+    "volcano | island | helicopter | submarine | tractor | motorbike | skateboard | swing | statue | tower | church | "
+    "windmill"
 )
 
 
@@ -207,8 +200,7 @@ PRAISE = (
 )
 ORDERS = (
     "{} please | please {} | can you {}? | now {} | could you {}? | {} | {} | {} | {} | and now {} | "
-    "i want you to {} | "
-    "then {} | {}, please | could you please {}? | ok, now {}"
+    "i want you to {} | then {} | {}, please | could you please {}? | ok, now {}"
 )
 LESS = (
     "remove {} | take {} away | take away {} | delete {} | leave out {} | get rid of {} | "
@@ -231,20 +223,17 @@ MOVES_IT = "{} | {} please | now {} | i want it {} | the same {} | more {} | it 
 RETIMES = (
     "{0} | {0} please | now {0} | and {0}? | the same {0} | but {0} | what about {0}? | can you draw it {0}? | "
     "show it {0} | and now {0} | let it be {1} | make it {1} | turn it into {1} | it should be {1} | "
-    "change it to {1} | "
-    "how does it look {0}? | i want it {0} | {0} instead | the same picture {0} | could it be {1}? | make it {0} | "
-    "draw the same {0} | how about {0}? | let {1} come"
+    "change it to {1} | how does it look {0}? | i want it {0} | {0} instead | the same picture {0} | "
+    "could it be {1}? | make it {0} | draw the same {0} | how about {0}? | let {1} come"
 )
 RESCENES = (
     "the same {0} | {0} | now {0} | {0} please | put {1} {0} | and {0}? | the same picture {0} | but {0} | "
     "draw the same {0} | what about {0}? | show {1} {0} | move {1} {0} | i want {1} {0} | {0} instead | "
-    "take {1} to {2} | "
-    "how about {0}? | can you draw {1} {0}? | let it be {0} | change the place to {2} | now the same {0} | "
-    "could you put {1} {0}? | again, but {0} | place {1} {0}"
+    "take {1} to {2} | how about {0}? | can you draw {1} {0}? | let it be {0} | change the place to {2} | "
+    "now the same {0} | could you put {1} {0}? | again, but {0} | place {1} {0}"
 )
 ADDS = (
-    "add {} | add {} | add {} | put {} into it | put {} there | draw {} too | draw {} next to it | "
-    "put {} beside it | "
+    "add {} | add {} | add {} | put {} into it | put {} there | draw {} too | draw {} next to it | put {} beside it | "
     "add {} to the picture | include {} | place {} next to it"
 )
 ADDS_TOO = (

@@ -5,7 +5,7 @@
     python miniature/pretrain.py --weights runs/weights --parts vae --minutes 0     # write what there is so far
     python miniature/pretrain.py --parts pairing                    # what does not ship, beside what does
 
-Parts, in the order in which they need one another:
+The two tokenizers are the shipped ones. Parts, in the order in which they need one another:
 
 | part      | becomes                                      | learns                                                |
 | --------- | -------------------------------------------- | ----------------------------------------------------- |
@@ -39,11 +39,9 @@ import torch
 from torch import nn
 
 from common.files import written_whole
-from miniature.autoencoder import AutoencoderRecipe
 from miniature.judge import JudgeRecipe
-from miniature.painter import DiffusionRecipe
+from miniature.painter import AutoencoderRecipe, DiffusionRecipe, TextRecipe
 from miniature.pairing import PairingRecipe
-from miniature.reader import TextRecipe
 from miniature.recipe import Recipe, Setup, write_settings
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from trainer.log import append_log, cut_log, plot_losses, read_log
@@ -180,7 +178,7 @@ def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = 
 # ---- command line
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
@@ -195,11 +193,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = read_arguments(parser, argv)
     if args.weights == MINIATURE and args.parts != ["pairing"]:
         parser.error("--weights is needed: finished parts would go over the shipped ones")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
     if not (args.weights / "minigpt5" / "config.json").exists():  # the defaults of the commands that use the weights

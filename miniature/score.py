@@ -17,42 +17,146 @@
 All samples are held out; in stories and dialogues, a change of colour may lead back to a combination that was trained.
 Figures are shares. "named" is how many prompts name a fact, the other figures are of those. A prompt that gets no
 picture is wrong in everything.
+
+People's prompts and chats are files of a line each, with the facts that a right picture has:
+
+    prompts  {"prompt", "scene", "time", "things": [{"kind", "colour", "size", "place"}, ...]}
+    chats    {"turns": [{"say", "picture": true, "scene", "time", "things"} or {"say", "picture": false}, ...]}
+
+A fact that is null is left open: anything is right. The number of things is never open. Other fields of a line are
+ignored. A turn that calls for words is right if no picture comes. Everything is asked as `sample.py` would with its
+defaults, once with each seed; a chat goes on from what the model said and drew itself.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import count, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import FROM_1, add_weights_option, make_folder, pick_device, read_arguments, run
+from common.cli import FROM_1, add_weights_option, make_folder, pick_device, read_arguments, run, suited_options
 from common.files import write_json
 from common.options import add_sampling_options
 from generation import Sampling
-from miniature.descriptions import describe
 from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_prompts, heard, look, text_to_pictures
 from miniature.facts import Picture, random_stream
-from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right_shares, share
+from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, share
 from miniature.paint import draw
-from miniature.score_people import CHATS, PROMPTS, people
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
 from miniature.tales import Turn as Told
-from miniature.words import agrees, facts_in, some
+from miniature.words import agrees, describe, facts_in, some
 from miniature.world import sample_dialogue, sample_pair
-from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, pictures_of, uas_texts, user_turn
+from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts, user_turn
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
 COUNTS = {"one thing": 1, "two things": 2}
+
+
+# ---- people
+
+FOLDER = Path(__file__).parent / "people"
+PROMPTS, CHATS = FOLDER / "prompts.jsonl", FOLDER / "chats.jsonl"
+
+
+class Wish(NamedTuple):
+    """What is typed, and what a right picture shows; None: words are called for."""
+
+    text: str
+    wanted: Picture | None
+
+
+def read_lines(path: Path, read: Callable[[dict], Any]) -> list:
+    """`read` of each object of a JSONL file. ValueError that names the line where it finds something else."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found += [read(json.loads(line))] if line.strip() else []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not in the form of {FOLDER} ({error!r})") from None
+    return found
+
+
+def wish_of(entry: dict, text_name: str = "say") -> Wish:
+    return Wish(str(entry[text_name]), Picture.from_label(entry) if entry.get("picture", True) else None)
+
+
+def read_prompts(path: Path) -> list[Wish]:
+    return read_lines(path, partial(wish_of, text_name="prompt"))
+
+
+def read_chats(path: Path) -> list[list[Wish]]:
+    return read_lines(path, lambda entry: [wish_of(turn) for turn in entry["turns"]])
+
+
+def sampling_of_sample(weights: Path) -> Sampling:
+    """The defaults of sample.py with these weights."""
+    return Sampling.of(suited_options(weights, "sample"))
+
+
+def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
+    """All chats side by side, turn after turn."""
+    tokenizer, words_first = exam.model.tokenizer, exam.sampling.words_first
+    turns, answers = [[] for _ in chats], [[] for _ in chats]
+    for number in range(max(map(len, chats), default=0)):
+        active = [i for i, chat in enumerate(chats) if number < len(chat)]
+        for i in active:
+            turns[i].append(user_turn(tokenizer, chats[i][number].text, exam.words))
+        k = 2 * number + 1
+        heard = [chat_history(turns[i], k, words_first) for i in active]
+        sources = [dialog_source(before, k, exam.system) for before in heard]
+        for i, said in zip(active, ask(exam, sources, [pictures_of(before) for before in heard]), strict=True):
+            turns[i].append(model_turn(tokenizer, said.text, (said.picture,) if said.picture else ()))
+            answers[i].append(said)
+    return answers
+
+
+def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
+    """Whether each answer is all right; what is wrong is printed."""
+    found = []
+    for wish, answer, seen in zip(wishes, said, look(exam, [answer.picture for answer in said]), strict=True):
+        if wish.wanted is None:
+            fine, seen_text = answer.picture is None, "a picture came"
+        else:
+            facts = right(seen, wish.wanted)
+            fine = facts["all"] and answer.picture is not None
+            seen_text = "wrong " + ", ".join(name for name, value in facts.items() if not value and name != "all")
+        found.append(fine)
+        if not fine:
+            told = answer.picture.info.get("description", "") if answer.picture else f"no picture: {answer.text}"
+            print(f"  seed {exam.seed}: {wish.text!r}: {seen_text} ({told})")
+    return found
+
+
+def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
+    """Shares that are all right, and of how many. A chat's turn counts like any other, whatever came before it."""
+    exam = replace(exam, sampling=sampling_of_sample(exam.weights))
+    wishes, talks, drawn, turns = read_prompts(prompts), read_chats(chats), [], []
+    flat = [wish for chat in talks for wish in chat]
+    for seed in seeds:
+        exam = replace(exam, seed=seed)
+        said = draw_prompts(exam, [wish.text for wish in wishes])
+        drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
+        exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in said])
+        answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
+        turns += zip(flat, verdicts(exam, flat, answers), strict=True)
+    rows = {"prompts": [fine for _, fine in drawn]}
+    for name, things in COUNTS.items():
+        rows[name] = [fine for wish, fine in drawn if wish.wanted and len(wish.wanted.things) == things]
+    rows["chat turns"] = [fine for _, fine in turns]
+    rows["of them pictures"] = [fine for wish, fine in turns if wish.wanted]
+    return {f"{name}, {len(values)}": {"all right": share(values)} for name, values in rows.items() if values}
 
 
 # ---- samples
@@ -97,7 +201,7 @@ def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Im
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
         drawn = draw_all(texts)
-        exam.sheet(f"{part} {name}", ((text, [picture]) for text, picture in zip(texts, drawn, strict=True)))
+        exam.sheet(f"{part} {name}", texts, drawn)
         figures[f"{name}, named"] = named_shares(wanted)
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
@@ -115,7 +219,6 @@ def captions(exam: Exam) -> Figures:
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
     sources = [chat_source(exam, some(rng, SHOWS), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
-    exam.sheet("captions", ((text, [picture]) for text, picture in zip(texts, pictures, strict=True)))
     told = [facts_in(text) for text in texts]
     fine = [no_error(a, b) for a, b in zip(told, wanted, strict=True)]
     return {"described, right": right_shares(told, wanted) | {"no error": share(fine)}}
@@ -178,7 +281,7 @@ def dialogues(exam: Exam) -> Figures:
     changed = [r for r in turns[True] if not facts_in(r.asked.text).scene and has_picture(r)]
     wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.picture for r in changed]}
     for name, rows in {"asked for": new, "changed": changed}.items():
-        drawn = [said.picture for said in answers(exam, f"dialogues {name}", rows)]
+        drawn = [said.picture for said in answers(exam, rows)]
         figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted[name])
     shown = [reply for reply in turns[False] if reply.asked.picture]
     about = [r for r in turns[False] if has_picture(r) and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
@@ -186,7 +289,7 @@ def dialogues(exam: Exam) -> Figures:
     for name, rows in {"described": shown, "answered": about}.items():
         fine = [
             no_error(facts_in(said.text), r.asked.picture) if r.asked.picture else same_answer(said.text, r.turn.text)
-            for r, said in zip(rows, answers(exam, f"dialogues {name}", rows), strict=True)
+            for r, said in zip(rows, answers(exam, rows), strict=True)
         ]
         figures[name] = {"samples": len(rows) / exam.n, "right": share(fine)}
     return figures
@@ -202,12 +305,8 @@ def no_error(told: Picture, picture: Picture) -> bool:
     return len(told.things) == len(picture.things) and agrees(told, picture)
 
 
-def answers(exam: Exam, name: str, rows: list[Reply]) -> list[Said]:
-    """What is said to each, and a sheet of it: the picture that came, or the one that it is about."""
-    said = ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
-    columns = zip(rows, said, strict=True)
-    exam.sheet(name, ((f"{r.asked.text} > {a.text}", [a.picture or (*r.pictures, None)[-1]]) for r, a in columns))
-    return said
+def answers(exam: Exam, rows: list[Reply]) -> list[Said]:
+    return ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
 
 
 # ---- the command
@@ -257,7 +356,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
-    add("--sheets", type=Path, metavar="DIR", help="folder for pictures of examples")
+    add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return read_arguments(parser, argv)

@@ -137,8 +137,6 @@ def own_story_figures(exam: Exam) -> Figures:
             colours[i] = hero_colour(text, colours[i])
             rows.append({"drawn": answer.picture is not None} | kept(seen[i], first.picture, colours[i]))
         figures[f"own story, step {step}, kept"] = means(rows)
-    for i, tale in enumerate(tales[:2], 1):
-        exam.sheet(f"stories own {i}", ((turn.text, list(turn.pictures) or [None]) for turn in tale))
     return figures
 
 
@@ -149,10 +147,4 @@ def stories(exam: Exam) -> Figures:
             rows = [story_example(history(step.before), step.turn, task, 0, "", exam.system) for step in steps]
             said = ask(exam, [row.source for row in rows], [row.inputs for row in rows])
             figures[f"{task}, {context}"] = figures_of(exam, said, steps)
-        columns = []  # the picture before, then what was drawn or, where words were asked for, what they are about
-        for step, answer in zip(steps, said, strict=True):
-            text = step.turn.text if task == "image" else answer.text
-            picture = step.turn.pictures[0] if task == "text" else answer.picture
-            columns.append((text, [step.before[-1].pictures[0], picture]))
-        exam.sheet(f"stories {task}", columns)
     return figures | own_story_figures(exam)

@@ -20,7 +20,7 @@ from common.files import fingerprint, write_file, write_json
 from common.tokenizer import Tokenizer
 from llama import KVCache, Llama
 from miniature.chats import known_words, unknown_words
-from miniature.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at, train_tokenizer
+from miniature.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at
 from miniature.facts import Picture
 from miniature.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
 from miniature.words import agrees, facts_in
@@ -32,6 +32,7 @@ from qformer import CLIP_MEAN, CLIP_STD, ImageEncoder, QFormerConfig, VisionConf
 LANGUAGE_SIZES = config_of("llama", MINIATURE / "vicuna" / "config.json")
 VISION_SIZES = read_config(VisionConfig, MINIATURE / "blip2" / "config.json", "vision_config")
 QFORMER_SIZES = read_config(QFormerConfig, MINIATURE / "blip2" / "config.json", "qformer_config")
+TOKENIZER = MINIATURE / "vicuna" / "tokenizer.model"  # 768 pieces: 256 bytes, the letters, the commonest words
 LONGEST = 48  # tokens of a measured answer
 QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
@@ -73,13 +74,10 @@ class LanguageRecipe(Recipe):
         super().__init__(setup)
         self.model = Llama(LANGUAGE_SIZES)
         reset(self.model)
-        self.path = setup.sets / f"pieces-{setup.seed}.model"
-        if not self.path.exists():
-            train_tokenizer(self.path, setup.seed)
-        self.tokenizer = tokenizer_at(self.path)
+        self.tokenizer = tokenizer_at(TOKENIZER)
         lengths = {"train": max(256, setup.pictures // 4), "held-out": max(32, setup.tested // 2)}
         self.texts, self.tested = (
-            setup.training_set(f"language-{split}", partial(language_ids, self.path, setup.seed, split), length)
+            setup.training_set(f"language-{split}", partial(language_ids, TOKENIZER, setup.seed, split), length)
             for split, length in lengths.items()
         )
         self.wanted = [sample_pair(setup.seed, i, "held-out")[0] for i in range(min(64, setup.tested))]
@@ -115,7 +113,7 @@ class LanguageRecipe(Recipe):
         defaults = ("rope_scaling", "num_key_value_heads", "head_dim")
         sizes = {name: value for name, value in asdict(LANGUAGE_SIZES).items() if name not in defaults}
         write_part(weights, "vicuna", "model", llama, sizes)
-        write_file(weights / "vicuna" / "tokenizer.model", self.path.read_bytes())
+        write_file(weights / "vicuna" / "tokenizer.model", TOKENIZER.read_bytes())
         write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})
 
 

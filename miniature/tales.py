@@ -166,8 +166,7 @@ def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
 
 ASKS = (
     "can you draw {}? | please draw {}. | show me a picture of {}. | i would like to see {}. | could you paint {}? | "
-    "draw me {} please. | can i have a picture of {}? | please make a drawing of {}. | "
-    "i want to see a picture of {}."
+    "draw me {} please. | can i have a picture of {}? | please make a drawing of {}. | i want to see a picture of {}."
 )
 GIVES = (
     "here it is. | sure, here you are. | of course, here is your picture. | here is {}. | "

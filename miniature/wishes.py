@@ -14,9 +14,8 @@ import numpy as np
 
 from common.texts import plain_words
 from miniature import phrases, words
-from miniature.descriptions import as_named
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, home, pick, pick_other, sample_picture
-from miniature.words import caption, choices, facts_in, home_level, one_of, plural, some, tidy, verb, with_article
+from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, verb, with_article
 
 SLIPS = 0.05  # share of texts with slips of the fingers
 
@@ -76,15 +75,15 @@ def noun_of(rng: np.random.Generator, kind: str) -> str:
     return said(rng, words.NOUNS[kind], phrases.MORE_NOUNS[kind])
 
 
-def thing_phrase(rng: np.random.Generator, named: Thing, bare: bool = False) -> str:
-    """ "a red boat", "one big cat", "a boat that is red"; `bare`: without an article."""
+def thing_phrase(rng: np.random.Generator, named: Thing) -> str:
+    """ "a red boat", "one big cat", "a boat that is red"; now and then without an article."""
     noun, adjectives = noun_of(rng, named.kind), adjectives_of(rng, named)
     if adjectives and chance(rng, 0.06):
         tail = (" and " if chance(rng, 0.7) else ", ").join(adjectives)
         phrase = f"{noun} {one_of(rng, 'that is' if named.size else 'that is | which is | in | coloured')} {tail}"
     else:
         phrase = " ".join([*adjectives, noun])
-    if bare or chance(rng, 0.05):
+    if chance(rng, 0.05):
         return phrase
     article = rng.random()
     if article < 0.08:
@@ -94,7 +93,7 @@ def thing_phrase(rng: np.random.Generator, named: Thing, bare: bool = False) -> 
 
 def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
     if chance(rng, 0.45):
-        return some(rng, words.SCENE_PHRASES[f"{scene} {home_level(picture)}".strip()])
+        return some(rng, words.SCENE_PHRASES[f"{scene} {words.home_level(picture)}".strip()])
     if chance(rng, 0.55):
         return one_of(rng, phrases.MORE_SCENES[scene])
     sky = all(home(thing.kind, scene) == "sky" for thing in picture.things)
@@ -122,7 +121,7 @@ def wish(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
         text = caption(picture, rng)
         if len(picture.things) == 2 and not any(thing.place for thing in facts_in(text).things):
             picture = spread(rng, picture)
-        picture = as_named(picture, text)
+        picture = words.as_named(picture, text)
     else:
         picture = wanted_picture(rng, split)
         text, picture = asked_for(rng, picture)
@@ -132,7 +131,7 @@ def wish(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
 def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
     """A text in people's words; the picture, with two things side by side where the text says no places."""
     colour, size, place = chance(rng, 0.7), chance(rng, 0.18), chance(rng, 0.14)
-    named = [
+    things = [
         Thing(
             t.kind,
             t.colour if colour and chance(rng, 0.9) else None,
@@ -141,12 +140,12 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
         )
         for t in picture.things
     ]
-    if len(named) == 2 and named[0].kind == named[1].kind and chance(rng, 0.75):
-        place, named = False, [replace(thing, place=None) for thing in named]
+    if len(things) == 2 and things[0].kind == things[1].kind and chance(rng, 0.75):
+        place, things = False, [replace(thing, place=None) for thing in things]
     scene = picture.scene if chance(rng, 0.68) else None
-    time = picture.time if chance(rng, 0.3) else None
-    if len(named) == 1:
-        text = one_thing(rng, picture, named[0], scene, time)
+    named = Picture(scene, picture.time if chance(rng, 0.3) else None, tuple(things))
+    if len(things) == 1:
+        text = one_thing(rng, picture, named)
     else:
         relation = None if place else pick(rng, [None, None, None, "left", "right"])
         if not place:
@@ -154,7 +153,7 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
             if relation and picture.things[0].place != relation:  # the first thing stands on that side
                 one, two = picture.things
                 picture = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
-        text = two_things(rng, picture, named, scene, time, relation)
+        text = two_things(rng, picture, named, relation)
     if chance(rng, 0.05):
         absent = pick_other(rng, KINDS, *(thing.kind for thing in picture.things))
         text = f"{text} {one_of(rng, phrases.ABSENT).format(absent, plural(absent))}"
@@ -169,36 +168,35 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
     return text, picture
 
 
-def ends(
-    rng: np.random.Generator, picture: Picture, scene: str | None, time: str | None, place: str | None
-) -> list[str]:
-    """Phrases of scene, time and place, those that are named, in any order, the scene first most often."""
-    both = phrases.SCENE_TIMES.get(f"{scene} {time}")
+def ends(rng: np.random.Generator, picture: Picture, named: Picture) -> list[str]:
+    """Phrases of what is named of scene, time and the place of a single thing, in any order, the scene first most
+    often."""
+    both, place = phrases.SCENE_TIMES.get(f"{named.scene} {named.time}"), named.things[0].place
     if both and chance(rng, 0.12):
         parts = [one_of(rng, both)]
     else:
-        parts = [scene_words(rng, picture, scene)] if scene else []
-        parts += [time_words(rng, time)] if time else []
-    if place:
+        parts = [scene_words(rng, picture, named.scene)] if named.scene else []
+        parts += [time_words(rng, named.time)] if named.time else []
+    if place and len(named.things) == 1:
         parts.insert(int(rng.integers(len(parts) + 1)), place_words(rng, place))
     if len(parts) > 1 and chance(rng, 0.25):
         parts.reverse()
     return parts
 
 
-def bare_list(rng: np.random.Generator, named: list[Thing], scene: str | None, time: str | None, places: bool) -> str:
+def bare_list(rng: np.random.Generator, named: Picture) -> str:
     """ "red boat, sea, night", "boat red sea", "cat snow"."""
     comma = chance(rng, 0.6)
     groups = []
-    for thing in named:
+    for thing in named.things:
         parts = [*adjectives_of(rng, thing), noun_of(rng, thing.kind)]
-        if len(named) == 1 and chance(rng, 0.3):
+        if len(named.things) == 1 and chance(rng, 0.3):
             parts = [parts[i] for i in rng.permutation(len(parts))]
-        if places and thing.place:
+        if thing.place:
             parts.append(place_words(rng, thing.place))
         groups.append(" ".join(parts))
-    around = [one_of(rng, phrases.SETTINGS[scene])] if scene else []
-    around += [one_of(rng, phrases.TIME_NOUNS[time])] if time else []
+    around = [one_of(rng, phrases.SETTINGS[named.scene])] if named.scene else []
+    around += [one_of(rng, phrases.TIME_NOUNS[named.time])] if named.time else []
     groups = [*around, *groups] if chance(rng, 0.25) else [*groups, *around]
     return (", " if comma else " ").join(groups)
 
@@ -210,43 +208,44 @@ def setting_first(rng: np.random.Generator, scene: str, time: str | None) -> str
     return f"{place} {time_words(rng, time)}" if time else place
 
 
-def one_thing(rng: np.random.Generator, picture: Picture, named: Thing, scene: str | None, time: str | None) -> str:
-    kind, form = named.kind, rng.random()
-    tail = ends(rng, picture, scene, time, named.place)
+def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str:
+    (thing,), scene, time = named.things, named.scene, named.time
+    kind, form = thing.kind, rng.random()
+    tail = ends(rng, picture, named)
     sky = home(kind, picture.scene) == "sky"
     if sky and chance(rng, 0.12):
         tail.insert(0, one_of(rng, phrases.SKY))
     end = " ".join(tail)
     if form < 0.42:
-        return f"{thing_phrase(rng, named)} {end}"
+        return f"{thing_phrase(rng, thing)} {end}"
     if form < 0.52:
-        return bare_list(rng, [named], scene, time, True)
+        return bare_list(rng, named)
     if form < 0.6 and scene:
         link = pick(rng, ["with", "with", "and", ",", "where there is", "and in it", "with just", ":"])
         up = f" {one_of(rng, phrases.SKY)}" if sky and chance(rng, 0.4) else ""
-        place = f" {place_words(rng, named.place)}" if named.place else ""
-        return f"{setting_first(rng, scene, time)} {link} {thing_phrase(rng, named)}{up}{place}"
+        place = f" {place_words(rng, thing.place)}" if thing.place else ""
+        return f"{setting_first(rng, scene, time)} {link} {thing_phrase(rng, thing)}{up}{place}"
     if form < 0.68:
         doing = verb(rng, kind, int(1 + rng.integers(2)))
-        return f"{thing_phrase(rng, named)} {doing} {end}"
+        return f"{thing_phrase(rng, thing)} {doing} {end}"
     if form < 0.76:
         there = pick(rng, ["there is", "there's", "there was", "there stands", "we have", "i see", "it is"])
-        return f"{there} {thing_phrase(rng, named)} {end}"
+        return f"{there} {thing_phrase(rng, thing)} {end}"
     if form < 0.84 and tail:
         first, rest = tail[0], " ".join(tail[1:])
-        return f"{first}{',' if chance(rng, 0.3) else ''} {thing_phrase(rng, named)} {rest}"
+        return f"{first}{',' if chance(rng, 0.3) else ''} {thing_phrase(rng, thing)} {rest}"
     if form < 0.88 and time:
         clauses = [f"{clause} and" for clause in choices(words.TIME_CLAUSES[time])]
         start = pick(rng, choices(phrases.TIME_STARTS[time]) + clauses)
-        place = " ".join(ends(rng, picture, scene, None, named.place))
+        place = " ".join(ends(rng, picture, replace(named, time=None)))
         if scene and chance(rng, 0.4):
             start = f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and"
-            does = f"{thing_phrase(rng, named)} {verb(rng, kind, 1)}"
-            return f"{start} {does} {place_words(rng, named.place) if named.place else ''}"
-        return f"{start} {thing_phrase(rng, named)} {verb(rng, kind, 1)} {place}"
+            does = f"{thing_phrase(rng, thing)} {verb(rng, kind, 1)}"
+            return f"{start} {does} {place_words(rng, thing.place) if thing.place else ''}"
+        return f"{start} {thing_phrase(rng, thing)} {verb(rng, kind, 1)} {place}"
     noun = noun_of(rng, kind)
     which = pick(rng, ["the", "the", "my", "a", "this", "our"])
-    facts = adjectives_of(rng, named)
+    facts = adjectives_of(rng, thing)
     if not facts:
         return f"{which} {noun} {pick(rng, ['is', verb(rng, kind, 1)])} {end}"
     if form < 0.93:  # sentences: "the ball is blue. the ball is big. it is in the desert."
@@ -259,45 +258,38 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Thing, scene: s
     return f"a {noun} that is {', '.join(several)}{' and ' * bool(several)}{last}"
 
 
-def two_things(
-    rng: np.random.Generator,
-    picture: Picture,
-    named: list[Thing],
-    scene: str | None,
-    time: str | None,
-    relation: str | None,
-) -> str:
-    end = " ".join(ends(rng, picture, scene, time, None))
-    if named[0].kind == named[1].kind and not relation and chance(rng, 0.75):
-        return f"{same_kind(rng, named)} {end}"
-    first, second = (thing_phrase(rng, thing) for thing in named)
+def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relation: str | None) -> str:
+    end, things = " ".join(ends(rng, picture, named)), named.things
+    if things[0].kind == things[1].kind and not relation and chance(rng, 0.75):
+        return f"{same_kind(rng, *things)} {end}"
+    first, second = (thing_phrase(rng, thing) for thing in things)
     homes = [home(thing.kind, picture.scene) for thing in picture.things]
     if relation:
         side = one_of(rng, "to the {0} of | to the {0} of | {0} of | on the {0} of | on the {0} side of")
         return f"{first} {pick(rng, ['', 'is', 'stands'])} {side.format(relation)} {second} {end}"
-    if named[0].place:
-        places = [place_words(rng, thing.place) for thing in named]
+    if things[0].place:
+        places = [place_words(rng, thing.place) for thing in things]
         if chance(rng, 0.2):
             return f"{places[0]} {first} and {places[1]} {second} {end}"
         if chance(rng, 0.1):
-            return bare_list(rng, named, scene, time, True)
+            return bare_list(rng, named)
         return f"{first} {places[0]} {pick(rng, ['and', ',', 'with'])} {second} {places[1]} {end}"
     form = rng.random()
     if form < 0.12 and homes[0] == "sky" != homes[1]:
-        doing = pick(rng, ["", verb(rng, named[0].kind, 2), verb(rng, named[0].kind, 1)])
+        doing = pick(rng, ["", verb(rng, things[0].kind, 2), verb(rng, things[0].kind, 1)])
         return f"{first} {doing} {pick(rng, ['above', 'over', 'high above', 'high over'])} {second} {end}"
     if form < 0.12 and homes[1] == "sky" != homes[0]:
         return f"{first} {pick(rng, ['below', 'under', 'beneath', 'underneath'])} {second} {end}"
     if form < 0.2:
-        return bare_list(rng, named, scene, time, False)
-    if form < 0.25 and all(thing.colour for thing in named):
-        facts = [f"the {noun_of(rng, t.kind)} is {' and '.join(adjectives_of(rng, t))}" for t in named]
+        return bare_list(rng, named)
+    if form < 0.25 and all(thing.colour for thing in things):
+        facts = [f"the {noun_of(rng, t.kind)} is {' and '.join(adjectives_of(rng, t))}" for t in things]
         return f"{facts[0]}{pick(rng, [' and ', ', ', '. '])}{facts[1]} {end}"
     if form < 0.28:
         return f"{first} {some(rng, phrases.LOOKS)} {second} {end}"
-    if form < 0.36 and scene:
+    if form < 0.36 and named.scene:
         link = pick(rng, ["with", "and", ",", "where there are"])
-        return f"{setting_first(rng, scene, time)} {link} {first} and {second}"
+        return f"{setting_first(rng, named.scene, named.time)} {link} {first} and {second}"
     if form < 0.44 and homes[1] == "sky":
         return f"{first} {end} {pick(rng, ['with', 'and'])} {second} {one_of(rng, phrases.SKY)}"
     if form < 0.52 and end:
@@ -309,16 +301,15 @@ def two_things(
     return f"{first} {one_of(rng, phrases.JOINS)} {second} {end}"
 
 
-def same_kind(rng: np.random.Generator, named: list[Thing]) -> str:
+def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
     """ "two red balls", "one red and one white flower", "a big and a small star"."""
-    one, two = named
     noun = noun_of(rng, one.kind)
     if (one.colour, one.size) == (two.colour, two.size):
         adjectives = " ".join(adjectives_of(rng, one))
         if chance(rng, 0.15):
             return f"{with_article(f'{adjectives} {noun}'.strip())} and another {pick(rng, ['', adjectives])} {noun}"
         return f"{one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)} {adjectives} {plural(noun)}"
-    facts = [" ".join(adjectives_of(rng, thing)) for thing in named]
+    facts = [" ".join(adjectives_of(rng, thing)) for thing in (one, two)]
     if not all(facts):
         return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"
     form = rng.random()

@@ -8,6 +8,7 @@ Synonyms stand in one text, "boat | sailboat | ship", the commonest first.
 """
 
 import re
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -62,49 +63,36 @@ SCENE_PHRASES = {  # by the scene, and by where the things are if all are at one
     "sea sky": "above the sea | over the sea | over the ocean | high above the waves | in the sky over the sea",
     "sea": "at sea | at the sea | by the ocean | at the seaside",
     "meadow land": "in the meadow | on the grass | in the field | in a grassy field | on a meadow | in the pasture",
-    "meadow sky": (
-        "above the meadow | over the meadow | over the grass | high above the field | in the sky over the meadow"
-    ),
+    "meadow sky": "above the meadow | over the meadow | over the grass | high above the field | "
+    "in the sky over the meadow",
     "meadow": "in the meadow | at the meadow | in the field | in a grassy land",
-    "snow land": (
-        "in the snow | on the snow | in a snowy field | in the deep snow | in the winter snow | on the ice and snow"
-    ),
+    "snow land": "in the snow | on the snow | in a snowy field | in the deep snow | in the winter snow | "
+    "on the ice and snow",
     "snow sky": "above the snow | over the snow | over a snowy field | high above the snow | in the winter sky",
     "snow": "in the snow | in winter | in a snowy land | in a frosty land",
     "city land": "in the city | in the town | on the street | in front of the tall buildings | on a city street",
     "city water": "on the river in the city | on the city river | on the river | on the river in town",
     "city sky": "above the city | over the city | over the town | high above the buildings | in the sky over town",
     "city": "in the city | in the town | in town | downtown",
-    "desert land": (
-        "in the desert | on the sand | among the dunes | on the sand dunes | in the sandy desert | by the pyramids"
-    ),
+    "desert land": "in the desert | on the sand | among the dunes | on the sand dunes | in the sandy desert | "
+    "by the pyramids",
     "desert sky": "above the desert | over the desert | over the dunes | high above the sand | over the pyramids",
     "desert": "in the desert | in the sandy desert | at the pyramids",
-    "mountains land": (
-        "in the mountains | at the foot of the mountains | below the peaks | by the lake | by the mountain lake | "
-        "in the valley"
-    ),
-    "mountains water": (
-        "on the lake in the mountains | on the mountain lake | on the lake | on the lake below the peaks"
-    ),
-    "mountains sky": (
-        "above the mountains | over the mountains | over the peaks | high above the lake | in the mountain sky"
-    ),
+    "mountains land": "in the mountains | at the foot of the mountains | below the peaks | by the lake | "
+    "by the mountain lake | in the valley",
+    "mountains water": "on the lake in the mountains | on the mountain lake | on the lake | "
+    "on the lake below the peaks",
+    "mountains sky": "above the mountains | over the mountains | over the peaks | high above the lake | "
+    "in the mountain sky",
     "mountains": "in the mountains | in the alps | at the mountain lake",
 }
 TIME_PHRASES = {
-    "day": (
-        "by day | during the day | in the daytime | in the sunshine | on a sunny day | in the morning | at noon | "
-        "in broad daylight"
-    ),
-    "sunset": (
-        "at sunset | at dusk | in the evening | at twilight | as the sun sets | as the sun goes down | "
-        "in the evening light | at sundown"
-    ),
-    "night": (
-        "at night | in the dark | under the stars | by moonlight | under the moon | on a starry night | "
-        "at midnight | after dark | on a dark night"
-    ),
+    "day": "by day | during the day | in the daytime | in the sunshine | on a sunny day | in the morning | at noon | "
+    "in broad daylight",
+    "sunset": "at sunset | at dusk | in the evening | at twilight | as the sun sets | as the sun goes down | "
+    "in the evening light | at sundown",
+    "night": "at night | in the dark | under the stars | by moonlight | under the moon | on a starry night | "
+    "at midnight | after dark | on a dark night",
 }
 TIME_CLAUSES = {
     "day": "it is day | the sun is shining | it is a sunny day | it is morning",
@@ -130,27 +118,16 @@ PICTURES = (
     "view of"
 )
 SIGNS = {  # words that give scene and time away, also in texts that the grammar did not write
-    "sea": "sea ocean oceans wave waves seaside",
-    "meadow": "meadow meadows grass grassy field fields pasture",
-    "snow": "snow snowy winter ice icy frosty frozen",
-    "city": "city town street streets river buildings downtown towers",
-    "desert": "desert sand sandy dunes pyramids",
-    "mountains": "mountain mountains peaks alps lake valley",
-    "day": "day daytime sunshine sunny morning noon daylight",
-    "sunset": "sunset dusk evening twilight sundown",
-    "night": "night dark moonlight moon starry midnight",
-}
-PHRASE_SIGNS = {
-    "snowy field": ("scene", "snow"),
-    "sun is shining": ("time", "day"),
-    "sun rises": ("time", "day"),
-    "sun sets": ("time", "sunset"),
-    "sun is setting": ("time", "sunset"),
-    "sun goes down": ("time", "sunset"),
-    "sun is going down": ("time", "sunset"),
-    "the stars": ("time", "night"),
-    "that is": ("after", True),
-    "two": ("two", True),
+    "sea": "sea | ocean | oceans | wave | waves | seaside",
+    "meadow": "meadow | meadows | grass | grassy | field | fields | pasture",
+    "snow": "snow | snowy | winter | ice | icy | frosty | frozen | snowy field",
+    "city": "city | town | street | streets | river | buildings | downtown | towers",
+    "desert": "desert | sand | sandy | dunes | pyramids",
+    "mountains": "mountain | mountains | peaks | alps | lake | valley",
+    "day": "day | daytime | sunshine | sunny | morning | noon | daylight | sun is shining | sun rises",
+    "sunset": "sunset | dusk | evening | twilight | sundown | sun sets | sun is setting | sun goes down | "
+    "sun is going down",
+    "night": "night | dark | moonlight | moon | starry | midnight | the stars",
 }
 
 
@@ -303,15 +280,15 @@ def build_lexicon() -> dict[str, tuple]:
     """Every word or phrase that names a fact -> (fact, value); kinds: (fact, value, how many)."""
     lexicon = {}
     for name, words in SIGNS.items():
-        lexicon |= dict.fromkeys(words.split(), ("time" if name in TIMES else "scene", name))
+        lexicon |= dict.fromkeys(choices(words), ("time" if name in TIMES else "scene", name))
     for kind, nouns in NOUNS.items():
         for noun in choices(nouns):
             lexicon |= {plural(noun): ("kind", kind, 2), noun: ("kind", kind, 1)}
     lexicon |= {word: ("size", size) for size in SIZES for word in choices(SIZE_WORDS[size])}
     lexicon |= {word: ("colour", colour) for colour in COLOURS for word in (*choices(COLOUR_WORDS[colour]), colour)}
     lexicon |= {word: ("place", place) for place in PLACES for word in (place, *choices(PLACE_PHRASES[place]))}
-    lexicon |= {"centre": ("place", "middle"), "center": ("place", "middle"), **PHRASE_SIGNS}
-    return lexicon
+    lexicon |= dict.fromkeys(("centre", "center"), ("place", "middle"))
+    return lexicon | {"that is": ("after", True), "two": ("two", True)}
 
 
 LEXICON = build_lexicon()
@@ -363,3 +340,31 @@ def agrees(named: Picture, picture: Picture) -> bool:
     orders = permutations(picture.things, len(named.things))  # none where more things are named than there are
     right = named.scene in (None, picture.scene) and named.time in (None, picture.time)
     return right and any(all(map(Thing.is_true_of, named.things, reals)) for reals in orders)
+
+
+# ---- words first
+
+
+def describe(picture: Picture) -> str:
+    """The one form in which the language model puts a picture into words before it draws, with every fact: "a boat that
+    is small and red on the left and a star that is big and white on the right at sea by day".
+
+    The things stand in the order in which they were named, so that who reads a wish can put it down word after word.
+    The kind comes before its size and colour: who is told "make the star blue" and writes the colour then knows whose
+    it is.
+    """
+    named = [f"a {t.kind} that is {t.size} and {t.colour} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
+    scene = "at sea" if picture.scene == "sea" else f"in the {picture.scene}"
+    return f"{' and '.join(named)} {scene} {'by' if picture.time == 'day' else 'at'} {picture.time}"
+
+
+def as_named(picture: Picture, text: str) -> Picture:
+    """The picture with its things in the order in which a caption names them."""
+    named, turned = facts_in(text).things, replace(picture, things=picture.things[::-1])
+    fitting = [p for p in (picture, turned) if len(named) == 2 and all(map(Thing.is_true_of, named, p.things))]
+    return fitting[0] if fitting else picture
+
+
+def from_left(picture: Picture) -> Picture:
+    """The picture with its things from left to right: the order in which they are seen."""
+    return replace(picture, things=tuple(sorted(picture.things, key=lambda thing: PLACES.index(thing.place))))

@@ -28,11 +28,10 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import FROM_1, number, read_arguments, run
-from miniature.descriptions import describe
 from miniature.facts import SPLITS, Picture, random_stream, sample_picture
 from miniature.paint import draw
 from miniature.tales import Turn, dialogue, story
-from miniature.words import caption
+from miniature.words import caption, describe
 from tars.writer import Sample, write_samples
 
 PAIRS, STORIES, DIALOGUES, DESCRIBED = range(4)  # purposes of the random streams
@@ -69,7 +68,7 @@ def as_json(content: dict) -> bytes:
 
 
 def pair_members(key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
-    """Half of the texts are captions as people write them, half are whole descriptions (`descriptions.describe`)."""
+    """Half of the texts are captions as people write them, half are whole descriptions (`words.describe`)."""
     picture, text, jitter = sample_pair(seed, i, split)
     text = describe(picture) if random_stream(seed, i, DESCRIBED).random() < 0.5 else text
     yield f"{key}.png", png(picture, jitter, size)
@@ -107,7 +106,7 @@ WRITERS = {"pairs": write_pairs, "stories": write_stories, "dialogues": write_di
 # ---- command line
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw samples of the miniature world into a tar.")
     parser.add_argument("what", choices=WRITERS, help="samples to write")
     parser.add_argument("--n", type=FROM_1, default=1000, help="samples")
@@ -116,14 +115,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=number(16, 1024), default=64, help="pixels a side, 16 to 1024")
     parser.add_argument("--out", type=Path, help="file to write; default: WHAT.tar")
     args = read_arguments(parser, argv)
-    args.out = args.out or Path(f"{args.what}.tar")
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
-    WRITERS[args.what](args.out, args.n, args.seed, args.split, args.size)
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    out = args.out or Path(f"{args.what}.tar")
+    WRITERS[args.what](out, args.n, args.seed, args.split, args.size)
+    print(f"{out}: {out.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from miniature import phrases, words
 from miniature.exam import Said
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, home, random_stream
 from miniature.judge import NOTHING
-from miniature.score_people import FOLDER, read_lines, read_prompts
+from miniature.score import FOLDER, read_lines, read_prompts
 from miniature.wishes import wish
 from miniature.world import sample_pair
 
 PROMPTS = Path(__file__).resolve().parents[1] / "experiments" / "knowledge.jsonl"
-ENTRIES = [entry for _, entry in read_lines(PROMPTS)]
+ENTRIES = read_lines(PROMPTS, dict)
 
 
 def test_there_are_a_hundred_prompts_of_people():

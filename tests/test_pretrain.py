@@ -16,12 +16,10 @@ from common.tokenizer import Tokenizer
 from experiments.decoder import DecoderRecipe
 from llama import Llama
 from mapper import VokenMapper
-from miniature import autoencoder, documents, painter, pretrain, reader, speaker, world
+from miniature import documents, painter, pretrain, speaker, world
 from miniature import judge as judging
-from miniature.autoencoder import VAE_SIZES
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, random_stream
-from miniature.painter import UNET_SIZES
-from miniature.reader import TEXT_SIZES
+from miniature.painter import TEXT_SIZES, UNET_SIZES, VAE_SIZES
 from miniature.recipe import Setup, cached, to_pixels
 from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.words import agrees, facts_in
@@ -40,9 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 VAE_FILE = "diffusion_pytorch_model.safetensors"
 SMALLER = [
-    (autoencoder, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
+    (painter, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
     (painter, "UNET_SIZES", {"block_out_channels": (32, 32), "attention_head_dim": (2, 2)}),
-    (reader, "TEXT_SIZES", {"num_hidden_layers": 1}),
+    (painter, "TEXT_SIZES", {"num_hidden_layers": 1}),
     (speaker, "LANGUAGE_SIZES", {"num_hidden_layers": 1}),
     (speaker, "VISION_SIZES", {"num_hidden_layers": 1}),
     (speaker, "QFORMER_SIZES", {"num_hidden_layers": 2}),
@@ -63,8 +61,6 @@ def shop(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for module, name, changes in SMALLER:
         patch.setattr(module, name, replace(getattr(module, name), **changes))
-    patch.setattr(documents, "TEXTS", 2000)
-    patch.setattr(reader, "TEXTS", 3000)
     folder = tmp_path_factory.mktemp("miniature")
     shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=24, tested=4)
     for part in pretrain.PARTS:
@@ -203,7 +199,7 @@ def test_sets_do_not_depend_on_workers(tmp_path, monkeypatch):
 
 
 def test_documents_fit_their_rows(shop):
-    path = shop.sets / "pieces-3.model"
+    path = speaker.TOKENIZER
     tokenizer = Tokenizer(path)
     for i in range(300):
         row = documents.document(0, i, "train")
@@ -232,13 +228,13 @@ def test_documents_fit_their_rows(shop):
     rows = [documents.language_ids(path, 0, "train", i) for i in range(20)]
     for ids, weights in rows:
         assert len(ids) == len(weights) == documents.LENGTH
-        assert ids[0] == tokenizer.bos_id and ids.max() < documents.PIECES
+        assert ids[0] == tokenizer.bos_id and ids.max() < LANGUAGE_SIZES.vocab_size
     weights = {*np.concatenate(rows, axis=1)[1]}
     assert weights == {1, documents.TOLD_WEIGHT, documents.ANSWER_WEIGHT, documents.PICTURE_WEIGHT}
 
 
 def test_answers_to_questions(shop):
-    path = shop.sets / "pieces-3.model"
+    path = speaker.TOKENIZER
     tokenizer = Tokenizer(path)
     for i in range(50):
         row, picture = documents.answer_ids(path, 0, i), world.sample_pair(0, i)[0]
@@ -253,13 +249,13 @@ def test_answers_to_questions(shop):
 
 
 def test_captions_fit_the_text_encoder(shop):
-    tokenizer = ClipTokenizer(shop.sets / "byte-pairs-3")
+    tokenizer = ClipTokenizer(shop.weights / "stable-diffusion" / "tokenizer")
     whole = 0
     for i in range(500):
         picture, text, _ = world.sample_pair(9, i)
         ids = tokenizer.encode(text)
         whole += len(ids) == len(text.split()) <= tokenizer.length - 2
-        named = facts_in(reader.full_caption(picture, random_stream(0, i)))
+        named = facts_in(painter.full_caption(picture, random_stream(0, i)))
         assert all(thing.place and thing.size for thing in named.things) and agrees(named, picture)
     print(f"{whole} of 500 captions have a token a word and are not cut")
     assert whole > 490
@@ -269,7 +265,7 @@ def test_the_unet_reads_with_its_text_encoders_tokenizer(shop):
     """With another seed, too, whose captions would make another one."""
     recipe = painter.DiffusionRecipe(replace(shop, seed=4))
     folder = shop.weights / "stable-diffusion" / "tokenizer"
-    assert recipe.texts[0].tolist() == reader.caption_ids(folder, 4, 0).tolist()
+    assert recipe.texts[0].tolist() == painter.caption_ids(folder, 4, 0).tolist()
     assert recipe.texts.max() < recipe.text_encoder.text_model.embeddings.token_embedding.num_embeddings
 
 
@@ -285,7 +281,7 @@ def test_shipped_size():
             *(VAE(VAE_SIZES), UNet(UNET_SIZES), TextEncoder(replace(TEXT_SIZES, vocab_size=1100))),
             *(llama, ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)),
             *(judging.Judge(), VokenMapper(width, context, TEXT_SIZES.max_position_embeddings)),
-            Vokens(llama, 8, documents.PIECES),
+            Vokens(llama, 8, LANGUAGE_SIZES.vocab_size),
         ]
     sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) for part in parts}
     print(f"{sizes}: {2e-6 * sum(sizes.values()):.1f} MB")
@@ -298,9 +294,7 @@ def test_exports_load(shop):
     vae, unet, schedule = load_vae(sd / "vae"), load_unet(sd / "unet"), load_schedule(sd / "scheduler")
     text, tokenizer = load_text_encoder(sd / "text_encoder"), ClipTokenizer(sd / "tokenizer")
     llama, encoder = load_llama(weights / "vicuna"), load_image_encoder(weights)
-    assert (
-        asdict(vae.config) | {"scaling_factor": 1.0} == asdict(autoencoder.VAE_SIZES) and vae.config.scaling_factor != 1
-    )
+    assert asdict(vae.config) | {"scaling_factor": 1.0} == asdict(painter.VAE_SIZES) and vae.config.scaling_factor != 1
     assert unet.config == painter.UNET_SIZES and schedule.config == painter.SCHEDULE
     assert llama.config == speaker.LANGUAGE_SIZES
     for module in (unet, text, llama, encoder):
@@ -317,7 +311,7 @@ def test_latents_of_the_export(shop):
     """Their means deviate by about one, as the UNet's noise does; beside them is the posterior's deviation."""
     vae = load_vae(shop.weights / "stable-diffusion" / "vae", torch.float32)
     drawn = shop.training_pictures()
-    mean, deviation = torch.from_numpy(autoencoder.latent_block(vae, drawn, range(8))).float().unbind(1)
+    mean, deviation = torch.from_numpy(painter.latent_block(vae, drawn, range(8))).float().unbind(1)
     print(f"deviation of the means {mean.std():.3f}")
     assert 0.9 < mean.std() < 1.1
     expected, logvar = vae.encode(to_pixels(drawn[:8]))

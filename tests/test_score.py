@@ -11,19 +11,8 @@ from PIL import Image
 
 from common.cli import run
 from generation import Sampling
-from miniature import (
-    autoencoder,
-    documents,
-    painter,
-    pretrain,
-    reader,
-    score,
-    score_people,
-    score_stories,
-    speaker,
-    world,
-)
 from miniature import exam as examining
+from miniature import painter, pretrain, score, score_stories, speaker, world
 from miniature.exam import Exam, Said
 from miniature.facts import Picture, Thing, random_stream
 from miniature.judge import NOTHING, right_shares
@@ -34,9 +23,9 @@ from published.parts import load_minigpt5
 
 CPU = torch.device("cpu")
 SMALLER = [
-    (autoencoder, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
+    (painter, "VAE_SIZES", {"block_out_channels": (8, 8, 16, 16)}),
     (painter, "UNET_SIZES", {"block_out_channels": (32, 32), "attention_head_dim": (2, 2)}),
-    (reader, "TEXT_SIZES", {"num_hidden_layers": 1}),
+    (painter, "TEXT_SIZES", {"num_hidden_layers": 1}),
     (speaker, "LANGUAGE_SIZES", {"num_hidden_layers": 1}),
     (speaker, "VISION_SIZES", {"num_hidden_layers": 1}),
     (speaker, "QFORMER_SIZES", {"num_hidden_layers": 2}),
@@ -50,8 +39,6 @@ def weights(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     for module, name, changes in SMALLER:
         patch.setattr(module, name, replace(getattr(module, name), **changes))
-    patch.setattr(documents, "TEXTS", 1000)
-    patch.setattr(reader, "TEXTS", 1000)
     folder = tmp_path_factory.mktemp("miniature")
     shop = Setup(folder / "runs", folder / "weights", CPU, seed=3, pictures=8, tested=2)
     torch.manual_seed(0)
@@ -386,9 +373,8 @@ def test_all_parts(weights, tmp_path, capsys, monkeypatch):
             assert f"| {row} | " in printed
             assert all(0 <= value <= 1 for value in columns.values()), row
     pictures = {path.stem for path in (tmp_path / "sheets").iterdir()}
-    for part in score.PARTS:
-        assert part == "replies" or any(name.startswith(part) for name in pictures), part
-    assert {"stories-own-1", "stories-text-image"} <= pictures
+    drawn = [f"{part}-{count}" for part in ("prompts", "vokens") for count in ("one-thing", "two-things")]
+    assert pictures == {*drawn, "people-0", "people-1", "people-2"}
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(record["figures"]["stories"]) == 13
 
@@ -459,13 +445,11 @@ def test_people(exam, draw, monkeypatch, tmp_path, capsys):
             said.append(Said("" if picture else "hi", picture))
         return said
 
-    for module in (examining, score_people):
+    for module in (examining, score):
         monkeypatch.setattr(module, "ask", ask)
-    monkeypatch.setattr(
-        score_people, "look", lambda exam, pictures: [p.info["facts"] if p else NOTHING for p in pictures]
-    )
-    monkeypatch.setattr(score_people, "sampling_of_sample", lambda weights: Sampling(words_first=True))
-    figures = score_people.people(exam, tmp_path / "prompts", tmp_path / "chats", [0, 1])
+    monkeypatch.setattr(score, "look", lambda exam, pictures: [p.info["facts"] if p else NOTHING for p in pictures])
+    monkeypatch.setattr(score, "sampling_of_sample", lambda weights: Sampling(words_first=True))
+    figures = score.people(exam, tmp_path / "prompts", tmp_path / "chats", [0, 1])
     assert {name: row["all right"] for name, row in figures.items()} == pytest.approx(
         {
             "prompts, 6": 2 / 3,
