@@ -5,13 +5,14 @@ What it learns here is to answer any such word with what it knows of it. None of
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from common.files import read_json
-from miniature.facts import Picture, pick, sample_picture
-from miniature.wishes import related, typed
+from miniature.facts import Picture, chance, pick, sample_picture
+from miniature.wishes import enlarged, related, typed
 from miniature.words import plural
 
 VOCABULARY = read_json(Path(__file__).with_suffix(".json"))
@@ -90,12 +91,13 @@ def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
     picture = sample_picture(rng, split, 2 if rng.random() < 0.25 else 1)
     if len(picture.things) == 2 and rng.random() < 0.25:
         picture = related(rng, split)
-    things = []
-    for thing in picture.things:
-        colour, size = (
-            value if rng.random() < share else None for value, share in ((thing.colour, 0.65), (thing.size, 0.2))
-        )
-        text = named(rng, thing.kind, colour, size)
+    told = [
+        replace(t, colour=t.colour if chance(rng, 0.65) else None, size=t.size if chance(rng, 0.2) else None)
+        for t in picture.things
+    ]
+    picture, things = enlarged(rng, picture, replace(picture, things=told)), []
+    for thing in told:
+        text = named(rng, thing.kind, thing.colour, thing.size)
         things.append(f"{text} {pick(rng, PLACES[thing.place])}" if rng.random() < 0.15 else text)
     if len({thing.kind for thing in picture.things}) < len(picture.things):
         things = [of_one_kind(rng, picture)]

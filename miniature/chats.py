@@ -305,7 +305,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
 # ---- the words of this world
 
 
-def known_words(texts: int = 20_000) -> list[str]:
+def known_words(texts: int = 32_000) -> list[str]:
     """Every word that wishes and chats are made of, but for the names of what this world does not have."""
     found = set()
     for i in range(texts):

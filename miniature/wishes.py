@@ -4,20 +4,23 @@ The captions of `words.py` are written by who sees the picture: they name most f
 names few, in words of their own: "BOAT, sea, night", "can you draw me a purpel fish?", "a house but no car". `wish`
 samples a picture, and a text that names some of its facts in such a way.
 
-A fact that a wish leaves open is sampled, so that one wish has many pictures; two things whose places are open stand
-on the left and on the right.
+A fact that a wish leaves open is sampled, so that one wish has many pictures, but what has no size is mostly big:
+small things are hard to recognise. Two things whose places are open stand on the left and on the right, one thing "in
+the middle of the snow" in the middle.
 """
 
+import re
 from dataclasses import replace
 
 import numpy as np
 
 from common.texts import plain_words
 from miniature import phrases, words
-from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, home, pick, pick_other, sample_picture
+from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
 from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, verb, with_article
 
-SLIPS = 0.05  # share of texts with slips of the fingers
+SLIPS = 0.15  # share of texts with slips of the fingers
+MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 
 # ---- words
 
@@ -46,6 +49,13 @@ def related(rng: np.random.Generator, split: str) -> Picture:
     elif what < 0.5:
         other = replace(hero, size="small" if hero.size == "big" else "big")
     return spread(rng, replace(first, things=(hero, other)))
+
+
+def enlarged(rng: np.random.Generator, picture: Picture, named: Picture) -> Picture:
+    """The picture with most things big whose size is not named."""
+    pairs = zip(picture.things, named.things, strict=True)
+    things = tuple(replace(t, size="big") if n.size is None and chance(rng, 0.7) else t for t, n in pairs)
+    return replace(picture, things=things) if fits(things, picture.scene) else picture
 
 
 def wanted_picture(rng: np.random.Generator, split: str) -> Picture:
@@ -144,8 +154,11 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
         place, things = False, [replace(thing, place=None) for thing in things]
     scene = picture.scene if chance(rng, 0.68) else None
     named = Picture(scene, picture.time if chance(rng, 0.3) else None, tuple(things))
+    picture = enlarged(rng, picture, named)
     if len(things) == 1:
         text = one_thing(rng, picture, named)
+        if not place and MIDDLE.search(text):
+            picture = replace(picture, things=(replace(picture.things[0], place="middle"),))
     else:
         relation = None if place else pick(rng, [None, None, None, "left", "right"])
         if not place:

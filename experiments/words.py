@@ -1,0 +1,90 @@
+"""The miniature's LoRA for words first: it decides better what a wish leaves open, and tells stories better.
+
+    python experiments/words.py --steps 1500 --out runs/words/trained.safetensors
+    python -m published pack runs/words/trained.safetensors --out miniature/weights/minigpt5/mls-words.safetensors
+
+The language model writes the descriptions that words first paints, and the vokens are read after them. What changes its
+weights changes the vokens' states too, so that stage 1 would have to follow. LoRA that is set aside while vokens are
+read (`train_mls.py --words-first` does the same for dialogues of a user's) changes the words alone: for the same
+description the picture stays what it was. It trains on those documents of the language model that are words first;
+only the words of answers and descriptions count.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # run as a script: the package is the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import MINIATURE
+from miniature import documents
+from miniature.facts import pick_weighted, random_stream
+from published.loading import save_trained, shipped_checkpoint
+from published.parts import load_minigpt5
+
+MIXTURE = {
+    documents.wish_document: 0.35,
+    documents.chat_document: 0.25,
+    documents.change_document: 0.1,
+    documents.described_story_document: 0.3,
+}
+RANK, LR, WARMUP, BATCH = 16, 1e-3, 30, 16
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WORDS, TOKENS, KINDS = 310, 311, 312  # purposes of random streams
+
+
+def sequence(tokenizer, seed: int, i: int) -> np.ndarray:
+    """int (2, LENGTH): ids of whole documents, the last one cut off, and whether each counts."""
+    tokens, kinds, number = [], random_stream(seed, i, KINDS), documents.LENGTH * i
+    while len(tokens) < documents.LENGTH:
+        rng = random_stream(seed, number, WORDS)
+        example = pick_weighted(kinds, MIXTURE)(rng, seed, number, "train")
+        encoded = documents.encode(tokenizer, example, random_stream(seed, number, TOKENS))
+        tokens += [(token, int(weight > 1)) for token, weight in encoded] + [(tokenizer.eos_id, 0)]
+        number += 1
+    return np.array(tokens[: documents.LENGTH]).T
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=MINIATURE, help="folder of the miniature's weights")
+    parser.add_argument("--steps", type=int, default=1500, help=f"of {BATCH} sequences of {documents.LENGTH} tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint; written every 100 steps")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    model = load_minigpt5(args.weights, shipped_checkpoint(args.weights / "minigpt5", ()), read_pictures=False)
+    model.add_adapters(lora={"targets": TARGETS, "rank": RANK, "alpha": 2 * RANK})
+    model.lora_for_words, llama = True, model.llama.train()
+    trained = [p for layer in model.lora for p in (layer.lora_A.weight, layer.lora_B.weight)]
+    optimizer = torch.optim.AdamW(trained, LR, weight_decay=0.0, fused=True)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, (args.steps - step) / args.steps)
+    )
+    tokenizer = documents.tokenizer_at(args.weights / "vicuna" / "tokenizer.model")
+    for step in (bar := tqdm(range(args.steps), "words", mininterval=5)):
+        batch = np.stack([sequence(tokenizer, args.seed, BATCH * step + i) for i in range(BATCH)])
+        ids, counts = torch.from_numpy(batch).unbind(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = llama(llama.model.embed_tokens(ids[:, :-1]))
+        counted = counts[:, 1:].bool()
+        loss = F.cross_entropy(llama.lm_head(hidden[counted]), ids[:, 1:][counted])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        if step % 20 == 19:
+            bar.set_postfix(loss=round(loss.item(), 4))
+        if step % 100 == 99 or step + 1 == args.steps:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            save_trained(model, model.trained_parameters(), args.out, "mls")
+
+
+if __name__ == "__main__":
+    main()
