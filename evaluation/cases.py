@@ -51,6 +51,7 @@ CONTEXTS = {  # what of the steps before a story's step is told
     "both": lambda before: before,
 }
 SETTINGS = "_answers.json"
+MAX_NAME = 200  # bytes of a key in the name of a file: 255 are allowed, with endings and as a temporary name
 
 
 def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> None:
@@ -184,8 +185,11 @@ class Answer(NamedTuple):
 
 
 def file_of(folder: Path, key: str, ending: str) -> Path:
-    """The file of a case, in the folder itself whatever the key."""
-    return folder / f"{key.replace('%', '%25').replace('/', '%2F')}{ending}"
+    """The file of a case, in the folder itself whatever the key. A long key's name is its hash."""
+    name = key.replace("%", "%25").replace("/", "%2F")
+    if len(name.encode()) > MAX_NAME:
+        name = hashlib.sha256(name.encode()).hexdigest()
+    return folder / f"{name}{ending}"
 
 
 def write_answer(folder: Path, key: str, segments: list[str | Image.Image], unusable: str | None = None) -> None:

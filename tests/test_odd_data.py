@@ -157,8 +157,8 @@ def test_a_linked_folder_of_story_pictures(tmp_path):
 
 
 def test_answers_to_long_keys(tmp_path):
-    """31 Chinese characters are 279 in a file's name."""
-    keys = ["船" * 31, "船" * 32, "a" * 180]
+    """90 Chinese characters are 270 bytes, more than the name of a file may have."""
+    keys = ["船" * 31, "船" * 90, "船" * 91, "a" * 300]
     for key in keys:
         write_answer(tmp_path, key, [key])
     assert [read_answer(tmp_path, key).segments for key in keys] == [[key] for key in keys]
