@@ -1,6 +1,6 @@
 """Tars as training data: captions and pictures for stage 1, the order of training, and its exact resumption.
 
-    batches, held_out = open_pairs(["cc3m-train-{0000..0575}.tar"], None, weights,
+    batches, held_out = open_pairs(["cc3m-train-*.tar"], None, weights,
                                    partial(images.preprocess_output, size=512), batch_size=48)
     batch = next(batches)
 
@@ -82,8 +82,8 @@ def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
 
     Opens the tar each time (some 20 us): open files could run out, and would be shared between forked workers.
     """
-    offset, size = (int(x) for x in row[2 * member : 2 * member + 2]) if 2 * member < len(row) else (-1, -1)
-    if offset < 0:
+    offset, size = (int(x) for x in row[member]) if member < len(row) else (-1, -1)
+    if offset < 0 or size < 0:
         return None
     if size > MAX_BYTES[min(member, Member.NUMBERED)]:
         raise Unusable("too large")
@@ -158,8 +158,8 @@ class TarData(Dataset):
         self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
         if not len(self):
             raise ValueError(f"{self.name}: no picture, caption or JSON in it")
-        notes = [index.note.tobytes().decode("utf-8", "replace") for index in self.indices]
-        self.notes = [f"{tar}: {note}" for tar, note in zip(self.tars, notes, strict=True) if note]
+        notes = [(tar, str(index.note)) for tar, index in zip(self.tars, self.indices, strict=True)]
+        self.notes = [f"{tar}: {note}" for tar, note in notes if note]
 
     def __len__(self) -> int:
         return int(self.tar_ends[-1])
@@ -169,7 +169,7 @@ class TarData(Dataset):
 
     def digest(self) -> str:
         """A hash of the samples' keys in their order, by which a resumed run knows its data."""
-        return hash_of(index.keys.tobytes() + b"\n" for index in self.indices)
+        return hash_of(b"".join([*index.keys, b"\n"]) for index in self.indices)
 
     def contents(self) -> str:
         """A hash of the samples' sizes and of some bytes of each tar: other data may have the same keys."""

@@ -1,6 +1,6 @@
 """What training would compute in every epoch of every picture and caption, computed once and stored in tars.
 
-    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out precomputed
+    python -m tars precompute cc3m-train-*.tar --weights weights --out precomputed
     python train_uas.py --weights weights --data precomputed --out runs/cc3m
 
     source                           computed                                           kept of the source
@@ -164,7 +164,7 @@ def precompute(
     precomputed = encoders.precomputed._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
     with suppress(ValueError):  # of `out`, if it is no tar, or one whose marker cannot be read
         made_alike = read_marker(str(out))[:4] == precomputed[:4]  # the fifth, a tensor, follows from these
-        if made_alike and not read_index(str(out)).note.size:  # and it is not cut short
+        if made_alike and not str(read_index(str(out)).note):  # and it is not cut short
             return None
     first = Sample([(MARKER, marker_bytes(precomputed))], {})
     samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)

@@ -24,7 +24,7 @@ from torch import Tensor
 from common.files import fingerprint
 from published.loading import tensor_files
 from published.parts import picture_size
-from tars.index import MAX_BYTES, Member, Unusable, open_tar
+from tars.index import MAX_BYTES, Header, Member, Unusable
 
 MARKER = ".precomputed.safetensors"  # name of the first member
 
@@ -71,12 +71,12 @@ def marker_bytes(precomputed: Precomputed) -> bytes:
 def read_marker(path: str) -> Precomputed:
     """NOTHING where the tar holds no precomputed tensors. ValueError for a marker that cannot be read."""
     try:
-        with open(path, "rb") as file, open_tar(file) as tar:
+        with tarfile.open(path, "r:", tarinfo=Header) as tar:
             header = tar.next()
             if header is None or header.name != MARKER or not header.isreg():
                 return NOTHING
             content = tar.extractfile(header).read() if header.size <= MAX_BYTES[Member.TENSORS] else b""
-    except (OSError, tarfile.TarError):  # the index says what is wrong with a tar
+    except Exception:  # tarfile raises whatever a damaged header leads it to; the index says what is wrong with a tar
         return NOTHING
     try:
         tensors = safetensors.torch.load(content)

@@ -90,7 +90,7 @@ BROKEN = {  # what is wrong -> the members of such a sample
 def pairs(tmp_path) -> PairData:
     write_tar(tmp_path / "a.tar", good(range(13)))
     write_tar(tmp_path / "b.tar", [*BROKEN["no caption"], *good(range(13, 22))])
-    return PairData(expand([str(tmp_path / "{a,b}.tar")]), small)
+    return PairData(expand([str(tmp_path)]), small)
 
 
 # ---- texts and random numbers
@@ -135,17 +135,10 @@ def test_expand(tmp_path, monkeypatch):
     for name in ("x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar", "y-b.tar"):
         Path(name).touch()
     (tmp_path / "x-08.tar.index.npz").touch()
-    assert expand(["x-{08..10}.tar"]) == ["x-08.tar", "x-09.tar", "x-10.tar"]
-    assert expand(["{x-{08,10},y-b}.tar"]) == ["x-08.tar", "y-b.tar", "x-10.tar"]
     assert expand(["x-*", "y-a.tar"]) == ["x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
     assert expand(["y-b.tar", "."]) == ["y-b.tar", "x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
-    assert list(tars.braces("x{8..11}")) == ["x8", "x9", "x10", "x11"]
-    assert list(tars.braces("x{11..8}")) == ["x11", "x10", "x9", "x8"]
     (tmp_path / "empty").mkdir()
-    for address in ("s3://a/b.tar", "https://host/t-{8..10}.tar"):
-        with pytest.raises(ValueError, match=f"{address[:9]}.*: tars are read from disk; download them first, as with"):
-            expand([address])
-    for value in (["z.tar"], ["z*.tar"], ["x-{08..11}.tar"], ["empty"], [""], [], ["{0..9999999}"]):
+    for value in (["z.tar"], ["z*.tar"], ["empty"], ["s3://a/b.tar"], [""], []):
         with pytest.raises(ValueError) as error:
             expand(value)
         assert "\n" not in str(error.value) and (not value or not value[0] or value[0][:2] in str(error.value))
@@ -239,7 +232,7 @@ def test_index_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
 def test_members_are_forgotten_while_walking(tmp_path):
     """tarfile would collect them all."""
     path = write_tar(tmp_path / "x.tar", good(range(5)))
-    with open(path, "rb") as file, tars.open_tar(file) as tar:
+    with tarfile.open(path, "r:") as tar:
         assert [len(tar.members) <= 1 for _ in tars.walk(tar)] == [True] * 10
 
 

@@ -177,13 +177,19 @@ def bad_index(what: str, rng: Random, path: Path) -> None:
             np.array([["a"]]),
             np.zeros((0, 0), np.int64),
             np.int64(5),
-            index[name][..., None],
+            np.array(index[name])[..., None],
         )
         index[name] = rng.choice(
-            (*odd, index[name][:-1], index[name].astype(np.float32), index["table"], index["ends"])
+            (
+                *odd,
+                np.atleast_1d(index[name])[:-1],
+                np.zeros(index[name].shape, np.float32),
+                index["table"],
+                index["turns"],
+            )
         )
     if what == "index is a bomb":
-        index["note"] = np.zeros(20_000_000 if rng.random() < 0.1 else 1000, np.uint8)
+        index["note"] = np.array("x" * (5_000_000 if rng.random() < 0.1 else 1000))
     (np.savez_compressed if what == "index is a bomb" else np.savez)(place, **index)
     return None
 
