@@ -40,37 +40,23 @@ MAX_PIECE_LENGTH = 16  # characters of a token, as sentencepiece models are trai
 def read_turns(content: bytes | None, key: str, escape: Callable[[str], str]) -> tuple[str, list[Turn]]:
     """KEY.json -> (kind, turns), whose texts are cleaned and escaped and whose pictures are members of the tar.
     escape: `Tokenizer.plain`, or `str` where no language model reads the texts. Raises Unusable."""
-    if content is None:
-        raise Unusable("no JSON")
     try:
         sample = json.loads(content)
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    if not isinstance(sample, dict) or sample.get("kind") not in ("story", "dialog"):
-        raise Unusable("neither story nor dialogue")
-    if not isinstance(sample.get("turns"), list) or len(sample["turns"]) < 2:
-        raise Unusable("fewer than two turns")
-    turns = []
-    for turn in sample["turns"]:
-        text, names = (turn.get("text"), turn.get("image")) if isinstance(turn, dict) else (None, None)
-        names = [] if names is None else names if isinstance(names, list) else [names]
-        if not isinstance(text, str):
-            raise Unusable("turn without text")
-        turns.append(Turn(escape(one_line(text)), tuple(picture_member(name, key) for name in names)))
-    return sample["kind"], turns
+        turns = [read_turn(turn, key, escape) for turn in sample["turns"]]
+        if sample["kind"] not in ("story", "dialog") or len(turns) < 2:
+            raise ValueError
+        return sample["kind"], turns
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Unusable("neither story nor dialogue") from None
 
 
-def picture_member(name: object, key: str) -> int:
-    """The name of a picture of the sample `key` -> its member."""
-    found = member_of(name) if isinstance(name, str) else None
-    if found is None or found[0].rpartition("/")[2] != key.rpartition("/")[2]:
+def read_turn(turn: dict, key: str, escape: Callable[[str], str]) -> Turn:
+    names = turn.get("image")
+    names = names if isinstance(names, list) else [names] if names is not None else []
+    places = [member_of(name) or ("", None) for name in names]
+    if any(owner.rpartition("/")[2] != key.rpartition("/")[2] for owner, _ in places):
         raise Unusable("foreign picture name")
-    return found[1]
-
-
-def uniform(bits: int) -> float:
-    """64 random bits -> a number in [0, 1)."""
-    return (bits >> 11) * 2.0**-53
+    return Turn(escape(one_line(turn["text"])), tuple(member for _, member in places))
 
 
 # ---- samples and batches
@@ -154,7 +140,7 @@ class StoryData(TarData):
             raise Unusable("empty turn")
         if self.words_only and task != "text":  # whose picture is part of the question
             turn = Turn(turn.text)
-        if kind == "story" and uniform(phrase) < self.blind:  # high bits; the wording takes the low ones
+        if kind == "story" and phrase < self.blind * 2.0**64:  # of 64 random bits; the wording takes the low ones
             before = [Turn(step.text) for step in before]
 
         def since(first: int) -> Example:

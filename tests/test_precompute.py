@@ -158,7 +158,7 @@ def test_a_story_without_one_of_its_pictures(monkeypatch, weights, sources, tmp_
     source = write_tar(tmp_path / "source.tar", inside | {name: inside[name][:60], "bad.json": b'{"turns": ['})
     tar = made(monkeypatch, weights, source, tmp_path / "x.tar")
     printed = capsys.readouterr().out
-    assert "kept: 3 stories and dialogues" in printed and "dropped: 1 broken JSON" in printed
+    assert "kept: 3 stories and dialogues" in printed and "1 neither story nor dialogue" in printed
     assert "cut short: 1 broken image" in printed
     tensors = safetensors.torch.load(members(tar)["000000001.safetensors"])
     turns = len(json.loads(inside["000000001.json"])["turns"])
