@@ -112,18 +112,13 @@ def read_caption(read: Reader) -> str:
     """The caption of KEY.txt, else that in KEY.json, as it is. Raises Unusable."""
     text = read(Member.TEXT)
     try:
-        if text is not None:
-            return text.decode("utf-8-sig")
-        content = json.loads(read(Member.JSON) or b"{}")
-        if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
-            raise Unusable("no caption")
-        if len(content["caption"].encode()) > MAX_BYTES[Member.TEXT]:  # encode() fails at half an emoji, "\\ud83d"
+        if text is None:
+            text = json.loads(read(Member.JSON) or b"{}")["caption"].encode()  # fails at half an emoji, "\\ud83d"
+        if len(text) > MAX_BYTES[Member.TEXT]:
             raise Unusable("too large")
-    except UnicodeError:
-        raise Unusable("caption not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    return content["caption"]
+        return text.decode("utf-8-sig")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # JSON of another form, or no UTF-8
+        raise Unusable("no caption") from None
 
 
 # ---- items
@@ -147,8 +142,6 @@ class TarData(Dataset):
     cannot be read and where there is no item at all. With several ranks on a machine let one build it first: the others
     then find the cached indices.
     """
-
-    unit = "sample"
 
     def __init__(self, tars: list[str]):
         self.tars = list(tars)
@@ -202,8 +195,6 @@ class PairData(TarData):
     transform: RGB picture -> tensor, as images.preprocess_output. precomputed: tensors that take the place of "pixels".
     """
 
-    unit = "pair"
-
     def __init__(self, tars: list[str], transform: Callable, precomputed: Precomputed = NOTHING):
         super().__init__(tars)
         self.transform, self.precomputed = transform, precomputed
@@ -247,26 +238,21 @@ class FullBatches(Dataset):
         """The batch with "bad" and "seen": what is counted in the first epoch; or, in place of samples, "error"."""
         n, samples, bad, seen = len(self.data), [], Counter(), 0
         for position, item in places:
-            bits, tries = random_bits(SAMPLE, self.seed, position), 0
+            bits, tried = random_bits(SAMPLE, self.seed, position), Counter()
             choice = self.data.choose(bits)
             sample = self.data.sample(item, choice)
             if position < n:
                 seen += 1
                 bad.update([sample] if isinstance(sample, str) else [])
             while isinstance(sample, str):
-                tries += 1
-                if tries > MAX_TRIES:
-                    return {"error": self.no_sample(), "bad": dict(bad), "seen": seen}
+                tried[sample] += 1
+                if tried.total() > MAX_TRIES:
+                    error = f"no usable sample in {self.data.name}: {describe(tried)}"
+                    return {"error": error, "bad": dict(bad), "seen": seen}
                 sample = self.data.sample(bits.random_raw() % n, choice)
             samples.append(sample)
         # pinning calls update() on a mapping, which would double the counts of a Counter
         return {**self.data.collate(samples), "bad": dict(bad), "seen": seen}
-
-    def no_sample(self) -> str:
-        choice = self.data.choose(random_bits(SAMPLE, self.seed, 0))
-        samples = (self.data.sample(i, choice) for i in range(min(len(self.data), MAX_TRIES)))
-        bad = Counter(sample for sample in samples if isinstance(sample, str))
-        return f"no usable {self.data.unit} in {self.data.name}: {describe(bad)}"
 
 
 def ignore_signals(worker: int) -> None:
