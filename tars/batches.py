@@ -138,8 +138,8 @@ class TarData(Dataset):
     read_item(key, read, kind, item, choice)   an item of a sample, which is a PAIR, STORY or DIALOG; raises Unusable
     collate(samples)                           a batch
 
-    Holds no open file, so it may be forked and pickled. `notes` says which tars are damaged. ValueError for a tar that
-    cannot be read and where there is no item at all. With several ranks on a machine let one build it first: the others
+    Holds no open file, so it may be forked and pickled. ValueError for a tar that cannot be read
+    whole, and where there is no item at all. With several ranks on a machine let one build it first: the others
     then find the cached indices.
     """
 
@@ -151,8 +151,6 @@ class TarData(Dataset):
         self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
         if not len(self):
             raise ValueError(f"{self.name}: no picture, caption or JSON in it")
-        notes = [(tar, str(index.note)) for tar, index in zip(self.tars, self.indices, strict=True)]
-        self.notes = [f"{tar}: {note}" for tar, note in notes if note]
 
     def __len__(self) -> int:
         return int(self.tar_ends[-1])

@@ -86,11 +86,13 @@ def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
 def interleaved(
     key: str, kind: str, name: str, turns: Iterable[tuple[str, list[Path | None]]], may_cut: bool = False
 ) -> Sample:
-    """Texts with their pictures. Raises Unusable at a turn that cannot be used; where the sample `may_cut`, it ends
-    before that turn, and its `cut` says why."""
-    written, pictures, cut = [], [], None
+    """Two or more texts with their pictures. Raises Unusable at a turn that cannot be used; where the sample `may_cut`,
+    it ends before that turn, if that leaves two, and its counts say why."""
+    written, pictures, cut = [], [], {}
     try:
         for text, paths in turns:
+            if not text.strip():
+                raise Unusable("empty text")
             if len(pictures) + len(paths) > MAX_PICTURES:
                 raise Unusable("too many pictures")
             added = [read_picture(path) for path in paths]
@@ -98,12 +100,15 @@ def interleaved(
             pictures += [(name, content) for name, (_, content) in zip(names, added, strict=True)]
             written.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
     except Unusable as error:
-        if not may_cut:
+        if not may_cut or len(written) < 2:
             raise
-        cut = str(error)
+        cut = {f"cut short ({error})": 1}
+    if len(written) < 2:
+        raise Unusable("fewer than two turns")
     content = json.dumps({"kind": kind, "id": name, "turns": written}).encode()
-    counts = {{"story": "stories", "dialog": "dialogues"}[kind]: 1, "turns": len(written), "pictures": len(pictures)}
-    return Sample([(f"{key}.json", content), *pictures], counts, cut)
+    units = {"story": "stories", "dialog": "dialogues"}
+    counts = {units[kind]: 1, "turns": len(written), "pictures": len(pictures), **cut}
+    return Sample([(f"{key}.json", content), *pictures], counts)
 
 
 # ---- VIST
@@ -141,8 +146,6 @@ def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], 
     told = sorted(([step[field] for field in fields] for step in steps), key=lambda step: step[0])
     if not len(told) == len({order for order, _, _ in told}) == STEPS:
         raise Unusable("not five steps in a clear order")
-    if not all(text.strip() for _, text, _ in told):
-        raise Unusable("empty text")
     return interleaved(key, "story", name, ((text, [places.get(str(picture))]) for _, text, picture in told))
 
 
@@ -156,21 +159,16 @@ def read_turn(turn: dict, folders: list[Path], max_words: int) -> tuple[str, lis
     """
     text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
     media = [part["__MEDIA__"] for part in turn["turn"] if "__MEDIA__" in part]
-    if not text.strip():
-        raise Unusable("empty text")
     if max_words and len(text.split()) > max_words:
         raise Unusable("long turn")
     return text, [find_picture(folders, f"{name}.jpg") for name in media]
 
 
 def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) -> Sample:
-    """A dialogue up to its first turn that cannot be used. Raises Unusable where not even two turns are left."""
+    """A dialogue up to its first turn that cannot be used."""
     content = json.loads(line)
     turns = (read_turn(turn, folders, max_words) for turn in content["conversation"])
-    dialogue = interleaved(key, "dialog", str(content.get("conversation_id", "")), turns, may_cut=True)
-    if dialogue.counts["turns"] < 2:
-        raise Unusable(f"{dialogue.cut} in the first two turns" if dialogue.cut else "fewer than two turns")
-    return dialogue
+    return interleaved(key, "dialog", str(content.get("conversation_id", "")), turns, may_cut=True)
 
 
 # ---- your own stories and dialogues
@@ -179,11 +177,8 @@ def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) 
 def turns_sample(key: str, line: bytes, folders: list[Path]) -> Sample:
     """A story or dialogue, which counts as a whole. Raises Unusable."""
     content = json.loads(line)
-    turns = [
-        (turn["text"], [find_picture(folders, name) for name in turn.get("images", [])]) for turn in content["turns"]
-    ]
-    if len(turns) < 2 or not all(text.strip() for text, _ in turns):
-        raise Unusable("empty text, or fewer than two turns")
+    told = ((turn["text"], turn.get("images", [])) for turn in content["turns"])
+    turns = ((text, [find_picture(folders, name) for name in names]) for text, names in told)
     return interleaved(key, content.get("kind", "story"), str(content.get("id", "")), turns)
 
 

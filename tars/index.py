@@ -60,10 +60,7 @@ class Unusable(Exception):
 def expand(data: list[str]) -> list[str]:
     """What the user names (tars, folders of tars, globs) -> paths of tars in order, each once. ValueError where
     something matches nothing."""
-    found = [path for item in data for path in tars_of(item)]
-    if not found:
-        raise ValueError("no data given: name a tar or a folder of tars")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(path for item in data for path in tars_of(item)))
 
 
 def tars_of(item: str) -> list[str]:
@@ -135,7 +132,6 @@ class TarIndex(NamedTuple):
     kinds: np.ndarray  # (n,) int8: PAIR, STORY or DIALOG
     turns: np.ndarray  # (n,) int32: how many turns the JSON of a story or dialogue has; 0: a pair
     keys: np.ndarray  # (n,) bytes in UTF-8
-    note: np.ndarray  # () what is wrong with the tar as a whole, mostly an empty text
 
     def key(self, i: int) -> str:
         return self.keys[i].decode("utf-8", "replace")
@@ -164,24 +160,17 @@ def sort_members(places: dict[str, dict], turns: dict[str, tuple[int, int]]) -> 
 
 def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     """Read headers and JSON of an uncompressed tar. The members of a key need not be adjacent; where a key has a member
-    twice the later one counts, as when unpacking. A damaged tar ends where it is damaged; ValueError for what is no tar
-    at all."""
-    places, turns, notes, repeated = {}, {}, [], 0
+    twice the later one counts, as when unpacking. ValueError for a damaged tar."""
+    places, turns = {}, {}
     try:
         with tarfile.open(path, "r:", tarinfo=Header, encoding="utf-8", errors=UNDECODABLE) as tar:
             for key, member, header in walk(tar):
-                members = places.setdefault(key, {})
-                repeated += member in members
-                members[member] = header.offset_data, header.size
+                places.setdefault(key, {})[member] = header.offset_data, header.size
                 if member == Member.JSON and header.size <= MAX_BYTES[member]:
                     found = count_turns(tar.extractfile(header).read())
                     turns |= {key: found} if found[1] else {}
     except Exception as error:  # tarfile raises whatever a damaged header leads it to
-        if isinstance(error, OSError) or not places:
-            raise ValueError(f"{path}: not readable as an uncompressed tar ({error})") from None
-        notes.append(f"cut short or damaged after {len(places):,} samples ({error})")
-    if repeated:
-        notes.append(f"{repeated:,} members that their sample already had; the last counts")
+        raise ValueError(f"{path}: no uncompressed tar, or damaged after {len(places):,} samples ({error})") from None
     places = sort_members(places, turns)
     count = max([Member.TEXT + 1, *(member + 1 for members in places.values() for member in members)])
     table = np.full((len(places), count, 2), -1, np.int64)
@@ -189,13 +178,13 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
         table[i, list(members)] = list(members.values())
     kinds, counts = np.array([turns.get(key, (PAIR, 0)) for key in places], np.int32).reshape(-1, 2).T
     keys = np.array([key.encode("utf-8", UNDECODABLE) for key in places], np.bytes_)
-    return TarIndex(stamp, table, kinds.astype(np.int8), counts, keys, np.array("; ".join(notes)))
+    return TarIndex(stamp, table, kinds.astype(np.int8), counts, keys)
 
 
 def is_consistent(index: TarIndex) -> bool:
     """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
-    _, table, kinds, turns, keys, _ = index
-    if [f"{array.dtype.kind}{array.ndim}" for array in index] != ["i1", "i3", "i1", "i1", "S1", "U0"]:
+    _, table, kinds, turns, keys = index
+    if [f"{array.dtype.kind}{array.ndim}" for array in index] != ["i1", "i3", "i1", "i1", "S1"]:
         return False
     is_count = (turns >= 0) & (turns <= MAX_BYTES[Member.JSON])
     return len(table) == len(kinds) == len(turns) == len(keys) and table.shape[2] == 2 and bool(is_count.all())

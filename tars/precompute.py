@@ -36,7 +36,7 @@ from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
 from tars.batches import PairData, Reader, TarData, decode
-from tars.index import Member, Unusable, expand, read_index
+from tars.index import Member, expand, read_index
 from tars.precomputed import MARKER, Precomputed, identity, marker_bytes, read_marker
 from tars.stories import read_turns
 from tars.writer import Report, Sample, write_samples
@@ -46,26 +46,21 @@ STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
 class WholeStories(TarData):
     """The stories and dialogues of a tar, each whole: {"key", "json", "numbers" of its n pictures, "inputs" and
-    "outputs" (n, 3, H, W), "cut": why a picture is missing, or None}."""
+    "outputs" (n, 3, H, W) if there are any}."""
 
     def __init__(self, tar: str, to_input: Callable, to_output: Callable):
         super().__init__([tar])
         self.to_input, self.to_output = to_input, to_output
 
     def read_item(self, key: str, read: Reader, kind: int, item: int, choice: None) -> dict:
-        images, cut, content = {}, None, read(Member.JSON)
+        content, pixels = read(Member.JSON), {}
         _, turns = read_turns(content, key, str)
-        for member in sorted({member for turn in turns for member in turn.pictures}):
-            try:
-                images[member - Member.NUMBERED] = decode(read(member))
-            except Unusable as error:
-                cut = str(error)
-        pixels = {}
-        if images:
-            for name, to_tensor in (("inputs", self.to_input), ("outputs", self.to_output)):
-                # Unlike torch.stack it puts what a worker makes into shared memory (see `split_broken`).
-                pixels[name] = default_collate([to_tensor(image) for image in images.values()])
-        return {"key": key, "json": content, "numbers": list(images), "cut": cut, **pixels}
+        members = sorted({member for turn in turns for member in turn.pictures})
+        images = [decode(read(member)) for member in members]
+        if images:  # Unlike torch.stack, default_collate puts what a worker makes into shared memory: `split_broken`.
+            pixels["inputs"] = default_collate(list(map(self.to_input, images)))
+            pixels["outputs"] = default_collate(list(map(self.to_output, images)))
+        return {"key": key, "json": content, "numbers": [member - Member.NUMBERED for member in members], **pixels}
 
 
 class Encoders:
@@ -77,7 +72,7 @@ class Encoders:
         self.device, self.store, self.size = device, STORE[store], picture_size(weights)
         self.vae = load_vae(sd / "vae", painting, device)
         latent = (self.vae.config.latent_channels, *[self.size // self.vae.config.downsampling] * 2)
-        shapes, self.empty_caption = {"moments": (2, *latent)}, None
+        shapes, empty_caption = {"moments": (2, *latent)}, None
         if stories:
             self.image_encoder = load_image_encoder(weights, language, device)
             queries, width = self.image_encoder.query_tokens.shape[1], self.image_encoder.llama_proj.out_features
@@ -85,11 +80,11 @@ class Encoders:
         elif captions:
             self.text_encoder = load_text_encoder(sd / "text_encoder", language, device)
             self.tokenizer = ClipTokenizer(sd / "tokenizer")
-            self.empty_caption = self.encodings([""])
-            shapes["encoding"] = tuple(self.empty_caption.shape[1:])
+            empty_caption = self.encodings([""])
+            shapes["encoding"] = tuple(empty_caption.shape[1:])
         made_with = {name: identity(weights, name) for name in shapes}
         types = f"{store} of {language}, {painting}"
-        self.precomputed = Precomputed(made_with, shapes, types, empty_caption=self.empty_caption)
+        self.precomputed = Precomputed(made_with, shapes, types, empty_caption=empty_caption)
 
     def stored(self, x: Tensor) -> Tensor:
         """As it is written. ValueError where 16 bit cannot hold it."""
@@ -128,7 +123,7 @@ def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) ->
         if batch is None:
             continue
         tensors = {"moments": encoders.moments(batch["pixels"])}
-        if encoders.empty_caption is not None:
+        if "encoding" in encoders.precomputed.shapes:
             tensors["encoding"] = encoders.encodings(batch["captions"])
         for i, (key, caption) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
             content = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
@@ -149,7 +144,7 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
             tensors |= {f"{k}.queries": tensor.clone() for k, tensor in zip(numbers, queries, strict=True)}
             tensors |= {f"{k}.moments": tensor.clone() for k, tensor in zip(numbers, moments, strict=True)}
         members = [(f"{key}.json", story["json"]), (f"{key}.safetensors", safetensors.torch.save(tensors))]
-        yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)}, story["cut"])
+        yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)})
 
 
 def precompute(
@@ -164,7 +159,7 @@ def precompute(
     precomputed = encoders.precomputed._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
     with suppress(ValueError):  # of `out`, if it is no tar, or one whose marker cannot be read
         made_alike = read_marker(str(out))[:4] == precomputed[:4]  # the fifth, a tensor, follows from these
-        if made_alike and not str(read_index(str(out)).note):  # and it is not cut short
+        if made_alike and read_index(str(out)):  # and it is whole
             return None
     first = Sample([(MARKER, marker_bytes(precomputed))], {})
     samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)

@@ -14,6 +14,7 @@ S conditioning tokens, Q query embeddings, Dc and D their widths.
 import json
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,14 +108,11 @@ def find_precomputed(tars: list[str], weights: Path) -> Precomputed:
 
 def read_tensors(content: bytes | None, precomputed: Precomputed, names: Iterable[str]) -> dict[str, Tensor]:
     """KEY.safetensors -> its tensors `names`, in 16 bit or float32. Raises Unusable."""
-    if content is None:
-        raise Unusable("no precomputed tensors")
-    try:
-        stored = safetensors.torch.load(content)
-        tensors = {name: stored[name] for name in names}
-    except (SafetensorError, KeyError):
-        raise Unusable("broken tensors") from None
-    for name, tensor in tensors.items():
-        if tensor.shape != precomputed.shapes.get(name.rpartition(".")[2]) or not tensor.is_floating_point():
-            raise Unusable("broken tensors")
-    return tensors
+    stored = {}
+    with suppress(SafetensorError):
+        stored = safetensors.torch.load(content or b"")
+    for name in names:
+        shape, tensor = precomputed.shapes.get(name.rpartition(".")[2]), stored.get(name)
+        if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+            raise Unusable("no tensors, or broken ones")
+    return {name: stored[name] for name in names}

@@ -21,18 +21,17 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
 from torch.utils.data import default_collate
 
+from common.tokenizer import Tokenizer
 from prompts import TASKS, Example, System, Turn, dialog_example, history_start, one_line, story_example
 from tars.batches import Reader, TarData, decode
 from tars.index import STORY, Member, TarIndex, Unusable, member_of
 from tars.precomputed import NOTHING, Precomputed, read_tensors
-
-MAX_PIECE_LENGTH = 16  # characters of a token, as sentencepiece models are trained
-
 
 # ---- the JSON of a sample
 
@@ -62,6 +61,7 @@ def read_turn(turn: dict, key: str, escape: Callable[[str], str]) -> Turn:
 # ---- samples and batches
 
 
+@dataclass(eq=False)
 class StoryData(TarData):
     """The turns of the stories and dialogues in tars, as samples (see the head of the file).
 
@@ -72,25 +72,21 @@ class StoryData(TarData):
     words_only: answers have no pictures. system: opens every prompt; None: the released code's sentences.
     """
 
-    def __init__(
-        self,
-        tars: list[str],
-        tokenizer,
-        queries: int,
-        to_input: Callable,
-        to_output: Callable,
-        limit: int = 2048,
-        tasks: Sequence[str] = TASKS,
-        precomputed: Precomputed = NOTHING,
-        blind: float = 0.0,
-        words_only: bool = False,
-        system: System | None = None,
-    ):
-        self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
-        self.to_input, self.to_output, self.precomputed, self.blind = to_input, to_output, precomputed, blind
-        self.tasks, self.words_only, self.system = tasks, words_only, system
-        self.items_of_first_step = int("image" in tasks)
-        super().__init__(tars)
+    tars: list[str]
+    tokenizer: Tokenizer
+    queries: int
+    to_input: Callable
+    to_output: Callable
+    limit: int = 2048
+    tasks: Sequence[str] = TASKS
+    precomputed: Precomputed = NOTHING
+    blind: float = 0.0
+    words_only: bool = False
+    system: System | None = None
+
+    def __post_init__(self):
+        self.items_of_first_step = int("image" in self.tasks)
+        super().__init__(self.tars)
 
     def count_items(self, index: TarIndex) -> np.ndarray:
         """At least one, so that a broken sample is met and counted."""
@@ -158,11 +154,7 @@ class StoryData(TarData):
         return fitting[-1]
 
     def encoded(self, example: Example) -> Example | None:
-        """The example with its token ids; None where these and <s> are more than `limit`. One that is far too long is
-        not encoded at all: a hostile one could take seconds."""
-        characters = len(example.source) + len(example.target)
-        if max(self.queries * len(example.inputs), characters // MAX_PIECE_LENGTH) > self.limit:
-            return None
+        """The example with its token ids; None where these and <s> are more than `limit`."""
         source, target = (self.tokenizer.encode(text, self.queries) for text in (example.source, example.target))
         return example._replace(ids=(source, target)) if 1 + len(source) + len(target) <= self.limit else None
 

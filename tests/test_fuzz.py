@@ -44,21 +44,20 @@ def path(tmp_path, monkeypatch) -> Path:
     return tmp_path / "x.tar"
 
 
-def note(path: Path) -> str:
-    return str(read_index(str(path)).note)
+def refused(path: Path, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_index(str(path))
 
 
 def test_a_tar_that_goes_on_after_its_end_is_named(path):
     members = pair_members()
-    path.write_bytes(whole(members))
-    assert note(path) == ""
     for content in (
         whole(members[:4]) + whole(members[4:]),
         whole(members) + bytes(2 << 20),  # zeros where a download stopped
         b"".join(members[:4]),
     ):
         path.write_bytes(content)
-        assert "no end mark, or more after it" in note(path)
+        refused(path, "no end mark, or more after it")
 
 
 @pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
@@ -66,15 +65,15 @@ def test_extended_headers_are_bounded(path, kind):
     """tarfile would take as much time and memory as they say, and call itself for each of thousands in a row."""
     first = pair_members()[:2]
     path.write_bytes(whole([*first, member("h", bytes(1 << 20), kind), *pair_members()]))
-    assert "after 1 samples" in note(path)
+    refused(path, "after 1 samples")
     path.write_bytes(whole([*first, *[member("h", pax({b"a": b"b"}), kind)] * 3000, *pair_members()]))
-    assert "after 1 samples" in note(path)
+    refused(path, "after 1 samples")
 
 
 @pytest.mark.parametrize("size", [2**40, 2**63, -512])
 def test_sizes_are_bounded(path, size):
     path.write_bytes(whole([*pair_members()[:2], member("y.png", b"abc", size=size), *pair_members()]))
-    assert "after 1 samples" in note(path)
+    refused(path, "after 1 samples")
 
 
 def test_a_foreign_index_is_checked(path):
@@ -88,8 +87,8 @@ def test_a_foreign_index_is_checked(path):
     ):
         np.savez(place, **{**good, name: value})
         assert all(np.array_equal(a, b) for a, b in zip(read_index(str(path)), good.values(), strict=True)), name
-    np.savez_compressed(place, **{**good, "note": np.array("x" * (1 << 20))})  # could unpack to any size
-    assert note(path) == ""
+    np.savez_compressed(place, **{**good, "table": good["table"][:1]})  # could unpack to any size
+    assert len(read_index(str(path)).table) == len(good["table"])
     np.savez(place, **{**good, "table": -good["table"]})  # a size of -9 would read the whole file
     assert PairData([str(path)], lambda image: image)[0] == "no picture"
 

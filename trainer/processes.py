@@ -19,8 +19,6 @@ def one_line_peer_errors() -> Iterator[None]:
     """Around an exchange: where another process has ended, the RuntimeError becomes a ValueError of one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # gloo raises it; NCCL does not return, and torchrun ends the process
         raise ValueError(f"the other processes of the run do not answer ({str(error).splitlines()[0]})") from None
 

@@ -86,12 +86,8 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
-        votes = torch.tensor(int(flag))
-        if self.size > 1:
-            with one_line_peer_errors():
-                dist.all_reduce(votes)
-        return bool(votes)
+        """Whether the flag is true in any rank."""
+        return any(self.gather(flag))
 
     @contextmanager
     def rank_0_first(self) -> Iterator[None]:
@@ -265,16 +261,10 @@ class Run:
 
     def begin(self) -> None:
         """Get ready for the first step."""
-        data, held_out, optimizers = self.data, self.held_out, self.optimizers
-        for note in [*data.dataset.notes, *(held_out.dataset.notes if held_out else ())]:
-            print(note)
-        self.total = total_steps(self.args, data.size, self.world.size)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.total = total_steps(self.args, self.data.size, self.world.size)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.rates = [(group, group["lr"]) for group in groups]
-        self.gradients = Gradients((p for group in groups for p in group["params"]), optimizers, self.world)
-        if self.world.size > 1:
-            size = f"{self.gradients.flat.nbytes:,} bytes"
-            print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
+        self.gradients = Gradients((p for group in groups for p in group["params"]), self.optimizers, self.world)
         self.meter, self.bad, self.trained = Meter(), {}, self.model.trained_parameters()
         self.resume()
 
