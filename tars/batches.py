@@ -87,15 +87,12 @@ def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
         return None
     if size > MAX_BYTES[min(member, Member.NUMBERED)]:
         raise Unusable("too large")
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-    except OSError:
-        raise Unusable("tar not readable") from None
-    if len(content) < size:
-        raise Unusable("truncated tar")
-    return content
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+        if len(content) == size:
+            return content
+    raise Unusable("tar not readable")
 
 
 def decode(content: bytes | None) -> Image.Image:
@@ -146,35 +143,33 @@ class TarData(Dataset):
     def __init__(self, tars: list[str]):
         self.tars = list(tars)
         self.indices = [read_index(tar) for tar in tqdm(self.tars, "index", leave=False, delay=2, unit="tar")]
-        self.ends = [np.cumsum(self.count_items(index)) for index in self.indices]  # of each sample's items in its tar
-        self.tar_ends = np.cumsum([ends[-1] if len(ends) else 0 for ends in self.ends])
+        self.first_samples = np.cumsum([0, *(len(index.table) for index in self.indices)])  # of each tar, then the end
+        self.first_items = np.cumsum(np.concatenate([[0], *map(self.count_items, self.indices)]))  # of each sample
         self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
         if not len(self):
             raise ValueError(f"{self.name}: no picture, caption or JSON in it")
 
     def __len__(self) -> int:
-        return int(self.tar_ends[-1])
+        return int(self.first_items[-1])
 
     def __getitem__(self, i: int) -> dict | str:
         return self.sample(i, None)
 
-    def digest(self) -> str:
-        """A hash of the samples' keys in their order, by which a resumed run knows its data."""
-        return hash_of(b"".join([*index.keys, b"\n"]) for index in self.indices)
-
-    def contents(self) -> str:
-        """A hash of the samples' sizes and of some bytes of each tar: other data may have the same keys."""
-        return hash_of(index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
+    def identity(self) -> dict[str, str]:
+        """By which a resumed run knows its data: hashes of the samples' keys in their order, and, as other data may
+        have the same keys, of the samples' sizes and of some bytes of each tar."""
+        keys = (b"".join([*index.keys, b"\n"]) for index in self.indices)
+        contents = (index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
+        return {"digest": hash_of(keys), "contents": hash_of(contents)}
 
     def count_items(self, index: TarIndex) -> np.ndarray:
         return np.ones(len(index.table), np.int64)
 
     def find(self, i: int) -> tuple[int, int, int]:
         """Item -> (tar, sample of that tar, item of that sample)."""
-        tar = int(np.searchsorted(self.tar_ends, i, side="right"))
-        i -= int(self.tar_ends[tar - 1]) if tar else 0
-        row = int(np.searchsorted(self.ends[tar], i, side="right"))
-        return tar, row, i - (int(self.ends[tar][row - 1]) if row else 0)
+        sample = int(np.searchsorted(self.first_items, i, side="right")) - 1
+        tar = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        return tar, sample - int(self.first_samples[tar]), i - int(self.first_items[sample])
 
     def sample(self, i: int, choice: object) -> dict | str:
         """Item i as a sample; for a broken one a short reason to count it under, never an exception."""
@@ -271,12 +266,9 @@ class Batches:
         self.dataset, self.size = dataset, len(dataset)
         self.batch_size, self.seed, self.max_bad = batch_size, seed, max_bad
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.data = {"seed": seed, "size": self.size, "digest": dataset.digest(), "contents": dataset.contents()}
+        self.data = {"seed": seed, "size": self.size, **dataset.identity()}
         self.position, self.bad, self.seen = 0, Counter(), 0
         self.loader = None  # the running DataLoader's iterator
-
-    def __iter__(self) -> Iterator[dict]:
-        return self
 
     def __next__(self) -> dict:
         if self.loader is None:
@@ -348,8 +340,5 @@ def open_pairs(
     is precomputed alike, or none; `dataset.precomputed` says how. `options` are those of `Batches`."""
     tars, others = expand(data), expand(held_out) if held_out else []
     precomputed = find_precomputed(tars + others, weights)
-
-    def open_batches(part: list[str]) -> Batches:
-        return Batches(PairData(part, transform, precomputed), **options)
-
-    return open_batches(tars), open_batches(others) if others else None
+    batches = [Batches(PairData(part, transform, precomputed), **options) for part in (tars, others) if part]
+    return batches[0], batches[1] if others else None

@@ -39,6 +39,7 @@ from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
 Job = Callable[[str], Sample]  # makes the sample of a key, or raises Unusable
+Turns = Iterable[tuple[str, list[Path | None]]]  # texts with their pictures, of which None is missing
 
 
 # ---- pictures
@@ -61,14 +62,11 @@ def read_picture(path: Path | None) -> tuple[str, bytes]:
 
 def read_file(path: Path, member: Member) -> bytes:
     """The bytes of a regular file that is to be this member of a sample. Raises Unusable."""
-    try:
-        if not path.is_file():  # a pipe would block
-            raise Unusable("not a file")
-        if path.stat().st_size > MAX_BYTES[member]:
-            raise Unusable("too large")
-        return path.read_bytes()
-    except OSError:
-        raise Unusable("file not readable") from None
+    if not path.is_file():  # a pipe would block
+        raise Unusable("not a file")
+    if path.stat().st_size > MAX_BYTES[member]:
+        raise Unusable("too large")
+    return path.read_bytes()
 
 
 def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
@@ -83,11 +81,9 @@ def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
         yield found
 
 
-def interleaved(
-    key: str, kind: str, name: str, turns: Iterable[tuple[str, list[Path | None]]], may_cut: bool = False
-) -> Sample:
-    """Two or more texts with their pictures. Raises Unusable at a turn that cannot be used; where the sample `may_cut`,
-    it ends before that turn, if that leaves two, and its counts say why."""
+def interleaved(key: str, kind: str, name: str, turns: Turns, may_cut: bool = False) -> Sample:
+    """Two or more turns. Raises Unusable at a turn that cannot be used; where the sample `may_cut`, it ends before that
+    turn, if that leaves two, and its counts say why."""
     written, pictures, cut = [], [], {}
     try:
         for text, paths in turns:

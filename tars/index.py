@@ -10,12 +10,10 @@ members count, and nothing is ever unpacked to disk.
 """
 
 import glob
-import hashlib
 import json
 import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import IntEnum
@@ -26,13 +24,10 @@ import numpy as np
 
 from common.files import fingerprint, written_whole
 
-HOME = os.path.expanduser("~")  # "~" where there is none
-CACHE = Path(tempfile.gettempdir() if HOME == "~" else HOME, ".cache", "minigpt5", "index")  # where tars lie read-only
 INDEX_VERSION, STAMP_PAGES = 8, 8
 UNDECODABLE = "surrogateescape"  # keeps member names that are not UTF-8 different from each other
 MAX_PICTURES = 100  # of a story or dialogue: NAME has numbers of two digits
-MAX_MEMBER_BYTES, MAX_HEADER_BYTES = 64 << 30, 16 << 10  # of any member, and of a header that extends the next one
-MAX_END_BYTES = 1 << 20  # of the zeros that a tar may end with
+MAX_HEADER_BYTES, MAX_END_BYTES = 16 << 10, 1 << 20  # of a header that extends the next one; of the zeros at the end
 
 
 class Member(IntEnum):
@@ -43,7 +38,6 @@ class Member(IntEnum):
 
 PAIR, STORY, DIALOG = range(3)  # what a sample is; a pair is whatever has no turns
 ENDINGS = dict.fromkeys(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"), Member.PICTURE)
-ENDINGS |= dict.fromkeys(("avif", "heic", "jp2"), Member.PICTURE)  # not read, but counted
 ENDINGS |= {"txt": Member.TEXT, "json": Member.JSON, "safetensors": Member.TENSORS}
 NAME = re.compile(r"((?:.*/)?[^/.](?:[^/]*?[^/.])??)(?:\.(0|[1-9][0-9]?))?\.([^/.]+)", re.DOTALL)  # key, number, ending
 MAX_BYTES = {Member.PICTURE: 64 << 20, Member.TEXT: 64 << 10, Member.JSON: 1 << 20, Member.TENSORS: 128 << 20}
@@ -60,19 +54,18 @@ class Unusable(Exception):
 def expand(data: list[str]) -> list[str]:
     """What the user names (tars, folders of tars, globs) -> paths of tars in order, each once. ValueError where
     something matches nothing."""
-    return list(dict.fromkeys(path for item in data for path in tars_of(item)))
-
-
-def tars_of(item: str) -> list[str]:
-    path = Path(os.path.expanduser(item))
-    if item and path.is_dir():
-        found = path.glob("[!.]*.tar")  # without macOS's ._x.tar
-    else:
-        found = [path] if path.is_file() else map(Path, glob.glob(str(path)))
-    found = sorted(str(tar) for tar in found if tar.is_file() and tar.suffix != ".npz")  # our own caches lie beside
-    if not found:
-        raise ValueError(f"{item or 'empty name'}: no such tar, or no tar in this folder or pattern")
-    return found
+    tars = {}
+    for item in data:
+        path = Path(os.path.expanduser(item))
+        if item and path.is_dir():
+            found = path.glob("[!.]*.tar")  # without macOS's ._x.tar
+        else:
+            found = [path] if path.is_file() else map(Path, glob.glob(str(path)))
+        found = sorted(str(tar) for tar in found if tar.is_file() and tar.suffix != ".npz")  # our indices lie beside
+        if not found:
+            raise ValueError(f"{item or 'empty name'}: no such tar, or no tar in this folder or pattern")
+        tars |= dict.fromkeys(found)
+    return list(tars)
 
 
 # ---- headers
@@ -102,11 +95,11 @@ class Header(tarfile.TarInfo):
 
 
 def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
-    """(key, member, header) of the regular members that count, in order. Raises ReadError at a header that cannot be
-    right, and where tarfile stops before the tar ends: at a damaged header, or at the first block of zeros."""
+    """(key, member, header) of the regular members that count, in order. Raises ReadError at a header that leads back,
+    and where tarfile stops before the tar ends: at a damaged header, or at the first block of zeros."""
     last = -1
     while header := tar.next():
-        if header.offset <= last or not 0 <= header.size <= MAX_MEMBER_BYTES or header.issparse():
+        if header.offset <= last or header.issparse():
             raise tarfile.ReadError("bad header, or a sparse member")
         last = header.offset
         tar.members.clear()  # tarfile would collect them all
@@ -123,9 +116,9 @@ def walk(tar: tarfile.TarFile) -> Iterator[tuple[str, int, tarfile.TarInfo]]:
 
 
 class TarIndex(NamedTuple):
-    """Where the members of a tar's n samples lie. All arrays are of plain types: the cache needs no pickle. Each
-    rank holds the indices of millions of samples in memory: the table has no columns after the last member that occurs,
-    and small numbers are of small types."""
+    """Where the members of a tar's n samples lie. All arrays are of plain types: the cache needs no pickle. Each rank
+    holds the indices of millions of samples in memory: the table has no columns after the last member that occurs, and
+    small numbers are of small types."""
 
     stamp: np.ndarray  # INDEX_VERSION, the tar's size, its time of change in ns, a hash of some of its bytes
     table: np.ndarray  # (n, members, 2): offset and size of each `Member` up to the last that occurs; -1: none
@@ -149,18 +142,10 @@ def count_turns(content: bytes) -> tuple[int, int]:
         return PAIR, 0
 
 
-def sort_members(places: dict[str, dict], turns: dict[str, tuple[int, int]]) -> dict[str, dict]:
-    """Members by key as their names say -> those of samples. Only a story or dialogue has numbered pictures: elsewhere
-    KEY.7.jpg is the picture of a sample KEY.7."""
-    for key in [key for key in places if key not in turns]:
-        for member in [member for member in places[key] if member >= Member.NUMBERED]:
-            places.setdefault(f"{key}.{member - Member.NUMBERED}", {})[Member.PICTURE] = places[key].pop(member)
-    return {key: members for key, members in places.items() if members}
-
-
 def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     """Read headers and JSON of an uncompressed tar. The members of a key need not be adjacent; where a key has a member
-    twice the later one counts, as when unpacking. ValueError for a damaged tar."""
+    twice the later one counts, as when unpacking. Only a story or dialogue has numbered pictures: elsewhere KEY.7.jpg
+    is the picture of a sample KEY.7. ValueError for a damaged tar."""
     places, turns = {}, {}
     try:
         with tarfile.open(path, "r:", tarinfo=Header, encoding="utf-8", errors=UNDECODABLE) as tar:
@@ -171,7 +156,10 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
                     turns |= {key: found} if found[1] else {}
     except Exception as error:  # tarfile raises whatever a damaged header leads it to
         raise ValueError(f"{path}: no uncompressed tar, or damaged after {len(places):,} samples ({error})") from None
-    places = sort_members(places, turns)
+    for key in [key for key in places if key not in turns]:
+        for member in [member for member in places[key] if member >= Member.NUMBERED]:
+            places.setdefault(f"{key}.{member - Member.NUMBERED}", {})[Member.PICTURE] = places[key].pop(member)
+    places = {key: members for key, members in places.items() if members}
     count = max([Member.TEXT + 1, *(member + 1 for members in places.values() for member in members)])
     table = np.full((len(places), count, 2), -1, np.int64)
     for i, members in enumerate(places.values()):
@@ -181,38 +169,21 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
     return TarIndex(stamp, table, kinds.astype(np.int8), counts, keys)
 
 
-def is_consistent(index: TarIndex) -> bool:
-    """Whether a cached index could be one of `scan_tar`: it may have come with the tar from anywhere."""
-    _, table, kinds, turns, keys = index
-    if [f"{array.dtype.kind}{array.ndim}" for array in index] != ["i1", "i3", "i1", "i1", "S1"]:
-        return False
-    is_count = (turns >= 0) & (turns <= MAX_BYTES[Member.JSON])
-    return len(table) == len(kinds) == len(turns) == len(keys) and table.shape[2] == 2 and bool(is_count.all())
-
-
 def read_index(path: str) -> TarIndex:
-    """The index of a tar: cached beside it or in CACHE if that fits the tar's size, time of change and some of its
-    bytes, else scanned."""
-    try:
-        stat, contents = os.stat(path), int(fingerprint([path], pages=STAMP_PAGES), 16) >> 1
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    stamp = np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns, contents], np.int64)
-    name = hashlib.sha256(os.path.abspath(path).encode("utf-8", UNDECODABLE)).hexdigest()[:32]
-    caches = Path(f"{path}.index.npz"), CACHE / f"{name}.npz"
-    for cache in caches:
-        with suppress(Exception):  # whatever is wrong with a cache, the tar itself is at hand
-            with np.load(cache, allow_pickle=False) as file:
-                if any(member.compress_type for member in file.zip.infolist()):
-                    continue  # not written here, and could be of any size
-                index = TarIndex(*(file[field] for field in TarIndex._fields))
-            if np.array_equal(index.stamp, stamp) and is_consistent(index):
-                return index
-    index = scan_tar(path, stamp)
-    for cache in caches:
-        with suppress(OSError):  # where it cannot be written: try the other place, or go without
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(cache) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **index._asdict())
-            break
+    """The index of a tar: the one beside it if that fits the tar's size, time of change and some of its bytes, else a
+    new one, which is left beside it where that is possible."""
+    stat, contents = os.stat(path), int(fingerprint([path], pages=STAMP_PAGES), 16) >> 1
+    stamp, cache = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns, contents], Path(f"{path}.index.npz")
+    with suppress(Exception):  # whatever is wrong with a cache, the tar itself is at hand
+        with np.load(cache, allow_pickle=False) as file:
+            if any(member.compress_type for member in file.zip.infolist()):
+                raise ValueError("not written here, and could be of any size")
+            index = TarIndex(*(file[field] for field in TarIndex._fields))
+        types = [f"{array.dtype.kind}{array.ndim}" for array in index]  # the file may have come from anywhere
+        is_whole = types == ["i1", "i3", "i1", "i1", "S1"] and len({*map(len, index[1:])}) == 1
+        if index.stamp.tolist() == stamp and is_whole:
+            return index
+    index = scan_tar(path, np.array(stamp, np.int64))
+    with suppress(OSError), written_whole(cache) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **index._asdict())
     return index

@@ -16,7 +16,6 @@ source but for the rounding. precomputed.py has the format.
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -39,7 +38,7 @@ from tars.batches import PairData, Reader, TarData, decode
 from tars.index import Member, expand, read_index
 from tars.precomputed import MARKER, Precomputed, identity, marker_bytes, read_marker
 from tars.stories import read_turns
-from tars.writer import Report, Sample, write_samples
+from tars.writer import Sample, write_samples
 
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -147,36 +146,31 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
         yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)})
 
 
-def precompute(
-    tar: str, out: Path, load_encoders: Callable[[bool], Encoders], batch_size: int, workers: int
-) -> Report | None:
-    """The tensors of one tar into another; None if that is there already, of the same source, weights and options."""
-    index = read_index(tar)
-    if out.exists() and out.samefile(tar):
-        raise ValueError(f"--out {out} is the source")
-    stories = bool(index.turns.any())
-    encoders = load_encoders(stories)
-    precomputed = encoders.precomputed._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
-    with suppress(ValueError):  # of `out`, if it is no tar, or one whose marker cannot be read
-        made_alike = read_marker(str(out))[:4] == precomputed[:4]  # the fifth, a tensor, follows from these
-        if made_alike and read_index(str(out)):  # and it is whole
-            return None
-    first = Sample([(MARKER, marker_bytes(precomputed))], {})
-    samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
-    return write_samples(chain([first], samples), out, 1 + len(index.table))
+def is_made(out: Path, precomputed: Precomputed) -> bool:
+    """Whether a tar is there already and whole, of the same source, weights and options."""
+    with suppress(ValueError, OSError):  # it is no tar, or one whose marker cannot be read
+        return read_marker(str(out))[:4] == precomputed[:4] and bool(read_index(str(out)))  # a fifth follows from these
+    return False
 
 
-def precompute_all(sources: list[str], out: Path, batch_size: int, workers: int, **options) -> None:
+def precompute(sources: list[str], out: Path, batch_size: int, workers: int, **options) -> None:
     """Each tar that the user named (see `tars.index.expand`) into `out`, of several a folder, with a report of each.
     `options` are those of `Encoders`."""
     tars = expand(sources)
     folder = make_folder(out) if len(tars) > 1 or out.is_dir() else None
-    names = Counter(Path(tar).name for tar in tars)
-    if folder and (twice := [name for name, count in names.items() if count > 1]):
-        raise ValueError(f"--out {out}: two sources are named {twice[0]}, give each a folder of its own")
+    if folder and len({Path(tar).name for tar in tars}) < len(tars):
+        raise ValueError(f"--out {out}: two sources have the same name, give each a folder of its own")
     load_encoders = lru_cache(maxsize=1)(partial(Encoders, **options))  # tars of a kind follow one another
     for tar in tars:
-        made = folder / Path(tar).name if folder else out
-        report = precompute(tar, made, load_encoders, batch_size, workers)
-        report = report or "there already, of the same source and weights"
+        made, index = folder / Path(tar).name if folder else out, read_index(tar)
+        if made.exists() and made.samefile(tar):
+            raise ValueError(f"--out {made} is the source")
+        stories = bool(index.turns.any())
+        encoders = load_encoders(stories)
+        precomputed = encoders.precomputed._replace(made_of=fingerprint([tar], os.stat(tar).st_mtime_ns))
+        report = "there already, of the same source and weights"
+        if not is_made(made, precomputed):
+            first = Sample([(MARKER, marker_bytes(precomputed))], {})
+            samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
+            report = write_samples(chain([first], samples), made, 1 + len(index.table))
         print(f"{report}\n{made}: {made.stat().st_size:,} bytes", flush=True)

@@ -71,13 +71,12 @@ def marker_bytes(precomputed: Precomputed) -> bytes:
 
 def read_marker(path: str) -> Precomputed:
     """NOTHING where the tar holds no precomputed tensors. ValueError for a marker that cannot be read."""
-    try:
-        with tarfile.open(path, "r:", tarinfo=Header) as tar:
-            header = tar.next()
-            if header is None or header.name != MARKER or not header.isreg():
-                return NOTHING
+    content = None
+    with suppress(Exception), tarfile.open(path, "r:", tarinfo=Header) as tar:  # its index says what is wrong
+        header = tar.next()
+        if header.name == MARKER and header.isreg():
             content = tar.extractfile(header).read() if header.size <= MAX_BYTES[Member.TENSORS] else b""
-    except Exception:  # tarfile raises whatever a damaged header leads it to; the index says what is wrong with a tar
+    if content is None:
         return NOTHING
     try:
         tensors = safetensors.torch.load(content)

@@ -23,7 +23,6 @@ from llama import LlamaConfig
 from published.clip_tokenizer import ClipTokenizer
 from published.loading import WeightsError, tensor_files
 from published.parts import read_config
-from tars import index as tars
 from tars.batches import PairData
 from tars.index import read_index
 
@@ -39,8 +38,7 @@ def test_a_few_hundred_bad_inputs():
 
 
 @pytest.fixture
-def path(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(tars, "CACHE", tmp_path / "cache")
+def path(tmp_path) -> Path:
     return tmp_path / "x.tar"
 
 
@@ -70,10 +68,10 @@ def test_extended_headers_are_bounded(path, kind):
     refused(path, "after 1 samples")
 
 
-@pytest.mark.parametrize("size", [2**40, 2**63, -512])
+@pytest.mark.parametrize("size", [2**40, 2**63, -512, -1024])
 def test_sizes_are_bounded(path, size):
     path.write_bytes(whole([*pair_members()[:2], member("y.png", b"abc", size=size), *pair_members()]))
-    refused(path, "after 1 samples")
+    refused(path, "damaged after 2 samples")
 
 
 def test_a_foreign_index_is_checked(path):
@@ -81,7 +79,6 @@ def test_a_foreign_index_is_checked(path):
     good, place = read_index(str(path))._asdict(), Path(f"{path}.index.npz")
     for name, value in (
         ("table", good["table"][..., 0]),
-        ("turns", good["turns"] + 2**30),
         ("kinds", good["kinds"][1:]),
         ("keys", good["keys"].astype(np.str_)),
     ):

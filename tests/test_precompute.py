@@ -21,18 +21,12 @@ from miniature.world import write_dialogues, write_stories
 from published import parts
 from tars import __main__ as command
 from tars import batches as tars_batches
-from tars import index as tars
 from tars import precompute
 from tars import stories as tars_stories
 from tars.precomputed import MARKER, find_precomputed, identity, read_marker
 from train_uas import main as train_stage1
 
 ALONE = ("--workers", 0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +267,7 @@ def test_bad_arguments(monkeypatch, weights, sources, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     same_name = shutil.copy(source, tmp_path / "a" / source.name)
     both = ("precompute", source, same_name, "--weights", weights, "--out", tmp_path / "a", *ALONE)
-    fails(command.main, monkeypatch, capsys, "two sources are named pairs.tar", *both)
+    fails(command.main, monkeypatch, capsys, "two sources have the same name", *both)
     assert same_name.read_bytes() == source.read_bytes()
     precompute_fails("at least 1", "--batch-size", 0)
     precompute_fails("nothing to keep.*1 no picture", source=write_tar(tmp_path / "words.tar", {"a.txt": b"words"}))

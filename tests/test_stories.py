@@ -32,11 +32,6 @@ VOKENS = "[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7]"
 SEEN = "<Img><ImageHere></Img>"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "CACHE", tmp_path / "cache")
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     return Tokenizer(GOLDEN / "tokenizer" / "tokenizer.model")

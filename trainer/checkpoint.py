@@ -22,15 +22,12 @@ from common.files import is_number, read_json, remove
 from published.loading import WeightsError, checkpoint_folders, matched, save_safetensors
 from trainer.muon import Muon
 
+Parameters, Optimizers = dict[str, nn.Parameter], list[torch.optim.Optimizer]
 KEPT = 2  # newest checkpoints of a run; older ones are removed
 
 
 def save_checkpoint(
-    out: Path,
-    state: dict,
-    trained: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
-    save_trained: Callable[[Path], None],
+    out: Path, state: dict, trained: Parameters, optimizers: Optimizers, save_trained: Callable[[Path], None]
 ) -> Path:
     """Write the folder of state["step"], and remove all but the newest ones: one that a power cut spoils has another
     before it. `save_trained` writes trained.safetensors.
@@ -81,10 +78,7 @@ def set_aside(out: Path, step: int) -> None:
 
 
 def load_checkpoint(
-    out: Path,
-    trained: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
-    load_trained: Callable[[Path], None],
+    out: Path, trained: Parameters, optimizers: Optimizers, load_trained: Callable[[Path], None]
 ) -> dict | None:
     """Fill the trained tensors and the moments from the newest checkpoint of a run that is intact. Its state, or None
     where the run has no checkpoint. `load_trained` reads trained.safetensors in place.
@@ -130,7 +124,7 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-def read_moments(path: Path, trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> list[tuple]:
+def read_moments(path: Path, trained: Parameters, optimizers: Optimizers) -> list[tuple]:
     """(optimiser, parameter, kind, tensor) of every moment. WeightsError where one is missing, of no use or of another
     shape or dtype, for which a fused optimiser would read and write beyond its end."""
     names, places, wanted = {parameter: name for name, parameter in trained.items()}, {}, {}

@@ -10,6 +10,7 @@ shapes when they are made, and the losses are compiled in three parts, each of w
 There are then as many graphs as lengths of each part, not as many as combinations of them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
@@ -57,6 +58,13 @@ def count_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def recompute(layer: Callable, *inputs, **options) -> Tensor:
+    """The layer's output, for whose gradients the layer is computed again: only its inputs are kept."""
+    if not torch.is_grad_enabled():
+        return layer(*inputs, **options)
+    return checkpoint(layer, *inputs, use_reentrant=False, **options)
+
+
 def checkpoint_gradients(model: nn.Module) -> None:
     """Keep only each layer's input of `llama` and `unet`, as far as the model has them, and compute the layer again in
     the backward pass (arXiv 1604.06174): the same gradients, with less memory and more work."""
@@ -65,4 +73,4 @@ def checkpoint_gradients(model: nn.Module) -> None:
     lists = [llama.model.layers] if llama else []
     lists += [layers for block in blocks for layers in (block.resnets, block.attentions)]
     for layer in chain(*lists):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(recompute, layer.forward)

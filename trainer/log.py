@@ -29,7 +29,6 @@ from prompts import SPEAKERS
 from vae import to_pixels
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#555555")
-PALE = ("#b5d2e7", "#f2bcbc", "#bce0bc", "#ddd0ea", "#555555")
 PANEL = 800, 520  # pixels of a chart, twice those of the file
 
 
@@ -107,18 +106,18 @@ def draw_chart(title: str, curves: list[tuple]) -> Image.Image:
 
 
 def plot_losses(records: list[dict], path: Path) -> None:
-    """A chart for each loss and one for the learning rate, over the steps. Pale: the lines of the log; in full colour:
-    their running mean; black: held-out losses. A title ends with the last value of each curve."""
+    """A chart for each loss and one for the learning rate, over the steps. Thin: the lines of the log; thick: their
+    running mean; black: held-out losses. A title ends with the last value of each curve."""
     names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss", "lr") if any(name in r for r in records)]
     if names in ([], ["lr"]):  # no loss was finite
         return
     columns = min(len(names), 3)
     sheet = Image.new("RGB", (PANEL[0] * columns, PANEL[1] * -(-len(names) // columns)), "white")
-    for panel, (name, colour, pale) in enumerate(zip(names, COLOURS, PALE, strict=False)):
+    for panel, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         points, held_out = ([(r["step"], r[key]) for r in records if key in r] for key in (name, f"val_{name}"))
         mean = points if name == "lr" else smoothed(points)
         title = f"{name}  {mean[-1][1]:.4g}" + (f", held out {held_out[-1][1]:.4g}" if held_out else "")
-        curves = [curve for curve in ((points, pale, 2), (mean, colour, 4), (held_out, "black", 4)) if curve[0]]
+        curves = [curve for curve in ((points, colour, 1), (mean, colour, 4), (held_out, "black", 4)) if curve[0]]
         sheet.paste(draw_chart(title, curves), (panel % columns * PANEL[0], panel // columns * PANEL[1]))
     save_image(sheet.reduce(2), path)  # drawn twice as large, so that its lines are smooth
 

@@ -27,7 +27,6 @@ from common.page import write_answer
 from common.tokenizer import Tokenizer
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
-from tars import index as tars
 from tars.batches import Batches, PairData, decode
 from tars.index import Unusable, read_index
 from tars.precomputed import Precomputed, marker_bytes, read_marker
@@ -67,7 +66,6 @@ BAD_INDICES = ("index changed", "index cut", "index of other numbers", "index of
 
 
 def read_tar(what: str, rng: Random, folder: Path) -> str:
-    tars.CACHE = folder / "cache"
     path = folder / "x.tar"
     if what in BAD_INDICES:
         path.write_bytes(whole(rng.choice((pair_members, story_members))()))
@@ -230,7 +228,6 @@ def upright(image: Image.Image, what: str) -> None:
 
 
 def read_bad_text(what: str, rng: Random, folder: Path) -> str:
-    tars.CACHE = folder / "cache"
     made = BAD_TEXTS[what](rng)
     raw = made if isinstance(made, bytes) else made.encode("utf-8", "surrogatepass")
     text = raw.decode("utf-8", "surrogateescape")
