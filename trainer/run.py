@@ -267,6 +267,9 @@ class Run:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.rates = [(group, group["lr"]) for group in groups]
         self.gradients = Gradients((p for group in groups for p in group["params"]), self.optimizers, self.world)
+        if self.world.size > 1:
+            size = f"{self.gradients.flat.nbytes:,} bytes"
+            print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
         self.meter, self.bad, self.trained = Meter(), {}, self.model.trained_parameters()
         load_trained = partial(self.load_trained, self.model)
         state = load_checkpoint(self.out, self.trained, self.optimizers, load_trained) if self.args.resume else None
