@@ -92,8 +92,10 @@ class World:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any rank."""
-        return any(self.gather(flag))
+        """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
+        votes = torch.tensor(int(flag))
+        self.exchange(dist.all_reduce, votes)
+        return bool(votes)
 
     @contextmanager
     def rank_0_first(self) -> Iterator[None]:
