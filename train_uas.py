@@ -1,9 +1,9 @@
 """Stage 1, unimodal alignment (paper section 3.3): from caption-picture pairs the vokens learn to carry a picture.
 
     python train_uas.py                                                # the miniature, on pictures of its drawn world
-    python train_uas.py --weights weights --data cc3m-train-{0000..0575}.tar --out runs/cc3m
-    python train_uas.py --weights weights --data cc3m-train-{0000..0575}.tar --out runs/cc3m --resume   # after a stop
-    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out features       # then --data features
+    python train_uas.py --weights weights --data cc3m-train-*.tar --out runs/cc3m
+    python train_uas.py --weights weights --data cc3m-train-*.tar --out runs/cc3m --resume   # after a stop
+    python -m tars precompute cc3m-train-*.tar --weights weights --out features       # then --data features
     python sample.py --weights weights --checkpoint runs/cc3m --prompt "a lighthouse in a storm"
 
 The mapper trains, and so do nine embedding rows beside each of Vicuna's two tables (minigpt5.Vokens); everything else
@@ -38,7 +38,7 @@ MAX_TOKENS = 256  # of a sequence; a longer caption is cut at its end
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    about = "tars, folders or brace lists of them; folders of KEY.jpg with KEY.txt; a .csv or .jsonl (tars/datasets.py)"
+    about = "tars, folders of them; folders of KEY.jpg with KEY.txt; a .csv or .jsonl (tars/datasets.py)"
     add("--data", nargs="+", help=f"{about}; default: drawn pictures")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from vokens and mapper of this checkpoint or run")
     add("--lr", type=RATE, default=2e-5, help="learning rate of the vokens' embedding rows")

@@ -159,8 +159,7 @@ def open_data(paths: list[str]) -> PairData:
 
 
 def open_once(paths: list[str]) -> dict:
-    data = open_data(paths)
-    return {"pairs": len(data), "notes": len(data.notes)}
+    return {"pairs": len(open_data(paths))}
 
 
 def draw_order(pairs: int) -> dict:
@@ -210,7 +209,7 @@ def all_ranks(paths: list[str], ranks: int, workers: int) -> dict:
 def rows_of(row: str, figures: dict, is_full: bool) -> list[dict]:
     rows = []
     for name, value in figures.items():
-        if name not in ("pairs", "notes"):
+        if name != "pairs":
             goal = GOALS.get((row, name))
             met = value <= goal if goal is not None and is_full else None
             rows.append({"what": row, "figure": name, "measured": value, "goal": goal, "met": met})
@@ -283,8 +282,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         for row, measure in work.items():
             figures = measure()
-            if figures.get("pairs", args.pairs) != args.pairs or figures.get("notes"):
-                raise ValueError(f"{row}: found {figures['pairs']:,} pairs, {figures['notes']} damaged tars")
+            if figures.get("pairs", args.pairs) != args.pairs:
+                raise ValueError(f"{row}: found {figures['pairs']:,} pairs")
             record["rows"] += rows_of(row, figures, args.pairs >= PAIRS)
             print(f"{row}: " + ", ".join(f"{value:,.4g} {name}" for name, value in figures.items()), flush=True)
             write_json(out / "scale.json", record)

@@ -139,7 +139,7 @@ def matched(
             elif dtype not in FLOATS:
                 problems.append(f"{path}: {key} has dtype {dtype}, expected {', '.join(FLOATS)}")
             else:
-                found[name] = tensor[:].view(expected)
+                found[name] = tensor[...].view(expected)
             seen[name] = path
     where = files[0] if len(files) == 1 else files[0].parent
     missing = [name for name in wanted if name not in seen]

@@ -48,7 +48,7 @@ def main() -> None:
     if args.command == "precompute":
         options = {"weights": args.weights, "captions": not args.no_captions, "dtype": DTYPES[args.dtype]}
         options |= {"store": args.store, "device": pick_device(args.device)}
-        precompute.precompute_all(args.sources, args.out, args.batch_size, args.workers, **options)
+        precompute.precompute(args.sources, args.out, args.batch_size, args.workers, **options)
         return
     options = {"max_words": args.max_words} if args.command == "mmdialog" else {}
     report = datasets.convert(args.command, args.sources, args.out, workers=args.workers, **options)

@@ -1,6 +1,6 @@
 """Tars as training data: captions and pictures for stage 1, the order of training, and its exact resumption.
 
-    batches, held_out = open_pairs(["cc3m-train-{0000..0575}.tar"], None, weights,
+    batches, held_out = open_pairs(["cc3m-train-*.tar"], None, weights,
                                    partial(images.preprocess_output, size=512), batch_size=48)
     batch = next(batches)
 
@@ -82,20 +82,17 @@ def read_member(path: str, row: np.ndarray, member: int) -> bytes | None:
 
     Opens the tar each time (some 20 us): open files could run out, and would be shared between forked workers.
     """
-    offset, size = (int(x) for x in row[2 * member : 2 * member + 2]) if 2 * member < len(row) else (-1, -1)
-    if offset < 0:
+    offset, size = (int(x) for x in row[member]) if member < len(row) else (-1, -1)
+    if offset < 0 or size < 0:
         return None
     if size > MAX_BYTES[min(member, Member.NUMBERED)]:
         raise Unusable("too large")
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-    except OSError:
-        raise Unusable("tar not readable") from None
-    if len(content) < size:
-        raise Unusable("truncated tar")
-    return content
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+        if len(content) == size:
+            return content
+    raise Unusable("tar not readable")
 
 
 def decode(content: bytes | None) -> Image.Image:
@@ -112,18 +109,13 @@ def read_caption(read: Reader) -> str:
     """The caption of KEY.txt, else that in KEY.json, as it is. Raises Unusable."""
     text = read(Member.TEXT)
     try:
-        if text is not None:
-            return text.decode("utf-8-sig")
-        content = json.loads(read(Member.JSON) or b"{}")
-        if not isinstance(content, dict) or not isinstance(content.get("caption"), str):
-            raise Unusable("no caption")
-        if len(content["caption"].encode()) > MAX_BYTES[Member.TEXT]:  # encode() fails at half an emoji, "\\ud83d"
+        if text is None:
+            text = json.loads(read(Member.JSON) or b"{}")["caption"].encode()  # fails at half an emoji, "\\ud83d"
+        if len(text) > MAX_BYTES[Member.TEXT]:
             raise Unusable("too large")
-    except UnicodeError:
-        raise Unusable("caption not UTF-8") from None
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    return content["caption"]
+        return text.decode("utf-8-sig")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # JSON of another form, or no UTF-8
+        raise Unusable("no caption") from None
 
 
 # ---- items
@@ -143,47 +135,41 @@ class TarData(Dataset):
     read_item(key, read, kind, item, choice)   an item of a sample, which is a PAIR, STORY or DIALOG; raises Unusable
     collate(samples)                           a batch
 
-    Holds no open file, so it may be forked and pickled. `notes` says which tars are damaged. ValueError for a tar that
-    cannot be read and where there is no item at all. With several ranks on a machine let one build it first: the others
+    Holds no open file, so it may be forked and pickled. ValueError for a tar that cannot be read
+    whole, and where there is no item at all. With several ranks on a machine let one build it first: the others
     then find the cached indices.
     """
-
-    unit = "sample"
 
     def __init__(self, tars: list[str]):
         self.tars = list(tars)
         self.indices = [read_index(tar) for tar in tqdm(self.tars, "index", leave=False, delay=2, unit="tar")]
-        self.ends = [np.cumsum(self.count_items(index)) for index in self.indices]  # of each sample's items in its tar
-        self.tar_ends = np.cumsum([ends[-1] if len(ends) else 0 for ends in self.ends])
+        self.first_samples = np.cumsum([0, *(len(index.table) for index in self.indices)])  # of each tar, then the end
+        self.first_items = np.cumsum(np.concatenate([[0], *map(self.count_items, self.indices)]))  # of each sample
         self.name = self.tars[0] + (f" and {len(self.tars) - 1} more" if len(self.tars) > 1 else "")
         if not len(self):
             raise ValueError(f"{self.name}: no picture, caption or JSON in it")
-        notes = [index.note.tobytes().decode("utf-8", "replace") for index in self.indices]
-        self.notes = [f"{tar}: {note}" for tar, note in zip(self.tars, notes, strict=True) if note]
 
     def __len__(self) -> int:
-        return int(self.tar_ends[-1])
+        return int(self.first_items[-1])
 
     def __getitem__(self, i: int) -> dict | str:
         return self.sample(i, None)
 
-    def digest(self) -> str:
-        """A hash of the samples' keys in their order, by which a resumed run knows its data."""
-        return hash_of(index.keys.tobytes() + b"\n" for index in self.indices)
-
-    def contents(self) -> str:
-        """A hash of the samples' sizes and of some bytes of each tar: other data may have the same keys."""
-        return hash_of(index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
+    def identity(self) -> dict[str, str]:
+        """By which a resumed run knows its data: hashes of the samples' keys in their order, and, as other data may
+        have the same keys, of the samples' sizes and of some bytes of each tar."""
+        keys = (b"".join([*index.keys, b"\n"]) for index in self.indices)
+        contents = (index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
+        return {"digest": hash_of(keys), "contents": hash_of(contents)}
 
     def count_items(self, index: TarIndex) -> np.ndarray:
         return np.ones(len(index.table), np.int64)
 
     def find(self, i: int) -> tuple[int, int, int]:
         """Item -> (tar, sample of that tar, item of that sample)."""
-        tar = int(np.searchsorted(self.tar_ends, i, side="right"))
-        i -= int(self.tar_ends[tar - 1]) if tar else 0
-        row = int(np.searchsorted(self.ends[tar], i, side="right"))
-        return tar, row, i - (int(self.ends[tar][row - 1]) if row else 0)
+        sample = int(np.searchsorted(self.first_items, i, side="right")) - 1
+        tar = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        return tar, sample - int(self.first_samples[tar]), i - int(self.first_items[sample])
 
     def sample(self, i: int, choice: object) -> dict | str:
         """Item i as a sample; for a broken one a short reason to count it under, never an exception."""
@@ -201,8 +187,6 @@ class PairData(TarData):
 
     transform: RGB picture -> tensor, as images.preprocess_output. precomputed: tensors that take the place of "pixels".
     """
-
-    unit = "pair"
 
     def __init__(self, tars: list[str], transform: Callable, precomputed: Precomputed = NOTHING):
         super().__init__(tars)
@@ -247,26 +231,21 @@ class FullBatches(Dataset):
         """The batch with "bad" and "seen": what is counted in the first epoch; or, in place of samples, "error"."""
         n, samples, bad, seen = len(self.data), [], Counter(), 0
         for position, item in places:
-            bits, tries = random_bits(SAMPLE, self.seed, position), 0
+            bits, tried = random_bits(SAMPLE, self.seed, position), Counter()
             choice = self.data.choose(bits)
             sample = self.data.sample(item, choice)
             if position < n:
                 seen += 1
                 bad.update([sample] if isinstance(sample, str) else [])
             while isinstance(sample, str):
-                tries += 1
-                if tries > MAX_TRIES:
-                    return {"error": self.no_sample(), "bad": dict(bad), "seen": seen}
+                tried[sample] += 1
+                if tried.total() > MAX_TRIES:
+                    error = f"no usable sample in {self.data.name}: {describe(tried)}"
+                    return {"error": error, "bad": dict(bad), "seen": seen}
                 sample = self.data.sample(bits.random_raw() % n, choice)
             samples.append(sample)
         # pinning calls update() on a mapping, which would double the counts of a Counter
         return {**self.data.collate(samples), "bad": dict(bad), "seen": seen}
-
-    def no_sample(self) -> str:
-        choice = self.data.choose(random_bits(SAMPLE, self.seed, 0))
-        samples = (self.data.sample(i, choice) for i in range(min(len(self.data), MAX_TRIES)))
-        bad = Counter(sample for sample in samples if isinstance(sample, str))
-        return f"no usable {self.data.unit} in {self.data.name}: {describe(bad)}"
 
 
 def ignore_signals(worker: int) -> None:
@@ -287,12 +266,9 @@ class Batches:
         self.dataset, self.size = dataset, len(dataset)
         self.batch_size, self.seed, self.max_bad = batch_size, seed, max_bad
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.data = {"seed": seed, "size": self.size, "digest": dataset.digest(), "contents": dataset.contents()}
+        self.data = {"seed": seed, "size": self.size, **dataset.identity()}
         self.position, self.bad, self.seen = 0, Counter(), 0
         self.loader = None  # the running DataLoader's iterator
-
-    def __iter__(self) -> Iterator[dict]:
-        return self
 
     def __next__(self) -> dict:
         if self.loader is None:
@@ -364,8 +340,5 @@ def open_pairs(
     is precomputed alike, or none; `dataset.precomputed` says how. `options` are those of `Batches`."""
     tars, others = expand(data), expand(held_out) if held_out else []
     precomputed = find_precomputed(tars + others, weights)
-
-    def open_batches(part: list[str]) -> Batches:
-        return Batches(PairData(part, transform, precomputed), **options)
-
-    return open_batches(tars), open_batches(others) if others else None
+    batches = [Batches(PairData(part, transform, precomputed), **options) for part in (tars, others) if part]
+    return batches[0], batches[1] if others else None

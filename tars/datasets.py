@@ -39,6 +39,7 @@ from tars.writer import Report, Sample, write_samples
 
 STEPS = 5  # of a VIST story
 Job = Callable[[str], Sample]  # makes the sample of a key, or raises Unusable
+Turns = Iterable[tuple[str, list[Path | None]]]  # texts with their pictures, of which None is missing
 
 
 # ---- pictures
@@ -61,26 +62,16 @@ def read_picture(path: Path | None) -> tuple[str, bytes]:
 
 def read_file(path: Path, member: Member) -> bytes:
     """The bytes of a regular file that is to be this member of a sample. Raises Unusable."""
-    try:
-        if not path.is_file():  # a pipe would block
-            raise Unusable("not a file")
-        if path.stat().st_size > MAX_BYTES[member]:
-            raise Unusable("too large")
-        return path.read_bytes()
-    except OSError:
-        raise Unusable("file not readable") from None
+    if not path.is_file():  # a pipe would block
+        raise Unusable("not a file")
+    if path.stat().st_size > MAX_BYTES[member]:
+        raise Unusable("too large")
+    return path.read_bytes()
 
 
 def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
-    """Of each folder below, links to folders followed, the members of every key. A folder that is reached twice counts
-    once."""
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        stat = os.stat(root)
-        if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
+    """Of each folder below, but for links to folders, the members of every key."""
+    for root, folders, names in os.walk(folder):
         folders.sort()
         found = {}
         for name in sorted(names, reverse=True):
@@ -90,11 +81,14 @@ def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
         yield found
 
 
-def interleaved(key: str, kind: str, name: str, turns: Iterable[tuple[str, list[Path | None]]]) -> Sample:
-    """Texts with their pictures, up to the first turn that cannot be used: then `cut` of the sample says why."""
-    written, pictures, cut = [], [], None
+def interleaved(key: str, kind: str, name: str, turns: Turns, may_cut: bool = False) -> Sample:
+    """Two or more turns. Raises Unusable at a turn that cannot be used; where the sample `may_cut`, it ends before that
+    turn, if that leaves two, and its counts say why."""
+    written, pictures, cut = [], [], {}
     try:
         for text, paths in turns:
+            if not text.strip():
+                raise Unusable("empty text")
             if len(pictures) + len(paths) > MAX_PICTURES:
                 raise Unusable("too many pictures")
             added = [read_picture(path) for path in paths]
@@ -102,11 +96,15 @@ def interleaved(key: str, kind: str, name: str, turns: Iterable[tuple[str, list[
             pictures += [(name, content) for name, (_, content) in zip(names, added, strict=True)]
             written.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
     except Unusable as error:
-        cut = str(error)
+        if not may_cut or len(written) < 2:
+            raise
+        cut = {f"cut short ({error})": 1}
+    if len(written) < 2:
+        raise Unusable("fewer than two turns")
     content = json.dumps({"kind": kind, "id": name, "turns": written}).encode()
-    unit = "stories" if kind == "story" else "dialogues"
-    counts = {unit: 1, "turns": len(written), "pictures": len(pictures)}
-    return Sample([(f"{key}.json", content), *pictures], counts, cut)
+    units = {"story": "stories", "dialog": "dialogues"}
+    counts = {units[kind]: 1, "turns": len(written), "pictures": len(pictures), **cut}
+    return Sample([(f"{key}.json", content), *pictures], counts)
 
 
 # ---- VIST
@@ -122,153 +120,91 @@ def vist_jobs(file: Path, folders: list[Path]) -> Iterator[Job]:
     [location] ... The released cleaned files hold it, so the released checkpoint learned from it.
     """
     content = read_json(file)
-    if isinstance(content.get("annotations"), list):
-        stories, fields = raw_stories(content["annotations"]), RAW_FIELDS
-        found = chain.from_iterable(map(walk, folders))
-        places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
-    elif content and all(isinstance(steps, list) for steps in content.values()):
-        stories, fields = content, CLEANED_FIELDS
-        beside = file.with_name(file.name.replace("cleaned", "image_mapping"))
-        if beside == file:
-            raise ValueError(f"{file}: should be called X_cleaned.json, with X_image_mapping.json beside it")
-        mapping = read_json(beside)
-        places = {i: find_picture(folders, name) for i, name in mapping.items() if isinstance(name, str)}
-    else:
-        raise ValueError(f"{file}: neither the raw form of VIST (annotations) nor the cleaned one (stories by id)")
+    try:
+        if "annotations" in content:
+            stories, fields = {}, RAW_FIELDS
+            for annotation in content["annotations"]:
+                stories.setdefault(str(annotation[0]["story_id"]), []).append(annotation[0])
+            found = chain.from_iterable(map(walk, folders))
+            places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
+        else:
+            stories, fields = content, CLEANED_FIELDS
+            mapping = read_json(file.with_name(file.name.replace("cleaned", "image_mapping")))
+            places = {i: find_picture(folders, name) for i, name in mapping.items()}
+    except (LookupError, TypeError):
+        raise ValueError(f"{file}: neither annotations of VIST nor X_cleaned.json with X_image_mapping.json") from None
     for name, steps in stories.items():
         yield partial(vist_sample, name=name, steps=steps, fields=fields, places=places)
 
 
-def raw_stories(annotations: list) -> dict[str, list]:
-    """Story -> its annotations. One that belongs to no story stands alone."""
-    stories = {}
-    for number, annotation in enumerate(annotations):
-        step = annotation[0] if isinstance(annotation, list) and len(annotation) == 1 else None
-        known = isinstance(step, dict) and isinstance(step.get("story_id"), str | int)
-        name = str(step["story_id"]) if known else f"annotation {number}"
-        stories.setdefault(name, []).append(step if known else None)
-    return stories
-
-
 def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], places: dict[str, Path]) -> Sample:
     """A whole story in the order that its teller gave the pictures. Raises Unusable."""
-    told = []
-    for step in steps:
-        order, text, picture = map(step.get, fields) if isinstance(step, dict) else (None, None, None)
-        if type(order) is not int or not isinstance(text, str) or not isinstance(picture, str | int):
-            raise Unusable("broken annotation")
-        told.append((order, text, places.get(str(picture))))
-    if len(told) != STEPS:
-        raise Unusable("fewer than five steps" if len(told) < STEPS else "more than five steps")
-    if len({order for order, _, _ in told}) < STEPS:
-        raise Unusable("order not clear")
-    if not all(text.strip() for _, text, _ in told):
-        raise Unusable("empty text")
-    told.sort(key=lambda step: step[0])
-    story = interleaved(key, "story", name, ((text, [path]) for _, text, path in told))
-    if story.cut:
-        raise Unusable(story.cut)
-    return story
+    told = sorted(([step[field] for field in fields] for step in steps), key=lambda step: step[0])
+    if not len(told) == len({order for order, _, _ in told}) == STEPS:
+        raise Unusable("not five steps in a clear order")
+    return interleaved(key, "story", name, ((text, [places.get(str(picture))]) for _, text, picture in told))
 
 
 # ---- MMDialog
 
 
-def read_turn(turn: object, folders: list[Path], max_words: int) -> tuple[str, list[Path | None]]:
+def read_turn(turn: dict, folders: list[Path], max_words: int) -> tuple[str, list[Path | None]]:
     """The text and the pictures of a turn of at most `max_words` words (0: any number). Raises Unusable.
 
     White space separates words; the released code allows 50 tokens, until March 2024 20 words.
     """
-    try:
-        text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
-        media = [str(part["__MEDIA__"]) for part in turn["turn"] if "__MEDIA__" in part]
-    except (LookupError, TypeError):
-        raise Unusable("broken turn") from None
-    if not text.strip():
-        raise Unusable("empty text")
+    text = " ".join(part["__TEXT__"] for part in turn["turn"] if "__TEXT__" in part)
+    media = [part["__MEDIA__"] for part in turn["turn"] if "__MEDIA__" in part]
     if max_words and len(text.split()) > max_words:
         raise Unusable("long turn")
     return text, [find_picture(folders, f"{name}.jpg") for name in media]
 
 
 def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) -> Sample:
-    """A dialogue up to its first turn that cannot be used. Raises Unusable where not even two turns are left."""
-    content = read_object(line)
-    if not isinstance(content.get("conversation"), list):
-        raise Unusable("no conversation")
+    """A dialogue up to its first turn that cannot be used."""
+    content = json.loads(line)
     turns = (read_turn(turn, folders, max_words) for turn in content["conversation"])
-    dialogue = interleaved(key, "dialog", str(content.get("conversation_id", "")), turns)
-    if dialogue.counts["turns"] < 2:
-        raise Unusable(f"{dialogue.cut} in the first two turns" if dialogue.cut else "fewer than two turns")
-    return dialogue
+    return interleaved(key, "dialog", str(content.get("conversation_id", "")), turns, may_cut=True)
 
 
-# ---- your own stories and dialogues, pictures and captions
-
-
-def read_object(line: bytes | str) -> dict:
-    """A line of JSON. Raises Unusable."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    if not isinstance(content, dict):
-        raise Unusable("no JSON object")
-    return content
+# ---- your own stories and dialogues
 
 
 def turns_sample(key: str, line: bytes, folders: list[Path]) -> Sample:
     """A story or dialogue, which counts as a whole. Raises Unusable."""
-    content, told = read_object(line), []
-    kind, turns = content.get("kind", "story"), content.get("turns")
-    if kind not in ("story", "dialog") or not isinstance(turns, list) or len(turns) < 2:
-        raise Unusable("no kind, or fewer than two turns")
-    for turn in turns:
-        text, names = (turn.get("text"), turn.get("images", [])) if isinstance(turn, dict) else (None, None)
-        if not isinstance(text, str) or not text.strip():
-            raise Unusable("empty text")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise Unusable("images are no list of files")
-        told.append((text, [find_picture(folders, name) for name in names]))
-    sample = interleaved(key, kind, str(content.get("id", "")), told)
-    if sample.cut:
-        raise Unusable(sample.cut)
-    return sample
+    content = json.loads(line)
+    told = ((turn["text"], turn.get("images", [])) for turn in content["turns"])
+    turns = ((text, [find_picture(folders, name) for name in names]) for text, names in told)
+    return interleaved(key, content.get("kind", "story"), str(content.get("id", "")), turns)
+
+
+# ---- pictures and captions, your own and CC3M's
 
 
 def list_jobs(path: Path, folders: list[Path]) -> Iterator[Job]:
-    """Lines of a CSV whose first one names the columns "file" and "caption", or JSON objects with these names."""
+    """Lines of a .csv, or cells between tabs, whose first line names the columns "file" or "image_path", and "caption";
+    without names they are caption and file, as in CC3M. Or a .jsonl of objects with "file" and "caption"."""
+    if path.suffix == ".jsonl":
+        yield from line_jobs(listed_sample, path, folders)
+        return
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.DictReader(file) if path.suffix == ".csv" else file
-        if path.suffix == ".csv" and not {"file", "caption"} <= {*(lines.fieldnames or ())}:
-            raise ValueError(f"{path}: the first line should name the columns file and caption")
-        yield from (partial(listed_sample, line=line, folders=folders) for line in lines if line != "\n")
+        rows = csv.reader(file) if path.suffix == ".csv" else (line.rstrip("\r\n").split("\t") for line in file)
+        try:
+            names = ["file" if name == "image_path" else name for name in next(rows, [])]
+            if path.suffix != ".csv" and "caption" not in names:
+                names, rows = ["caption", "file"], chain([names], rows)
+            if not {"file", "caption"} <= {*names}:
+                raise ValueError(f"{path}: the first line should name the columns file and caption")
+            for row in filter(any, rows):
+                yield partial(listed_sample, line=dict(zip(names, row, strict=False)), folders=folders)
+        except csv.Error as error:
+            raise ValueError(f"{path}: not readable as CSV ({error})") from None
 
 
-def listed_sample(key: str, line: str | dict, folders: list[Path]) -> Sample:
-    content = read_object(line) if isinstance(line, str) else line
-    name, caption = content.get("file"), content.get("caption")
-    if not isinstance(name, str) or not isinstance(caption, str):
-        raise Unusable("no file or no caption")
-    return cc3m_sample(key, caption.encode("utf-8", "surrogateescape"), find_picture(folders, name), name)
-
-
-# ---- CC3M
-
-
-def tsv_jobs(tsv: Path, folders: list[Path]) -> Iterator[Job]:
-    """Lines of caption and picture; a first line that says "caption" names the columns."""
-    caption, picture = 0, 1
-    with open(tsv, "rb") as file:
-        for number, line in enumerate(file):
-            cells = line.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\t")
-            if number == 0 and b"caption" in cells and len(cells) > 1:
-                caption = cells.index(b"caption")
-                picture = cells.index(b"image_path") if b"image_path" in cells else int(caption == 0)
-            elif line.strip():
-                row = {i: cell.decode("utf-8", "surrogateescape") for i, cell in enumerate(cells)}
-                line = {"file": row.get(picture), "caption": row.get(caption)}
-                yield partial(listed_sample, line=line, folders=folders)
+def listed_sample(key: str, line: bytes | dict, folders: list[Path]) -> Sample:
+    row = json.loads(line) if isinstance(line, bytes) else line
+    caption = row["caption"].encode("utf-8", "surrogateescape")
+    return pair_sample(key, caption, find_picture(folders, row["file"]), row["file"])
 
 
 def folder_jobs(folder: Path) -> Iterator[Job]:
@@ -281,16 +217,13 @@ def folder_jobs(folder: Path) -> Iterator[Job]:
 
 def folder_sample(key: str, members: dict[Member, Path], source: str) -> Sample:
     caption = read_caption(lambda member: read_file(members[member], member) if member in members else None)
-    return cc3m_sample(key, caption.encode(), members.get(Member.PICTURE), source)
+    return pair_sample(key, caption.encode(), members.get(Member.PICTURE), source)
 
 
-def cc3m_sample(key: str, caption: bytes, picture: Path | None, source: str) -> Sample:
+def pair_sample(key: str, caption: bytes, picture: Path | None, source: str) -> Sample:
     """A pair with its caption as it was: batches.py cleans it in reading. Raises Unusable."""
-    try:
-        if not clean_caption(caption.decode("utf-8-sig")):
-            raise Unusable("empty caption")
-    except UnicodeDecodeError:
-        raise Unusable("caption not UTF-8") from None
+    if not clean_caption(caption.decode("utf-8-sig")):
+        raise Unusable("empty caption")
     if len(caption) > MAX_BYTES[Member.TEXT]:
         raise Unusable("too large")
     ending, content = read_picture(picture)
@@ -307,6 +240,8 @@ def attempt(job: Job, key: str) -> Sample | str:
         return job(key)
     except Unusable as error:
         return str(error)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # JSON of another form, or no UTF-8
+        return "not in the form of the data set"
 
 
 def make_samples(jobs: Iterable[Job], workers: int) -> Iterator[Sample | str]:
@@ -327,9 +262,6 @@ def line_jobs(make_sample: Callable[..., Sample], path: Path, folders: list[Path
         yield from (partial(make_sample, line=line, folders=folders) for line in file if line.strip())
 
 
-FILES = {"vist": "story-in-sequence.json or cleaned.json", "mmdialog": "conversations.txt", "turns": ".jsonl"}
-
-
 def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, workers: int = 1) -> Report:
     """Write the tar `out`. sources: files of the data set, and folders that hold its pictures; without a folder the
     pictures lie beside each file. ValueError for what cannot be read."""
@@ -337,15 +269,14 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
     for path in sources:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-    if kind in FILES and not files:
-        raise ValueError(f"{sources[0]} is a folder: name the {FILES[kind]} file too")
-    readers = {"vist": vist_jobs, "cc3m": tsv_jobs, "pairs": list_jobs, "turns": partial(line_jobs, turns_sample)}
+    readers = {"vist": vist_jobs, "cc3m": list_jobs, "pairs": list_jobs, "turns": partial(line_jobs, turns_sample)}
     readers["mmdialog"] = partial(line_jobs, partial(mmdialog_sample, max_words=max_words))
     if files:
-        read = readers[kind]
-        jobs = ((tsv_jobs if path.suffix == ".tsv" else read)(path, folders or [path.parent]) for path in files)
-    else:
+        jobs = (readers[kind](path, folders or [path.parent]) for path in files)
+    elif readers[kind] is list_jobs:
         jobs = map(folder_jobs, folders)
+    else:
+        raise ValueError(f"{sources[0]} is a folder: name the file of {kind} too")
     return write_samples(make_samples(chain.from_iterable(jobs), workers), out)
 
 

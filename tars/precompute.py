@@ -1,6 +1,6 @@
 """What training would compute in every epoch of every picture and caption, computed once and stored in tars.
 
-    python -m tars precompute cc3m-train-{0000..0575}.tar --weights weights --out precomputed
+    python -m tars precompute cc3m-train-*.tar --weights weights --out precomputed
     python train_uas.py --weights weights --data precomputed --out runs/cc3m
 
     source                           computed                                           kept of the source
@@ -16,7 +16,6 @@ source but for the rounding. precomputed.py has the format.
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -36,36 +35,31 @@ from published.clip_tokenizer import ClipTokenizer
 from published.parts import frozen_dtypes, load_image_encoder, load_text_encoder, load_vae, picture_size
 from qformer import preprocess_input
 from tars.batches import PairData, Reader, TarData, decode
-from tars.index import Member, Unusable, expand, read_index
+from tars.index import Member, expand, read_index
 from tars.precomputed import MARKER, Precomputed, identity, marker_bytes, read_marker
 from tars.stories import read_turns
-from tars.writer import Report, Sample, write_samples
+from tars.writer import Sample, write_samples
 
 STORE = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class WholeStories(TarData):
     """The stories and dialogues of a tar, each whole: {"key", "json", "numbers" of its n pictures, "inputs" and
-    "outputs" (n, 3, H, W), "cut": why a picture is missing, or None}."""
+    "outputs" (n, 3, H, W) if there are any}."""
 
     def __init__(self, tar: str, to_input: Callable, to_output: Callable):
         super().__init__([tar])
         self.to_input, self.to_output = to_input, to_output
 
     def read_item(self, key: str, read: Reader, kind: int, item: int, choice: None) -> dict:
-        images, cut, content = {}, None, read(Member.JSON)
+        content, pixels = read(Member.JSON), {}
         _, turns = read_turns(content, key, str)
-        for member in sorted({member for turn in turns for member in turn.pictures}):
-            try:
-                images[member - Member.NUMBERED] = decode(read(member))
-            except Unusable as error:
-                cut = str(error)
-        pixels = {}
-        if images:
-            for name, to_tensor in (("inputs", self.to_input), ("outputs", self.to_output)):
-                # Unlike torch.stack it puts what a worker makes into shared memory (see `split_broken`).
-                pixels[name] = default_collate([to_tensor(image) for image in images.values()])
-        return {"key": key, "json": content, "numbers": list(images), "cut": cut, **pixels}
+        members = sorted({member for turn in turns for member in turn.pictures})
+        images = [decode(read(member)) for member in members]
+        if images:  # Unlike torch.stack, default_collate puts what a worker makes into shared memory: `split_broken`.
+            pixels["inputs"] = default_collate(list(map(self.to_input, images)))
+            pixels["outputs"] = default_collate(list(map(self.to_output, images)))
+        return {"key": key, "json": content, "numbers": [member - Member.NUMBERED for member in members], **pixels}
 
 
 class Encoders:
@@ -77,7 +71,7 @@ class Encoders:
         self.device, self.store, self.size = device, STORE[store], picture_size(weights)
         self.vae = load_vae(sd / "vae", painting, device)
         latent = (self.vae.config.latent_channels, *[self.size // self.vae.config.downsampling] * 2)
-        shapes, self.empty_caption = {"moments": (2, *latent)}, None
+        shapes, empty_caption = {"moments": (2, *latent)}, None
         if stories:
             self.image_encoder = load_image_encoder(weights, language, device)
             queries, width = self.image_encoder.query_tokens.shape[1], self.image_encoder.llama_proj.out_features
@@ -85,11 +79,11 @@ class Encoders:
         elif captions:
             self.text_encoder = load_text_encoder(sd / "text_encoder", language, device)
             self.tokenizer = ClipTokenizer(sd / "tokenizer")
-            self.empty_caption = self.encodings([""])
-            shapes["encoding"] = tuple(self.empty_caption.shape[1:])
+            empty_caption = self.encodings([""])
+            shapes["encoding"] = tuple(empty_caption.shape[1:])
         made_with = {name: identity(weights, name) for name in shapes}
         types = f"{store} of {language}, {painting}"
-        self.precomputed = Precomputed(made_with, shapes, types, empty_caption=self.empty_caption)
+        self.precomputed = Precomputed(made_with, shapes, types, empty_caption=empty_caption)
 
     def stored(self, x: Tensor) -> Tensor:
         """As it is written. ValueError where 16 bit cannot hold it."""
@@ -128,7 +122,7 @@ def pair_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) ->
         if batch is None:
             continue
         tensors = {"moments": encoders.moments(batch["pixels"])}
-        if encoders.empty_caption is not None:
+        if "encoding" in encoders.precomputed.shapes:
             tensors["encoding"] = encoders.encodings(batch["captions"])
         for i, (key, caption) in enumerate(zip(batch["keys"], batch["captions"], strict=True)):
             content = safetensors.torch.save({name: tensor[i].clone() for name, tensor in tensors.items()})
@@ -149,39 +143,34 @@ def story_samples(encoders: Encoders, tar: str, batch_size: int, workers: int) -
             tensors |= {f"{k}.queries": tensor.clone() for k, tensor in zip(numbers, queries, strict=True)}
             tensors |= {f"{k}.moments": tensor.clone() for k, tensor in zip(numbers, moments, strict=True)}
         members = [(f"{key}.json", story["json"]), (f"{key}.safetensors", safetensors.torch.save(tensors))]
-        yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)}, story["cut"])
+        yield Sample(members, {"stories and dialogues": 1, "pictures": len(numbers)})
 
 
-def precompute(
-    tar: str, out: Path, load_encoders: Callable[[bool], Encoders], batch_size: int, workers: int
-) -> Report | None:
-    """The tensors of one tar into another; None if that is there already, of the same source, weights and options."""
-    index = read_index(tar)
-    if out.exists() and out.samefile(tar):
-        raise ValueError(f"--out {out} is the source")
-    stories = bool(index.turns.any())
-    encoders = load_encoders(stories)
-    precomputed = encoders.precomputed._replace(made_of=fingerprint([Path(tar)], os.stat(tar).st_mtime_ns))
-    with suppress(ValueError):  # of `out`, if it is no tar, or one whose marker cannot be read
-        made_alike = read_marker(str(out))[:4] == precomputed[:4]  # the fifth, a tensor, follows from these
-        if made_alike and not read_index(str(out)).note.size:  # and it is not cut short
-            return None
-    first = Sample([(MARKER, marker_bytes(precomputed))], {})
-    samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
-    return write_samples(chain([first], samples), out, 1 + len(index.table))
+def is_made(out: Path, precomputed: Precomputed) -> bool:
+    """Whether a tar is there already and whole, of the same source, weights and options."""
+    with suppress(ValueError, OSError):  # it is no tar, or one whose marker cannot be read
+        return read_marker(str(out))[:4] == precomputed[:4] and bool(read_index(str(out)))  # a fifth follows from these
+    return False
 
 
-def precompute_all(sources: list[str], out: Path, batch_size: int, workers: int, **options) -> None:
+def precompute(sources: list[str], out: Path, batch_size: int, workers: int, **options) -> None:
     """Each tar that the user named (see `tars.index.expand`) into `out`, of several a folder, with a report of each.
     `options` are those of `Encoders`."""
     tars = expand(sources)
     folder = make_folder(out) if len(tars) > 1 or out.is_dir() else None
-    names = Counter(Path(tar).name for tar in tars)
-    if folder and (twice := [name for name, count in names.items() if count > 1]):
-        raise ValueError(f"--out {out}: two sources are named {twice[0]}, give each a folder of its own")
+    if folder and len({Path(tar).name for tar in tars}) < len(tars):
+        raise ValueError(f"--out {out}: two sources have the same name, give each a folder of its own")
     load_encoders = lru_cache(maxsize=1)(partial(Encoders, **options))  # tars of a kind follow one another
     for tar in tars:
-        made = folder / Path(tar).name if folder else out
-        report = precompute(tar, made, load_encoders, batch_size, workers)
-        report = report or "there already, of the same source and weights"
+        made, index = folder / Path(tar).name if folder else out, read_index(tar)
+        if made.exists() and made.samefile(tar):
+            raise ValueError(f"--out {made} is the source")
+        stories = bool(index.turns.any())
+        encoders = load_encoders(stories)
+        precomputed = encoders.precomputed._replace(made_of=fingerprint([tar], os.stat(tar).st_mtime_ns))
+        report = "there already, of the same source and weights"
+        if not is_made(made, precomputed):
+            first = Sample([(MARKER, marker_bytes(precomputed))], {})
+            samples = (story_samples if stories else pair_samples)(encoders, tar, batch_size, workers)
+            report = write_samples(chain([first], samples), made, 1 + len(index.table))
         print(f"{report}\n{made}: {made.stat().st_size:,} bytes", flush=True)

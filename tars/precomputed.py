@@ -14,6 +14,7 @@ S conditioning tokens, Q query embeddings, Dc and D their widths.
 import json
 import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from common.files import fingerprint
 from published.loading import tensor_files
 from published.parts import picture_size
-from tars.index import MAX_BYTES, Member, Unusable, open_tar
+from tars.index import MAX_BYTES, Header, Member, Unusable
 
 MARKER = ".precomputed.safetensors"  # name of the first member
 
@@ -70,13 +71,12 @@ def marker_bytes(precomputed: Precomputed) -> bytes:
 
 def read_marker(path: str) -> Precomputed:
     """NOTHING where the tar holds no precomputed tensors. ValueError for a marker that cannot be read."""
-    try:
-        with open(path, "rb") as file, open_tar(file) as tar:
-            header = tar.next()
-            if header is None or header.name != MARKER or not header.isreg():
-                return NOTHING
+    content = None
+    with suppress(Exception), tarfile.open(path, "r:", tarinfo=Header) as tar:  # its index says what is wrong
+        header = tar.next()
+        if header.name == MARKER and header.isreg():
             content = tar.extractfile(header).read() if header.size <= MAX_BYTES[Member.TENSORS] else b""
-    except (OSError, tarfile.TarError):  # the index says what is wrong with a tar
+    if content is None:
         return NOTHING
     try:
         tensors = safetensors.torch.load(content)
@@ -107,14 +107,11 @@ def find_precomputed(tars: list[str], weights: Path) -> Precomputed:
 
 def read_tensors(content: bytes | None, precomputed: Precomputed, names: Iterable[str]) -> dict[str, Tensor]:
     """KEY.safetensors -> its tensors `names`, in 16 bit or float32. Raises Unusable."""
-    if content is None:
-        raise Unusable("no precomputed tensors")
-    try:
-        stored = safetensors.torch.load(content)
-        tensors = {name: stored[name] for name in names}
-    except (SafetensorError, KeyError):
-        raise Unusable("broken tensors") from None
-    for name, tensor in tensors.items():
-        if tensor.shape != precomputed.shapes.get(name.rpartition(".")[2]) or not tensor.is_floating_point():
-            raise Unusable("broken tensors")
-    return tensors
+    stored = {}
+    with suppress(SafetensorError):
+        stored = safetensors.torch.load(content or b"")
+    for name in names:
+        shape, tensor = precomputed.shapes.get(name.rpartition(".")[2]), stored.get(name)
+        if tensor is None or tensor.shape != shape or not tensor.is_floating_point():
+            raise Unusable("no tensors, or broken ones")
+    return {name: stored[name] for name in names}

@@ -21,18 +21,17 @@ the first step as an image alone: 13 items of five steps. An epoch meets each on
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 import numpy as np
 from torch.utils.data import default_collate
 
+from common.tokenizer import Tokenizer
 from prompts import TASKS, Example, System, Turn, dialog_example, history_start, one_line, story_example
 from tars.batches import Reader, TarData, decode
 from tars.index import STORY, Member, TarIndex, Unusable, member_of
 from tars.precomputed import NOTHING, Precomputed, read_tensors
-
-MAX_PIECE_LENGTH = 16  # characters of a token, as sentencepiece models are trained
-
 
 # ---- the JSON of a sample
 
@@ -40,42 +39,29 @@ MAX_PIECE_LENGTH = 16  # characters of a token, as sentencepiece models are trai
 def read_turns(content: bytes | None, key: str, escape: Callable[[str], str]) -> tuple[str, list[Turn]]:
     """KEY.json -> (kind, turns), whose texts are cleaned and escaped and whose pictures are members of the tar.
     escape: `Tokenizer.plain`, or `str` where no language model reads the texts. Raises Unusable."""
-    if content is None:
-        raise Unusable("no JSON")
     try:
         sample = json.loads(content)
-    except (ValueError, RecursionError):
-        raise Unusable("broken JSON") from None
-    if not isinstance(sample, dict) or sample.get("kind") not in ("story", "dialog"):
-        raise Unusable("neither story nor dialogue")
-    if not isinstance(sample.get("turns"), list) or len(sample["turns"]) < 2:
-        raise Unusable("fewer than two turns")
-    turns = []
-    for turn in sample["turns"]:
-        text, names = (turn.get("text"), turn.get("image")) if isinstance(turn, dict) else (None, None)
-        names = [] if names is None else names if isinstance(names, list) else [names]
-        if not isinstance(text, str):
-            raise Unusable("turn without text")
-        turns.append(Turn(escape(one_line(text)), tuple(picture_member(name, key) for name in names)))
-    return sample["kind"], turns
+        turns = [read_turn(turn, key, escape) for turn in sample["turns"]]
+        if sample["kind"] not in ("story", "dialog") or len(turns) < 2:
+            raise ValueError
+        return sample["kind"], turns
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Unusable("neither story nor dialogue") from None
 
 
-def picture_member(name: object, key: str) -> int:
-    """The name of a picture of the sample `key` -> its member."""
-    found = member_of(name) if isinstance(name, str) else None
-    if found is None or found[0].rpartition("/")[2] != key.rpartition("/")[2]:
+def read_turn(turn: dict, key: str, escape: Callable[[str], str]) -> Turn:
+    names = turn.get("image")
+    names = names if isinstance(names, list) else [names] if names is not None else []
+    places = [member_of(name) or ("", None) for name in names]
+    if any(owner.rpartition("/")[2] != key.rpartition("/")[2] for owner, _ in places):
         raise Unusable("foreign picture name")
-    return found[1]
-
-
-def uniform(bits: int) -> float:
-    """64 random bits -> a number in [0, 1)."""
-    return (bits >> 11) * 2.0**-53
+    return Turn(escape(one_line(turn["text"])), tuple(member for _, member in places))
 
 
 # ---- samples and batches
 
 
+@dataclass(eq=False)
 class StoryData(TarData):
     """The turns of the stories and dialogues in tars, as samples (see the head of the file).
 
@@ -86,25 +72,21 @@ class StoryData(TarData):
     words_only: answers have no pictures. system: opens every prompt; None: the released code's sentences.
     """
 
-    def __init__(
-        self,
-        tars: list[str],
-        tokenizer,
-        queries: int,
-        to_input: Callable,
-        to_output: Callable,
-        limit: int = 2048,
-        tasks: Sequence[str] = TASKS,
-        precomputed: Precomputed = NOTHING,
-        blind: float = 0.0,
-        words_only: bool = False,
-        system: System | None = None,
-    ):
-        self.tokenizer, self.queries, self.limit = tokenizer, queries, limit
-        self.to_input, self.to_output, self.precomputed, self.blind = to_input, to_output, precomputed, blind
-        self.tasks, self.words_only, self.system = tasks, words_only, system
-        self.items_of_first_step = int("image" in tasks)
-        super().__init__(tars)
+    tars: list[str]
+    tokenizer: Tokenizer
+    queries: int
+    to_input: Callable
+    to_output: Callable
+    limit: int = 2048
+    tasks: Sequence[str] = TASKS
+    precomputed: Precomputed = NOTHING
+    blind: float = 0.0
+    words_only: bool = False
+    system: System | None = None
+
+    def __post_init__(self):
+        self.items_of_first_step = int("image" in self.tasks)
+        super().__init__(self.tars)
 
     def count_items(self, index: TarIndex) -> np.ndarray:
         """At least one, so that a broken sample is met and counted."""
@@ -154,7 +136,7 @@ class StoryData(TarData):
             raise Unusable("empty turn")
         if self.words_only and task != "text":  # whose picture is part of the question
             turn = Turn(turn.text)
-        if kind == "story" and uniform(phrase) < self.blind:  # high bits; the wording takes the low ones
+        if kind == "story" and phrase < self.blind * 2.0**64:  # of 64 random bits; the wording takes the low ones
             before = [Turn(step.text) for step in before]
 
         def since(first: int) -> Example:
@@ -172,11 +154,7 @@ class StoryData(TarData):
         return fitting[-1]
 
     def encoded(self, example: Example) -> Example | None:
-        """The example with its token ids; None where these and <s> are more than `limit`. One that is far too long is
-        not encoded at all: a hostile one could take seconds."""
-        characters = len(example.source) + len(example.target)
-        if max(self.queries * len(example.inputs), characters // MAX_PIECE_LENGTH) > self.limit:
-            return None
+        """The example with its token ids; None where these and <s> are more than `limit`."""
         source, target = (self.tokenizer.encode(text, self.queries) for text in (example.source, example.target))
         return example._replace(ids=(source, target)) if 1 + len(source) + len(target) <= self.limit else None
 

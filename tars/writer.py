@@ -6,7 +6,6 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,25 +20,21 @@ class Sample(NamedTuple):
 
     members: list[tuple[str, bytes]]  # name, content
     counts: dict[str, int]  # what it adds to the report
-    cut: str | None = None  # why it ends before its source does
 
 
-@dataclass
-class Report:
-    kept: Counter = field(default_factory=Counter)
-    cut: Counter = field(default_factory=Counter)  # of the samples kept
-    dropped: Counter = field(default_factory=Counter)
+class Report(NamedTuple):
+    kept: Counter
+    dropped: Counter
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count:,} {what}" for what, count in self.kept.items())
-        cut = f"\ncut short: {describe(self.cut)}" if self.cut else ""
-        return f"kept: {kept or 'none'}{cut}\ndropped: {describe(self.dropped)}"
+        return f"kept: {kept or 'none'}\ndropped: {describe(self.dropped)}"
 
 
 def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None = None) -> Report:
     """Write the tar `out`, which is there whole or not at all. A str in place of a sample is the reason why it is
     dropped. ValueError where nothing is kept."""
-    report = Report()
+    report = Report(Counter(), Counter())
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out}: " + ("a folder" if out.is_dir() else f"no folder {out.parent}"))
     remove_unfinished(out.parent, re.escape(out.name))
@@ -49,7 +44,6 @@ def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None 
                 report.dropped[sample] += 1
                 continue
             report.kept.update(sample.counts)
-            report.cut.update([sample.cut] if sample.cut else [])
             for name, content in sample.members:
                 header = tarfile.TarInfo(name)
                 header.size = len(content)

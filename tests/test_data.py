@@ -32,11 +32,6 @@ HERE = Path(__file__).resolve().parent
 small = partial(preprocess_output, size=8)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "CACHE", tmp_path / "cache")
-
-
 def picture(number: int, kind: str = "PNG", side: int = 4) -> bytes:
     """A picture whose colour says which it is."""
     file = io.BytesIO()
@@ -78,11 +73,9 @@ BROKEN = {  # what is wrong -> the members of such a sample
     "no caption": [("b0.png", picture(1))],
     "no picture": [("b1.txt", b"words alone")],
     "empty caption": [("b2.png", picture(1)), ("b2.txt", b" ...\n")],
-    "caption not UTF-8": [("b3.png", picture(1)), ("b3.txt", b"caf\xe9")],
     "not an image": [("b4.jpg", b"<html>not found</html>"), ("b4.txt", b"a")],
     "empty picture": [("b5.jpg", b""), ("b5.txt", b"a")],
     "broken image": [("b6.jpg", picture(1, "JPEG", 64)[:-300]), ("b6.txt", b"a")],
-    "broken JSON": [("b7.jpg", picture(1)), ("b7.json", b'{"caption": ')],
 }
 
 
@@ -90,7 +83,7 @@ BROKEN = {  # what is wrong -> the members of such a sample
 def pairs(tmp_path) -> PairData:
     write_tar(tmp_path / "a.tar", good(range(13)))
     write_tar(tmp_path / "b.tar", [*BROKEN["no caption"], *good(range(13, 22))])
-    return PairData(expand([str(tmp_path / "{a,b}.tar")]), small)
+    return PairData(expand([str(tmp_path)]), small)
 
 
 # ---- texts and random numbers
@@ -135,20 +128,13 @@ def test_expand(tmp_path, monkeypatch):
     for name in ("x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar", "y-b.tar"):
         Path(name).touch()
     (tmp_path / "x-08.tar.index.npz").touch()
-    assert expand(["x-{08..10}.tar"]) == ["x-08.tar", "x-09.tar", "x-10.tar"]
-    assert expand(["{x-{08,10},y-b}.tar"]) == ["x-08.tar", "y-b.tar", "x-10.tar"]
     assert expand(["x-*", "y-a.tar"]) == ["x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
     assert expand(["y-b.tar", "."]) == ["y-b.tar", "x-08.tar", "x-09.tar", "x-10.tar", "y-a.tar"]
-    assert list(tars.braces("x{8..11}")) == ["x8", "x9", "x10", "x11"]
-    assert list(tars.braces("x{11..8}")) == ["x11", "x10", "x9", "x8"]
     (tmp_path / "empty").mkdir()
-    for address in ("s3://a/b.tar", "https://host/t-{8..10}.tar"):
-        with pytest.raises(ValueError, match=f"{address[:9]}.*: tars are read from disk; download them first, as with"):
-            expand([address])
-    for value in (["z.tar"], ["z*.tar"], ["x-{08..11}.tar"], ["empty"], [""], [], ["{0..9999999}"]):
+    for value in (["z.tar"], ["z*.tar"], ["empty"], ["s3://a/b.tar"], [""]):
         with pytest.raises(ValueError) as error:
             expand(value)
-        assert "\n" not in str(error.value) and (not value or not value[0] or value[0][:2] in str(error.value))
+        assert "\n" not in str(error.value) and value[0][:2] in str(error.value)
 
 
 # ---- the index
@@ -192,7 +178,7 @@ def test_duplicate_keys_and_odd_members(tmp_path):
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
     pairs = PairData([str(path)], small)
-    assert len(pairs) == 2 and pairs[0]["caption"] == "nine" and "2 members" in pairs.notes[0]
+    assert len(pairs) == 2 and pairs[0]["caption"] == "nine"
     other = write_tar(tmp_path / "y.tar", good([1]))  # a key counts within its tar
     assert [sample["key"] for sample in PairData([str(path), str(other)], small)] == ["00001", "00002", "00001"]
 
@@ -221,25 +207,21 @@ def test_index_is_cached_and_checked(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
 
 
-def test_index_where_the_folder_cannot_be_written(tmp_path, monkeypatch):
+def test_index_where_the_folder_cannot_be_written(tmp_path):
+    """A folder of links to the tars has the indices, then."""
     path = str(write_tar(tmp_path / "x.tar", good(range(3))))
-    (tmp_path / "other").mkdir()
-    other = str(write_tar(tmp_path / "other" / "x.tar", good(range(4))))
-    for tar in (path, other):
-        Path(tar + ".index.npz").mkdir()  # stands in for a read-only folder, also where tests run as root
-    assert [len(read_index(tar).table) for tar in (path, other)] == [3, 4]
-    assert len(list(tars.CACHE.iterdir())) == 2 and not list(tmp_path.glob(".*"))
-    monkeypatch.setattr(tars, "scan_tar", None)
-    assert [len(read_index(tar).table) for tar in (path, other)] == [3, 4]
-    monkeypatch.undo()
-    monkeypatch.setattr(tars, "CACHE", Path(path) / "no folder")
-    assert len(read_index(path).table) == 3  # no cache at all
+    Path(path + ".index.npz").mkdir()  # stands in for a read-only folder, also where tests run as root
+    assert len(read_index(path).table) == 3 and not list(tmp_path.glob(".*"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "x.tar").symlink_to(path)
+    assert len(read_index(expand([str(tmp_path / "links")])[0]).table) == 3
+    assert (tmp_path / "links" / "x.tar.index.npz").is_file()
 
 
 def test_members_are_forgotten_while_walking(tmp_path):
     """tarfile would collect them all."""
     path = write_tar(tmp_path / "x.tar", good(range(5)))
-    with open(path, "rb") as file, tars.open_tar(file) as tar:
+    with tarfile.open(path, "r:") as tar:
         assert [len(tar.members) <= 1 for _ in tars.walk(tar)] == [True] * 10
 
 
@@ -252,8 +234,8 @@ def test_sparse_members_are_refused(tmp_path):
         content = b"1\n0\n9\n".ljust(512, b"\0") + b"some data"
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
-    pairs = PairData([str(path)], small)
-    assert len(pairs) == 1 and "sparse" in pairs.notes[0]
+    with pytest.raises(ValueError, match=r"damaged after 1 samples .*sparse"):
+        read_index(str(path))
 
 
 def test_what_is_not_a_tar_is_one_line(tmp_path):
@@ -267,19 +249,17 @@ def test_what_is_not_a_tar_is_one_line(tmp_path):
         assert f"{name}.tar" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_truncated_tar(tmp_path):
+def test_a_truncated_tar_is_refused(tmp_path):
     path = write_tar(tmp_path / "x.tar", good(range(5)))
-    whole = path.read_bytes()
-    member = 2 * 512  # each here is a header and one block
-    path.write_bytes(whole[: 3 * 2 * member + 512 + 20])  # in the middle of the fourth picture
-    pairs = PairData([str(path)], small)
-    assert [s if isinstance(s, str) else s["key"] for s in pairs] == ["00000", "00001", "00002", "truncated tar"]
-    assert "cut short" in pairs.notes[0]
-    path.write_bytes(whole[: 3 * 2 * member + 100])  # in the middle of its header
-    assert len(PairData([str(path)], small)) == 3
-    path.write_bytes(whole[: 2 * member] + b"\xff" * 512 + whole[2 * member + 512 :])  # a header overwritten
-    pairs = PairData([str(path)], small)
-    assert len(pairs) == 1 and "damaged" in pairs.notes[0]
+    whole, member = path.read_bytes(), 2 * 512  # each here is a header and one block
+    for content, samples in (
+        (whole[: 3 * 2 * member + 512 + 20], 4),  # in the middle of the fourth picture
+        (whole[: 3 * 2 * member + 100], 3),  # in the middle of its header
+        (whole[: 2 * member] + b"\xff" * 512 + whole[2 * member + 512 :], 1),  # a header overwritten
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"x.tar: no uncompressed tar, or damaged after {samples} samples"):
+            PairData([str(path)], small)
 
 
 # ---- broken samples
@@ -293,8 +273,9 @@ def test_every_kind_of_broken_sample_is_named(tmp_path):
     members = [m for sample in BROKEN.values() for m in sample]
     members += [("c0.png", bytes(bomb)), ("c0.txt", b"a"), ("c1.png", thin.getvalue()), ("c1.txt", b"a")]
     members += [("c2.png", picture(1)), ("c2.txt", b"a" * 70_000), ("c3.json", b"[" * 100_000), ("c3.png", picture(1))]
+    members += [("c4.png", picture(1)), ("c4.txt", b"caf\xe9"), ("c5.png", picture(1)), ("c5.json", b'{"caption": ')]
     pairs = PairData([str(write_tar(tmp_path / "x.tar", members))], small)
-    assert list(pairs) == [*BROKEN, "too large", "too large", "too large", "broken JSON"]
+    assert list(pairs) == [*BROKEN, "too large", "too large", "too large", "no caption", "no caption", "no caption"]
     Path(pairs.tars[0]).unlink()
     assert pairs[0] == "tar not readable"
 
@@ -344,7 +325,7 @@ def test_too_many_broken_stop_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_usable(tmp_path, workers):
     path = write_tar(tmp_path / "x.tar", [m for s in BROKEN.values() for m in s])
-    with pytest.raises(ValueError, match=r"no usable pair in .*x\.tar: .*1 no picture") as error:
+    with pytest.raises(ValueError, match=r"no usable sample in .*x\.tar: .* no picture") as error:
         next(Batches(PairData([str(path)], small), 2, workers=workers))
     assert "\n" not in str(error.value)
 

@@ -447,7 +447,7 @@ def test_data_that_cannot_be_used(monkeypatch, quick, weights, tmp_path):
     tar = write_tar(tmp_path / "x.tar", members)
     made = (*quick, "--checkpoint", weights / "minigpt5", "--force-image")
     record = evaluated(monkeypatch, tar, tmp_path / "a.json", *made)
-    assert record["unusable"] == {"broken image": 1, "no picture": 1, "caption not UTF-8": 1} and record["cases"] == 1
+    assert record["unusable"] == {"broken image": 1, "no picture": 1, "no caption": 1} and record["cases"] == 1
     assert record["left out"]["right"] == "the data has no labels of the miniature's world"
     assert "two pictures" in record["left out"]["Frechet distance, judge"]
 

@@ -2,7 +2,6 @@
 
 import sys
 from importlib import util
-from itertools import pairwise
 
 import pytest
 from helpers import pairs, write_tar
@@ -11,17 +10,7 @@ from random_weights import write_random_weights
 
 import train_uas
 from trainer import options
-from trainer.log import PANEL, append_log, axis_numbers, open_board, plot_losses, read_log, smoothed
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (0.151, 0.199), (0, 0), (0.5, 0.5), (-3, 7), (1e-7, 3e-7), (0, 125_000)])
-def test_axis_has_few_round_numbers_that_enclose_the_values(low, high):
-    numbers = axis_numbers(low, high)
-    print(numbers)
-    assert 2 <= len(numbers) <= 8 and numbers[0] <= low and numbers[-1] >= high * (1 - 1e-12)
-    assert all(len(f"{number:.6g}") <= 7 for number in numbers)
-    distances = [b - a for a, b in pairwise(numbers)]
-    assert distances == pytest.approx([distances[0]] * len(distances)) and distances[0] > 0
+from trainer.log import PANEL, append_log, open_board, plot_losses, read_log, smoothed
 
 
 def test_running_mean():

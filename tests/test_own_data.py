@@ -48,6 +48,12 @@ def test_a_csv_without_names_is_refused(pictures, tmp_path):
         convert("pairs", [tmp_path / "list.csv", pictures], tmp_path / "x.tar")
 
 
+def test_a_csv_with_an_open_quote_is_one_line(pictures, tmp_path):
+    (tmp_path / "list.csv").write_text('file,caption\nb.png,"a house\n' + "c.webp,a boat\n" * 20_000)
+    with pytest.raises(ValueError, match=r"list\.csv: not readable as CSV \(field larger"):
+        convert("pairs", [tmp_path / "list.csv", pictures], tmp_path / "x.tar")
+
+
 def test_stories_and_dialogues(pictures, tmp_path):
     names = list(CAPTIONS)
     turns = [{"text": "first", "images": [names[0]]}, {"text": "then", "images": names[1:]}, {"text": "and on"}]

@@ -183,7 +183,7 @@ def test_two_machines(folder):
     """The line of docs/training.md for them, in two torchruns that meet at a port of this one."""
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     line = re.search(r"the same line on both\ntorchrun (--nnodes 2 .*?)\n```", page, re.DOTALL)[1]
-    ours = {"8": 1, "3": 2, "weights": folder / "weights", "cc3m-train-{0000..0575}.tar": folder / "pairs.tar"}
+    ours = {"8": 1, "3": 2, "weights": folder / "weights", "cc3m-train-*.tar": folder / "pairs.tar"}
     ours["HOST:29500"] = f"localhost:{free_port()}"
     words = [str(ours.pop(word, word)) for word in shlex.split(line.replace("\\\n", ""))]
     assert not ours

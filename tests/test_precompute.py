@@ -21,18 +21,12 @@ from miniature.world import write_dialogues, write_stories
 from published import parts
 from tars import __main__ as command
 from tars import batches as tars_batches
-from tars import index as tars
 from tars import precompute
 from tars import stories as tars_stories
 from tars.precomputed import MARKER, find_precomputed, identity, read_marker
 from train_uas import main as train_stage1
 
 ALONE = ("--workers", 0)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -152,21 +146,18 @@ def test_a_tar_of_pairs(monkeypatch, weights, tmp_path, capsys):
     assert [p.name for p in tmp_path.glob(".*")] == [] and len(members(again)) == 7
 
 
-def test_a_story_without_one_of_its_pictures(monkeypatch, weights, sources, tmp_path, capsys):
+def test_a_story_without_one_of_its_pictures_is_left_out(monkeypatch, weights, sources, tmp_path, capsys):
     inside = members(sources / "stories.tar")
     name = "000000001.2.png"
     source = write_tar(tmp_path / "source.tar", inside | {name: inside[name][:60], "bad.json": b'{"turns": ['})
     tar = made(monkeypatch, weights, source, tmp_path / "x.tar")
     printed = capsys.readouterr().out
-    assert "kept: 3 stories and dialogues" in printed and "dropped: 1 broken JSON" in printed
-    assert "cut short: 1 broken image" in printed
-    tensors = safetensors.torch.load(members(tar)["000000001.safetensors"])
-    turns = len(json.loads(inside["000000001.json"])["turns"])
-    kept = [k for k in range(turns) if k != 2]
-    assert set(tensors) == {f"{k}.{feature}" for k in kept for feature in ("queries", "moments")}
-    assert members(tar)["000000001.json"] == inside["000000001.json"]
-    log = train_mls(monkeypatch, weights, tar, tmp_path / "run", "--steps", 12, "--no-uas", "--max-bad", 1)
-    assert set(log[-1]["bad"]) == {"broken tensors"}
+    assert "kept: 2 stories and dialogues" in printed
+    assert "1 broken image" in printed and "1 neither story nor dialogue" in printed
+    inside, turns = members(tar), len(json.loads(inside["000000000.json"])["turns"])
+    tensors = safetensors.torch.load(inside["000000000.safetensors"])
+    assert set(tensors) == {f"{k}.{feature}" for k in range(turns) for feature in ("queries", "moments")}
+    assert inside["000000000.json"] == members(source)["000000000.json"] and "000000001.json" not in inside
 
 
 def test_broken_tensors_are_counted(monkeypatch, weights, sources, tmp_path):
@@ -179,7 +170,7 @@ def test_broken_tensors_are_counted(monkeypatch, weights, sources, tmp_path):
     del inside["00004.safetensors"]
     epoch = ("--steps", 3)
     log = train_uas(monkeypatch, weights, write_tar(tmp_path / "y.tar", inside), tmp_path / "run", *epoch)
-    assert log[-1]["bad"] == {"broken tensors": 4, "no precomputed tensors": 1}
+    assert log[-1]["bad"] == {"no tensors, or broken ones": 5}
 
 
 def test_what_is_there_is_kept(monkeypatch, weights, sources, tmp_path, capsys):
@@ -276,7 +267,7 @@ def test_bad_arguments(monkeypatch, weights, sources, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     same_name = shutil.copy(source, tmp_path / "a" / source.name)
     both = ("precompute", source, same_name, "--weights", weights, "--out", tmp_path / "a", *ALONE)
-    fails(command.main, monkeypatch, capsys, "two sources are named pairs.tar", *both)
+    fails(command.main, monkeypatch, capsys, "two sources have the same name", *both)
     assert same_name.read_bytes() == source.read_bytes()
     precompute_fails("at least 1", "--batch-size", 0)
     precompute_fails("nothing to keep.*1 no picture", source=write_tar(tmp_path / "words.tar", {"a.txt": b"words"}))

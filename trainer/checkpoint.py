@@ -19,21 +19,18 @@ import torch
 from torch import nn
 
 from common.files import is_number, read_json, remove
-from published.loading import WeightsError, checkpoint_folders, open_safetensors, save_safetensors
+from published.loading import WeightsError, checkpoint_folders, matched, save_safetensors
 from trainer.muon import Muon
 
+Parameters, Optimizers = dict[str, nn.Parameter], list[torch.optim.Optimizer]
 KEPT = 2  # newest checkpoints of a run; older ones are removed
 
 
 def save_checkpoint(
-    out: Path,
-    state: dict,
-    trained: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
-    save_trained: Callable[[Path], None],
+    out: Path, state: dict, trained: Parameters, optimizers: Optimizers, save_trained: Callable[[Path], None]
 ) -> Path:
-    """Write the folder of state["step"], which is on the disk when this returns, and remove all but the newest ones.
-    `save_trained` writes trained.safetensors.
+    """Write the folder of state["step"], and remove all but the newest ones: one that a power cut spoils has another
+    before it. `save_trained` writes trained.safetensors.
 
     ValueError where that fails, and where a tensor is not finite; the earlier checkpoints then stay as they are.
     """
@@ -47,18 +44,12 @@ def save_checkpoint(
         for name, tensor in (trained | moments).items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} is not finite, training has diverged")
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_trained(temporary / "trained.safetensors")
         save_safetensors(moments, temporary / "optimizer.safetensors")
-        with open(temporary / "state.json", "w", encoding="utf-8") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(temporary)
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         remove_checkpoint(folder)  # a damaged one of this step, which --resume passed over
         temporary.replace(folder)
-        sync_folder(out)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         kept = ", ".join(old.name for old in checkpoint_folders(out)) or "none"
@@ -86,20 +77,8 @@ def set_aside(out: Path, step: int) -> None:
             folder.replace(folder.with_suffix(".damaged"))
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder, too."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def load_checkpoint(
-    out: Path,
-    trained: dict[str, nn.Parameter],
-    optimizers: list[torch.optim.Optimizer],
-    load_trained: Callable[[Path], None],
+    out: Path, trained: Parameters, optimizers: Optimizers, load_trained: Callable[[Path], None]
 ) -> dict | None:
     """Fill the trained tensors and the moments from the newest checkpoint of a run that is intact. Its state, or None
     where the run has no checkpoint. `load_trained` reads trained.safetensors in place.
@@ -115,8 +94,8 @@ def load_checkpoint(
         except WeightsError as error:
             print(f"passed over: {error}")
             continue
-        for optimizer, parameter, own in moments:
-            optimizer.state[parameter] = own
+        for optimizer, parameter, kind, tensor in moments:
+            optimizer.state[parameter][kind] = tensor.to(parameter.device, copy=True)
         return state
     if folders:
         raise ValueError(f"{out}: none of its {len(folders)} checkpoints fits this run")
@@ -127,46 +106,36 @@ def read_state(folder: Path) -> dict:
     """state.json. WeightsError where anything in it is not of the type that a run writes."""
     path = folder / "state.json"
     state = read_json(path, WeightsError)
-    data = state.get("data") if isinstance(state.get("data"), dict) else {}
-    counts = [state.get("step"), state.get("nonfinite", 0)]
-    counts += [data.get(name) for name in ("seed", "size", "epoch", "position", "seen")]
-    sums = [data.get("bad"), data.get("sums", {}), data.get("passes", {})]
-    is_right = (
-        all(type(count) is int and count >= 0 and is_number(count) for count in counts)
-        and counts[0] == int(folder.name.removeprefix("step-"))
-        and all(isinstance(by_name, dict) and all(map(is_number, by_name.values())) for by_name in sums)
-        and isinstance(data.get("digest"), str)
-        and isinstance(state.get("arguments", {}), dict)
-    )
+    try:
+        data = state["data"]
+        counts = [state["step"], state.get("nonfinite", 0)]
+        counts += [data[name] for name in ("seed", "size", "epoch", "position", "seen")]
+        sums = [data["bad"], data.get("sums", {}), data.get("passes", {})]
+        is_right = (
+            all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
+            and all(is_number(value) for by_name in sums for value in by_name.values())
+            and state["step"] == int(folder.name.removeprefix("step-"))
+            and isinstance(state.get("arguments", {}), dict)
+        )
+    except (LookupError, TypeError, AttributeError):
+        is_right = False
     if not is_right:
         raise WeightsError(f"{path}: not the state of a run after the step that its folder names")
     return state
 
 
-def read_moments(
-    path: Path, trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]
-) -> list[tuple[torch.optim.Optimizer, nn.Parameter, dict[str, torch.Tensor]]]:
-    """The moments of every parameter that an optimiser steps. WeightsError where one is missing or has another shape or
-    dtype, for which a fused optimiser would read and write beyond its end. ValueError for those of another optimiser.
-    """
-    names, moments = {parameter: name for name, parameter in trained.items()}, []
+def read_moments(path: Path, trained: Parameters, optimizers: Optimizers) -> list[tuple]:
+    """(optimiser, parameter, kind, tensor) of every moment. WeightsError where one is missing, of no use or of another
+    shape or dtype, for which a fused optimiser would read and write beyond its end."""
+    names, places, wanted = {parameter: name for name, parameter in trained.items()}, {}, {}
     stepped = [(optimizer, p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    with open_safetensors(path) as file:
-        stored = set(file.keys())
-        for optimizer, parameter in stepped:
-            name, is_muon, own = names[parameter], isinstance(optimizer, Muon), {}
-            if f"{'exp_avg' if is_muon else 'average'}.{name}" in stored:
-                raise ValueError(f"{path}: {name} had another optimiser; go on with the same --muon")
-            shape = tuple(parameter.shape)
-            wanted = {"average": shape} if is_muon else {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-            for kind, shape in wanted.items():
-                key = f"{kind}.{name}"
-                tensor = file.get_slice(key) if key in stored else None
-                found = "missing" if tensor is None else f"{tensor.get_dtype()} {tuple(tensor.get_shape())}"
-                if found != f"F32 {shape}":
-                    raise WeightsError(f"{path}: {key} is {found}, expected F32 {shape}")
-                own[kind] = file.get_tensor(key).to(parameter.device)
-                if not own[kind].isfinite().all():
-                    raise WeightsError(f"{path}: {key} is not finite")
-            moments.append((optimizer, parameter, own))
-    return moments
+    for optimizer, p in stepped:
+        is_muon = isinstance(optimizer, Muon)
+        alike = {"average": p} if is_muon else {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+        wanted |= {f"{kind}.{names[p]}": tensor for kind, tensor in alike.items()}
+        places |= {f"{kind}.{names[p]}": (optimizer, p, kind) for kind in alike}
+    moments = matched(wanted, [path])
+    for name, tensor in moments.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise WeightsError(f"{path}: {name} is not float32, or not finite")
+    return [(*places[name], tensor) for name, tensor in moments.items()]

@@ -9,7 +9,6 @@ They are in the run's folder.
 """
 
 import json
-import math
 import re
 from contextlib import suppress
 from itertools import accumulate
@@ -30,7 +29,6 @@ from prompts import SPEAKERS
 from vae import to_pixels
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#555555")
-PALE = ("#b5d2e7", "#f2bcbc", "#bce0bc", "#ddd0ea", "#555555")
 PANEL = 800, 520  # pixels of a chart, twice those of the file
 
 
@@ -77,15 +75,6 @@ def cut_log(path: Path, step: int) -> None:
 # ---- pictures of a run
 
 
-def axis_numbers(low: float, high: float) -> list[float]:
-    """Two to eight round numbers at equal distances, from `low` or below to `high` or above."""
-    distance = (high - low or abs(high) or 1.0) / 5
-    unit = 10.0 ** math.floor(math.log10(distance))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= distance)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [step * k for k in range(first, max(last, first + 1) + 1)]
-
-
 def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """Each value replaced by the mean over the tenth of all points around it; at the ends they are fewer."""
     reach, sums = len(points) // 20, [0.0, *accumulate(value for _, value in points)]
@@ -93,47 +82,44 @@ def smoothed(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     return [(step, (sums[b] - sums[a]) / (b - a)) for (step, _), (a, b) in zip(points, spans, strict=True)]
 
 
-def draw_panel(pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, curves: list[tuple]) -> None:
-    """A chart whose left upper corner is `corner`. curves: (points, colour, width of the line)."""
-    font, points = ImageFont.load_default(22), [point for curve, _, _ in curves for point in curve]
-    steps = axis_numbers(0, max(step for step, _ in points))
-    values = axis_numbers(min(value for _, value in points), max(value for _, value in points))
-    left, top, right, bottom = corner[0] + 120, corner[1] + 70, corner[0] + PANEL[0] - 50, corner[1] + PANEL[1] - 80
+def draw_chart(title: str, curves: list[tuple]) -> Image.Image:
+    """A chart of some curves, each (points, colour, width of the line)."""
+    chart, font = Image.new("RGB", PANEL, "white"), ImageFont.load_default(22)
+    pen, (left, top, right, bottom) = ImageDraw.Draw(chart), (120, 70, PANEL[0] - 50, PANEL[1] - 60)
+    steps, values = zip(*(point for points, _, _ in curves for point in points), strict=True)
+    last, low, high = max(steps), min(values), max(values)
 
     def place(step: float, value: float) -> tuple[float, float]:
-        across, up = step / steps[-1], (value - values[0]) / (values[-1] - values[0])
-        return left + across * (right - left), bottom - up * (bottom - top)
+        return left + step / last * (right - left), bottom - (value - low) / ((high - low) or 1) * (bottom - top)
 
-    for value in values:
-        pen.line([place(0, value), place(steps[-1], value)], "#ddd", 2)
-        pen.text((left - 12, place(0, value)[1]), f"{value:.6g}", "#555", font, anchor="rm")
-    for step in steps:
-        pen.text((place(step, 0)[0], bottom + 14), f"{step:,.6g}", "#555", font, anchor="mt")
-    for curve, colour, width in curves:
-        pen.line([place(*point) for point in curve], colour, width, joint="curve")
-        if len(curve) == 1:
-            x, y = place(*curve[0])
-            pen.ellipse([x - width, y - width, x + width, y + width], colour)
-    pen.text((left, corner[1] + 20), title, "black", ImageFont.load_default(26))
-    pen.text(((left + right) / 2, bottom + 44), "step", "#555", font, anchor="mt")
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        step, value = last * part, low + (high - low) * part
+        pen.line([place(0, value), place(last, value)], "#ddd", 2)
+        pen.text((left - 12, place(0, value)[1]), f"{value:.3g}", "#555", font, anchor="rm")
+        pen.text((place(step, low)[0], bottom + 14), f"{step:,.0f}", "#555", font, anchor="mt")
+    for points, colour, width in curves:
+        pen.line([place(*point) for point in points], colour, width, joint="curve")
+        x, y = place(*points[-1])
+        pen.ellipse([x - width, y - width, x + width, y + width], colour)
+    pen.text((left, 20), title, "black", ImageFont.load_default(26))
+    return chart
 
 
 def plot_losses(records: list[dict], path: Path) -> None:
-    """A chart for each loss and one for the learning rate, over the steps. Pale: the lines of the log; in full colour:
-    their running mean; black: held-out losses. A title ends with the last value of each curve."""
+    """A chart for each loss and one for the learning rate, over the steps. Thin: the lines of the log; thick: their
+    running mean; black: held-out losses. A title ends with the last value of each curve."""
     names = [name for name in ("loss", "text_loss", "ldm_loss", "cap_loss", "lr") if any(name in r for r in records)]
     if names in ([], ["lr"]):  # no loss was finite
         return
     columns = min(len(names), 3)
-    chart = Image.new("RGB", (PANEL[0] * columns, PANEL[1] * -(-len(names) // columns)), "white")
-    for panel, (name, colour, pale) in enumerate(zip(names, COLOURS, PALE, strict=False)):
+    sheet = Image.new("RGB", (PANEL[0] * columns, PANEL[1] * -(-len(names) // columns)), "white")
+    for panel, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         points, held_out = ([(r["step"], r[key]) for r in records if key in r] for key in (name, f"val_{name}"))
         mean = points if name == "lr" else smoothed(points)
         title = f"{name}  {mean[-1][1]:.4g}" + (f", held out {held_out[-1][1]:.4g}" if held_out else "")
-        corner = panel % columns * PANEL[0], panel // columns * PANEL[1]
-        curves = [(points, pale, 2), (mean, colour, 4), (held_out, "black", 4)]
-        draw_panel(ImageDraw.Draw(chart), corner, title, [curve for curve in curves if curve[0]])
-    save_image(chart.reduce(2), path)  # drawn twice as large, so that its lines are smooth
+        curves = [curve for curve in ((points, colour, 1), (mean, colour, 4), (held_out, "black", 4)) if curve[0]]
+        sheet.paste(draw_chart(title, curves), (panel % columns * PANEL[0], panel // columns * PANEL[1]))
+    save_image(sheet.reduce(2), path)  # drawn twice as large, so that its lines are smooth
 
 
 class Preview(NamedTuple):

@@ -1,28 +1,14 @@
-"""What a process of a run notices of the others and of the system: that they have ended, that it should stop, how it
-was started, how much memory it takes."""
+"""What a process of a run notices of the system: that it should stop, how it was started."""
 
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from common.files import TO_END
-
-
-@contextmanager
-def one_line_peer_errors() -> Iterator[None]:
-    """Around an exchange: where another process has ended, the RuntimeError becomes a ValueError of one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # gloo raises it; NCCL does not return, and torchrun ends the process
-        raise ValueError(f"the other processes of the run do not answer ({str(error).splitlines()[0]})") from None
 
 
 @contextmanager
@@ -46,15 +32,3 @@ def resume_command() -> str:
     if local:  # started by torchrun
         start = ["torchrun", "--nnodes", str(int(os.environ["WORLD_SIZE"]) // local), "--nproc-per-node", str(local)]
     return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, in GB: of the GPU, or of the process; 0 on Windows, which does not tell it this way."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    with suppress(ImportError):
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return 0.0

@@ -37,12 +37,13 @@ from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
 from tars.batches import Batches, open_pairs
 from tars.datasets import packed
-from trainer.checkpoint import load_checkpoint, save_checkpoint, set_aside
+from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
-from trainer.processes import one_line_peer_errors, peak_memory, resume_command, stop_signals
+from trainer.processes import resume_command, stop_signals
 
 FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
+LossesOf = Callable[[dict, list[torch.Generator]], dict[str, Tensor]]  # a batch, a generator for each sample -> losses
 NOISE, DROPOUT = 0, 1  # purposes of random streams
 
 
@@ -70,27 +71,30 @@ class World:
 
     def __init__(self, device: torch.device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self.size > 1:
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            with one_line_peer_errors():
-                dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may take long to index many tars
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(hours=2)  # rank 0 may take long to index many tars
+        self.exchange(partial(dist.init_process_group, backend, timeout=timeout))
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
+
+    def exchange(self, call: Callable, *args) -> None:
+        """A call that all ranks make, if there are several. ValueError of one line where another process has ended."""
+        try:
+            if self.size > 1:
+                call(*args)
+        except RuntimeError as error:  # gloo raises it; NCCL does not return, and torchrun ends the process
+            raise ValueError(f"the other processes of the run do not answer ({str(error).splitlines()[0]})") from None
 
     def gather(self, value: object) -> list:
         """Every rank's small value, in all ranks. It goes from host to host and waits for no GPU."""
         values = [value] * self.size
-        if self.size > 1:
-            with one_line_peer_errors():
-                dist.all_gather_object(values, value)
+        self.exchange(dist.all_gather_object, values, value)
         return values
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true in any rank: from host to host like `gather`, but quick enough for every step."""
         votes = torch.tensor(int(flag))
-        if self.size > 1:
-            with one_line_peer_errors():
-                dist.all_reduce(votes)
+        self.exchange(dist.all_reduce, votes)
         return bool(votes)
 
     @contextmanager
@@ -112,7 +116,7 @@ class Gradients:
     The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], optimizers: list[torch.optim.Optimizer], world: World):
+    def __init__(self, parameters: Iterable[nn.Parameter], optimizers: Optimizers, world: World):
         parameters = list(parameters)
         self.optimizers, self.world = optimizers, world
         sizes = [parameter.numel() for parameter in parameters]
@@ -129,8 +133,7 @@ class Gradients:
         """One step of the optimisers along the mean over the ranks, or none."""
         if self.world.size > 1:
             self.flat /= self.world.size
-            with one_line_peer_errors():
-                dist.all_reduce(self.flat)
+        self.world.exchange(dist.all_reduce, self.flat)
         # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
         finite = torch.linalg.vector_norm(self.flat).isfinite()
         found_inf = 1.0 - finite.float()
@@ -218,12 +221,7 @@ class Run:
     # ---- the loop
 
     def steps(
-        self,
-        model: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        data: Batches,
-        held_out: Batches | None,
-        losses_of: Callable[[dict, list[torch.Generator]], dict[str, Tensor]],
+        self, model: nn.Module, optimizers: Optimizers, data: Batches, held_out: Batches | None, losses_of: LossesOf
     ) -> Iterator[int]:
         """The numbers of the steps, from 0, or with --resume from the one after the newest checkpoint. Before each the
         learning rates are set. After each comes what is due: a line of the log, pictures, a checkpoint, held-out
@@ -249,7 +247,9 @@ class Run:
                     self.write_log(bar)
                     self.stop_if_nonfinite()
                 if args.sample_every and self.done % args.sample_every == 0 and self.world.rank == 0:
-                    self.write_pictures()
+                    plot_losses(read_log(self.log), self.out / "losses.png")
+                    if self.preview:
+                        paint_samples(model, self.preview, args.weights, self.out / "samples.png")
                 if is_last or stopping or self.done % args.save_every == 0:
                     self.save()
                 if self.held_out and (is_last or self.done % args.val_every == 0):
@@ -264,21 +264,15 @@ class Run:
             print(f"done: {self.done} steps, {sum(self.bad.values()):,} broken samples, see {self.out}")
 
     def begin(self) -> None:
-        """Get ready for the first step."""
-        data, held_out, optimizers = self.data, self.held_out, self.optimizers
-        for note in [*data.dataset.notes, *(held_out.dataset.notes if held_out else ())]:
-            print(note)
-        self.total = total_steps(self.args, data.size, self.world.size)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        """Get ready for the first step, or with --resume for the one after the newest checkpoint."""
+        self.total = total_steps(self.args, self.data.size, self.world.size)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.rates = [(group, group["lr"]) for group in groups]
-        self.gradients = Gradients((p for group in groups for p in group["params"]), optimizers, self.world)
+        self.gradients = Gradients((p for group in groups for p in group["params"]), self.optimizers, self.world)
         if self.world.size > 1:
             size = f"{self.gradients.flat.nbytes:,} bytes"
             print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
         self.meter, self.bad, self.trained = Meter(), {}, self.model.trained_parameters()
-        self.resume()
-
-    def resume(self) -> None:
         load_trained = partial(self.load_trained, self.model)
         state = load_checkpoint(self.out, self.trained, self.optimizers, load_trained) if self.args.resume else None
         self.done = state["step"] if state else 0
@@ -346,8 +340,9 @@ class Run:
         record = {"step": self.done, **losses, "lr": self.optimizers[0].param_groups[-1]["lr"]}
         record |= {"samples_per_s": round(samples_per_step * self.meter.steps_per_second(), 3), "bad": self.bad}
         self.meter = Meter()
-        record |= {"nonfinite": int(self.gradients.skipped), "memory_gb": round(peak_memory(self.device), 2)}
-        record |= {"graphs": count_graphs()} if self.compiled else {}
+        record |= {"nonfinite": int(self.gradients.skipped)} | ({"graphs": count_graphs()} if self.compiled else {})
+        if self.device.type == "cuda":
+            record["memory_gb"] = round(torch.cuda.max_memory_allocated(self.device) / 1e9, 2)
         if self.world.rank == 0:
             append_log(self.log, record, self.board)
         bar.set_postfix({name: f"{record[name]:.4g}" for name in (*losses, "samples_per_s")})
@@ -363,17 +358,11 @@ class Run:
         what = f"loss or gradients of {longest} steps in a row up to step {self.done} were not finite"
         raise ValueError(f"{what}, --max-nonfinite is {limit}; checkpoints in {self.out}: {saved}")
 
-    def write_pictures(self) -> None:
-        if self.preview:
-            paint_samples(self.model, self.preview, self.args.weights, self.out / "samples.png")
-        plot_losses(read_log(self.log), self.out / "losses.png")
-
     def save(self) -> None:
         """A checkpoint of the last step. All ranks take part, as each knows its own sums; rank 0 writes it."""
         data = {**self.data.state_dict(), **self.add_up(bad=dict(self.data.bad), **self.meter.state())}
         data["seen"] = sum(self.world.gather(self.data.seen))
-        state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped)}
-        state["arguments"] = self.arguments
+        state = {"step": self.done, "data": data, "nonfinite": int(self.gradients.skipped), "arguments": self.arguments}
         if self.world.rank == 0:
             save_trained = partial(self.save_trained, self.model, self.trained, stage=self.name)
             save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)

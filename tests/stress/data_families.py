@@ -27,7 +27,6 @@ from common.page import write_answer
 from common.tokenizer import Tokenizer
 from prompts import STORY_REQUESTS, dialog_source, story_source, uas_texts
 from published.clip_tokenizer import ClipTokenizer
-from tars import index as tars
 from tars.batches import Batches, PairData, decode
 from tars.index import Unusable, read_index
 from tars.precomputed import Precomputed, marker_bytes, read_marker
@@ -67,7 +66,6 @@ BAD_INDICES = ("index changed", "index cut", "index of other numbers", "index of
 
 
 def read_tar(what: str, rng: Random, folder: Path) -> str:
-    tars.CACHE = folder / "cache"
     path = folder / "x.tar"
     if what in BAD_INDICES:
         path.write_bytes(whole(rng.choice((pair_members, story_members))()))
@@ -93,7 +91,7 @@ def merge(*outcomes: str) -> str:
 
 
 def outcome_of(data, samples: list) -> str:
-    return "skipped" if data.notes or any(isinstance(found, str) for found in samples) else "used"
+    return "skipped" if any(isinstance(found, str) for found in samples) else "used"
 
 
 def read_pairs(path: Path, exact: bool, given: Precomputed | None = None) -> str:
@@ -177,13 +175,19 @@ def bad_index(what: str, rng: Random, path: Path) -> None:
             np.array([["a"]]),
             np.zeros((0, 0), np.int64),
             np.int64(5),
-            index[name][..., None],
+            np.array(index[name])[..., None],
         )
         index[name] = rng.choice(
-            (*odd, index[name][:-1], index[name].astype(np.float32), index["table"], index["ends"])
+            (
+                *odd,
+                np.atleast_1d(index[name])[:-1],
+                np.zeros(index[name].shape, np.float32),
+                index["table"],
+                index["turns"],
+            )
         )
     if what == "index is a bomb":
-        index["note"] = np.zeros(20_000_000 if rng.random() < 0.1 else 1000, np.uint8)
+        index["keys"] = np.zeros(5_000_000 if rng.random() < 0.1 else 1000, np.bytes_)
     (np.savez_compressed if what == "index is a bomb" else np.savez)(place, **index)
     return None
 
@@ -224,7 +228,6 @@ def upright(image: Image.Image, what: str) -> None:
 
 
 def read_bad_text(what: str, rng: Random, folder: Path) -> str:
-    tars.CACHE = folder / "cache"
     made = BAD_TEXTS[what](rng)
     raw = made if isinstance(made, bytes) else made.encode("utf-8", "surrogatepass")
     text = raw.decode("utf-8", "surrogateescape")
