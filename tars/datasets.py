@@ -70,8 +70,15 @@ def read_file(path: Path, member: Member) -> bytes:
 
 
 def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
-    """Of each folder below, but for links to folders, the members of every key."""
-    for root, folders, names in os.walk(folder):
+    """Of each folder below, links to folders followed, the members of every key. A folder that is reached twice counts
+    once."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        stat = os.stat(root)
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
         folders.sort()
         found = {}
         for name in sorted(names, reverse=True):

@@ -10,10 +10,12 @@ members count, and nothing is ever unpacked to disk.
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from enum import IntEnum
@@ -24,6 +26,8 @@ import numpy as np
 
 from common.files import fingerprint, written_whole
 
+HOME = os.path.expanduser("~")  # "~" where there is none
+CACHE = Path(tempfile.gettempdir() if HOME == "~" else HOME, ".cache", "minigpt5", "index")  # where tars lie read-only
 INDEX_VERSION, STAMP_PAGES = 8, 8
 UNDECODABLE = "surrogateescape"  # keeps member names that are not UTF-8 different from each other
 MAX_PICTURES = 100  # of a story or dialogue: NAME has numbers of two digits
@@ -170,20 +174,27 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
 
 
 def read_index(path: str) -> TarIndex:
-    """The index of a tar: the one beside it if that fits the tar's size, time of change and some of its bytes, else a
-    new one, which is left beside it where that is possible."""
+    """The index of a tar: the one beside it or in CACHE if that fits the tar's size, time of change and some of its
+    bytes, else a new one, which is left there."""
     stat, contents = os.stat(path), int(fingerprint([path], pages=STAMP_PAGES), 16) >> 1
-    stamp, cache = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns, contents], Path(f"{path}.index.npz")
-    with suppress(Exception):  # whatever is wrong with a cache, the tar itself is at hand
-        with np.load(cache, allow_pickle=False) as file:
-            if any(member.compress_type for member in file.zip.infolist()):
-                raise ValueError("not written here, and could be of any size")
-            index = TarIndex(*(file[field] for field in TarIndex._fields))
-        types = [f"{array.dtype.kind}{array.ndim}" for array in index]  # the file may have come from anywhere
-        is_whole = types == ["i1", "i3", "i1", "i1", "S1"] and len({*map(len, index[1:])}) == 1
-        if index.stamp.tolist() == stamp and is_whole:
-            return index
+    stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns, contents]
+    name = hashlib.sha256(os.path.abspath(path).encode("utf-8", UNDECODABLE)).hexdigest()
+    caches = Path(f"{path}.index.npz"), CACHE / f"{name}.npz"
+    for cache in caches:
+        with suppress(Exception):  # whatever is wrong with a cache, the tar itself is at hand
+            with np.load(cache, allow_pickle=False) as file:
+                if any(member.compress_type for member in file.zip.infolist()):
+                    continue  # not written here, and could be of any size
+                index = TarIndex(*(file[field] for field in TarIndex._fields))
+            types = [f"{array.dtype.kind}{array.ndim}" for array in index]  # the file may have come from anywhere
+            is_whole = types == ["i1", "i3", "i1", "i1", "S1"] and len({*map(len, index[1:])}) == 1
+            if index.stamp.tolist() == stamp and is_whole:
+                return index
     index = scan_tar(path, np.array(stamp, np.int64))
-    with suppress(OSError), written_whole(cache) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **index._asdict())
+    for cache in caches:
+        with suppress(OSError):  # where it cannot be written: try the other place, or go without
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(cache) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **index._asdict())
+            break
     return index

@@ -15,7 +15,7 @@ from helpers import picture_bytes, write_tar
 from common.files import write_json, written_whole
 from common.images import to_bytes
 from evaluation.cases import file_of, read_answer, write_answer
-from tars import datasets, precompute
+from tars import datasets, index, precompute
 from tars.batches import Batches, PairData
 from tars.index import expand, read_index
 from tars.writer import Sample, write_samples
@@ -74,11 +74,20 @@ def test_sidecars_beside_tars(tmp_path):
         expand(["~nobody-of-this-name/x.tar"])
 
 
+def test_a_user_without_a_home():
+    """No HOME and no entry in the list of users, as in a container."""
+    code = "import pwd; pwd.getpwuid = lambda uid: {}[uid]; from tars import index; print(index.CACHE)"
+    environment = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("/"), done.stderr
+
+
 # ---- data that were replaced
 
 
-def test_a_tar_replaced_under_its_index(tmp_path):
+def test_a_tar_replaced_under_its_index(tmp_path, monkeypatch):
     """By one of the same size and time of change."""
+    monkeypatch.setattr(index, "CACHE", tmp_path / "cache")
     path = tmp_path / "x.tar"
     for key in ("0", "1"):
         write_tar(path, pairs(key))
@@ -108,12 +117,13 @@ def picture(path: Path) -> None:
 
 
 def test_folders_of_pairs(tmp_path):
-    """Folders in folders, a link to one, other endings, a caption in JSON, sidecars, a pipe."""
-    folder = tmp_path / "files"
+    """A linked folder, one that leads back to its start, other endings, a caption in JSON, sidecars, a pipe."""
+    folder, linked = tmp_path / "files", tmp_path / "disk"
     for name in ("0.png", "1.gif", "2.png", "._0.png", "3.v2.jfif", "4.png"):
         picture(folder / name)
-    picture(folder / "more" / "5.png")
-    (folder / "more" / "5.txt").write_text("deep")
+    picture(linked / "5.png")
+    (linked / "5.txt").write_text("linked")
+    (folder / "more").symlink_to(linked)
     (folder / "again").symlink_to(folder)
     (folder / "0.TXT").write_text("upper case")
     (folder / "1.txt").write_text("gif")
@@ -123,7 +133,20 @@ def test_folders_of_pairs(tmp_path):
     report = datasets.convert("cc3m", [folder], tmp_path / "x.tar")
     assert report.kept == {"pairs": 5} and report.dropped == {"not a file": 1}
     captions = [sample["caption"] for sample in samples(open_pairs(tmp_path / "x.tar"))]
-    assert sorted(captions) == ["deep", "dots", "gif", "json", "upper case"]
+    assert sorted(captions) == ["dots", "gif", "json", "linked", "upper case"]
+
+
+def test_a_linked_folder_of_story_pictures(tmp_path):
+    for i in range(5):
+        picture(tmp_path / "disk" / f"{i}.{'gif' if i else 'png'}")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train").symlink_to(tmp_path / "disk")
+    steps = [
+        {"story_id": "1", "worker_arranged_photo_order": i, "text": "a", "photo_flickr_id": str(i)} for i in range(5)
+    ]
+    (tmp_path / "x.json").write_text(json.dumps({"annotations": [[step] for step in steps]}))
+    report = datasets.convert("vist", [tmp_path / "x.json"], tmp_path / "x.tar")
+    assert report.kept == {"stories": 1, "turns": 5, "pictures": 5}
 
 
 # ---- answers
