@@ -187,7 +187,7 @@ def main() -> None:
     if gr is None:
         raise ValueError("gradio is not installed: pip install -e '.[demo]'")
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "int8")}
-    session = load(purpose="chat", **options, **vars(Sampling.of(vars(args))))
+    session = load(purpose="chat", sampling=Sampling.of(vars(args)), **options)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from other servers
     with tempfile.TemporaryDirectory(prefix="minigpt5-") as folder:
         page = build(session, Path(folder))

@@ -65,17 +65,20 @@ def load(
     seed: int = 0,
     read_pictures: bool = True,
     int8: bool = False,
+    sampling: Sampling | None = None,
     **changes,
 ) -> "Session":
     """A model to draw, chat and tell stories with.
 
     weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`, or
     if it is there, stage 2's for the `purpose` "chat" or "story", and with words_first that of `train_mls.py
-    --words-first`. read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. changes:
-    fields of `Sampling`, for others than the weights' own settings. ValueError where something is missing.
+    --words-first`. read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. sampling:
+    default: the settings of the weights, with the `changes`, which are fields of `Sampling`. ValueError where something
+    is missing.
     """
     weights = Path(weights)
-    sampling = replace(Sampling.of(suited_options(weights, "sample")), **changes)
+    if sampling is None:
+        sampling = replace(Sampling.of(suited_options(weights, "sample")), **changes)
     files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
     found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if found is None:
@@ -228,8 +231,7 @@ def main() -> None:
         args.compile = args.chat and can_compile(pick_device(args.device))
     purpose = "story" if args.turns else "chat" if args.chat or pictures else "draw"
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "seed", "int8")}
-    options |= vars(Sampling.of(vars(args)))
-    session = load(purpose=purpose, read_pictures=purpose != "draw", **options)
+    session = load(purpose=purpose, read_pictures=purpose != "draw", sampling=Sampling.of(vars(args)), **options)
     loaded = time.perf_counter()
     if args.compile:
         print("compiling takes minutes: at the first words and picture, and when a chat outgrows 256, 512 ... tokens")

@@ -17,16 +17,14 @@ ROWS = 256  # of a matrix that are cast at a time: few enough for the cache
 MIN_KEYS = 256  # from this many keys on, the attention's own kernel is fast enough
 
 
-def with_float32_kernels(model: nn.Module) -> nn.Module:
-    """A frozen model. If it is in bfloat16 on a CPU, what is slow there is replaced: attention wherever a module has
-    `attend`, and the linear layers without a bias, which are nearly all of a language model."""
-    if any(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in model.parameters()):
-        for module in model.modules():
-            if hasattr(module, "attend"):
-                module.attend = attention
-            if HAS_NO_BF16 and type(module) is nn.Linear and module.bias is None:
-                module.forward = partial(linear, module)
-    return model
+def use_float32_kernels(model: nn.Module) -> None:
+    """Replace what is slow in a frozen model in bfloat16 on a CPU: attention wherever a module has `attend`, and the
+    linear layers without a bias, which are nearly all of a language model."""
+    for module in model.modules():
+        if hasattr(module, "attend"):
+            module.attend = attention
+        if HAS_NO_BF16 and type(module) is nn.Linear and module.bias is None:
+            module.forward = partial(linear, module)
 
 
 def is_bf16_on_cpu(x: Tensor) -> bool:

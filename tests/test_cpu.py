@@ -47,7 +47,7 @@ def test_which_products_are_in_float32(monkeypatch, without, tokens, x_trains, w
     monkeypatch.setattr(cpu, "HAS_NO_BF16", without)
     monkeypatch.setattr(cpu.InFloat32, "apply", lambda *inputs: calls.append(inputs) or F.linear(*inputs))
     x, layer = random(1, tokens, 8).to(dtype), nn.Sequential(nn.Linear(8, 4, bias=False)).to(dtype)
-    cpu.with_float32_kernels(layer.requires_grad_(weight_trains))
+    cpu.use_float32_kernels(layer.requires_grad_(weight_trains))
     layer(x.requires_grad_(x_trains))
     assert bool(calls) == detour
 
