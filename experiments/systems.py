@@ -25,9 +25,6 @@ class System(NamedTuple):
 
 
 UAS, MLS = "train_uas.py", "train_mls.py"
-# Stage 2 as the paper has it, in the place of the miniature's own settings (config.json of its weights).
-AS_PAPER = ("--lora-rank", "8", "--lora-targets", "q_proj,v_proj", "--adapter-lr", "3e-4", "--text-weight", "0.01",
-            "--blind-history", "0")  # fmt: skip
 TEXT_ONLY = ("--no-uas", "--words-only")
 SYSTEMS = {
     "uas": System(UAS, "pairs"),
@@ -264,8 +261,7 @@ def train_job(options: Options, name: str, seed: int) -> Job:
     given |= {"batch-size": options.batch_size_of(name), "sample-every": 0, "device": options.device}
     given |= {} if options.data else {"workers": 0}
     given |= {"uas": options.run(system.start, seed)} if system.start else {}
-    small = (*system.small, *(AS_PAPER if system.script == MLS else ()))  # at the published size these are the defaults
-    command = [system.script, *(() if options.data else small), *system.switches, "--resume"]
+    command = [system.script, *(() if options.data else system.small), *system.switches, "--resume"]
     command += [word for key, value in given.items() for word in (f"--{key}", str(value))]
     needs = (f"data/{system.data}", *((f"{system.start}.{seed}",) if system.start else ()))
     return Job([command], run / f"step-{steps:08d}" / "trained.safetensors", needs)
