@@ -101,7 +101,7 @@ def miniature(setup: Setup) -> None:
         rows.add(
             "miniature, stage 1", last["samples_per_s"], "samples/s", note=f"{last['step']:,} steps, {seconds:.0f} s"
         )
-        for name in ("ldm_loss", "cap_loss", "memory_gb"):
+        for name in ("ldm_loss", "cap_loss", *(["memory_gb"] if "memory_gb" in last else [])):  # that of a GPU
             rows.add(f"miniature, stage 1: {name}", last[name], "GB" if name == "memory_gb" else "")
     with rows.attempt("miniature, people's exam"):
         scores, people = setup.folder / "scores.json", ROOT / "miniature" / "people"
