@@ -1,6 +1,6 @@
 """The miniature's LoRA for words first: it decides better what a wish leaves open, and tells stories better.
 
-    python experiments/words.py --steps 1500 --out runs/words/trained.safetensors
+    python experiments/words.py --out runs/words/trained.safetensors
     python -m published pack runs/words/trained.safetensors --out miniature/weights/minigpt5/mls-words.safetensors
 
 The language model writes the descriptions that words first paints, and the vokens are read after them. What changes its
@@ -34,7 +34,7 @@ MIXTURE = {
     documents.change_document: 0.1,
     documents.described_story_document: 0.3,
 }
-RANK, LR, WARMUP, BATCH = 16, 1e-3, 30, 16
+RANK, LR, WARMUP, BATCH = 16, 4e-4, 30, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORDS, TOKENS, KINDS = 310, 311, 312  # purposes of random streams
 
@@ -54,7 +54,7 @@ def sequence(tokenizer, seed: int, i: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=MINIATURE, help="folder of the miniature's weights")
-    parser.add_argument("--steps", type=int, default=1500, help=f"of {BATCH} sequences of {documents.LENGTH} tokens")
+    parser.add_argument("--steps", type=int, default=700, help=f"of {BATCH} sequences of {documents.LENGTH} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint; written every 100 steps")
     args = parser.parse_args()

@@ -59,10 +59,10 @@ def enlarged(rng: np.random.Generator, picture: Picture, named: Picture) -> Pict
 
 
 def wanted_picture(rng: np.random.Generator, split: str) -> Picture:
-    """One thing in 55 %; two of one kind in a fifth of the others."""
+    """One thing in 55 %; two of one kind in an eighth of the others, and by chance."""
     if chance(rng, 0.55):
         return sample_picture(rng, split, 1)
-    return related(rng, split) if chance(rng, 0.2) else sample_picture(rng, split, 2)
+    return related(rng, split) if chance(rng, 0.12) else sample_picture(rng, split, 2)
 
 
 # ---- phrases
@@ -208,7 +208,7 @@ def bare_list(rng: np.random.Generator, named: Picture) -> str:
         if thing.place:
             parts.append(place_words(rng, thing.place))
         groups.append(" ".join(parts))
-    around = [one_of(rng, phrases.SETTINGS[named.scene])] if named.scene else []
+    around = [some(rng, phrases.SETTINGS[named.scene])] if named.scene else []
     around += [one_of(rng, phrases.TIME_NOUNS[named.time])] if named.time else []
     groups = [*around, *groups] if chance(rng, 0.25) else [*groups, *around]
     return (", " if comma else " ").join(groups)
