@@ -144,7 +144,7 @@ def given(command: list[str], option: str) -> list[str]:
 
 
 def test_commands():
-    """Test data are held out; trainings and pictures have their seed and one guidance; stage 2 has the settings of its weights."""
+    """Test data are held out; trainings and pictures have their seed and one guidance, stage 2 no settings."""
     jobs = plan(Options(paper.ROOT / "runs", paper.ROOT), [0, 1], list(PARTS))
     for name, job in jobs.items():
         system, _, seed = name.rpartition(".")
