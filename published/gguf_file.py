@@ -27,7 +27,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         from gguf import GGUFReader
         from transformers import LlamaForCausalLM
     except ImportError:
-        raise WeightsError(f"{path}: needs the packages gguf and transformers: pip install -e .[llama]") from None
+        raise WeightsError(f"{path}: needs gguf, transformers and accelerate: pip install -e .[llama]") from None
     try:
         values = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
         for name, allowed in SUPPORTED.items():
