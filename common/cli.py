@@ -142,6 +142,9 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
         if option.help and option.default not in (None, False, [], argparse.SUPPRESS) and "default" not in option.help:
             option.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
+    for option in parser._actions:
+        if type(option) is argparse._StoreAction and option.nargs in (None, "+") and getattr(args, option.dest) == []:
+            parser.error(f"--{option.dest.replace('_', '-')} needs a value")  # argparse reads "--name=--" as a list
     for name, value in vars(args).items():
         if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
             parser.error(f"--{name.replace('_', '-')} must be a finite number, of at most {LARGEST_NUMBER:g}")

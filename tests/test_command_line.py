@@ -141,6 +141,7 @@ def test_extreme_options(weights, tar, tmp_path, monkeypatch, capsys):
     training_fails("--workers: must be from 0 to", "--workers", 10**6)
     training_fails("--workers: must be from 0 to", "--workers", -1)
     training_fails("--lora-rank: must be from 1 to 1,024", "--lora-rank", 10**9, main=train_mls.main)
+    training_fails("--tasks needs a value", "--tasks=--", main=train_mls.main)
     fails(sample.main, monkeypatch, capsys, "--guidance must be", *common, "--prompt", "x", "--guidance", "1e300")
     log = train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 1, "--start-as", "[IMG0]</s>")
     assert len(log) == 1
