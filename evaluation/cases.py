@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common.cli import FROM_0, FROM_1, make_folder
 from common.files import read_json, write_json
-from common.images import read_image
+from common.images import ImageError, read_image
 from common.page import save_image
 from common.texts import clean_caption
 from generation import Sampling, answer, prompt_ids, room_after, room_wanted
@@ -219,6 +219,8 @@ def read_answer(folder: Path, key: str) -> Answer | None:
                 segments.append(segment["text"].encode("utf-8", "replace").decode())
     except (LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: segments should be a list of texts and images") from None
+    except ImageError as error:
+        raise ValueError(f"{path}: {segment['image']!r:.80} cannot be read ({error.reason})") from None
     return Answer(spoken(segments), content.get("unusable"))
 
 

@@ -404,7 +404,7 @@ def test_pictures_outside_the_answers_are_not_read(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "out.png")
     write_answer(tmp_path / "in", "a", [])
     (tmp_path / "in/a.json").write_text('{"segments": [{"image": "../out.png"}]}')
-    with pytest.raises(ValueError, match=r"in/out\.png: no such file"):
+    with pytest.raises(ValueError, match=r"a\.json: .\.\./out\.png. cannot be read \(no file\)"):
         read_answer(tmp_path / "in", "a")
     (tmp_path / "in/a.json").write_text('{"segments": 5}')
     with pytest.raises(ValueError, match="segments should be a list"):
