@@ -30,6 +30,7 @@ from prompts import Example, Turn, chat_history, dialog_example, history_start, 
 
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training sequence
+LONGEST = 800  # characters of a document: with slips of the fingers they take at most LENGTH tokens
 PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
 ANSWER_WEIGHT = 4  # a word of an answer, or of a description in the history, words first
 TOLD_WEIGHT = 3  # a word of an answer in words to a picture counts as much
@@ -180,8 +181,10 @@ MIXTURE = {
 
 
 def document(seed: int, i: int, split: str) -> Example:
-    rng = random_stream(seed, i, DOCUMENTS)
-    return pick_weighted(rng, MIXTURE)(rng, seed, i, split)
+    rng, row = random_stream(seed, i, DOCUMENTS), None
+    while row is None or len(row.source + row.target) > LONGEST:
+        row = pick_weighted(rng, MIXTURE)(rng, seed, i, split)
+    return row
 
 
 # ---- tokens

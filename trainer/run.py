@@ -82,6 +82,8 @@ class World:
         try:
             if self.size > 1:
                 call(*args)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # gloo raises it; NCCL does not return, and torchrun ends the process
             raise ValueError(f"the other processes of the run do not answer ({str(error).splitlines()[0]})") from None
 
