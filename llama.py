@@ -164,17 +164,17 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         D, (H, Hk, Dh) = config.hidden_size, config.heads
-        self.layer, self.heads = layer, (H, Hk, Hk)  # heads of q, k and v
+        self.layer, self.heads = layer, (H, Hk)
         self.q_proj = nn.Linear(D, H * Dh, bias=False)
         self.k_proj = nn.Linear(D, Hk * Dh, bias=False)
         self.v_proj = nn.Linear(D, Hk * Dh, bias=False)
         self.o_proj = nn.Linear(H * Dh, D, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple, positions: Tensor, mask: Tensor | None, cache) -> Tensor:
-        B, T, _ = x.shape
-        projections = zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
-        q, k, v = (project(x).view(B, T, heads, -1) for project, heads in projections)  # (B, T, H or Hk, Dh)
-        q, k = rotate(torch.cat([q, k], dim=2), *rotary).split(self.heads[:2], dim=2)
+        (B, T, _), (H, Hk) = x.shape, self.heads
+        q = self.q_proj(x).view(B, T, H, -1)  # (B, T, H, Dh)
+        k, v = self.k_proj(x).view(B, T, Hk, -1), self.v_proj(x).view(B, T, Hk, -1)
+        q, k = rotate(torch.cat([q, k], dim=2), *rotary).split((H, Hk), dim=2)
         if cache is not None:
             k, v = cache.update(self.layer, positions, k, v)  # (B, S, Hk, Dh)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or Hk, ., Dh)

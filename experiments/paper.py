@@ -54,7 +54,7 @@ def check_settings(options: Options) -> None:
     files = [path for path in options.weights.rglob("*") if path.is_file()]
     # No experiment starts from the checkpoints that are there, but all take the options in minigpt5/config.json.
     checkpoints = "minigpt5", "smollm2"
-    files = sorted(path for path in files if path.parent.name not in checkpoints or path.suffix == ".json")
+    files = sorted(path for path in files if path.parent.name not in checkpoints or path.name == "config.json")
     now = {name: value for name, value in asdict(options).items() if name in SIZES}
     now |= {"weights": fingerprint(files), "networks": list(options.networks), "data": str(options.data or "drawn")}
     path = options.out / "settings.json"

@@ -1,9 +1,8 @@
-"""SmolLM2 behind the vokens (docs/language-models.md): where its stage 1 starts, and its sentences for words first.
+"""SmolLM2 behind the vokens (docs/language-models.md): where its stage 1 starts, and its mapper.
 
     python experiments/smollm2.py start --weights smol --captions pairs.tar --out runs/smollm2/start.safetensors
     python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 17408 \
         --steps 700 1200 4000 1700 --out runs/smollm2/mapper.safetensors
-    python experiments/smollm2.py wishes --n 32000 --seed 2 --out wishes.jsonl
 
 `start`: the mapper is the miniature's, but for its first layer, which another width asks for anew. It is fitted by
 ridge regression, so that from SmolLM2's states it makes what the miniature's makes of its own language model's states
@@ -14,13 +13,9 @@ features of some captions are computed once. The mapper alone goes on, in four p
 the miniature makes of the same captions; it trains with the losses of stage 1; with L_LDM and imitation, which takes
 the place of L_CAP; and, with as many descriptions as `--descriptions` says besides, so that the UNet predicts under
 its conditioning what it predicts under the miniature's.
-
-`wishes`: dialogues of two turns for `train_mls.py --words-first`, in which somebody wishes for a picture and it is
-described in brackets.
 """
 
 import argparse
-import json
 import sys
 import tarfile
 from collections.abc import Callable
@@ -37,10 +32,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 
 from common.cli import MINIATURE
 from common.collate import collate
-from common.files import written_whole
 from common.images import preprocess_output
-from experiments.vocabulary import SLIPS, wide_wish
-from miniature.chats import bracketed
 from miniature.facts import random_stream, sample_picture
 from miniature.paint import draw
 from miniature.wishes import wish
@@ -55,8 +47,7 @@ from trainer.muon import Muon
 START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
 RIDGE = 1e-3  # of the states' mean square
 BATCH, LR, MUON_LR, IMITATION_WEIGHT, DISTILLATION_WEIGHT = 32, 5e-4, 0.01, 0.3, 10.0  # of `mapper`
-WIDE = 0.65  # share of wishes in words of vocabulary.py
-WISHES, DESCRIPTIONS, JITTER = 300, 301, 302  # purposes of random streams
+DESCRIPTIONS, JITTER = 301, 302  # purposes of random streams
 
 
 def read_captions(tar: Path, n: int) -> list[str]:
@@ -176,34 +167,22 @@ def train_mapper(
     save_trained(model, model.trained_parameters(), out, "uas")
 
 
-def write_wishes(n: int, seed: int, out: Path) -> None:
-    with written_whole(out) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for i in range(n):
-            rng = random_stream(seed, i, WISHES)
-            text, picture = wide_wish(rng, "train") if rng.random() < WIDE else wish(rng, slips=SLIPS)
-            turns = [{"text": text}, {"text": bracketed(picture)}]
-            file.write(json.dumps({"kind": "dialog", "turns": turns}) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "mapper", "wishes"))
+    parser.add_argument("what", choices=("start", "mapper"))
     parser.add_argument("--weights", type=Path, default=Path("smol"), help="folder with SmolLM2 as language model")
     parser.add_argument("--captions", type=Path, help="tar of captions, as miniature/world.py writes them")
     parser.add_argument("--checkpoint", type=Path, help="run of stage 1 whose mapper goes on")
     parser.add_argument("--data", nargs="+", help="precomputed tars of pairs")
-    parser.add_argument("--n", type=int, default=2048, help="captions, or wishes")
+    parser.add_argument("--n", type=int, default=2048, help="captions")
     parser.add_argument("--steps", type=int, nargs=4, default=[700, 1200, 4000, 1700], help="of `mapper`'s four parts")
     parser.add_argument("--descriptions", type=int, default=12800, help="beside the captions, in `mapper`'s last part")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.what == "start":
         start(args.weights, read_captions(args.captions, args.n), args.out)
-    elif args.what == "mapper":
-        train_mapper(args.weights, args.checkpoint, args.data, args.n, args.descriptions, args.steps, args.out)
     else:
-        write_wishes(args.n, args.seed, args.out)
+        train_mapper(args.weights, args.checkpoint, args.data, args.n, args.descriptions, args.steps, args.out)
 
 
 if __name__ == "__main__":

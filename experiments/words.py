@@ -1,6 +1,7 @@
-"""The miniature's LoRA for words first: it decides better what a wish leaves open, and tells stories better.
+"""LoRA for words first: a language model decides better what a wish leaves open, and tells stories better.
 
-    python experiments/words.py --out runs/words/trained.safetensors
+    python experiments/words.py --out runs/words/trained.safetensors                                  # the miniature's
+    python experiments/words.py --wide --weights smol --batch-size 8 --out runs/smollm2/trained.safetensors  # SmolLM2's
     python -m published pack runs/words/trained.safetensors --out miniature/weights/minigpt5/mls-words.safetensors
 
 The language model writes the descriptions that words first paints, and the vokens are read after them. What changes its
@@ -23,28 +24,66 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import MINIATURE
+from common.texts import plain_words
+from common.tokenizer import Tokenizer
+from experiments.vocabulary import wide_wish
 from miniature import documents
+from miniature.chats import bracketed
 from miniature.facts import pick_weighted, random_stream
-from published.loading import save_trained, shipped_checkpoint
+from prompts import WORDS_FIRST_SYSTEM, Example, Turn, dialog_example, story_example
+from published.loading import STAGE_1, save_trained
 from published.parts import load_minigpt5
 
-MIXTURE = {
-    documents.wish_document: 0.35,
-    documents.chat_document: 0.25,
-    documents.change_document: 0.1,
-    documents.described_story_document: 0.3,
-}
-RANK, LR, WARMUP, BATCH = 16, 4e-4, 30, 16
+RANK, WARMUP = 16, 30
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORDS, TOKENS, KINDS = 310, 311, 312  # purposes of random streams
 
 
-def sequence(tokenizer, seed: int, i: int) -> np.ndarray:
+def told_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
+    """A step of a story whose picture is given: what has changed is to be told. One in eight has no history."""
+    example = documents.described_story_document(rng, seed, i, split)
+    while not example.inputs or "(" in example.target:
+        example = documents.described_story_document(rng, seed, i, split)
+    if rng.random() < 0.125:
+        picture = example.inputs[-1:]
+        return story_example([], Turn("", picture), "text", 0, "", WORDS_FIRST_SYSTEM)._replace(target=example.target)
+    return example
+
+
+def blind_chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
+    """A turn of a chat in which nobody shows a picture."""
+    while (example := documents.chat_document(rng, seed, i, split)).inputs:
+        pass
+    return example
+
+
+def wide_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
+    """A wish in the words of vocabulary.json."""
+    text, picture = wide_wish(rng, split)
+    return dialog_example([Turn(plain_words(text))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
+
+
+MIXTURE = {
+    documents.wish_document: 0.35,
+    documents.chat_document: 0.15,
+    documents.change_document: 0.05,
+    documents.described_story_document: 0.1,
+    told_document: 0.35,
+}
+WIDE_MIXTURE = {
+    wide_document: 0.5,
+    documents.wish_document: 0.25,
+    blind_chat_document: 0.15,
+    documents.change_document: 0.1,
+}
+
+
+def sequence(tokenizer: Tokenizer, mixture: dict, seed: int, i: int) -> np.ndarray:
     """int (2, LENGTH): ids of whole documents, the last one cut off, and whether each counts."""
     tokens, kinds, number = [], random_stream(seed, i, KINDS), documents.LENGTH * i
     while len(tokens) < documents.LENGTH:
         rng = random_stream(seed, number, WORDS)
-        example = pick_weighted(kinds, MIXTURE)(rng, seed, number, "train")
+        example = pick_weighted(kinds, mixture)(rng, seed, number, "train")
         encoded = documents.encode(tokenizer, example, random_stream(seed, number, TOKENS))
         tokens += [(token, int(weight > 1)) for token, weight in encoded] + [(tokenizer.eos_id, 0)]
         number += 1
@@ -54,22 +93,29 @@ def sequence(tokenizer, seed: int, i: int) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=MINIATURE, help="folder of the miniature's weights")
-    parser.add_argument("--steps", type=int, default=700, help=f"of {BATCH} sequences of {documents.LENGTH} tokens")
+    parser.add_argument("--checkpoint", type=Path, help="go on with its LoRA; default: a new one beside stage 1's")
+    parser.add_argument("--steps", type=int, default=700, help=f"of sequences of {documents.LENGTH} tokens")
+    parser.add_argument("--wide", action="store_true", help="the words of vocabulary.json too, and no stories: SmolLM2")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint; written every 100 steps")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    model = load_minigpt5(args.weights, shipped_checkpoint(args.weights / "minigpt5", ()), read_pictures=False)
-    model.add_adapters(lora={"targets": TARGETS, "rank": RANK, "alpha": 2 * RANK})
+    model = load_minigpt5(args.weights, args.checkpoint or args.weights / "minigpt5" / STAGE_1, read_pictures=False)
+    if not model.lora:
+        model.add_adapters(lora={"targets": TARGETS, "rank": RANK, "alpha": 2 * RANK})
     model.lora_for_words, llama = True, model.llama.train()
     trained = [p for layer in model.lora for p in (layer.lora_A.weight, layer.lora_B.weight)]
-    optimizer = torch.optim.AdamW(trained, LR, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.0, fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP, (args.steps - step) / args.steps)
     )
-    tokenizer = documents.tokenizer_at(args.weights / "vicuna" / "tokenizer.model")
+    mixture = WIDE_MIXTURE if args.wide else MIXTURE
     for step in (bar := tqdm(range(args.steps), "words", mininterval=5)):
-        batch = np.stack([sequence(tokenizer, args.seed, BATCH * step + i) for i in range(BATCH)])
+        batch = np.stack(
+            [sequence(model.tokenizer, mixture, args.seed, args.batch_size * step + i) for i in range(args.batch_size)]
+        )
         ids, counts = torch.from_numpy(batch).unbind(1)
         with torch.autocast("cpu", torch.bfloat16):
             hidden = llama(llama.model.embed_tokens(ids[:, :-1]))

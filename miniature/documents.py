@@ -196,7 +196,7 @@ tokenizer_at = lru_cache(Tokenizer)  # of a tokenizer.model
 @lru_cache
 def ids_with(tokenizer: Tokenizer, mark: str) -> set[int]:
     """The pieces that hold this character."""
-    return {i for i in range(len(tokenizer.pieces)) if mark in tokenizer.pieces.decode([i])}
+    return {i for i in range(tokenizer.base_vocabulary) if mark in tokenizer.decode([i])}
 
 
 def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:

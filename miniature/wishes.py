@@ -19,7 +19,7 @@ from miniature import phrases, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
 from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, verb, with_article
 
-SLIPS = 0.15  # share of texts with slips of the fingers
+SLIPS = 0.2  # share of texts with slips of the fingers
 MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 
 # ---- words
@@ -167,9 +167,16 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
                 one, two = picture.things
                 picture = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
         text = two_things(rng, picture, named, relation)
-    if chance(rng, 0.05):
+    if chance(rng, 0.08):
         absent = pick_other(rng, KINDS, *(thing.kind for thing in picture.things))
-        text = f"{text} {one_of(rng, phrases.ABSENT).format(absent, plural(absent))}"
+        without = one_of(rng, phrases.ABSENT).format(absent, plural(absent))
+        if len(things) == 1 and chance(rng, 0.5):  # right after the thing: "a house without a tree in the city"
+            around = [end for end in ends(rng, picture, named) if not MIDDLE.search(end)]
+            text = " ".join([thing_phrase(rng, things[0]), without, *around])
+        elif chance(rng, 0.2):
+            text = f"{pick(rng, ['no', 'please no'])} {absent}, {pick(rng, ['just', 'only', 'but'])} {text}"
+        else:
+            text = f"{text} {without}"
     elif chance(rng, 0.06):
         stranger = with_article(one_of(rng, phrases.STRANGERS))
         if chance(rng, 0.6):
@@ -229,7 +236,7 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
     if sky and chance(rng, 0.12):
         tail.insert(0, one_of(rng, phrases.SKY))
     end = " ".join(tail)
-    if form < 0.42:
+    if form < 0.38:
         return f"{thing_phrase(rng, thing)} {end}"
     if form < 0.52:
         return bare_list(rng, named)
@@ -246,6 +253,8 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
         return f"{there} {thing_phrase(rng, thing)} {end}"
     if form < 0.84 and tail:
         first, rest = tail[0], " ".join(tail[1:])
+        if chance(rng, 0.35):  # "in the middle of the snow stands a red house"
+            return f"{first} {verb(rng, kind, 1)} {thing_phrase(rng, thing)} {rest}"
         return f"{first}{',' if chance(rng, 0.3) else ''} {thing_phrase(rng, thing)} {rest}"
     if form < 0.88 and time:
         clauses = [f"{clause} and" for clause in choices(words.TIME_CLAUSES[time])]
@@ -288,17 +297,17 @@ def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relat
             return bare_list(rng, named)
         return f"{first} {places[0]} {pick(rng, ['and', ',', 'with'])} {second} {places[1]} {end}"
     form = rng.random()
-    if form < 0.12 and homes[0] == "sky" != homes[1]:
+    if form < 0.17 and homes[0] == "sky" != homes[1]:
         doing = pick(rng, ["", verb(rng, things[0].kind, 2), verb(rng, things[0].kind, 1)])
         return f"{first} {doing} {pick(rng, ['above', 'over', 'high above', 'high over'])} {second} {end}"
-    if form < 0.12 and homes[1] == "sky" != homes[0]:
+    if form < 0.17 and homes[1] == "sky" != homes[0]:
         return f"{first} {pick(rng, ['below', 'under', 'beneath', 'underneath'])} {second} {end}"
-    if form < 0.2:
+    if form < 0.24:
         return bare_list(rng, named)
-    if form < 0.25 and all(thing.colour for thing in things):
+    if form < 0.27 and all(thing.colour for thing in things):
         facts = [f"the {noun_of(rng, t.kind)} is {' and '.join(adjectives_of(rng, t))}" for t in things]
         return f"{facts[0]}{pick(rng, [' and ', ', ', '. '])}{facts[1]} {end}"
-    if form < 0.28:
+    if form < 0.3:
         return f"{first} {some(rng, phrases.LOOKS)} {second} {end}"
     if form < 0.36 and named.scene:
         link = pick(rng, ["with", "and", ",", "where there are"])
