@@ -47,31 +47,29 @@ REPLACED = _replacements()
 REMOVED = dict.fromkeys(
     chain(range(0x09), [0x0B], range(0x0E, 0x20), [0x7F], range(0x206A, 0x2070), [0xFEFF], range(0xFFF9, 0xFFFD))
 )
-MAX_PASSES = 20  # over a line; "&amp;amp;amp; ..." could ask for thousands
+MAX_PASSES = 20  # "&amp;amp;amp; ..." could ask for thousands
 ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,24};")
 TERMINAL_CODE = re.compile("\033\\[[\\d;]*[a-zA-Z]")
 
 
 def fix_text(text: str) -> str:
-    """CLIP cleans its text with the package ftfy. This is ftfy.fix_text, rewritten, without its repair of mojibake.
+    """CLIP cleans its text with the package ftfy. This is ftfy.fix_text, rewritten for one line, without its repair of
+    mojibake.
 
-    It treats HTML entities (until a line holds "<"), curly quotes, ligatures, widths, control characters, surrogates
+    It treats HTML entities (unless the text holds "<"), curly quotes, ligatures, widths, control characters, surrogates
     and NFC as ftfy does. Text that was decoded with the wrong encoding ("schÃ¶n") stays, where ftfy guesses "schön".
     """
-    lines, markup = [], False
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):
-        markup, before = markup or "<" in line, None
-        for _ in range(MAX_PASSES):  # one pass may produce what the next one replaces: "&amp;eacute;"
-            if line == before:
-                break
-            before = line
-            line = line if markup else ENTITY.sub(_unescape, line)
-            line = line.translate(REPLACED)
-            line = line.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            line = TERMINAL_CODE.sub("", line).translate(REMOVED)
-            line = unicodedata.normalize("NFC", line)
-        lines.append(line)
-    return "".join(lines)
+    is_markup, before = "<" in text, None
+    for _ in range(MAX_PASSES):  # one pass may produce what the next one replaces: "&amp;eacute;"
+        if text == before:
+            break
+        before = text
+        text = text if is_markup else ENTITY.sub(_unescape, text)
+        text = text.translate(REPLACED)
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = TERMINAL_CODE.sub("", text).translate(REMOVED)
+        text = unicodedata.normalize("NFC", text)
+    return text
 
 
 # CLIP's pattern is written with \p{L} and \p{N}, which Python's re does not know. So the pattern below is matched with
@@ -99,17 +97,6 @@ def _byte_letters() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def join_pair(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """The parts of a word, with every such pair of neighbours as one part."""
-    joined = []
-    for part in parts:
-        if joined and (joined[-1], part) == pair:
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return joined
 
 
 MAX_WORD_LENGTH = 2000  # characters; 77 tokens hold fewer, and the time to merge them grows with their square
@@ -158,10 +145,11 @@ class ClipTokenizer:
         parts = [self.byte_letters[byte] for byte in word[:MAX_WORD_LENGTH].encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
-            pair = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if pair not in self.ranks:
+            ranks = [self.ranks.get(pair, len(self.ranks)) for pair in pairwise(parts)]
+            first = ranks.index(min(ranks))
+            if ranks[first] == len(self.ranks):
                 break
-            parts = join_pair(parts, pair)
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
         return tuple(self.vocabulary.get(part, self.vocabulary[self.END]) for part in parts)
 
     def encode(self, text: str) -> list[int]:

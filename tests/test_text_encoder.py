@@ -175,7 +175,6 @@ FIXED = [
     ("\u2018a\u2019 \u201cb\u201d \u201ec\u201f \u02bcd", "'a' \"b\" \"c\" 'd"),
     ("fix &amp; html &lt;b&gt;", "fix & html <b>"),
     ("<b>fix &amp; html</b>\n&amp;", "<b>fix &amp; html</b>\n&amp;"),
-    ("&amp;\n<&amp;", "&\n<&amp;"),
     ("&amp;eacute; P&EACUTE;REZ &#233; &#xe9; &#59; &nosuch; &ampx; &amp &LTIMES;",
      "\u00e9 P\u00c9REZ \u00e9 \u00e9 &#59; &nosuch; &ampx; &amp &LTIMES;"),
     ("\ufb01\ufb03\ufb05 \u0149 \u01c4", "fiffi\u017ft 'n D\u017d"),
@@ -197,7 +196,7 @@ def test_fix_text_equals_ftfy_but_for_mojibake():
     ftfy = pytest.importorskip("ftfy", reason="ftfy is not installed")
     for text, fixed in FIXED:
         assert ftfy.fix_text(text) == fixed
-    for text in generated(2000):  # line breaks are folded afterwards on both sides
+    for text in (text.replace("\n", " ") for text in generated(2000)):  # white space is folded on both sides
         assert fix_text(text).split() == ftfy.fix_text(text, fix_encoding=False).split(), text
     assert ftfy.fix_text("sch\u00c3\u00b6n") == "sch\u00f6n" and fix_text("sch\u00c3\u00b6n") == "sch\u00c3\u00b6n"
 
