@@ -292,8 +292,6 @@ def encode_empty_caption(diffusion: Path, dtype: DType, device: Device) -> Tenso
 
 def picture_size(weights: Path) -> int:
     """Side of an output picture in pixels."""
-    if not weights.is_dir():
-        raise WeightsError(f"{weights}: no such folder")
     unet, vae = (config_of(part, weights / "stable-diffusion" / part / "config.json") for part in ("unet", "vae"))
     return unet.sample_size * 2 ** (len(vae.block_out_channels) - 1)
 
@@ -305,8 +303,6 @@ def frozen_dtypes(weights: Path, dtype: DType, device: Device) -> tuple[torch.dt
     The default on a GPU is bfloat16. On a CPU it is float32 for small weights. At the published size the parts that
     read would take too much memory in float32, and those that paint are faster in bfloat16 only with AMX.
     """
-    if not weights.is_dir():
-        raise WeightsError(f"{weights}: no such folder")
     width = config_of("llama", weights / "vicuna" / "config.json").hidden_size
     on_gpu, is_big = torch.device(device).type != "cpu", width >= 2048
     reading = torch.bfloat16 if on_gpu or is_big else torch.float32

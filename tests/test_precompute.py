@@ -261,7 +261,7 @@ def test_bad_arguments(monkeypatch, weights, sources, tmp_path, capsys):
         fails(command.main, monkeypatch, capsys, pattern, *base, *ALONE, *arguments)
         assert not out.exists() and not list(tmp_path.glob(".*"))
 
-    precompute_fails("nowhere: no such folder", "--weights", "nowhere")
+    precompute_fails("nowhere/.*config.json: no such file", "--weights", "nowhere")
     precompute_fails("is the source", "--out", source)
     precompute_fails("no folder", "--out", tmp_path / "no" / "x.tar")
     (tmp_path / "a").mkdir()
