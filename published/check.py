@@ -38,7 +38,7 @@ def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
 
 
 def check(root: Path, hashes: bool = False) -> list[str]:
-    """Print a line for each part of the folder, return what is wrong, one line a problem. Only headers are read, unless
+    """Print a line for each part of the folder and for each problem, return the problems. Only headers are read, unless
     `hashes` asks for the SHA-256 of every file that has the size of a published one."""
     if not root.is_dir():
         raise WeightsError(f"{root}: no such folder")
@@ -60,7 +60,9 @@ def check(root: Path, hashes: bool = False) -> list[str]:
         problems += found
     if not any((root / "minigpt5").glob("[!.]*.safetensors")):
         print("minigpt5/ holds no checkpoint: train_uas.py writes one, `published fetch` gets the released ones")
-    return list(dict.fromkeys(problems + size_mismatches(loaded)))  # a checkpoint tells those of its parts again
+    problems = list(dict.fromkeys(problems + size_mismatches(loaded)))  # a checkpoint tells those of its parts again
+    print("\n".join(problems) or "everything is there")
+    return problems
 
 
 def compare(path: Path, root: Path) -> tuple[bool, str]:

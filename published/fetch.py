@@ -64,7 +64,7 @@ SOURCES = {  # part: repositories in the order tried, their files (an index adds
 WANTED = ("model.", "lm_head.", "vision_model.", "qformer.", "query_tokens")  # of an index: not BLIP-2's language model
 
 
-def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> None:
+def fetch(out: Path, parts: list[str], dtype: torch.dtype | None = None) -> None:
     """Download, verify, convert. Downloads stay in `out`/.fetch until they are converted, so that an interrupted run
     goes on."""
     try:
@@ -72,7 +72,7 @@ def fetch(out: Path, chosen: list[str], dtype: torch.dtype | None = None) -> Non
     except ImportError:
         raise WeightsError("fetch needs the package huggingface_hub: pip install huggingface_hub") from None
     out = out.resolve()  # hf_hub_download returns absolute paths
-    for part in chosen:
+    for part in parts:
         repositories, files, last = SOURCES[part]
         if (out / last).is_file():
             print(f"{part}: already there, remove {out / last} to fetch it again")
