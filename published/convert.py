@@ -49,11 +49,9 @@ from qformer import VisionConfig
 
 def read_tensors(path: Path) -> dict:
     """Names -> lazy tensors (`[:]` gives the tensor) of a safetensors file or a pickled state dict."""
-    if path.exists() and not path.is_file():  # a pipe would block, a device have no end
-        raise WeightsError(f"{path}: not a regular file")
-    with open(path, "rb") as file:
-        head = file.read(9)
-    if head[8:] == b"{":
+    if not path.is_file():  # a pipe would block, a device have no end
+        raise WeightsError(f"{path}: no such file, or not a regular file")
+    if path.suffix == ".safetensors":
         return tensor_slices(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
