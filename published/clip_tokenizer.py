@@ -31,19 +31,15 @@ def _unescape(match: re.Match) -> str:
     return entity
 
 
-def _replacements() -> dict[int, str]:
-    """Characters with a plainer equivalent: curly quotes, Latin ligatures, full and half widths, C1 controls."""
-    table = dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'")
-    table |= dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
-    compatible = chain([0x3000, 0x132, 0x133, 0x149], range(0x1C4, 0x1CD), range(0x1F1, 0x1F4), range(0xFB00, 0xFB07))
-    table |= {code: unicodedata.normalize("NFKC", chr(code)) for code in chain(compatible, range(0xFF01, 0xFFF0))}
-    table[0xFB05] = LONG_S + "t"  # NFKC would replace the long s too
-    for code in range(0x80, 0xA0):  # what browsers make of them: Windows-1252, where it has a character
-        table[code] = bytes([code]).decode("cp1252", errors="ignore") or chr(code)
-    return table
-
-
-REPLACED = _replacements()
+# Characters with a plainer equivalent: curly quotes, Latin ligatures, full and half widths, C1 controls.
+REPLACED = dict.fromkeys(map(ord, "\u02bc\u2018\u2019\u201a\u201b"), "'")
+REPLACED |= dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
+LIGATURES = chain([0x132, 0x133, 0x149], range(0x1C4, 0x1CD), range(0x1F1, 0x1F4), range(0xFB00, 0xFB07))
+WIDTHS = chain([0x3000], range(0xFF01, 0xFFF0))
+REPLACED |= {code: unicodedata.normalize("NFKC", chr(code)) for code in chain(LIGATURES, WIDTHS)}
+REPLACED[0xFB05] = LONG_S + "t"  # NFKC would replace the long s too
+# Browsers read the C1 controls as Windows-1252, where that has a character.
+REPLACED |= {code: bytes([code]).decode("cp1252", errors="ignore") or chr(code) for code in range(0x80, 0xA0)}
 REMOVED = dict.fromkeys(
     chain(range(0x09), [0x0B], range(0x0E, 0x20), [0x7F], range(0x206A, 0x2070), [0xFEFF], range(0xFFF9, 0xFFFD))
 )
@@ -92,13 +88,9 @@ def split_words(text: str) -> list[str]:
     return [text[m.start() : m.end()] for m in WORD.finditer("".join(map(_stand_in, text)))]
 
 
-def _byte_letters() -> list[str]:
-    """One printable character a byte, as GPT-2 spells bytes in its vocabulary."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
+# One printable character a byte, as GPT-2 spells bytes in its vocabulary.
+PRINTABLE, OTHERS = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+BYTE_LETTERS = [chr(byte if byte in PRINTABLE else next(OTHERS)) for byte in range(256)]
 MAX_WORD_LENGTH = 2000  # characters; 77 tokens hold fewer, and the time to merge them grows with their square
 
 
@@ -137,12 +129,11 @@ class ClipTokenizer:
             if token not in self.vocabulary:
                 raise WeightsError(f"{folder / 'vocab.json'}: special token {token!r} is missing")
         self.special = re.compile("(" + "|".join(map(re.escape, (self.START, self.END, self.pad))) + ")")
-        self.byte_letters = _byte_letters()
         self.known = {token: (self.vocabulary[token],) for token in (self.START, self.END)}  # word -> ids
 
     def merge(self, word: str) -> tuple[int, ...]:
         """One word -> ids: from single bytes on, join the pair that training merged first, until no pair is known."""
-        parts = [self.byte_letters[byte] for byte in word[:MAX_WORD_LENGTH].encode()]
+        parts = [BYTE_LETTERS[byte] for byte in word[:MAX_WORD_LENGTH].encode()]
         parts[-1] += "</w>"
         while len(parts) > 1:
             ranks = [self.ranks.get(pair, len(self.ranks)) for pair in pairwise(parts)]
