@@ -246,13 +246,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if matrices:
         rank = rows_of(tensors, matrices[0], range(1, MAX_RANK + 1), path)
         targets = tuple(sorted({name.split(".")[-3] for name in matrices}))
-        try:
-            alpha = float(metadata.get("lora_alpha", 2 * rank))
-        except ValueError:
-            alpha = 0.0
-        if not 0 < alpha < 1e6:
-            raise WeightsError(f"{path}: lora_alpha cannot be {metadata['lora_alpha']!r:.80}")
-        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": alpha}
+        alpha = metadata.get("lora_alpha", str(2 * rank))
+        if not re.fullmatch(r"\d{1,6}(\.\d+)?", alpha, re.ASCII) or float(alpha) == 0:
+            raise WeightsError(f"{path}: lora_alpha cannot be {alpha!r:.80}")
+        adapters["lora"] = {"targets": targets, "rank": rank, "alpha": float(alpha)}
     if "prefix_encoder.embedding.weight" in tensors:
         names = {"tokens": "prefix_encoder.embedding.weight", "hidden": "prefix_encoder.transform.0.weight"}
         adapters["prefix"] = {size: rows_of(tensors, name, range(1, 1 << 14), path) for size, name in names.items()}
