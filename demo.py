@@ -54,10 +54,6 @@ pink and white, at sea, in the meadow, the snow, the city, the desert and the mo
 night."""
 
 
-class Stopped(Exception):
-    """The visitor does not wait for the answer any more."""
-
-
 def shown(picture: Image.Image) -> "gr.Image":
     """A picture as part of a message; a small one is enlarged without blur."""
     factor = -(-LEAST_WIDTH // picture.width)
@@ -84,7 +80,7 @@ def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segment
 
     def watch(ids: list[int] | None = None, done: int = 0, steps: int = 0, latents=None) -> None:
         if stopped.is_set():
-            raise Stopped
+            raise InterruptedError
         if ids is not None:
             words = session.model.tokenizer.decode(ids).removesuffix("###").strip()
             events.put([words] if words else [])
@@ -93,18 +89,18 @@ def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segment
 
     def make() -> None:
         try:
-            events.put(("done", work()))
+            events.put(work())
+            events.put(None)
         except Exception as error:
-            events.put(("failed", error))
+            events.put(gr.Error(str(error), print_exception=not isinstance(error, ValueError)))
 
     session.watch = watch
     threading.Thread(target=make, daemon=True).start()
     try:
         while isinstance(event := events.get(), list):
             yield event
-        if event[0] == "failed":
-            raise gr.Error(str(event[1]), print_exception=not isinstance(event[1], ValueError))
-        yield event[1]
+        if event:
+            raise event
     finally:
         stopped.set()
 
