@@ -261,8 +261,7 @@ METRICS = {
 def measure(wanted: list[str], bench: Bench, unavailable: dict[str, str], outcomes: list[Outcome]) -> tuple[dict, dict]:
     """{title: figure} and {title: reason} of the metrics that cannot be computed. unavailable: network -> why it is not
     there."""
-    pictures = any(outcome.wanted for outcome in outcomes)
-    asked = {"pictures": pictures, "words": any(o.case.words for o in outcomes)}
+    asked = {"pictures": any(o.wanted for o in outcomes), "words": any(o.case.words for o in outcomes)}
     asked["dialogues"] = any(outcome.case.task == "reply" for outcome in outcomes)
     figures, reasons = {}, {}
     for metric in (METRICS[name] for name in wanted):

@@ -197,10 +197,8 @@ def open_network(name: str, path: Path | None, device: torch.device):
 @torch.inference_mode()
 def look(networks: dict, pictures: list[Image.Image]) -> list[dict]:
     """Of each picture what all networks that see pictures make of it: {"clip": (D,), "facts": ..., ...}."""
-    rows = [{} for _ in pictures]
+    seen = {}
     for network in networks.values():
         if pictures and hasattr(network, "pictures"):
-            for name, values in network.pictures(pictures).items():
-                for row, value in zip(rows, values, strict=True):
-                    row[name] = value
-    return rows
+            seen |= network.pictures(pictures)
+    return [{name: values[i] for name, values in seen.items()} for i in range(len(pictures))]
