@@ -17,16 +17,14 @@ ROWS = 256  # of a matrix that are cast at a time: few enough for the cache
 MIN_KEYS = 256  # from this many keys on, the attention's own kernel is fast enough
 
 
-def use_float32_kernels(model: nn.Module) -> nn.Module:
-    """Replace what is slow in a frozen model, if it is in bfloat16 on a CPU: attention wherever a module has `attend`,
-    and the linear layers without a bias, which are nearly all of a language model."""
-    is_slow = any(map(is_bf16_on_cpu, model.parameters()))
-    for module in model.modules() if is_slow else ():
+def use_float32_kernels(model: nn.Module) -> None:
+    """Replace what is slow in a frozen model in bfloat16 on a CPU: attention wherever a module has `attend`, and the
+    linear layers without a bias, which are nearly all of a language model."""
+    for module in model.modules():
         if hasattr(module, "attend"):
             module.attend = attention
         if HAS_NO_BF16 and type(module) is nn.Linear and module.bias is None:
             module.forward = partial(linear, module)
-    return model
 
 
 def is_bf16_on_cpu(x: Tensor) -> bool:

@@ -222,7 +222,13 @@ def load(part: str, folder: Path, dtype: DType = None, device: Device = "cpu") -
     """A part from its folder of config.json and *.safetensors."""
     published, folder = PARTS[part], Path(folder)
     build = partial(published.module, config_of(part, folder / "config.json"))
-    return use_float32_kernels(loading.load(build, folder, published.names, dtype, device, published.channels_last))
+    return with_fast_kernels(loading.load(build, folder, published.names, dtype, device, published.channels_last))
+
+
+def with_fast_kernels(part: nn.Module) -> nn.Module:
+    if any(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in part.parameters()):
+        use_float32_kernels(part)
+    return part
 
 
 load_llama, load_unet, load_text_encoder = (partial(load, part) for part in ("llama", "unet", "text encoder"))
@@ -230,7 +236,7 @@ load_llama, load_unet, load_text_encoder = (partial(load, part) for part in ("ll
 
 def load_int8_llama(folder: Path, dtype: torch.dtype, device: Device = "cpu") -> Llama:
     """`load_llama` with the blocks' matrices in 8 bits, which are made of the mapped file one by one."""
-    return use_float32_kernels(to_int8(load_llama(folder), dtype, device))
+    return with_fast_kernels(to_int8(load_llama(folder), dtype, device))
 
 
 def tokenizer_file(folder: Path) -> Path:
@@ -262,7 +268,7 @@ def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu
     llm_width = rows_of(tensor_slices(projection), "llama_proj.weight", range(1, MAX_SIZE), projection)
     files = [*tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens")), projection]
     build = partial(ImageEncoder, vision, qformer, llm_width)
-    return use_float32_kernels(loading.load(build, files, BLIP2_UNUSED, dtype, device))
+    return with_fast_kernels(loading.load(build, files, BLIP2_UNUSED, dtype, device))
 
 
 def load_vae(folder: Path, dtype: DType = None, device: Device = "cpu") -> VAE:
