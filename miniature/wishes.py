@@ -368,7 +368,7 @@ def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:
     if chance(rng, slips):
         for _ in range(1 + int(rng.integers(2))):
             i = int(rng.integers(len(parts)))
-            if parts[i] in phrases.SOUNDS_LIKE and chance(rng, 0.4):
+            if parts[i] in phrases.SOUNDS_LIKE and chance(rng, 0.6):
                 parts[i] = phrases.SOUNDS_LIKE[parts[i]]
             elif len(parts[i]) > 2 and parts[i].isalpha():
                 parts[i] = typo(rng, parts[i])
