@@ -16,7 +16,7 @@ import numpy as np
 from common.texts import plain_words, words_in
 from miniature import facts, phrases, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
-from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast, talk_about
+from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast, questions, talk_about
 from miniature.wishes import SLIPS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
 from miniature.words import choices, describe, from_left, one_of, plural, some
 
@@ -230,8 +230,6 @@ def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
 def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
     i = int(rng.integers(len(picture.things)))
     thing, kinds = picture.things[i], [thing.kind for thing in picture.things]
-    place, time = choices(words.PLACE_PHRASES[thing.place])[0], choices(words.TIME_CLAUSES[picture.time])[0]
-    scene = choices(words.SCENE_NOUNS[picture.scene])[0]
     if len(set(kinds)) < len(kinds) or chance(rng, 0.25):
         asked = (
             "what do you see? | what is in the picture? | describe it | describe the picture | what is this? | "
@@ -239,25 +237,9 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
         )
         return one_of(rng, asked), f"i see {describe(picture)}."
     noun, absent = noun_of(rng, thing.kind), pick_other(rng, facts.KINDS, *kinds)
-    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
-    return pick(
-        rng,
-        [
-            (f"what colour is the {noun}?", f"it is {thing.colour}."),
-            (f"which colour has the {noun}?", f"it is {thing.colour}."),
-            (f"where is the {noun}?", f"it is {place}."),
-            (f"is the {noun} big or small?", f"it is {thing.size}."),
-            (f"how big is the {noun}?", f"it is {thing.size}."),
-            ("what time is it there?", f"{time}."),
-            ("is it day or night?", f"{time}."),
-            ("which place is this?", f"this is {scene}."),
-            ("where is this?", f"this is {scene}."),
-            ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
-            (f"is there a {absent} too?", f"no, there is no {absent}."),
-            (f"is there a {noun}?", f"yes, it is {place}."),
-            (f"do you see the {noun}?", f"yes, it is {place}."),
-        ],
-    )
+    *others, (seen, yes) = questions(picture, thing, noun, absent, lambda phrases: choices(phrases)[0])
+    others.append((f"is there a {noun}? | {seen}", yes))
+    return pick(rng, [(form, answer) for forms, answer in others for form in choices(forms)])
 
 
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:

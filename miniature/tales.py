@@ -6,7 +6,9 @@ remembers. In a dialogue, human and assistant take turns: pictures are asked for
 there is talk that calls for no picture.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -306,25 +308,28 @@ def wish_less(rng, picture):
     return f"take the {picture.things[1].kind} away", replace(picture, things=picture.things[:1])
 
 
+def questions(picture: Picture, thing: Thing, noun: str, absent: str, phrase: Callable[[str], str]) -> list[tuple]:
+    """(a question about the picture in one or two forms, its answer). `phrase` picks one of several phrases."""
+    kinds = [thing.kind for thing in picture.things]
+    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
+    return [
+        (f"what colour is the {noun}? | which colour has the {noun}?", f"it is {thing.colour}."),
+        (f"where is the {noun}?", f"it is {phrase(words.PLACE_PHRASES[thing.place])}."),
+        (f"is the {noun} big or small? | how big is the {noun}?", f"it is {thing.size}."),
+        ("what time is it there? | is it day or night?", f"{phrase(words.TIME_CLAUSES[picture.time])}."),
+        ("which place is this? | where is this?", f"this is {phrase(words.SCENE_NOUNS[picture.scene])}."),
+        ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
+        (f"is there a {absent} too?", f"no, there is no {absent}."),
+        (f"do you see the {noun}?", f"yes, it is {phrase(words.PLACE_PHRASES[thing.place])}."),
+    ]
+
+
 def question(rng, split, picture):
     """A question about the picture, answered in words."""
     thing, kinds = pick(rng, picture.things), [thing.kind for thing in picture.things]
     noun, absent = some(rng, words.NOUNS[thing.kind]), pick_other(rng, KINDS, *kinds)
-    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
-    asked, answer = pick(
-        rng,
-        [
-            (f"what colour is the {noun}?", f"it is {thing.colour}."),
-            (f"where is the {noun}?", f"it is {some(rng, words.PLACE_PHRASES[thing.place])}."),
-            (f"is the {noun} big or small?", f"it is {thing.size}."),
-            ("what time is it there?", f"{some(rng, words.TIME_CLAUSES[picture.time])}."),
-            ("which place is this?", f"this is {some(rng, words.SCENE_NOUNS[picture.scene])}."),
-            ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
-            (f"is there a {absent} too?", f"no, there is no {absent}."),
-            (f"do you see the {noun}?", f"yes, it is {some(rng, words.PLACE_PHRASES[thing.place])}."),
-        ],
-    )
-    return Turn(asked), Turn(answer)
+    forms, answer = pick(rng, questions(picture, thing, noun, absent, partial(some, rng)))
+    return Turn(choices(forms)[0]), Turn(answer)
 
 
 def praise(rng, split, picture):
