@@ -1,7 +1,7 @@
 """Measures the miniature's weights, with the judge for pictures and the reader of `words.py` for texts.
 
     python miniature/score.py                                   # everything
-    python miniature/score.py prompts vokens --n 100 --sheets sheets --out scores.json
+    python miniature/score.py prompts vokens --n 100 --out scores.json
     python miniature/score.py stories --checkpoint uas          # stories before stage 2
 
 | part      | measures                                                                             |
@@ -148,7 +148,6 @@ def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
         exam = replace(exam, seed=seed)
         said = draw_prompts(exam, [wish.text for wish in wishes])
         drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
-        exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in said])
         answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
         turns += zip(flat, verdicts(exam, flat, answers), strict=True)
     rows = {"prompts": [fine for _, fine in drawn]}
@@ -189,19 +188,18 @@ def named_shares(wanted: list[Picture]) -> dict[str, float]:
 
 
 def prompts(exam: Exam) -> Figures:
-    return drawn_figures(exam, "prompts", lambda texts: text_to_pictures(exam, texts))
+    return drawn_figures(exam, lambda texts: text_to_pictures(exam, texts))
 
 
 def vokens(exam: Exam) -> Figures:
-    return drawn_figures(exam, "vokens", lambda texts: [said.picture for said in draw_prompts(exam, texts)])
+    return drawn_figures(exam, lambda texts: [said.picture for said in draw_prompts(exam, texts)])
 
 
-def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
+def drawn_figures(exam: Exam, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
         drawn = draw_all(texts)
-        exam.sheet(f"{part} {name}", texts, drawn)
         figures[f"{name}, named"] = named_shares(wanted)
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
@@ -356,7 +354,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
-    add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return read_arguments(parser, argv)
@@ -365,10 +362,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     sampling = Sampling.of(vars(args))
-    sheets = make_folder(args.sheets) if args.sheets else None
     if args.out:
         make_folder(args.out.parent)
-    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
+    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed)
     settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:
