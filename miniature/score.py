@@ -47,6 +47,7 @@ from common.cli import FROM_1, add_weights_option, make_folder, pick_device, rea
 from common.files import write_json
 from common.options import add_sampling_options
 from generation import Sampling
+from miniature.chats import bracketed
 from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_prompts, heard, look, text_to_pictures
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, share
@@ -54,7 +55,7 @@ from miniature.paint import draw
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
 from miniature.tales import Turn as Told
-from miniature.words import agrees, describe, facts_in, some
+from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue, sample_pair
 from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts, user_turn
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
@@ -169,14 +170,10 @@ def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]
 
 def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
     """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
-    if not exam.sampling.words_first:
-        return heard(told, jitter)
-    turns = []
-    for i, (turn, (text, pictures)) in enumerate(zip(told, heard(told, jitter), strict=True)):
-        if i % 2:
-            turns.append(Turn(f"{text} ({describe(turn.picture)})" if pictures else text))
-        else:
-            turns.append(user_turn(exam.model.tokenizer, text, exam.words, pictures))
+    turns = heard(told, jitter)
+    if exam.sampling.words_first:
+        turns[::2] = [user_turn(exam.model.tokenizer, text, exam.words, pictures) for text, pictures in turns[::2]]
+        turns[1::2] = [Turn(f"{t.text} {bracketed(t.picture)}" if t.picture else t.text) for t in told[1::2]]
     return turns
 
 
