@@ -126,7 +126,7 @@ def change_scene(rng, picture):
     after = replace(picture, scene=scene)
     if not fits(after.things, scene) or any(held_out(t.kind, t.colour, scene) for t in after.things):
         return None
-    where = scene_words(rng, after, scene)
+    where = scene_words(rng, after)
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
     text = one_of(rng, phrases.RESCENES).format(where, it, some(rng, words.SCENE_NOUNS[scene]))
     return text, after
@@ -143,13 +143,10 @@ def add(rng, picture):
     if first.place == "middle" and not fits((first, other), picture.scene):
         first = replace(first, place=pick(rng, ["left", "right"]))  # makes room
     named_place = chance(rng, 0.2)
-    if not named_place:
-        fitting = [replace(other, place=place) for place in facts.PLACES]
-        fitting = [o for o in fitting if fits((first, o), picture.scene)]
-        if not fitting:
-            return None
-        other = pick(rng, fitting)
-    if not fits((first, other), picture.scene) or held_out(other.kind, other.colour, picture.scene):
+    places = [replace(other, place=place) for place in ([other.place] if named_place else facts.PLACES)]
+    fitting = [placed for placed in places if fits((first, placed), picture.scene)]
+    other = pick(rng, fitting) if fitting else None
+    if other is None or held_out(other.kind, other.colour, picture.scene):
         return None
     named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
     phrase = thing_phrase(rng, named)

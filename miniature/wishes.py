@@ -101,14 +101,14 @@ def thing_phrase(rng: np.random.Generator, named: Thing) -> str:
     return with_article(phrase)
 
 
-def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
+def scene_words(rng: np.random.Generator, picture: Picture) -> str:
     if chance(rng, 0.45):
-        return some(rng, words.SCENE_PHRASES[f"{scene} {words.home_level(picture)}".strip()])
+        return some(rng, words.SCENE_PHRASES[f"{picture.scene} {words.home_level(picture)}".strip()])
     if chance(rng, 0.55):
-        return one_of(rng, phrases.MORE_SCENES[scene])
-    sky = all(home(thing.kind, scene) == "sky" for thing in picture.things)
+        return one_of(rng, phrases.MORE_SCENES[picture.scene])
+    sky = all(home(thing.kind, picture.scene) == "sky" for thing in picture.things)
     before = ["over", "above", "in", "high over"] if sky else ["in", "on", "at", "by", "in the middle of"]
-    place = one_of(rng, phrases.SETTINGS[scene])
+    place = one_of(rng, phrases.SETTINGS[picture.scene])
     return f"{pick(rng, before)} {'' if place in ('downtown', 'egypt', 'winter') else 'the '}{place}"
 
 
@@ -188,7 +188,7 @@ def ends(rng: np.random.Generator, picture: Picture, named: Picture) -> list[str
     if both and chance(rng, 0.12):
         parts = [one_of(rng, both)]
     else:
-        parts = [scene_words(rng, picture, named.scene)] if named.scene else []
+        parts = [scene_words(rng, picture)] if named.scene else []
         parts += [time_words(rng, named.time)] if named.time else []
     if place and len(named.things) == 1:
         parts.insert(int(rng.integers(len(parts) + 1)), place_words(rng, place))
@@ -252,7 +252,7 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
         start = pick(rng, choices(phrases.TIME_STARTS[time]) + clauses)
         place = " ".join(ends(rng, picture, replace(named, time=None)))
         if scene and chance(rng, 0.4):
-            start = f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and"
+            start = f"{start.removesuffix(' and')} {scene_words(rng, picture)} and"
             does = f"{thing_phrase(rng, thing)} {verb(rng, kind, 1)}"
             return f"{start} {does} {place_words(rng, thing.place) if thing.place else ''}"
         return f"{start} {thing_phrase(rng, thing)} {verb(rng, kind, 1)} {place}"
