@@ -110,9 +110,7 @@ class LanguageRecipe(Recipe):
         return {"held_out_loss": loss.item(), "retold": described(self.retold(llama), self.wanted)}
 
     def export(self, llama: Llama, weights: Path) -> None:
-        defaults = ("rope_scaling", "num_key_value_heads", "head_dim")
-        sizes = {name: value for name, value in asdict(LANGUAGE_SIZES).items() if name not in defaults}
-        write_part(weights, "vicuna", "model", llama, sizes)
+        write_part(weights, "vicuna", "model", llama, asdict(LANGUAGE_SIZES))
         write_file(weights / "vicuna" / "tokenizer.model", TOKENIZER.read_bytes())
         write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})
 
@@ -173,19 +171,15 @@ class CaptionerRecipe(Recipe):
         text_loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].masked_fill(outside, -100).flatten())
         return {"loss": text_loss + word_loss, "text_loss": text_loss, "word_loss": word_loss}
 
-    def captions(self, encoder: ImageEncoder) -> list[str]:
-        """What the language model says of the tested pictures."""
+    def measure(self, encoder: ImageEncoder) -> dict[str, float]:
+        """ "described": every fact right in what the language model says of the tested pictures."""
         question = self.tokenizer.encode(QUESTION, WORDS)
         row, texts = torch.tensor([self.tokenizer.bos_id, *question], device=self.device), []
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)
             embeddings = self.embed(ids, encoder(self.pixels(part)))
             texts += likeliest_answers(self.llama, self.tokenizer, embeddings, torch.ones_like(ids))
-        return texts
-
-    def measure(self, encoder: ImageEncoder) -> dict[str, float]:
-        """ "described": every fact right."""
-        return {"described": described(self.captions(encoder), self.wanted)}
+        return {"described": described(texts, self.wanted)}
 
     def export(self, encoder: ImageEncoder, weights: Path) -> None:
         state = encoder.state_dict()
