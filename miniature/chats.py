@@ -16,9 +16,10 @@ import numpy as np
 from common.texts import plain_words, words_in
 from miniature import facts, phrases, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
-from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast, questions, talk_about
+from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
 from miniature.wishes import SLIPS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
 from miniature.words import choices, describe, from_left, one_of, plural, some
+from prompts import Turn
 
 WORDS = 203  # purpose of the random streams
 COMPARATIVES = {
@@ -277,7 +278,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, slips)
             answer = bracketed(picture)
-        turns += [Turn(plain_words(typed(rng, asked, slips)), shown), Turn(answer)]
+        turns += [Turn(plain_words(typed(rng, asked, slips)), (shown,) if shown else ()), Turn(answer)]
     return turns or chat(rng, split, slips)
 
 

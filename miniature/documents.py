@@ -74,20 +74,16 @@ def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     return Example(f"{human} {prompts.PICTURE_MARK} {question} {assistant}", answer + prompts.END, (picture,))
 
 
-def turns_of(told: list) -> list[Turn]:
-    return [Turn(turn.text, (turn.picture,) if turn.picture else ()) for turn in told]
-
-
 def story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 2: a step of a story as one of its tasks."""
-    turns = turns_of(sample_story(seed, i, split)[0])
+    turns = sample_story(seed, i, split)[0]
     k = int(rng.integers(1, len(turns)))
     return story_example(turns[:k], turns[k], pick(rng, prompts.TASKS), int(rng.integers(6)), prompts.PICTURE_MARK)
 
 
 def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 2: a turn of a dialogue."""
-    turns = turns_of(sample_dialogue(seed, i, split)[0])
+    turns = sample_dialogue(seed, i, split)[0]
     k = int(rng.integers(1, len(turns)))
     return dialog_example(turns[history_start(k) : k], turns[k], k, prompts.PICTURE_MARK)
 
@@ -100,7 +96,7 @@ def wish_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
 
 def chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Words first: a turn of a chat, after what `sample.py` reads of the turns before it or after all of them."""
-    turns = turns_of(chat(rng, split))
+    turns = chat(rng, split)
     k = 2 * int(rng.integers(len(turns) // 2)) + 1 if rng.random() < 0.3 else len(turns) - 1
     before = turns[:k] if rng.random() < 0.5 else chat_history(turns, k, True)
     return dialog_example(before, turns[k], k, "", prompts.WORDS_FIRST_SYSTEM)
@@ -138,7 +134,7 @@ def described_story_document(rng: np.random.Generator, seed: int, i: int, split:
     history, typed = rng.random(), rng.random() < 0.4
     k, task = int(rng.integers(len(told))), pick(rng, prompts.TASKS)
     texts = [plain_words(told[0].text) if typed else told[0].text, *(turn.text for turn in told[1:])]
-    pictures = [as_named(told[0].picture, told[0].text), *(turn.picture for turn in told[1:])]
+    pictures = [as_named(told[0].pictures[0], told[0].text), *prompts.pictures_of(told[1:])]
     if k == 0:
         task = "image"
         if rng.random() < 0.5:

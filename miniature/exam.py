@@ -20,7 +20,6 @@ from miniature.facts import Picture, random_stream
 from miniature.judge import NOTHING, Judge, load_judge, read, share
 from miniature.judge import WEIGHTS as JUDGE
 from miniature.paint import draw
-from miniature.tales import Turn as Told
 from minigpt5 import MiniGPT5
 from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
@@ -70,9 +69,9 @@ class Exam:
 # ---- ways to answers
 
 
-def heard(told: list[Told], jitter: int) -> list[Turn]:
+def heard(told: list[Turn], jitter: int) -> list[Turn]:
     """Turns of a story or a dialogue as the language model reads them, their pictures drawn."""
-    return [Turn(turn.text, (draw(turn.picture, jitter, SIDE),) if turn.picture else ()) for turn in told]
+    return [Turn(text, tuple(draw(facts, jitter, SIDE) for facts in pictures)) for text, pictures in told]
 
 
 class Said(NamedTuple):

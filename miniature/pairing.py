@@ -84,11 +84,11 @@ def told_picture(seed: int, i: int, split: str = "train") -> tuple[Picture, str,
     if i % 2 == 0:
         return sample_pair(seed, i, split)
     turns, jitter = (sample_story if i % 4 == 1 else sample_dialogue)(seed, i, split)
-    shown = [turn for turn in turns if turn.picture]
+    shown = [turn for turn in turns if turn.pictures]
     if not shown:  # a dialogue without pictures
         return sample_pair(seed, i, split)
     turn = shown[int(random_stream(seed, i, CHOICE).integers(len(shown)))]
-    return turn.picture, turn.text, jitter
+    return turn.pictures[0], turn.text, jitter
 
 
 def paired_text(seed: int, i: int) -> np.ndarray:

@@ -54,7 +54,6 @@ from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, 
 from miniature.paint import draw
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
-from miniature.tales import Turn as Told
 from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue, sample_pair
 from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts, user_turn
@@ -168,12 +167,12 @@ def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]
     return captions, [facts_in(caption) for caption in captions]
 
 
-def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
+def chat_turns(exam: Exam, told: list[Turn], jitter: int) -> list[Turn]:
     """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
     turns = heard(told, jitter)
     if exam.sampling.words_first:
         turns[::2] = [user_turn(exam.model.tokenizer, text, exam.words, pictures) for text, pictures in turns[::2]]
-        turns[1::2] = [Turn(f"{t.text} {bracketed(t.picture)}" if t.picture else t.text) for t in told[1::2]]
+        turns[1::2] = [Turn(" ".join([text, *map(bracketed, pictures)])) for text, pictures in told[1::2]]
     return turns
 
 
@@ -224,8 +223,8 @@ class Reply(NamedTuple):
 
     source: str
     pictures: tuple[Image.Image, ...]  # of the turns before it, as far as they are heard
-    asked: Told  # the human's turn
-    turn: Told
+    asked: Turn  # the human's turn
+    turn: Turn
 
 
 def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
@@ -237,7 +236,7 @@ def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
         for k in range(1, len(told), 2):
             before = chat_history(turns, k, exam.sampling.words_first)
             source = dialog_source(before, k, exam.system)
-            asked[told[k].picture is not None].append(Reply(source, pictures_of(before), *told[k - 1 : k + 1]))
+            asked[bool(told[k].pictures)].append(Reply(source, pictures_of(before), *told[k - 1 : k + 1]))
         if min(map(len, asked.values())) >= exam.n:
             return {wish: rows[: exam.n] for wish, rows in asked.items()}
 
@@ -274,19 +273,17 @@ def dialogues(exam: Exam) -> Figures:
     new = [r for r in turns[True] if facts_in(r.asked.text).scene]
     # Where there is no picture, the one to be changed is not heard of any more.
     changed = [r for r in turns[True] if not facts_in(r.asked.text).scene and has_picture(r)]
-    wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.picture for r in changed]}
+    wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.pictures[0] for r in changed]}
     for name, rows in {"asked for": new, "changed": changed}.items():
-        drawn = [said.picture for said in answers(exam, rows)]
+        drawn = [said.picture for _, said in answers(exam, rows)]
         figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted[name])
-    shown = [reply for reply in turns[False] if reply.asked.picture]
-    about = [r for r in turns[False] if has_picture(r) and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
+    shown = [reply for reply in turns[False] if reply.asked.pictures]
+    about = [r for r in turns[False] if has_picture(r) and not r.asked.pictures and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]
-    for name, rows in {"described": shown, "answered": about}.items():
-        fine = [
-            no_error(facts_in(said.text), r.asked.picture) if r.asked.picture else same_answer(said.text, r.turn.text)
-            for r, said in zip(rows, answers(exam, rows), strict=True)
-        ]
-        figures[name] = {"samples": len(rows) / exam.n, "right": share(fine)}
+    described = [no_error(facts_in(said.text), *r.asked.pictures) for r, said in answers(exam, shown)]
+    answered = [same_answer(said.text, r.turn.text) for r, said in answers(exam, about)]
+    for name, fine in {"described": described, "answered": answered}.items():
+        figures[name] = {"samples": len(fine) / exam.n, "right": share(fine)}
     return figures
 
 
@@ -300,8 +297,9 @@ def no_error(told: Picture, picture: Picture) -> bool:
     return len(told.things) == len(picture.things) and agrees(told, picture)
 
 
-def answers(exam: Exam, rows: list[Reply]) -> list[Said]:
-    return ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
+def answers(exam: Exam, rows: list[Reply]) -> list[tuple[Reply, Said]]:
+    said = ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
+    return list(zip(rows, said, strict=True))
 
 
 # ---- the command
