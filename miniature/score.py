@@ -179,10 +179,6 @@ def chat_turns(exam: Exam, told: list[Turn], jitter: int) -> list[Turn]:
 # ---- pictures
 
 
-def named_shares(wanted: list[Picture]) -> dict[str, float]:
-    return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}
-
-
 def prompts(exam: Exam) -> Figures:
     return drawn_figures(exam, lambda texts: text_to_pictures(exam, texts))
 
@@ -196,7 +192,8 @@ def drawn_figures(exam: Exam, draw_all: Callable[[list[str]], list[Image.Image |
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
         drawn = draw_all(texts)
-        figures[f"{name}, named"] = named_shares(wanted)
+        named = {fact: share([asks_for(facts, fact) for facts in wanted]) for fact in (*ATTRIBUTES, "all")}
+        figures[f"{name}, named"] = named
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
     return figures
@@ -335,7 +332,7 @@ def seeds(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("parts", nargs="*", choices=[*PARTS, "all"], default="all", metavar="PART", help=", ".join(PARTS))
@@ -351,11 +348,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return read_arguments(parser, argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
+    args = read_arguments(parser, argv)
     sampling = Sampling.of(vars(args))
     if args.out:
         make_folder(args.out.parent)
