@@ -41,10 +41,10 @@ QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
 
 @torch.no_grad()
-def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, mask: Tensor) -> list[str]:
-    """Greedy answers to embedded prompts (B, T, D), padded on the left."""
-    cache = KVCache(llama, len(mask), mask.shape[1] + LONGEST)
-    hidden, said = llama(embeddings, mask, cache), []
+def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor) -> list[str]:
+    """Greedy answers to embedded prompts (B, T, D)."""
+    cache = KVCache(llama, len(embeddings), embeddings.shape[1] + LONGEST)
+    hidden, said = llama(embeddings, cache=cache), []
     for _ in range(LONGEST):
         said.append(llama.lm_head(hidden[:, -1:]).argmax(-1))  # (B, 1)
         hidden = llama(llama.model.embed_tokens(said[-1]), cache=cache)
@@ -94,20 +94,14 @@ class LanguageRecipe(Recipe):
         weights = weights[:, 1:].flatten().float()
         return {"loss": (surprise * weights).sum() / weights.sum()}
 
-    def retold(self, llama: Llama) -> list[str]:
-        """What is said of pictures that are given in words."""
-        eos = self.tokenizer.eos_id
-        asked = [Example(QUESTION, "", (picture,)) for picture in self.wanted]
-        lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in asked]
-        longest = max(map(len, lines))
-        ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
-        return likeliest_answers(llama, self.tokenizer, llama.model.embed_tokens(ids), mask)
-
     def measure(self, llama: Llama) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
         loss = torch.stack([self.losses(llama, ids)["loss"] for ids in self.tested.long().split(32)]).mean()
-        return {"held_out_loss": loss.item(), "retold": described(self.retold(llama), self.wanted)}
+        asked = [Example(QUESTION, "", (picture,)) for picture in self.wanted]
+        rows = [encode(self.tokenizer, row, np.random.default_rng(0)) for row in asked]  # of one length
+        ids = torch.tensor(rows, device=self.device)[..., 0]
+        texts = likeliest_answers(llama, self.tokenizer, llama.model.embed_tokens(ids))
+        return {"held_out_loss": loss.item(), "retold": described(texts, self.wanted)}
 
     def export(self, llama: Llama, weights: Path) -> None:
         write_part(weights, "vicuna", "model", llama, asdict(LANGUAGE_SIZES))
@@ -178,7 +172,7 @@ class CaptionerRecipe(Recipe):
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)
             embeddings = self.embed(ids, encoder(self.pixels(part)))
-            texts += likeliest_answers(self.llama, self.tokenizer, embeddings, torch.ones_like(ids))
+            texts += likeliest_answers(self.llama, self.tokenizer, embeddings)
         return {"described": described(texts, self.wanted)}
 
     def export(self, encoder: ImageEncoder, weights: Path) -> None:
