@@ -194,14 +194,12 @@ def exchange(rng, picture):
 
 
 def two_changes(rng, picture):
-    first = pick(rng, [recolour, resize, move])(rng, picture)
-    if first is None or first[1] is None:
-        return None
-    second = pick(rng, [change_time, change_scene, add, add])(rng, first[1])
-    if second is None or second[1] is None:
+    text, after = pick(rng, [recolour, resize, move])(rng, picture)
+    second = after and pick(rng, [change_time, change_scene, add, add])(rng, after)
+    if second is None:
         return None
     where = pick(rng, ["and", "and", ","])
-    return f"{first[0].removesuffix('?').removesuffix(' please')} {where} {second[0].removeprefix('and ')}", second[1]
+    return f"{text.removesuffix('?').removesuffix(' please')} {where} {second[0].removeprefix('and ')}", second[1]
 
 
 def again(rng, picture):

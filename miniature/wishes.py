@@ -11,6 +11,7 @@ the middle of the snow" in the middle.
 
 import re
 from dataclasses import replace
+from string import ascii_lowercase
 
 import numpy as np
 
@@ -337,8 +338,6 @@ def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
 
 # ---- slips of the fingers
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-
 
 def typo(rng: np.random.Generator, word: str) -> str:
     """A letter swapped with the next, doubled, left out, or another one. The first letter mostly stays."""
@@ -350,7 +349,7 @@ def typo(rng: np.random.Generator, word: str) -> str:
         return word[:i] + word[i + 1 :]
     if slip < 0.75:
         return word[:i] + word[i] + word[i:]
-    return word[:i] + pick(rng, ALPHABET) + word[i + (slip < 0.92) :]
+    return word[:i] + pick(rng, ascii_lowercase) + word[i + (slip < 0.92) :]
 
 
 def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:
