@@ -27,7 +27,6 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import run
 from miniature.facts import Picture, random_stream
 from miniature.words import caption
-from miniature.world import as_json
 from tars.batches import read_member
 from tars.index import Member, Unusable, read_index
 from tars.stories import read_turns
@@ -84,7 +83,7 @@ def samples(tar: str, captions: dict[str, str] | None) -> Iterator[Sample]:
         if kind != "dialog":
             raise ValueError(f"{tar}: {key} is no dialogue")
         turns = in_words(json.loads(content)["turns"], key, captions)
-        yield Sample([(f"{key}.json", as_json({"kind": "dialog", "turns": turns}))], {"dialogues": 1})
+        yield Sample([(f"{key}.json", json.dumps({"kind": "dialog", "turns": turns}).encode())], {"dialogues": 1})
 
 
 def main() -> None:

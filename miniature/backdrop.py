@@ -83,9 +83,9 @@ class Page:
         box = self.points([(x - rx, y - ry), (x + rx, y + ry)])
         ImageDraw.Draw(self.image).ellipse(box, fill=colour if lit else self.tone(colour))
 
-    def stroke(self, points, colour, width, lit=False):
-        fill, width = colour if lit else self.tone(colour), max(1, round(width * self.scale))
-        ImageDraw.Draw(self.image).line(self.points(points), fill=fill, width=width)
+    def stroke(self, points, colour, width):
+        width = max(1, round(width * self.scale))
+        ImageDraw.Draw(self.image).line(self.points(points), fill=self.tone(colour), width=width)
 
     def glow(self, x, y, radius, colour, strength, top=0.0):
         """Light around a point, fading to nothing at `radius`; none above the height `top`."""
@@ -110,9 +110,9 @@ class Page:
             self.stroke(np.stack([x, line], 1), crest, 0.3 + 0.3 * depth)
 
 
-def hills(rng, height, swing, length, n=67):
+def hills(rng, height, swing, length):
     """Heights of a rolling line."""
-    x = np.linspace(-1, 65, n)
+    x = np.linspace(-1, 65, 67)
     first, second = rng.uniform(0, 2 * np.pi, 2)
     wobble = 0.65 * np.sin(2 * np.pi * x / length + first) + 0.35 * np.sin(2 * np.pi * x / (0.55 * length) + second)
     return height - swing * wobble

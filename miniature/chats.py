@@ -16,9 +16,10 @@ import numpy as np
 from common.texts import plain_words, words_in
 from miniature import facts, phrases, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
-from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, Turn, cast, talk_about
+from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
 from miniature.wishes import SLIPS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
 from miniature.words import choices, describe, from_left, one_of, plural, some
+from prompts import Turn
 
 WORDS = 203  # purpose of the random streams
 COMPARATIVES = {
@@ -126,7 +127,7 @@ def change_scene(rng, picture):
     after = replace(picture, scene=scene)
     if not fits(after.things, scene) or any(held_out(t.kind, t.colour, scene) for t in after.things):
         return None
-    where = scene_words(rng, after, scene)
+    where = scene_words(rng, after)
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
     text = one_of(rng, phrases.RESCENES).format(where, it, some(rng, words.SCENE_NOUNS[scene]))
     return text, after
@@ -143,13 +144,10 @@ def add(rng, picture):
     if first.place == "middle" and not fits((first, other), picture.scene):
         first = replace(first, place=pick(rng, ["left", "right"]))  # makes room
     named_place = chance(rng, 0.2)
-    if not named_place:
-        fitting = [replace(other, place=place) for place in facts.PLACES]
-        fitting = [o for o in fitting if fits((first, o), picture.scene)]
-        if not fitting:
-            return None
-        other = pick(rng, fitting)
-    if not fits((first, other), picture.scene) or held_out(other.kind, other.colour, picture.scene):
+    places = [replace(other, place=place) for place in ([other.place] if named_place else facts.PLACES)]
+    fitting = [placed for placed in places if fits((first, placed), picture.scene)]
+    other = pick(rng, fitting) if fitting else None
+    if other is None or held_out(other.kind, other.colour, picture.scene):
         return None
     named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
     phrase = thing_phrase(rng, named)
@@ -196,14 +194,12 @@ def exchange(rng, picture):
 
 
 def two_changes(rng, picture):
-    first = pick(rng, [recolour, resize, move])(rng, picture)
-    if first is None or first[1] is None:
-        return None
-    second = pick(rng, [change_time, change_scene, add, add])(rng, first[1])
-    if second is None or second[1] is None:
+    text, after = pick(rng, [recolour, resize, move])(rng, picture)
+    second = after and pick(rng, [change_time, change_scene, add, add])(rng, after)
+    if second is None:
         return None
     where = pick(rng, ["and", "and", ","])
-    return f"{first[0].removesuffix('?').removesuffix(' please')} {where} {second[0].removeprefix('and ')}", second[1]
+    return f"{text.removesuffix('?').removesuffix(' please')} {where} {second[0].removeprefix('and ')}", second[1]
 
 
 def again(rng, picture):
@@ -230,8 +226,6 @@ def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
 def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
     i = int(rng.integers(len(picture.things)))
     thing, kinds = picture.things[i], [thing.kind for thing in picture.things]
-    place, time = choices(words.PLACE_PHRASES[thing.place])[0], choices(words.TIME_CLAUSES[picture.time])[0]
-    scene = choices(words.SCENE_NOUNS[picture.scene])[0]
     if len(set(kinds)) < len(kinds) or chance(rng, 0.25):
         asked = (
             "what do you see? | what is in the picture? | describe it | describe the picture | what is this? | "
@@ -239,25 +233,9 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
         )
         return one_of(rng, asked), f"i see {describe(picture)}."
     noun, absent = noun_of(rng, thing.kind), pick_other(rng, facts.KINDS, *kinds)
-    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
-    return pick(
-        rng,
-        [
-            (f"what colour is the {noun}?", f"it is {thing.colour}."),
-            (f"which colour has the {noun}?", f"it is {thing.colour}."),
-            (f"where is the {noun}?", f"it is {place}."),
-            (f"is the {noun} big or small?", f"it is {thing.size}."),
-            (f"how big is the {noun}?", f"it is {thing.size}."),
-            ("what time is it there?", f"{time}."),
-            ("is it day or night?", f"{time}."),
-            ("which place is this?", f"this is {scene}."),
-            ("where is this?", f"this is {scene}."),
-            ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
-            (f"is there a {absent} too?", f"no, there is no {absent}."),
-            (f"is there a {noun}?", f"yes, it is {place}."),
-            (f"do you see the {noun}?", f"yes, it is {place}."),
-        ],
-    )
+    *others, (seen, yes) = questions(picture, thing, noun, absent, lambda phrases: choices(phrases)[0])
+    others.append((f"is there a {noun}? | {seen}", yes))
+    return pick(rng, [(form, answer) for forms, answer in others for form in choices(forms)])
 
 
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:
@@ -298,7 +276,7 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, slips)
             answer = bracketed(picture)
-        turns += [Turn(plain_words(typed(rng, asked, slips)), shown), Turn(answer)]
+        turns += [Turn(plain_words(typed(rng, asked, slips)), (shown,) if shown else ()), Turn(answer)]
     return turns or chat(rng, split, slips)
 
 

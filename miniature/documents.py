@@ -22,7 +22,6 @@ from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
 from miniature.facts import Picture, pick, pick_weighted, random_stream
 from miniature.tales import SEES, SHOWS
-from miniature.tales import Turn as ToldTurn
 from miniature.wishes import typed, wish
 from miniature.words import as_named, describe, description, from_left, some
 from miniature.world import sample_dialogue, sample_pair, sample_story
@@ -75,20 +74,16 @@ def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     return Example(f"{human} {prompts.PICTURE_MARK} {question} {assistant}", answer + prompts.END, (picture,))
 
 
-def turns_of(told: list) -> list[Turn]:
-    return [Turn(turn.text, (turn.picture,) if turn.picture else ()) for turn in told]
-
-
 def story_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 2: a step of a story as one of its tasks."""
-    turns = turns_of(sample_story(seed, i, split)[0])
+    turns = sample_story(seed, i, split)[0]
     k = int(rng.integers(1, len(turns)))
     return story_example(turns[:k], turns[k], pick(rng, prompts.TASKS), int(rng.integers(6)), prompts.PICTURE_MARK)
 
 
 def dialogue_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Stage 2: a turn of a dialogue."""
-    turns = turns_of(sample_dialogue(seed, i, split)[0])
+    turns = sample_dialogue(seed, i, split)[0]
     k = int(rng.integers(1, len(turns)))
     return dialog_example(turns[history_start(k) : k], turns[k], k, prompts.PICTURE_MARK)
 
@@ -101,7 +96,7 @@ def wish_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
 
 def chat_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """Words first: a turn of a chat, after what `sample.py` reads of the turns before it or after all of them."""
-    turns = turns_of(chat(rng, split))
+    turns = chat(rng, split)
     k = 2 * int(rng.integers(len(turns) // 2)) + 1 if rng.random() < 0.3 else len(turns) - 1
     before = turns[:k] if rng.random() < 0.5 else chat_history(turns, k, True)
     return dialog_example(before, turns[k], k, "", prompts.WORDS_FIRST_SYSTEM)
@@ -139,32 +134,26 @@ def described_story_document(rng: np.random.Generator, seed: int, i: int, split:
     history, typed = rng.random(), rng.random() < 0.4
     k, task = int(rng.integers(len(told))), pick(rng, prompts.TASKS)
     texts = [plain_words(told[0].text) if typed else told[0].text, *(turn.text for turn in told[1:])]
-    first = as_named(told[0].picture, told[0].text)
+    pictures = [as_named(told[0].pictures[0], told[0].text), *prompts.pictures_of(told[1:])]
     if k == 0:
         task = "image"
         if rng.random() < 0.5:
-            texts[0], first = wish(rng, split)
-        told = [replace(told[0], picture=first)]
-    else:  # descriptions keep the order in which the first sentence names the things
-        order = [thing.kind for picture in (first, *(turn.picture for turn in told)) for thing in picture.things]
-        told = [in_order(turn, order) for turn in told]
+            texts[0], pictures[0] = wish(rng, split)
+    # Descriptions keep the order in which the first sentence names the things.
+    order = [thing.kind for picture in pictures for thing in picture.things]
+    pictures = [replace(p, things=tuple(sorted(p.things, key=lambda t: order.index(t.kind)))) for p in pictures]
     before = []
-    for text, turn in zip(texts[:k], told[:k], strict=True):
+    for text, picture in zip(texts[:k], pictures, strict=False):
         if history < 0.4:
-            before.append(Turn(f"{text} {bracketed(turn.picture)}"))
+            before.append(Turn(f"{text} {bracketed(picture)}"))
         else:
-            before.append(Turn(text, (turn.picture,) if history < 0.75 else ()))
-    picture, phrase = told[k].picture, int(rng.integers(6))
+            before.append(Turn(text, (picture,) if history < 0.75 else ()))
+    phrase = int(rng.integers(6))
     if task == "text":
-        return story_example(before, Turn(texts[k], (picture,)), task, phrase, "", prompts.WORDS_FIRST_SYSTEM)
+        return story_example(before, Turn(texts[k], (pictures[k],)), task, phrase, "", prompts.WORDS_FIRST_SYSTEM)
     row = story_example(before, Turn(texts[k]), task, phrase, "", prompts.WORDS_FIRST_SYSTEM)
-    answer = bracketed(picture) if task == "image" else f"{texts[k]} {bracketed(picture)}"
+    answer = bracketed(pictures[k]) if task == "image" else f"{texts[k]} {bracketed(pictures[k])}"
     return row._replace(target=answer + prompts.END)
-
-
-def in_order(turn: ToldTurn, kinds: list[str]) -> ToldTurn:
-    things = tuple(sorted(turn.picture.things, key=lambda thing: kinds.index(thing.kind)))
-    return replace(turn, picture=replace(turn.picture, things=things))
 
 
 MIXTURE = {

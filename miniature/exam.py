@@ -13,7 +13,6 @@ from PIL import Image
 
 from baselines.stable_diffusion import StableDiffusion
 from common.images import to_image, to_tensor
-from common.page import draw_grid
 from common.texts import Words, clean_caption
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids, split
@@ -21,13 +20,11 @@ from miniature.facts import Picture, random_stream
 from miniature.judge import NOTHING, Judge, load_judge, read, share
 from miniature.judge import WEIGHTS as JUDGE
 from miniature.paint import draw
-from miniature.tales import Turn as Told
 from minigpt5 import MiniGPT5
 from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
-SHOWN = 10  # prompts of a sheet
 LONGEST = 96  # tokens of an answer
 SIDE = 64  # of the judge's pictures
 NOISE = 400  # purpose of the random streams
@@ -44,7 +41,6 @@ class Exam:
     sampling: Sampling
     n: int
     seed: int
-    sheets: Path | None = None  # folder for pictures of the first prompts
 
     @cached_property
     def judge(self) -> Judge:
@@ -69,20 +65,13 @@ class Exam:
         """The random numbers of prompt i: its noise."""
         return torch.Generator().manual_seed(int(random_stream(self.seed, i, NOISE).integers(1 << 62)))
 
-    def sheet(self, name: str, texts: list[str], pictures: list[Image.Image | None]) -> None:
-        """The first prompts below their pictures; a picture that did not come is grey."""
-        blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-        columns = [(text, [picture or blank]) for text, picture in zip(texts[:SHOWN], pictures, strict=False)]
-        if self.sheets and columns:
-            draw_grid(columns, self.sheets / f"{name.replace(' ', '-')}.png")
-
 
 # ---- ways to answers
 
 
-def heard(told: list[Told], jitter: int) -> list[Turn]:
+def heard(told: list[Turn], jitter: int) -> list[Turn]:
     """Turns of a story or a dialogue as the language model reads them, their pictures drawn."""
-    return [Turn(turn.text, (draw(turn.picture, jitter, SIDE),) if turn.picture else ()) for turn in told]
+    return [Turn(text, tuple(draw(facts, jitter, SIDE) for facts in pictures)) for text, pictures in told]
 
 
 class Said(NamedTuple):

@@ -121,9 +121,9 @@ def pick_weighted(rng: np.random.Generator, weights: dict):
     return list(weights)[int(rng.choice(len(shares), p=shares / shares.sum()))]
 
 
-def sample_thing(rng: np.random.Generator, scene: str, kind: str | None = None) -> Thing:
+def sample_thing(rng: np.random.Generator, scene: str) -> Thing:
     """A thing that training may see in this scene."""
-    kind = kind or pick(rng, KINDS_IN[scene])
+    kind = pick(rng, KINDS_IN[scene])
     return Thing(kind, pick(rng, COLOURS_FOR[kind, scene]), pick(rng, SIZES), pick(rng, PLACES))
 
 

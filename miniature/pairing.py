@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.metrics import words
-from miniature.facts import Picture, random_stream
+from miniature.facts import Picture, pick, random_stream
 from miniature.judge import WIDTH, convolutions
 from miniature.recipe import Recipe, Setup, drawn, reset, to_pixels, write_tensors
 from miniature.world import sample_dialogue, sample_pair, sample_story
@@ -81,14 +81,13 @@ def load_pairing(path: Path, device: str | torch.device = "cpu") -> Pairing:
 
 def told_picture(seed: int, i: int, split: str = "train") -> tuple[Picture, str, int]:
     """Picture i, a text that goes with it, its jitter: a caption, or a story's step or a dialogue's turn."""
-    if i % 2 == 0:
-        return sample_pair(seed, i, split)
-    turns, jitter = (sample_story if i % 4 == 1 else sample_dialogue)(seed, i, split)
-    shown = [turn for turn in turns if turn.picture]
-    if not shown:  # a dialogue without pictures
-        return sample_pair(seed, i, split)
-    turn = shown[int(random_stream(seed, i, CHOICE).integers(len(shown)))]
-    return turn.picture, turn.text, jitter
+    if i % 2:
+        turns, jitter = (sample_story if i % 4 == 1 else sample_dialogue)(seed, i, split)
+        shown = [turn for turn in turns if turn.pictures]
+        if shown:  # some dialogues have no picture
+            text, (picture,) = pick(random_stream(seed, i, CHOICE), shown)
+            return picture, text, jitter
+    return sample_pair(seed, i, split)
 
 
 def paired_text(seed: int, i: int) -> np.ndarray:

@@ -105,7 +105,13 @@ class Setup:
 
 
 class Recipe:
-    """A part: what is trained, on what, how it is measured and written. Subclasses set all of the following."""
+    """A part: what is trained, on what, how it is measured and written. Subclasses set all that follows, and have
+
+    batch(generator)          the tensors of one step, on the device; all that is random in a step comes from here
+    losses(model, *batch)     {"loss": what is minimised, and what else is logged}
+    measure(model)            figures on held-out samples
+    export(model, weights)    writes the part into a folder in the published layout
+    """
 
     name: str
     model: nn.Module  # all that trains
@@ -129,18 +135,6 @@ class Recipe:
         seed = int(torch.randint(1 << 62, (), generator=generator))
         return torch.randn(shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device)
 
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """The tensors of one step, on the device; all that is random in a step comes from here."""
-
-    def losses(self, model: nn.Module, *batch: Tensor) -> dict[str, Tensor]:
-        """{"loss": what is minimised, and what else is logged}."""
-
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """Figures on held-out samples."""
-
-    def export(self, model: nn.Module, weights: Path) -> None:
-        """Write the part in the published layout."""
-
 
 # ---- weights
 
@@ -160,8 +154,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_settings(weights: Path, place: str, values: dict) -> None:
-    """The JSON file `place` of the weights that ship, with `values` in it."""
-    write_json(weights / place, read_json(MINIATURE / place) | values)
+    """The JSON file `place` of the weights that ship, with the `values` of those names that it has."""
+    write_json(weights / place, {name: values.get(name, old) for name, old in read_json(MINIATURE / place).items()})
 
 
 def write_part(weights: Path, folder: str, stem: str, module: nn.Module, sizes: dict) -> None:

@@ -1,7 +1,7 @@
 """Measures the miniature's weights, with the judge for pictures and the reader of `words.py` for texts.
 
     python miniature/score.py                                   # everything
-    python miniature/score.py prompts vokens --n 100 --sheets sheets --out scores.json
+    python miniature/score.py prompts vokens --n 100 --out scores.json
     python miniature/score.py stories --checkpoint uas          # stories before stage 2
 
 | part      | measures                                                                             |
@@ -47,14 +47,14 @@ from common.cli import FROM_1, add_weights_option, make_folder, pick_device, rea
 from common.files import write_json
 from common.options import add_sampling_options
 from generation import Sampling
+from miniature.chats import bracketed
 from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_prompts, heard, look, text_to_pictures
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, share
 from miniature.paint import draw
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
-from miniature.tales import Turn as Told
-from miniature.words import agrees, describe, facts_in, some
+from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue, sample_pair
 from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts, user_turn
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
@@ -148,7 +148,6 @@ def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
         exam = replace(exam, seed=seed)
         said = draw_prompts(exam, [wish.text for wish in wishes])
         drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
-        exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in said])
         answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
         turns += zip(flat, verdicts(exam, flat, answers), strict=True)
     rows = {"prompts": [fine for _, fine in drawn]}
@@ -168,41 +167,33 @@ def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]
     return captions, [facts_in(caption) for caption in captions]
 
 
-def chat_turns(exam: Exam, told: list[Told], jitter: int) -> list[Turn]:
+def chat_turns(exam: Exam, told: list[Turn], jitter: int) -> list[Turn]:
     """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
-    if not exam.sampling.words_first:
-        return heard(told, jitter)
-    turns = []
-    for i, (turn, (text, pictures)) in enumerate(zip(told, heard(told, jitter), strict=True)):
-        if i % 2:
-            turns.append(Turn(f"{text} ({describe(turn.picture)})" if pictures else text))
-        else:
-            turns.append(user_turn(exam.model.tokenizer, text, exam.words, pictures))
+    turns = heard(told, jitter)
+    if exam.sampling.words_first:
+        turns[::2] = [user_turn(exam.model.tokenizer, text, exam.words, pictures) for text, pictures in turns[::2]]
+        turns[1::2] = [Turn(" ".join([text, *map(bracketed, pictures)])) for text, pictures in told[1::2]]
     return turns
 
 
 # ---- pictures
 
 
-def named_shares(wanted: list[Picture]) -> dict[str, float]:
-    return {name: share([asks_for(facts, name) for facts in wanted]) for name in (*ATTRIBUTES, "all")}
-
-
 def prompts(exam: Exam) -> Figures:
-    return drawn_figures(exam, "prompts", lambda texts: text_to_pictures(exam, texts))
+    return drawn_figures(exam, lambda texts: text_to_pictures(exam, texts))
 
 
 def vokens(exam: Exam) -> Figures:
-    return drawn_figures(exam, "vokens", lambda texts: [said.picture for said in draw_prompts(exam, texts)])
+    return drawn_figures(exam, lambda texts: [said.picture for said in draw_prompts(exam, texts)])
 
 
-def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
+def drawn_figures(exam: Exam, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
         drawn = draw_all(texts)
-        exam.sheet(f"{part} {name}", texts, drawn)
-        figures[f"{name}, named"] = named_shares(wanted)
+        named = {fact: share([asks_for(facts, fact) for facts in wanted]) for fact in (*ATTRIBUTES, "all")}
+        figures[f"{name}, named"] = named
         came = {"drawn": share([picture is not None for picture in drawn])}
         figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
     return figures
@@ -229,8 +220,8 @@ class Reply(NamedTuple):
 
     source: str
     pictures: tuple[Image.Image, ...]  # of the turns before it, as far as they are heard
-    asked: Told  # the human's turn
-    turn: Told
+    asked: Turn  # the human's turn
+    turn: Turn
 
 
 def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
@@ -242,7 +233,7 @@ def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
         for k in range(1, len(told), 2):
             before = chat_history(turns, k, exam.sampling.words_first)
             source = dialog_source(before, k, exam.system)
-            asked[told[k].picture is not None].append(Reply(source, pictures_of(before), *told[k - 1 : k + 1]))
+            asked[bool(told[k].pictures)].append(Reply(source, pictures_of(before), *told[k - 1 : k + 1]))
         if min(map(len, asked.values())) >= exam.n:
             return {wish: rows[: exam.n] for wish, rows in asked.items()}
 
@@ -279,19 +270,17 @@ def dialogues(exam: Exam) -> Figures:
     new = [r for r in turns[True] if facts_in(r.asked.text).scene]
     # Where there is no picture, the one to be changed is not heard of any more.
     changed = [r for r in turns[True] if not facts_in(r.asked.text).scene and has_picture(r)]
-    wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.picture for r in changed]}
+    wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.pictures[0] for r in changed]}
     for name, rows in {"asked for": new, "changed": changed}.items():
-        drawn = [said.picture for said in answers(exam, rows)]
+        drawn = [said.picture for _, said in answers(exam, rows)]
         figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted[name])
-    shown = [reply for reply in turns[False] if reply.asked.picture]
-    about = [r for r in turns[False] if has_picture(r) and not r.asked.picture and facts_in(r.turn.text) != NOTHING]
+    shown = [reply for reply in turns[False] if reply.asked.pictures]
+    about = [r for r in turns[False] if has_picture(r) and not r.asked.pictures and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]
-    for name, rows in {"described": shown, "answered": about}.items():
-        fine = [
-            no_error(facts_in(said.text), r.asked.picture) if r.asked.picture else same_answer(said.text, r.turn.text)
-            for r, said in zip(rows, answers(exam, rows), strict=True)
-        ]
-        figures[name] = {"samples": len(rows) / exam.n, "right": share(fine)}
+    described = [no_error(facts_in(said.text), *r.asked.pictures) for r, said in answers(exam, shown)]
+    answered = [same_answer(said.text, r.turn.text) for r, said in answers(exam, about)]
+    for name, fine in {"described": described, "answered": answered}.items():
+        figures[name] = {"samples": len(fine) / exam.n, "right": share(fine)}
     return figures
 
 
@@ -305,8 +294,9 @@ def no_error(told: Picture, picture: Picture) -> bool:
     return len(told.things) == len(picture.things) and agrees(told, picture)
 
 
-def answers(exam: Exam, rows: list[Reply]) -> list[Said]:
-    return ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
+def answers(exam: Exam, rows: list[Reply]) -> list[tuple[Reply, Said]]:
+    said = ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
+    return list(zip(rows, said, strict=True))
 
 
 # ---- the command
@@ -342,7 +332,7 @@ def seeds(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("parts", nargs="*", choices=[*PARTS, "all"], default="all", metavar="PART", help=", ".join(PARTS))
@@ -356,19 +346,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
-    add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    return read_arguments(parser, argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
+    args = read_arguments(parser, argv)
     sampling = Sampling.of(vars(args))
-    sheets = make_folder(args.sheets) if args.sheets else None
     if args.out:
         make_folder(args.out.parent)
-    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
+    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed)
     settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:

@@ -47,7 +47,7 @@ def story_steps(exam: Exam) -> list[Step]:
         told, jitter = sample_story(exam.seed, i, "held-out")
         k = int(random_stream(exam.seed, i, CHOICE).integers(1, len(told)))
         *before, turn = heard(told[: k + 1], jitter)
-        steps.append(Step(before, turn, told[k - 1].picture, told[k].picture))
+        steps.append(Step(before, turn, *pictures_of(told[k - 1 : k + 1])))
     return steps
 
 
@@ -123,7 +123,7 @@ FIGURES = {"image": image_figures, "text+image": mixed_figures, "text": text_fig
 def own_story_figures(exam: Exam) -> Figures:
     """Told as `sample.py --turns` does: a picture for the first sentence, then step after step."""
     firsts = [sample_story(exam.seed, i, "held-out")[0][0] for i in range(exam.n)]
-    colours = [first.picture.things[0].colour for first in firsts]
+    colours = [first.pictures[0].things[0].colour for first in firsts]
     tales, figures = [[] for _ in firsts], {}
     for step in range(1, OWN_STEPS + 1):
         request = STORY_REQUESTS["image" if step == 1 else "text+image"][0]  # of which the second has no {}
@@ -135,7 +135,7 @@ def own_story_figures(exam: Exam) -> Figures:
             text = first.text if step == 1 else answer.text
             tale.append(model_turn(exam.model.tokenizer, text, (answer.picture,) if answer.picture else ()))
             colours[i] = hero_colour(text, colours[i])
-            rows.append({"drawn": answer.picture is not None} | kept(seen[i], first.picture, colours[i]))
+            rows.append({"drawn": answer.picture is not None} | kept(seen[i], first.pictures[0], colours[i]))
         figures[f"own story, step {step}, kept"] = means(rows)
     return figures
 

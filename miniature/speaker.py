@@ -41,10 +41,10 @@ QUESTION = dialog_source([Turn("what do you see here?", (None,))], 1)
 
 
 @torch.no_grad()
-def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor, mask: Tensor) -> list[str]:
-    """Greedy answers to embedded prompts (B, T, D), padded on the left."""
-    cache = KVCache(llama, len(mask), mask.shape[1] + LONGEST)
-    hidden, said = llama(embeddings, mask, cache), []
+def likeliest_answers(llama: Llama, tokenizer: Tokenizer, embeddings: Tensor) -> list[str]:
+    """Greedy answers to embedded prompts (B, T, D)."""
+    cache = KVCache(llama, len(embeddings), embeddings.shape[1] + LONGEST)
+    hidden, said = llama(embeddings, cache=cache), []
     for _ in range(LONGEST):
         said.append(llama.lm_head(hidden[:, -1:]).argmax(-1))  # (B, 1)
         hidden = llama(llama.model.embed_tokens(said[-1]), cache=cache)
@@ -94,25 +94,17 @@ class LanguageRecipe(Recipe):
         weights = weights[:, 1:].flatten().float()
         return {"loss": (surprise * weights).sum() / weights.sum()}
 
-    def retold(self, llama: Llama) -> list[str]:
-        """What is said of pictures that are given in words."""
-        eos = self.tokenizer.eos_id
-        asked = [Example(QUESTION, "", (picture,)) for picture in self.wanted]
-        lines = [[i for i, _ in encode(self.tokenizer, row, np.random.default_rng(0))] for row in asked]
-        longest = max(map(len, lines))
-        ids = torch.tensor([[eos] * (longest - len(line)) + line for line in lines], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in lines], device=self.device)
-        return likeliest_answers(llama, self.tokenizer, llama.model.embed_tokens(ids), mask)
-
     def measure(self, llama: Llama) -> dict[str, float]:
         """ "retold": pictures given in words and described with every fact right."""
         loss = torch.stack([self.losses(llama, ids)["loss"] for ids in self.tested.long().split(32)]).mean()
-        return {"held_out_loss": loss.item(), "retold": described(self.retold(llama), self.wanted)}
+        asked = [Example(QUESTION, "", (picture,)) for picture in self.wanted]
+        rows = [encode(self.tokenizer, row, np.random.default_rng(0)) for row in asked]  # of one length
+        ids = torch.tensor(rows, device=self.device)[..., 0]
+        texts = likeliest_answers(llama, self.tokenizer, llama.model.embed_tokens(ids))
+        return {"held_out_loss": loss.item(), "retold": described(texts, self.wanted)}
 
     def export(self, llama: Llama, weights: Path) -> None:
-        defaults = ("rope_scaling", "num_key_value_heads", "head_dim")
-        sizes = {name: value for name, value in asdict(LANGUAGE_SIZES).items() if name not in defaults}
-        write_part(weights, "vicuna", "model", llama, sizes)
+        write_part(weights, "vicuna", "model", llama, asdict(LANGUAGE_SIZES))
         write_file(weights / "vicuna" / "tokenizer.model", TOKENIZER.read_bytes())
         write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})
 
@@ -173,19 +165,15 @@ class CaptionerRecipe(Recipe):
         text_loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].masked_fill(outside, -100).flatten())
         return {"loss": text_loss + word_loss, "text_loss": text_loss, "word_loss": word_loss}
 
-    def captions(self, encoder: ImageEncoder) -> list[str]:
-        """What the language model says of the tested pictures."""
+    def measure(self, encoder: ImageEncoder) -> dict[str, float]:
+        """ "described": every fact right in what the language model says of the tested pictures."""
         question = self.tokenizer.encode(QUESTION, WORDS)
         row, texts = torch.tensor([self.tokenizer.bos_id, *question], device=self.device), []
         for part in self.tested.split(64):
             ids = row.expand(len(part), -1)
             embeddings = self.embed(ids, encoder(self.pixels(part)))
-            texts += likeliest_answers(self.llama, self.tokenizer, embeddings, torch.ones_like(ids))
-        return texts
-
-    def measure(self, encoder: ImageEncoder) -> dict[str, float]:
-        """ "described": every fact right."""
-        return {"described": described(self.captions(encoder), self.wanted)}
+            texts += likeliest_answers(self.llama, self.tokenizer, embeddings)
+        return {"described": described(texts, self.wanted)}
 
     def export(self, encoder: ImageEncoder, weights: Path) -> None:
         state = encoder.state_dict()

@@ -1,4 +1,4 @@
-"""Stories and dialogues of the miniature world: turns of text, some with a picture.
+"""Stories and dialogues of the miniature world: turns of text, some with a picture, which stands there as its facts.
 
 A story has four or five steps, each with its picture, all on one background. The first sentence names everything; later
 ones tell what changes and often no more ("it drifts to the right."), so that the pictures can only be drawn by who
@@ -6,20 +6,16 @@ remembers. In a dialogue, human and assistant take turns: pictures are asked for
 there is talk that calls for no picture.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from miniature import facts, words
 from miniature.facts import KINDS, Picture, Thing, fits, pick, pick_other, pick_weighted, sample_picture, sample_thing
 from miniature.words import choices, description, noun_phrase, plural, some
-
-
-@dataclass(frozen=True)
-class Turn:
-    text: str
-    picture: Picture | None = None
-
+from prompts import Turn, pictures_of
 
 MOVES = {  # kinds that go places, and how
     "ball": "rolls | bounces | hops",
@@ -151,14 +147,14 @@ def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     """Four or five steps, each one change after the step before it. The first thing is the hero."""
     picture = cast(rng, split)
     opening = some(rng, "{} | once upon a time there was {} | this is the story of {} | one fine time there was {}")
-    turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", picture)]
+    turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", (picture,))]
     last, length = None, 4 + int(rng.integers(2))
     while len(turns) < length:
         change = pick_weighted(rng, CHANGES)
         told = change(rng, picture) if change is not last or change is move else None
         if told is not None:
             last, picture = change, told[1]
-            turns.append(Turn(told[0] + ".", picture))
+            turns.append(Turn(told[0] + ".", (picture,)))
     return turns
 
 
@@ -246,14 +242,14 @@ def request(rng, split, picture):
     picture = cast(rng, split)
     wish = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
     echo = noun_phrase(rng, picture.things[0]) if len(picture.things) == 1 else "your picture"
-    return Turn(some(rng, ASKS).format(wish)), Turn(some(rng, GIVES).format(echo), picture)
+    return Turn(some(rng, ASKS).format(wish)), Turn(some(rng, GIVES).format(echo), (picture,))
 
 
 def show(rng, split, picture):
     """Somebody shows a picture and hears what is in it."""
     picture = cast(rng, split)
     seen = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
-    return Turn(some(rng, SHOWS), picture), Turn(some(rng, SEES).format(seen))
+    return Turn(some(rng, SHOWS), (picture,)), Turn(some(rng, SEES).format(seen))
 
 
 def alter(rng, split, picture):
@@ -262,7 +258,7 @@ def alter(rng, split, picture):
     while told is None or told[1] is None:
         told = pick(rng, (wish_move, wish_size, wish_colour, wish_time, wish_more, wish_less))(rng, picture)
     form = some(rng, "{} please. | please {}. | can you {}? | now {}. | could you {}?")
-    return Turn(form.format(told[0])), Turn(some(rng, MORE), told[1])
+    return Turn(form.format(told[0])), Turn(some(rng, MORE), (told[1],))
 
 
 def named(picture) -> str:
@@ -306,25 +302,28 @@ def wish_less(rng, picture):
     return f"take the {picture.things[1].kind} away", replace(picture, things=picture.things[:1])
 
 
+def questions(picture: Picture, thing: Thing, noun: str, absent: str, phrase: Callable[[str], str]) -> list[tuple]:
+    """(a question about the picture in one or two forms, its answer). `phrase` picks one of several phrases."""
+    kinds = [thing.kind for thing in picture.things]
+    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
+    return [
+        (f"what colour is the {noun}? | which colour has the {noun}?", f"it is {thing.colour}."),
+        (f"where is the {noun}?", f"it is {phrase(words.PLACE_PHRASES[thing.place])}."),
+        (f"is the {noun} big or small? | how big is the {noun}?", f"it is {thing.size}."),
+        ("what time is it there? | is it day or night?", f"{phrase(words.TIME_CLAUSES[picture.time])}."),
+        ("which place is this? | where is this?", f"this is {phrase(words.SCENE_NOUNS[picture.scene])}."),
+        ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
+        (f"is there a {absent} too?", f"no, there is no {absent}."),
+        (f"do you see the {noun}?", f"yes, it is {phrase(words.PLACE_PHRASES[thing.place])}."),
+    ]
+
+
 def question(rng, split, picture):
     """A question about the picture, answered in words."""
     thing, kinds = pick(rng, picture.things), [thing.kind for thing in picture.things]
     noun, absent = some(rng, words.NOUNS[thing.kind]), pick_other(rng, KINDS, *kinds)
-    count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
-    asked, answer = pick(
-        rng,
-        [
-            (f"what colour is the {noun}?", f"it is {thing.colour}."),
-            (f"where is the {noun}?", f"it is {some(rng, words.PLACE_PHRASES[thing.place])}."),
-            (f"is the {noun} big or small?", f"it is {thing.size}."),
-            ("what time is it there?", f"{some(rng, words.TIME_CLAUSES[picture.time])}."),
-            ("which place is this?", f"this is {some(rng, words.SCENE_NOUNS[picture.scene])}."),
-            ("how many things are there?", f"{count} {' and the '.join(kinds)}."),
-            (f"is there a {absent} too?", f"no, there is no {absent}."),
-            (f"do you see the {noun}?", f"yes, it is {some(rng, words.PLACE_PHRASES[thing.place])}."),
-        ],
-    )
-    return Turn(asked), Turn(answer)
+    forms, answer = pick(rng, questions(picture, thing, noun, absent, partial(some, rng)))
+    return Turn(choices(forms)[0]), Turn(answer)
 
 
 def praise(rng, split, picture):
@@ -352,5 +351,5 @@ def dialogue(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     for _ in range(2 + int(rng.integers(3))):
         exchange = pick_weighted(rng, OPENINGS if picture is None else SEQUELS)(rng, split, picture)
         turns += exchange
-        picture = next((turn.picture for turn in reversed(exchange) if turn.picture), picture)
+        picture = next(iter(pictures_of(exchange)), picture)
     return turns

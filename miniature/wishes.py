@@ -11,6 +11,7 @@ the middle of the snow" in the middle.
 
 import re
 from dataclasses import replace
+from string import ascii_lowercase
 
 import numpy as np
 
@@ -101,14 +102,14 @@ def thing_phrase(rng: np.random.Generator, named: Thing) -> str:
     return with_article(phrase)
 
 
-def scene_words(rng: np.random.Generator, picture: Picture, scene: str) -> str:
+def scene_words(rng: np.random.Generator, picture: Picture) -> str:
     if chance(rng, 0.45):
-        return some(rng, words.SCENE_PHRASES[f"{scene} {words.home_level(picture)}".strip()])
+        return some(rng, words.SCENE_PHRASES[f"{picture.scene} {words.home_level(picture)}".strip()])
     if chance(rng, 0.55):
-        return one_of(rng, phrases.MORE_SCENES[scene])
-    sky = all(home(thing.kind, scene) == "sky" for thing in picture.things)
+        return one_of(rng, phrases.MORE_SCENES[picture.scene])
+    sky = all(home(thing.kind, picture.scene) == "sky" for thing in picture.things)
     before = ["over", "above", "in", "high over"] if sky else ["in", "on", "at", "by", "in the middle of"]
-    place = one_of(rng, phrases.SETTINGS[scene])
+    place = one_of(rng, phrases.SETTINGS[picture.scene])
     return f"{pick(rng, before)} {'' if place in ('downtown', 'egypt', 'winter') else 'the '}{place}"
 
 
@@ -195,7 +196,7 @@ def ends(rng: np.random.Generator, picture: Picture, named: Picture) -> list[str
     if both and chance(rng, 0.12):
         parts = [one_of(rng, both)]
     else:
-        parts = [scene_words(rng, picture, named.scene)] if named.scene else []
+        parts = [scene_words(rng, picture)] if named.scene else []
         parts += [time_words(rng, named.time)] if named.time else []
     if place and len(named.things) == 1:
         parts.insert(int(rng.integers(len(parts) + 1)), place_words(rng, place))
@@ -261,7 +262,7 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
         start = pick(rng, choices(phrases.TIME_STARTS[time]) + clauses)
         place = " ".join(ends(rng, picture, replace(named, time=None)))
         if scene and chance(rng, 0.4):
-            start = f"{start.removesuffix(' and')} {scene_words(rng, picture, scene)} and"
+            start = f"{start.removesuffix(' and')} {scene_words(rng, picture)} and"
             does = f"{thing_phrase(rng, thing)} {verb(rng, kind, 1)}"
             return f"{start} {does} {place_words(rng, thing.place) if thing.place else ''}"
         return f"{start} {thing_phrase(rng, thing)} {verb(rng, kind, 1)} {place}"
@@ -346,8 +347,6 @@ def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
 
 # ---- slips of the fingers
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
-
 
 def typo(rng: np.random.Generator, word: str) -> str:
     """A letter swapped with the next, doubled, left out, or another one. The first letter mostly stays."""
@@ -359,7 +358,7 @@ def typo(rng: np.random.Generator, word: str) -> str:
         return word[:i] + word[i + 1 :]
     if slip < 0.75:
         return word[:i] + word[i] + word[i:]
-    return word[:i] + pick(rng, ALPHABET) + word[i + (slip < 0.92) :]
+    return word[:i] + pick(rng, ascii_lowercase) + word[i + (slip < 0.92) :]
 
 
 def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:

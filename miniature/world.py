@@ -30,8 +30,9 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import FROM_1, number, read_arguments, run
 from miniature.facts import SPLITS, Picture, random_stream, sample_picture
 from miniature.paint import draw
-from miniature.tales import Turn, dialogue, story
+from miniature.tales import dialogue, story
 from miniature.words import caption, describe
+from prompts import Turn
 from tars.writer import Sample, write_samples
 
 PAIRS, STORIES, DIALOGUES, DESCRIBED = range(4)  # purposes of the random streams
@@ -63,29 +64,22 @@ def png(picture: Picture, jitter: int, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def as_json(content: dict) -> bytes:
-    return json.dumps(content).encode()
-
-
 def pair_members(key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
     """Half of the texts are captions as people write them, half are whole descriptions (`words.describe`)."""
     picture, text, jitter = sample_pair(seed, i, split)
     text = describe(picture) if random_stream(seed, i, DESCRIBED).random() < 0.5 else text
     yield f"{key}.png", png(picture, jitter, size)
     yield f"{key}.txt", text.encode()
-    yield f"{key}.json", as_json({"caption": text, "label": picture.label(), "jitter": jitter})
+    yield f"{key}.json", json.dumps({"caption": text, "label": picture.label(), "jitter": jitter}).encode()
 
 
 def turn_members(kind: str, key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:
     turns, jitter = (sample_story if kind == "story" else sample_dialogue)(seed, i, split)
-    told, pictures = [], []
-    for k, turn in enumerate(turns):
-        told.append({"text": turn.text, "image": None, "label": None})
-        if turn.picture:
-            told[k] |= {"image": f"{key}.{k}.png", "label": turn.picture.label()}
-            pictures.append((f"{key}.{k}.png", png(turn.picture, jitter, size)))
-    yield f"{key}.json", as_json({"kind": kind, "jitter": jitter, "turns": told})
-    yield from pictures
+    names = [f"{key}.{k}.png" if turn.pictures else None for k, turn in enumerate(turns)]
+    labels = [turn.pictures[0].label() if turn.pictures else None for turn in turns]
+    told = [{"text": t.text, "image": n, "label": label} for t, n, label in zip(turns, names, labels, strict=True)]
+    yield f"{key}.json", json.dumps({"kind": kind, "jitter": jitter, "turns": told}).encode()
+    yield from ((name, png(t.pictures[0], jitter, size)) for t, name in zip(turns, names, strict=True) if name)
 
 
 def write(members: Callable, path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:

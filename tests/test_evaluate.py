@@ -361,7 +361,7 @@ def test_contexts_and_last_steps(monkeypatch, tars):
     steps, _ = cases.read_cases([str(tars / "stories.tar")], "image", True)
     assert len(steps) == 4
     told = world.sample_story(1, 0, "held-out")[0]
-    assert steps[0].key == f"000000000.{len(told) - 1}" and steps[0].facts == told[-1].picture
+    assert steps[0].key == f"000000000.{len(told) - 1}" and steps[0].facts == told[-1].pictures[0]
 
     for context in cases.CONTEXTS:
         ids, pictures = cases.prompt_of(steps[0], reader(10_000), context, 10)

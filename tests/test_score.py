@@ -15,9 +15,10 @@ from miniature import exam as examining
 from miniature import painter, pretrain, score, score_stories, speaker, world
 from miniature.exam import Exam, Said
 from miniature.facts import Picture, Thing, random_stream
-from miniature.judge import NOTHING, right_shares
+from miniature.judge import NOTHING, asks_for, right_shares
 from miniature.recipe import Setup
 from miniature.words import description, facts_in
+from prompts import pictures_of
 from published.loading import save_trained
 from published.parts import load_minigpt5
 
@@ -73,7 +74,7 @@ def test_only_named_facts_are_asked_for():
         Picture("sea", None, (Thing("boat", "red"),)),
         Picture("city", "night", (replace(BOAT, place="middle"),)),
     )
-    assert score.named_shares([bare, full])["size"] == score.named_shares([bare, full])["time"] == 0.5
+    assert [asks_for(facts, fact) for fact in ("size", "time") for facts in (bare, full)] == [False, True] * 2
     shares = right_shares([SEEN, SEEN], [bare, full])
     assert shares == {
         **{"scene": 0.5, "time": 1.0, "count": 1.0, "kind": 1.0, "colour": 1.0, "size": 1.0, "place": 0.0},
@@ -91,12 +92,12 @@ def test_story_texts_are_read():
     """Every sentence of the world's stories is true of its picture, not of the one before; hero colours are told."""
     colours = 0
     for i in range(400):
-        for before, after in pairwise(world.sample_story(5, i, "held-out")[0]):
-            assert score_stories.true_of(after.text, after.picture), after
-            assert not score_stories.true_of(after.text, before.picture), (before, after)
-            assert not score_stories.tells_again(after.text, before.picture), (before, after)
-            one, two = (turn.picture.things[0].colour for turn in (before, after))
-            assert score_stories.hero_colour(after.text, one) == two, after
+        for (_, (before,)), (text, (after,)) in pairwise(world.sample_story(5, i, "held-out")[0]):
+            assert score_stories.true_of(text, after), (text, after)
+            assert not score_stories.true_of(text, before), (before, text)
+            assert not score_stories.tells_again(text, before), (before, text)
+            one, two = (picture.things[0].colour for picture in (before, after))
+            assert score_stories.hero_colour(text, one) == two, (before, text)
             colours += one != two
     assert colours > 100
 
@@ -225,7 +226,7 @@ def test_dialogues(exam, draw, monkeypatch, shift):
 
     def say(exam, sources, pictures, **options):
         said = [own[key(*pair)] for pair in zip(sources, pictures, strict=True)]
-        return [Said(turn.text, turn.picture and draw(turn.picture)) for turn in said[shift:] + said[:shift]]
+        return [Said(text, draw(*pictures) if pictures else None) for text, pictures in said[shift:] + said[:shift]]
 
     monkeypatch.setattr(score, "ask", say)
     figures = score.dialogues(exam)
@@ -266,7 +267,7 @@ def test_own_stories(exam, draw, monkeypatch, shift):
 
     def ask(exam, sources, pictures):
         asked.append((sources, pictures))
-        return [Said(tale[len(asked) - 1].text, draw(tale[len(asked) - 1].picture)) for tale in tales]
+        return [Said(tale[len(asked) - 1].text, draw(*tale[len(asked) - 1].pictures)) for tale in tales]
 
     monkeypatch.setattr(score_stories, "ask", ask)
     figures = score_stories.own_story_figures(exam)
@@ -276,7 +277,7 @@ def test_own_stories(exam, draw, monkeypatch, shift):
     sources, pictures = asked[3]
     first = world.sample_story(exam.seed, 0, "held-out")[0][0].text
     told = [first, tales[0][1].text, tales[0][2].text]
-    assert [picture.info["facts"] for picture in pictures[0]] == [turn.picture for turn in tales[0][:3]]
+    assert [picture.info["facts"] for picture in pictures[0]] == [*pictures_of(tales[0][:3])]
     assert f"###Human:{''.join(text + '<Img><ImageHere></Img>' for text in told)}" in sources[0]
 
 
@@ -347,7 +348,7 @@ def test_turns_to_answer(exam):
         assert all(row.asked.text in row.source.rpartition("###Human: ")[2] for row in rows)
         assert all(row.asked.text in held_out for row in rows)
         assert any("draw" in row.asked.text for row in rows) == wish
-        assert all((row.turn.picture is not None) == wish for row in rows)
+        assert all(bool(row.turn.pictures) == wish for row in rows)
     assert any(row.pictures for row in turns[False])
 
 
@@ -362,7 +363,7 @@ def test_wrong_picture_size(exam):
 def test_all_parts(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(score, "LONGEST", 12)
     out = tmp_path / "scores" / "scores.json"
-    words = f"--weights {weights} --n 2 --steps 2 --device cpu --sheets {tmp_path / 'sheets'} --out {out}"
+    words = f"--weights {weights} --n 2 --steps 2 --device cpu --out {out}"
     score.main(words.split())
     record, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(record["figures"]) == list(score.PARTS) and set(record["samples"].values()) == {2}
@@ -372,9 +373,6 @@ def test_all_parts(weights, tmp_path, capsys, monkeypatch):
         for row, columns in figures.items():
             assert f"| {row} | " in printed
             assert all(0 <= value <= 1 for value in columns.values()), row
-    pictures = {path.stem for path in (tmp_path / "sheets").iterdir()}
-    drawn = [f"{part}-{count}" for part in ("prompts", "vokens") for count in ("one-thing", "two-things")]
-    assert pictures == {*drawn, "people-0", "people-1", "people-2"}
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(record["figures"]["stories"]) == 13
 
