@@ -13,6 +13,7 @@ from PIL import Image
 
 from baselines.stable_diffusion import StableDiffusion
 from common.images import to_image, to_tensor
+from common.page import draw_grid
 from common.texts import Words, clean_caption
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids, split
@@ -25,6 +26,7 @@ from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
+SHOWN = 10  # prompts of a sheet
 LONGEST = 96  # tokens of an answer
 SIDE = 64  # of the judge's pictures
 NOISE = 400  # purpose of the random streams
@@ -41,6 +43,7 @@ class Exam:
     sampling: Sampling
     n: int
     seed: int
+    sheets: Path | None = None  # folder for pictures of the first prompts
 
     @cached_property
     def judge(self) -> Judge:
@@ -64,6 +67,13 @@ class Exam:
     def generator(self, i: int) -> torch.Generator:
         """The random numbers of prompt i: its noise."""
         return torch.Generator().manual_seed(int(random_stream(self.seed, i, NOISE).integers(1 << 62)))
+
+    def sheet(self, name: str, texts: list[str], pictures: list[Image.Image | None]) -> None:
+        """The first prompts below their pictures; a picture that did not come is grey."""
+        blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
+        columns = [(text, [picture or blank]) for text, picture in zip(texts[:SHOWN], pictures, strict=False)]
+        if self.sheets and columns:
+            draw_grid(columns, self.sheets / f"{name.replace(' ', '-')}.png")
 
 
 # ---- ways to answers

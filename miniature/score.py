@@ -1,7 +1,7 @@
 """Measures the miniature's weights, with the judge for pictures and the reader of `words.py` for texts.
 
     python miniature/score.py                                   # everything
-    python miniature/score.py prompts vokens --n 100 --out scores.json
+    python miniature/score.py prompts vokens --n 100 --sheets sheets --out scores.json
     python miniature/score.py stories --checkpoint uas          # stories before stage 2
 
 | part      | measures                                                                             |
@@ -148,6 +148,7 @@ def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
         exam = replace(exam, seed=seed)
         said = draw_prompts(exam, [wish.text for wish in wishes])
         drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
+        exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in said])
         answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
         turns += zip(flat, verdicts(exam, flat, answers), strict=True)
     rows = {"prompts": [fine for _, fine in drawn]}
@@ -180,18 +181,19 @@ def chat_turns(exam: Exam, told: list[Turn], jitter: int) -> list[Turn]:
 
 
 def prompts(exam: Exam) -> Figures:
-    return drawn_figures(exam, lambda texts: text_to_pictures(exam, texts))
+    return drawn_figures(exam, "prompts", lambda texts: text_to_pictures(exam, texts))
 
 
 def vokens(exam: Exam) -> Figures:
-    return drawn_figures(exam, lambda texts: [said.picture for said in draw_prompts(exam, texts)])
+    return drawn_figures(exam, "vokens", lambda texts: [said.picture for said in draw_prompts(exam, texts)])
 
 
-def drawn_figures(exam: Exam, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
+def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
     figures = {}
     for name, things in COUNTS.items():
         texts, wanted = held_out_prompts(exam, things)
         drawn = draw_all(texts)
+        exam.sheet(f"{part} {name}", texts, drawn)
         named = {fact: share([asks_for(facts, fact) for facts in wanted]) for fact in (*ATTRIBUTES, "all")}
         figures[f"{name}, named"] = named
         came = {"drawn": share([picture is not None for picture in drawn])}
@@ -346,13 +348,15 @@ def main(argv: list[str] | None = None) -> None:
     add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
+    add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = read_arguments(parser, argv)
     sampling = Sampling.of(vars(args))
+    sheets = make_folder(args.sheets) if args.sheets else None
     if args.out:
         make_folder(args.out.parent)
-    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed)
+    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:

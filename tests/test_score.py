@@ -363,7 +363,7 @@ def test_wrong_picture_size(exam):
 def test_all_parts(weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(score, "LONGEST", 12)
     out = tmp_path / "scores" / "scores.json"
-    words = f"--weights {weights} --n 2 --steps 2 --device cpu --out {out}"
+    words = f"--weights {weights} --n 2 --steps 2 --device cpu --sheets {tmp_path / 'sheets'} --out {out}"
     score.main(words.split())
     record, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert list(record["figures"]) == list(score.PARTS) and set(record["samples"].values()) == {2}
@@ -373,6 +373,9 @@ def test_all_parts(weights, tmp_path, capsys, monkeypatch):
         for row, columns in figures.items():
             assert f"| {row} | " in printed
             assert all(0 <= value <= 1 for value in columns.values()), row
+    pictures = {path.stem for path in (tmp_path / "sheets").iterdir()}
+    drawn = [f"{part}-{count}" for part in ("prompts", "vokens") for count in ("one-thing", "two-things")]
+    assert pictures == {*drawn, "people-0", "people-1", "people-2"}
     assert not list(tmp_path.rglob("*.tmp"))
     assert len(record["figures"]["stories"]) == 13
 
