@@ -192,11 +192,11 @@ KINDS = ("pairs", "stories", "dialogues")
 class Options:
     out: Path  # runs, answers, scores, drawn data
     weights: Path
-    steps: int = 2000  # of stage 1
-    n: int = 200  # test cases of a scoring; 0: all
-    samples: int = 24_000  # drawn training pairs; of stories and dialogues a quarter each
-    batch_size: int = 32  # of stage 1
-    denoise: int = 20  # steps of a picture
+    steps: int = 600  # of stage 1
+    n: int = 100  # test cases of a scoring; 0: all
+    samples: int = 12_000  # drawn training pairs; of stories and dialogues a quarter each
+    batch_size: int = 16  # of stage 1
+    denoise: int = 10  # steps of a picture
     device: str = "auto"
     networks: tuple[str, ...] = ()  # options of evaluation that name published networks
     data: Path | None = None  # the user's tars; None: the drawn world
