@@ -138,13 +138,10 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=RATE, default=1e-3, help="learning rate")
     add("--vokens", type=VOKENS, default=8, help="vokens of a picture")
     add("--width", type=int, default=WIDTH, help="width of the mapper")
-    args = read_run_options(parser, "train_gill", out="runs/gill", epochs=2, batch_size=48)
-    for name in ("no_cfg", "no_ldm", "compile"):
-        if getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} is not for this baseline")
+    refused = ("no_cfg", "no_ldm", "compile")
+    args = read_run_options(parser, "train_gill", out="runs/gill", epochs=2, batch_size=48, refused=refused)
     if args.width < HEADS or args.width % HEADS:
         parser.error(f"--width must be a multiple of the mapper's {HEADS} heads")
-    args.compile = False
     return args
 
 

@@ -67,16 +67,12 @@ class StableDiffusion(nn.Module):
         """dtype: of the frozen parts; unet_dtype: of the UNet, where it trains and should have another one."""
         super().__init__()
         folder, (reading, painting) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
-        self.tokenizer = ClipTokenizer(folder / "tokenizer")
+        self.device, self.tokenizer = torch.device(device), ClipTokenizer(folder / "tokenizer")
         self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
         self.unet = load_unet(folder / "unet", unet_dtype or painting, device)
         self.vae = load_vae(folder / "vae", painting, device)
         self.schedule = load_schedule(folder / "scheduler", device)
         self.read = self.encode
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:

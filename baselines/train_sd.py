@@ -65,12 +65,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="interleaved tars of stories; default: drawn stories")
     add("--lr", type=RATE, default=1e-5, help="learning rate of the UNet")
-    args = read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32)
-    for name in ("no_ldm", "compile", "val"):
-        if getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} is not for this baseline")
-    args.compile = False
-    return args
+    refused = ("no_ldm", "compile", "val")
+    return read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32, refused=refused)
 
 
 def main() -> None:
