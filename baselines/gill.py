@@ -69,18 +69,10 @@ class Gill(nn.Module):
     hidden_states, text_loss, states = MiniGPT5.hidden_states, MiniGPT5.text_loss, MiniGPT5.voken_features
     lora = prefix = None
 
-    def __init__(
-        self,
-        weights: Path,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        vokens: int = 8,
-        width: int = WIDTH,
-    ):
+    def __init__(self, weights: Path, dtype: torch.dtype | None, device: torch.device, vokens: int, width: int):
         super().__init__()
         sd, (reading, _) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
-        self.device = torch.device(device)
-        self.tokenizer = load_tokenizer(weights / "vicuna", vokens)
+        self.device, self.tokenizer = device, load_tokenizer(weights / "vicuna", vokens)
         self.llama = load_llama(weights / "vicuna", reading, device)
         self.vokens = Vokens(self.llama, vokens, self.tokenizer.base_vocabulary)
         tokens = config_of("text encoder", sd / "text_encoder" / "config.json").max_position_embeddings

@@ -74,7 +74,6 @@ def lock_folder(folder: Path, names: str) -> TextIO:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by workers
     except (BlockingIOError, PermissionError):
-        file.close()
         raise ValueError(f"{folder}: another process is writing there; wait for it, or name another folder") from None
     except OSError:
         pass
