@@ -152,8 +152,8 @@ def main() -> None:
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         text_loss, conditioning = model.read(samples["captions"])
-        with torch.no_grad():  # Stable Diffusion's own encoding, without the padding mask
-            target = text_encoder(tokenizer(samples["captions"])[0].to(run.device)).float()
+        # Stable Diffusion's own encoding, without the padding mask
+        target = text_encoder(tokenizer(samples["captions"])[0].to(run.device)).float()
         cap_loss = (conditioning - target).square().mean()
         return {"loss": cap_loss + TEXT_WEIGHT * text_loss, "cap_loss": cap_loss, "text_loss": text_loss}
 

@@ -68,7 +68,6 @@ class StableDiffusion(nn.Module):
         self.schedule = load_schedule(folder / "scheduler", device)
         self.read = self.encode
 
-    @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """Texts -> (B, S, Dc). No mask: Stable Diffusion reads the padding, too."""
         return self.text_encoder(self.tokenizer(texts)[0].to(self.device))

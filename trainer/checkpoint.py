@@ -93,16 +93,15 @@ def read_state(folder: Path) -> dict:
         counts += [data[name] for name in ("seed", "size", "epoch", "position", "seen")]
         limits = {int: 1 << 63, float: math.inf}  # of what a tensor can hold
         sums = [data["bad"], data.get("sums", {}), data.get("passes", {})]
-        is_right = (
+        if not (
             all(type(count) is int and 0 <= count < limits[int] for count in counts)
             and all(abs(value) < limits[type(value)] for by_name in sums for value in by_name.values())
             and state["step"] == int(folder.name.removeprefix("step-"))
             and isinstance(state.get("arguments", {}), dict)
-        )
-    except (LookupError, TypeError, AttributeError):
-        is_right = False
-    if not is_right:
-        raise WeightsError(f"{path}: not the state of a run after the step that its folder names")
+        ):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise WeightsError(f"{path}: not the state of a run after the step that its folder names") from None
     return state
 
 
