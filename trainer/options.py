@@ -33,8 +33,7 @@ def read_run_options(
     add("--workers", type=number(0, 1_024), default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=SHARE, default=0.01,
         help="stop when more than this share of the samples is broken, 1,000 of them counted at least")  # fmt: skip
-    add("--max-nonfinite", type=FROM_1, default=20,
-        help="stop when so many steps in a row were skipped: loss or gradients not finite")  # fmt: skip
+    add("--max-nonfinite", type=FROM_1, default=20, help="stop after so many steps in a row that are not finite")
     add("--save-every", type=FROM_1, default=1000, help="steps between checkpoints; the last step always has one")
     add("--sample-every", type=int, default=1000, help="steps between samples.png and losses.png; 0: never")
     add("--val", nargs="+", metavar="DATA", help="held-out data, whose losses are logged as val_loss and so on")
