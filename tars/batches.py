@@ -305,8 +305,7 @@ class Batches(Dataset):
         before saving: in loading, rank 0 takes them over and the others start from zero.
         """
         epoch, position = divmod(self.position, self.size)
-        counts = {"epoch": epoch, "position": position, "bad": dict(self.bad), "seen": self.seen}
-        return {**self.data, **counts}
+        return {**self.data, "epoch": epoch, "position": position, "bad": dict(self.bad), "seen": self.seen}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on exactly there; workers, batch_size and world_size may differ. ValueError for other data or seed."""

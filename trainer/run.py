@@ -153,10 +153,12 @@ class Gradients:
 
 class Meter:
     """Sums of the losses since the last line of the log. Losses that are not finite are left out. No value is read from
-    the GPU before a line is due."""
+    the GPU before a line is due. before: what `state` returned before a stop."""
 
-    def __init__(self):
-        self.sums, self.passes, self.steps, self.start = {}, {}, 0, time.perf_counter()
+    def __init__(self, before: dict | None = None):
+        kinds = ((before or {}).get(kind, {}) for kind in ("sums", "passes"))
+        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
+        self.steps, self.start = 0, time.perf_counter()
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         """The losses of one forward pass; a batch without pictures has fewer of them."""
@@ -169,10 +171,6 @@ class Meter:
         """What this rank has added since the last line."""
         values = {"sums": self.sums, "passes": self.passes}
         return {kind: {name: value.item() for name, value in own.items()} for kind, own in values.items()}
-
-    def load_state(self, state: dict) -> None:
-        kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
-        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
     def steps_per_second(self) -> float:
         return self.steps / max(time.perf_counter() - self.start, 1e-9)  # a clock may stand still
@@ -290,7 +288,7 @@ class Run:
             self.bad = dict(self.data.bad)
             self.gradients.skipped += state.get("nonfinite", 0)
             if self.world.rank == 0:
-                self.meter.load_state(state["data"])
+                self.meter = Meter(state["data"])
                 cut_log(self.log, self.done)
                 set_aside(self.out, self.done)
             print(f"resumed from step {self.done}")
