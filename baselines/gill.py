@@ -23,8 +23,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DTYPES  # isort: skip
-from common.cli import run as run_command  # isort: skip
+from common.cli import DTYPES, run as run_command  # isort: skip
 
 import torch
 from torch import Tensor, nn
@@ -70,18 +69,10 @@ class Gill(nn.Module):
     hidden_states, text_loss, states = MiniGPT5.hidden_states, MiniGPT5.text_loss, MiniGPT5.voken_features
     lora = prefix = None
 
-    def __init__(
-        self,
-        weights: Path,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        vokens: int = 8,
-        width: int = WIDTH,
-    ):
+    def __init__(self, weights: Path, dtype: torch.dtype | None, device: torch.device, vokens: int, width: int):
         super().__init__()
         sd, (reading, _) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
-        self.device = torch.device(device)
-        self.tokenizer = load_tokenizer(weights / "vicuna", vokens)
+        self.device, self.tokenizer = device, load_tokenizer(weights / "vicuna", vokens)
         self.llama = load_llama(weights / "vicuna", reading, device)
         self.vokens = Vokens(self.llama, vokens, self.tokenizer.base_vocabulary)
         tokens = config_of("text encoder", sd / "text_encoder" / "config.json").max_position_embeddings
@@ -139,13 +130,10 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=RATE, default=1e-3, help="learning rate")
     add("--vokens", type=VOKENS, default=8, help="vokens of a picture")
     add("--width", type=int, default=WIDTH, help="width of the mapper")
-    args = read_run_options(parser, "train_gill", out="runs/gill", epochs=2, batch_size=48)
-    for name in ("no_cfg", "no_ldm", "compile"):
-        if getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} is not for this baseline")
+    refused = ("no_cfg", "no_ldm", "compile")
+    args = read_run_options(parser, "train_gill", out="runs/gill", epochs=2, batch_size=48, refused=refused)
     if args.width < HEADS or args.width % HEADS:
         parser.error(f"--width must be a multiple of the mapper's {HEADS} heads")
-    args.compile = False
     return args
 
 
@@ -164,8 +152,8 @@ def main() -> None:
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         text_loss, conditioning = model.read(samples["captions"])
-        with torch.no_grad():  # Stable Diffusion's own encoding, without the padding mask
-            target = text_encoder(tokenizer(samples["captions"])[0].to(run.device)).float()
+        # Stable Diffusion's own encoding, without the padding mask
+        target = text_encoder(tokenizer(samples["captions"])[0].to(run.device)).float()
         cap_loss = (conditioning - target).square().mean()
         return {"loss": cap_loss + TEXT_WEIGHT * text_loss, "cap_loss": cap_loss, "text_loss": text_loss}
 

@@ -57,28 +57,17 @@ class StableDiffusion(nn.Module):
     encode_pictures = MiniGPT5.encode_pictures
     save_trained, load_trained = Gill.save_trained, Gill.load_trained
 
-    def __init__(
-        self,
-        weights: Path,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        unet_dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, weights: Path, dtype: torch.dtype | None = None, device="cpu", unet_dtype=None):
         """dtype: of the frozen parts; unet_dtype: of the UNet, where it trains and should have another one."""
         super().__init__()
         folder, (reading, painting) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
-        self.tokenizer = ClipTokenizer(folder / "tokenizer")
+        self.device, self.tokenizer = torch.device(device), ClipTokenizer(folder / "tokenizer")
         self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
         self.unet = load_unet(folder / "unet", unet_dtype or painting, device)
         self.vae = load_vae(folder / "vae", painting, device)
         self.schedule = load_schedule(folder / "scheduler", device)
         self.read = self.encode
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         """Texts -> (B, S, Dc). No mask: Stable Diffusion reads the padding, too."""
         return self.text_encoder(self.tokenizer(texts)[0].to(self.device))
@@ -99,12 +88,11 @@ class StableDiffusion(nn.Module):
 
 def told(texts: list[str], tokenizer: ClipTokenizer) -> str:
     """The last of `texts` after as many of those before it as the encoder has room for: it would cut off the end."""
-    said = texts[-1]
-    for text in reversed(texts[:-1]):
-        if len(tokenizer.encode(f"{text} {said}")) > tokenizer.length - 2:
-            break
-        said = f"{text} {said}"
-    return said
+    for first in range(len(texts)):
+        said = " ".join(texts[first:])
+        if len(tokenizer.encode(said)) <= tokenizer.length - 2:
+            return said
+    return texts[-1]
 
 
 def text_of(case: cases.Case, context: str, model: StableDiffusion) -> str:

@@ -22,8 +22,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DTYPES  # isort: skip
-from common.cli import run as run_command  # isort: skip
+from common.cli import DTYPES, run as run_command  # isort: skip
 
 import torch
 from torch import Tensor
@@ -35,8 +34,8 @@ from minigpt5 import DROP_RATE, send
 from prompts import Example, Turn
 from published.parts import picture_size
 from tars.batches import Batches
-from tars.index import Unusable, expand
-from tars.precomputed import Precomputed, find_precomputed
+from tars.index import Unusable
+from tars.precomputed import Precomputed
 from tars.stories import StoryData
 from trainer.compiled import checkpoint_gradients
 from trainer.options import RATE, read_run_options
@@ -66,12 +65,8 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", nargs="+", help="interleaved tars of stories; default: drawn stories")
     add("--lr", type=RATE, default=1e-5, help="learning rate of the UNet")
-    args = read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32)
-    for name in ("no_ldm", "compile", "val"):
-        if getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} is not for this baseline")
-    args.compile = False
-    return args
+    refused = ("no_ldm", "compile", "val")
+    return read_run_options(parser, "train_sd", out="runs/sd", epochs=4, batch_size=32, refused=refused)
 
 
 def main() -> None:
@@ -86,11 +81,10 @@ def main() -> None:
     print(f"trained: {sum(p.numel() for p in trained):,} parameters, the whole UNet")
     optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
 
-    size = picture_size(args.weights)
-    with run.world.rank_0_first():  # it draws the stories, and writes the tars' indices for the other ranks
-        tars = expand(args.data or run.draw_data("stories", write_stories, size))
-        to_output = partial(preprocess_output, size=size)
-        steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
+    tars, _, precomputed = run.find_tars("turns", write_stories)
+    to_output = partial(preprocess_output, size=picture_size(args.weights))
+    with run.world.rank_0_first():  # it writes the tars' indices for the other ranks
+        steps = StorySteps(tars, model.tokenizer, to_output, precomputed)
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         noise = model.sample_noise(range(args.batch_size), generators, 0.0 if args.no_cfg else DROP_RATE)

@@ -21,19 +21,19 @@ TO_END = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sig
 
 @contextmanager
 def written_whole(path: Path | str) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block is through, removed when it fails. An OSError that
-    names no file, as that of a full disk, gets the name `path`."""
+    """A temporary name beside `path` for a file or folder, renamed to it when the block is through, removed when it
+    fails. An OSError that names no file, as that of a full disk, or the temporary one gets the name `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None:
+        if error.filename in (None, str(temporary)):
             error.filename, error.strerror = str(path), f"not written: {error.strerror or error}"
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
 def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None:
@@ -74,7 +74,6 @@ def lock_folder(folder: Path, names: str) -> TextIO:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, this lock is not inherited by workers
     except (BlockingIOError, PermissionError):
-        file.close()
         raise ValueError(f"{folder}: another process is writing there; wait for it, or name another folder") from None
     except OSError:
         pass
@@ -123,9 +122,3 @@ def fingerprint(files: Iterable[Path | str], *settings: object, pages: int = 64)
                 file.seek(start)
                 digest.update(file.read(4096))
     return digest.hexdigest()[:16]
-
-
-def is_number(value: object) -> bool:
-    """Whether a value in a JSON file is a number that a tensor can hold, and not NaN."""
-    largest = 1 << 63 if isinstance(value, int) else float("inf")
-    return isinstance(value, int | float) and abs(value) < largest

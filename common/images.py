@@ -31,8 +31,8 @@ def read_image(source: bytes | str | Path) -> Image.Image:
     """Bytes or a path -> RGB picture, of an animation the first frame, transparent parts on white. Raises ImageError
     with one line. It is turned upright as its EXIF data say, which the released code does not do."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and os.path.exists(source) and not os.path.isfile(source):
-        raise ImageError("no file", f"{name}: not a regular file")  # a pipe would block, a device have no end
+    if not isinstance(source, bytes) and not os.path.isfile(source):
+        raise ImageError("no file", f"{name}: no such file, or not a regular file")  # a pipe would block
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             short, long = sorted(image.size)
@@ -52,8 +52,6 @@ def read_image(source: bytes | str | Path) -> Image.Image:
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
-    except FileNotFoundError:
-        raise ImageError("no file", f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise ImageError("not an image", f"{name}: not an image in one of the formats {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:

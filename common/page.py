@@ -43,12 +43,7 @@ def save_image(image: Image.Image, path: Path) -> None:
     write_file(path, png_bytes(image))
 
 
-def draw_grid(columns: list[tuple[str, list[Image.Image]]], path: Path, side: int = 192) -> None:
-    """Save a sheet of one row, see `draw_sheet`."""
-    save_image(draw_sheet(columns, side, len(columns)), path)
-
-
-def draw_sheet(columns: list[tuple[str, list[Image.Image]]], side: int, across: int) -> Image.Image:
+def draw_sheet(columns: list[tuple[str, list[Image.Image]]], side: int = 192, across: int = 1000) -> Image.Image:
     """A sheet with a column for each (caption, pictures): the pictures under one another, the caption beneath; at most
     `across` columns beside one another, the others below them."""
     font, across = ImageFont.load_default(12), min(across, len(columns))

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from bench.common import hardware
 from common.cli import pick_device
 from common.files import read_json, write_json, write_text
-from common.page import draw_grid, save_image
+from common.page import draw_sheet, save_image
 from evaluation.cases import pictures_of, read_answer, read_cases
 from experiments.claims import (
     CLAIMS,
@@ -230,7 +230,7 @@ def grid(part: str, options: Options, seed: int, path: Path) -> list[str]:
             _, came = split(answer.segments if answer else [])
             pictures.append(came[0] if came else Image.new("RGB", true.size, "lightgrey"))
         columns.append((case.turn.text, pictures))
-    draw_grid(columns, path, side=112)
+    save_image(draw_sheet(columns, side=112), path)
     return ["the true picture", *folders]
 
 

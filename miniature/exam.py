@@ -13,7 +13,7 @@ from PIL import Image
 
 from baselines.stable_diffusion import StableDiffusion
 from common.images import to_image, to_tensor
-from common.page import draw_grid
+from common.page import draw_sheet, save_image
 from common.texts import Words, clean_caption
 from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids, split
@@ -73,7 +73,7 @@ class Exam:
         blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
         columns = [(text, [picture or blank]) for text, picture in zip(texts[:SHOWN], pictures, strict=False)]
         if self.sheets and columns:
-            draw_grid(columns, self.sheets / f"{name.replace(' ', '-')}.png")
+            save_image(draw_sheet(columns), self.sheets / f"{name.replace(' ', '-')}.png")
 
 
 # ---- ways to answers

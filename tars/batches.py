@@ -1,14 +1,14 @@
 """Tars as training data: captions and pictures for stage 1, the order of training, and its exact resumption.
 
-    batches, held_out = open_pairs(["cc3m-train-*.tar"], None, weights,
-                                   partial(images.preprocess_output, size=512), batch_size=48)
+    data = PairData(expand(["cc3m-train-*.tar"]), partial(images.preprocess_output, size=512))
+    batches = Batches(data, batch_size=48)
     batch = next(batches)
 
     batch["pixels"]        (B, 3, size, size) uint8. Of precomputed tars instead "moments" (B, 2, C, h, w)
                            and perhaps "encoding" (B, S, Dc): see precomputed.py
     batch["captions"]      B strings, cleaned; batch["keys"] beside them
     batch["instructions"]  B times None or the number of a request phrasing, for `prompts.uas_texts`
-    batch["bad"]           Counter of the reasons of broken samples met for the first time
+    batch["bad"]           counts of the reasons of broken samples met for the first time
 
 The order is one endless sequence of positions, epoch after epoch, each epoch a permutation of all items; at every step
 the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten items:
@@ -27,10 +27,9 @@ import hashlib
 import json
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,8 +41,8 @@ from common.files import TO_END
 from common.images import ImageError, read_image
 from common.texts import clean_caption
 from prompts import UAS_REQUESTS
-from tars.index import MAX_BYTES, Member, TarIndex, Unusable, expand, read_index
-from tars.precomputed import NOTHING, Precomputed, find_precomputed, read_tensors
+from tars.index import MAX_BYTES, Member, TarIndex, Unusable, read_index
+from tars.precomputed import NOTHING, Precomputed, read_tensors
 
 MIN_COUNTED = 1000  # max_bad is a share of at least so many samples: two broken pairs of four need not stop a trial
 MAX_TRIES = 1000  # broken samples in a row after which the data count as unusable
@@ -64,14 +63,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(random_bits(ORDER, seed, epoch).random_raw(n), kind="stable")
     order.setflags(write=False)
     return order
-
-
-def hash_of(parts: Iterable[bytes]) -> str:
-    """A hash of the parts one after another; they are never in memory all at once."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()[:16]
 
 
 # ---- members
@@ -158,9 +149,11 @@ class TarData(Dataset):
     def identity(self) -> dict[str, str]:
         """By which a resumed run knows its data: hashes of the samples' keys in their order, and, as other data may
         have the same keys, of the samples' sizes and of some bytes of each tar."""
-        keys = (b"".join([*index.keys, b"\n"]) for index in self.indices)
-        contents = (index.stamp[[1, 3]].tobytes() + index.table.tobytes() for index in self.indices)
-        return {"digest": hash_of(keys), "contents": hash_of(contents)}
+        keys, contents = hashlib.sha256(), hashlib.sha256()
+        for index in self.indices:
+            keys.update(b"".join([*index.keys, b"\n"]))
+            contents.update(index.stamp[[1, 3]].tobytes() + index.table.tobytes())
+        return {"digest": keys.hexdigest()[:16], "contents": contents.hexdigest()[:16]}
 
     def count_items(self, index: TarIndex) -> np.ndarray:
         return np.ones(len(index.table), np.int64)
@@ -221,33 +214,6 @@ class PairData(TarData):
 # ---- batches
 
 
-class FullBatches(Dataset):
-    """What a worker runs: [(position, item), ...] -> one full batch."""
-
-    def __init__(self, data: TarData, seed: int):
-        self.data, self.seed = data, seed
-
-    def __getitem__(self, places: list[tuple[int, int]]) -> dict:
-        """The batch with "bad" and "seen": what is counted in the first epoch; or, in place of samples, "error"."""
-        n, samples, bad, seen = len(self.data), [], Counter(), 0
-        for position, item in places:
-            bits, tried = random_bits(SAMPLE, self.seed, position), Counter()
-            choice = self.data.choose(bits)
-            sample = self.data.sample(item, choice)
-            if position < n:
-                seen += 1
-                bad.update([sample] if isinstance(sample, str) else [])
-            while isinstance(sample, str):
-                tried[sample] += 1
-                if tried.total() > MAX_TRIES:
-                    error = f"no usable sample in {self.data.name}: {describe(tried)}"
-                    return {"error": error, "bad": dict(bad), "seen": seen}
-                sample = self.data.sample(bits.random_raw() % n, choice)
-            samples.append(sample)
-        # pinning calls update() on a mapping, which would double the counts of a Counter
-        return {**self.data.collate(samples), "bad": dict(bad), "seen": seen}
-
-
 def ignore_signals(worker: int) -> None:
     """A signal to stop may reach all processes of a run, and more than once: from a terminal, from a scheduler, and
     from torchrun, which passes it on. The main process decides when its workers end, see `Batches.close`."""
@@ -255,7 +221,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class Batches:
+class Batches(Dataset):
     """Endless full batches of one rank, made by `workers` processes (0: in this one), in the order above.
 
     `bad` and `seen` count this rank's share of the first epoch: a broken item counts once, on one rank. ValueError
@@ -273,7 +239,7 @@ class Batches:
     def __next__(self) -> dict:
         if self.loader is None:
             loader = DataLoader(
-                FullBatches(self.dataset, self.seed),
+                self,
                 sampler=self.places(),
                 batch_size=None,
                 num_workers=self.workers,
@@ -282,7 +248,6 @@ class Batches:
             )
             self.loader = iter(loader)
         batch = next(self.loader)
-        batch["bad"] = Counter(batch["bad"])
         self.bad.update(batch["bad"])
         self.seen += batch.pop("seen")
         error, broken = batch.get("error"), sum(self.bad.values())
@@ -294,6 +259,27 @@ class Batches:
             raise ValueError(error)
         self.position += self.batch_size * self.world_size
         return batch
+
+    def __getitem__(self, places: list[tuple[int, int]]) -> dict:
+        """What a worker makes of (position, item) of each sample: the batch with "bad" and "seen", what is counted in
+        the first epoch; or, in place of samples, "error"."""
+        data, samples, bad, seen = self.dataset, [], Counter(), 0
+        for position, item in places:
+            bits, tried = random_bits(SAMPLE, self.seed, position), Counter()
+            choice = data.choose(bits)
+            sample = data.sample(item, choice)
+            if position < self.size:
+                seen += 1
+                bad.update([sample] if isinstance(sample, str) else [])
+            while isinstance(sample, str):
+                tried[sample] += 1
+                if tried.total() > MAX_TRIES:
+                    error = f"no usable sample in {data.name}: {describe(tried)}"
+                    return {"error": error, "bad": dict(bad), "seen": seen}
+                sample = data.sample(bits.random_raw() % self.size, choice)
+            samples.append(sample)
+        # pinning calls update() on a mapping, which would double the counts of a Counter
+        return {**data.collate(samples), "bad": dict(bad), "seen": seen}
 
     def places(self) -> Iterator[list[tuple[int, int]]]:
         """This rank's share of step after step: (position, item) of each sample."""
@@ -319,8 +305,7 @@ class Batches:
         before saving: in loading, rank 0 takes them over and the others start from zero.
         """
         epoch, position = divmod(self.position, self.size)
-        counts = {"epoch": epoch, "position": position, "bad": dict(self.bad), "seen": self.seen}
-        return {**self.data, **counts}
+        return {**self.data, "epoch": epoch, "position": position, "bad": dict(self.bad), "seen": self.seen}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on exactly there; workers, batch_size and world_size may differ. ValueError for other data or seed."""
@@ -331,14 +316,3 @@ class Batches:
         self.bad = Counter(state["bad"] if self.rank == 0 else {})
         self.seen = state["seen"] if self.rank == 0 else 0
         self.position = state["epoch"] * self.size + state["position"]
-
-
-def open_pairs(
-    data: list[str], held_out: list[str] | None, weights: Path, transform: Callable, **options
-) -> tuple[Batches, Batches | None]:
-    """What the user named (see `tars.index.expand`) -> its batches, and those of the held-out data, if any. All of it
-    is precomputed alike, or none; `dataset.precomputed` says how. `options` are those of `Batches`."""
-    tars, others = expand(data), expand(held_out) if held_out else []
-    precomputed = find_precomputed(tars + others, weights)
-    batches = [Batches(PairData(part, transform, precomputed), **options) for part in (tars, others) if part]
-    return batches[0], batches[1] if others else None

@@ -231,8 +231,6 @@ def pair_sample(key: str, caption: bytes, picture: Path | None, source: str) -> 
     """A pair with its caption as it was: batches.py cleans it in reading. Raises Unusable."""
     if not clean_caption(caption.decode("utf-8-sig")):
         raise Unusable("empty caption")
-    if len(caption) > MAX_BYTES[Member.TEXT]:
-        raise Unusable("too large")
     ending, content = read_picture(picture)
     about = json.dumps({"source": source}).encode()
     return Sample([(f"{key}.{ending}", content), (f"{key}.txt", caption), (f"{key}.json", about)], {"pairs": 1})

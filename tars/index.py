@@ -140,8 +140,7 @@ def count_turns(content: bytes) -> tuple[int, int]:
         return PAIR, 0
     try:
         sample = json.loads(content)
-        kind = {"story": STORY, "dialog": DIALOG}[sample["kind"]]
-        return (kind, len(sample["turns"])) if isinstance(sample["turns"], list) and sample["turns"] else (PAIR, 0)
+        return {"story": STORY, "dialog": DIALOG}[sample["kind"]], len(sample["turns"])
     except (ValueError, LookupError, TypeError, RecursionError):
         return PAIR, 0
 

@@ -92,12 +92,10 @@ class Encoders:
             raise ValueError("a number is too large for 16 bit, or not finite; --store fp32 holds large ones")
         return x
 
-    @torch.no_grad()
     def moments(self, pictures: Tensor) -> Tensor:
         """uint8 (M, 3, H, W) -> (M, 2, C, h, w)."""
         return self.stored(torch.stack(self.vae.encode(pictures.to(self.device)), 1))
 
-    @torch.no_grad()
     def queries(self, pixels: Tensor) -> Tensor:
         """(P, 3, H, W), normalised -> (P, Q, D)."""
         return self.stored(self.image_encoder(pixels.to(self.device)))

@@ -241,7 +241,8 @@ def test_gill_mapper():
 
 def test_gill_reads_the_states_of_its_vokens(weights):
     """Each voken's own state, of a whole pass through the language model, and its embedding."""
-    model, texts, expected = gill.Gill(weights, vokens=3, width=16), ["a boat", "two dogs in the [IMG0] snow"], []
+    model = gill.Gill(weights, None, torch.device("cpu"), vokens=3, width=16)
+    texts, expected = ["a boat", "two dogs in the [IMG0] snow"], []
     assert not [p for p in model.llama.parameters() if p.requires_grad]
     randomise(model.vokens)
     for text in texts:

@@ -5,20 +5,18 @@
         optimizer.safetensors  the optimisers' moments under the same names
         state.json             step, position in the data, sums of the next line of the log, the command's arguments
 
-They are written and removed under another name, so that there is no half one.
+They are written under another name, so that there is no half one.
 """
 
 import json
-import os
-import shutil
+import math
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.files import is_number, read_json, remove
+from common.files import read_json, remove, written_whole
 from published.loading import WeightsError, checkpoint_folders, matched, save_safetensors
 from trainer.muon import Muon
 
@@ -32,41 +30,24 @@ def save_checkpoint(
     """Write the folder of state["step"], and remove all but the newest ones: one that a power cut spoils has another
     before it. `save_trained` writes trained.safetensors.
 
-    ValueError where that fails, and where a tensor is not finite; the earlier checkpoints then stay as they are.
+    ValueError or OSError where that fails, or a tensor is not finite; the earlier checkpoints then stay as they are.
     """
-    folder = out / f"step-{state['step']:08d}"
-    temporary = out / f".{folder.name}.{os.getpid()}.tmp"
-    moments = {}
+    folder, moments = out / f"step-{state['step']:08d}", {}
     for name, parameter in trained.items():
         for optimizer in optimizers:
             moments |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state.get(parameter, {}).items()}
-    try:
-        for name, tensor in (trained | moments).items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} is not finite, training has diverged")
+    for name, tensor in (trained | moments).items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder}: not written: {name} is not finite, training has diverged")
+    with written_whole(folder) as temporary:
         temporary.mkdir()
         save_trained(temporary / "trained.safetensors")
         save_safetensors(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        remove_checkpoint(folder)  # a damaged one of this step, which --resume passed over
-        temporary.replace(folder)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        kept = ", ".join(old.name for old in checkpoint_folders(out)) or "none"
-        raise ValueError(f"{folder}: not written: {reason}; checkpoints of this run: {kept}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(folder)  # what else has this name
     for old in checkpoint_folders(out)[KEPT:]:
-        remove_checkpoint(old)
-    return folder
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove it, if it is there, under another name: a process that is killed meanwhile leaves no half checkpoint."""
-    old = folder.with_name(f".{folder.name}.old.{os.getpid()}.tmp")
-    with suppress(OSError):
-        folder.replace(old)
         remove(old)
+    return folder
 
 
 def set_aside(out: Path, step: int) -> None:
@@ -110,17 +91,17 @@ def read_state(folder: Path) -> dict:
         data = state["data"]
         counts = [state["step"], state.get("nonfinite", 0)]
         counts += [data[name] for name in ("seed", "size", "epoch", "position", "seen")]
+        limits = {int: 1 << 63, float: math.inf}  # of what a tensor can hold
         sums = [data["bad"], data.get("sums", {}), data.get("passes", {})]
-        is_right = (
-            all(type(count) is int and 0 <= count < 1 << 63 for count in counts)
-            and all(is_number(value) for by_name in sums for value in by_name.values())
+        if not (
+            all(type(count) is int and 0 <= count < limits[int] for count in counts)
+            and all(abs(value) < limits[type(value)] for by_name in sums for value in by_name.values())
             and state["step"] == int(folder.name.removeprefix("step-"))
             and isinstance(state.get("arguments", {}), dict)
-        )
-    except (LookupError, TypeError, AttributeError):
-        is_right = False
-    if not is_right:
-        raise WeightsError(f"{path}: not the state of a run after the step that its folder names")
+        ):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise WeightsError(f"{path}: not the state of a run after the step that its folder names") from None
     return state
 
 

@@ -59,7 +59,8 @@ def count_graphs() -> int:
 
 
 def recompute(layer: Callable, *inputs, **options) -> Tensor:
-    """The layer's output, for whose gradients the layer is computed again: only its inputs are kept."""
+    """The layer's output, for whose gradients the layer is computed again: only its inputs are kept. Without gradients
+    `checkpoint` would do nothing, but torch.compile lets no layer write into a cache inside it."""
     if not torch.is_grad_enabled():
         return layer(*inputs, **options)
     return checkpoint(layer, *inputs, use_reentrant=False, **options)

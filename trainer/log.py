@@ -22,7 +22,7 @@ from common.cli import suited_options
 from common.collate import Batch
 from common.files import write_text
 from common.images import to_image
-from common.page import draw_grid, save_image
+from common.page import draw_sheet, save_image
 from generation import Sampling, paint
 from minigpt5 import MiniGPT5, dtype_of, send
 from prompts import SPEAKERS
@@ -157,4 +157,5 @@ def paint_samples(model: MiniGPT5, preview: Preview, weights: Path, path: Path) 
         real = to_pixels(pictures[:4])
     model.train(was_training)
     columns = zip(batch.picture_sequences.tolist(), real, painted.nan_to_num(), strict=False)
-    draw_grid([(captions[row], [to_image(before), to_image(after)]) for row, before, after in columns], path)
+    columns = [(captions[row], [to_image(before), to_image(after)]) for row, before, after in columns]
+    save_image(draw_sheet(columns), path)

@@ -11,7 +11,11 @@ SHARE = number(0.0, 1.0)
 VOKENS = number(1, 128)  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
 
 
-def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, batch_size: int) -> None:
+def read_run_options(
+    parser: argparse.ArgumentParser, command: str, out: str, epochs: float, batch_size: int, refused: tuple = ()
+) -> argparse.Namespace:
+    """The command line with these options beside the script's own, checked. What the weights have for `command` goes
+    before the defaults here. refused: names of options that are not for this script; they are off."""
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), help="folder of the run")
     add("--resume", action="store_true", help="continue from the newest intact checkpoint in --out, if there is one")
@@ -29,8 +33,7 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--workers", type=number(0, 1_024), default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=SHARE, default=0.01,
         help="stop when more than this share of the samples is broken, 1,000 of them counted at least")  # fmt: skip
-    add("--max-nonfinite", type=FROM_1, default=20,
-        help="stop when so many steps in a row were skipped: loss or gradients not finite")  # fmt: skip
+    add("--max-nonfinite", type=FROM_1, default=20, help="stop after so many steps in a row that are not finite")
     add("--save-every", type=FROM_1, default=1000, help="steps between checkpoints; the last step always has one")
     add("--sample-every", type=int, default=1000, help="steps between samples.png and losses.png; 0: never")
     add("--val", nargs="+", metavar="DATA", help="held-out data, whose losses are logged as val_loss and so on")
@@ -40,13 +43,11 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, epochs: float, ba
     add("--tensorboard", action="store_true", help="write the log for TensorBoard, too, into OUT/tensorboard")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the losses; default: on a GPU")
     add("--gradient-checkpointing", action="store_true", help="compute frozen layers twice, which saves memory")
-
-
-def read_run_options(parser: argparse.ArgumentParser, command: str, **defaults) -> argparse.Namespace:
-    """The command line with these options beside the script's own, checked. `defaults`: see `add_run_options`; those
-    that the weights have for `command` go before them."""
-    add_run_options(parser, **defaults)
     args = parse(parser, command)
+    for name in refused:
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} is not for this baseline")
+        setattr(args, name, False)
     if args.epochs <= 0:
         parser.error("--epochs must be above 0")
     if args.tensorboard and not find_spec("tensorboard"):

@@ -35,14 +35,16 @@ from common.files import lock_folder
 from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
-from tars.batches import Batches, open_pairs
+from tars.batches import Batches, PairData
 from tars.datasets import packed
+from tars.index import expand
+from tars.precomputed import Precomputed, find_precomputed
 from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.processes import resume_command, stop_signals
 
-FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
+FILES = r"step-\d{8}|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
 LossesOf = Callable[[dict, list[torch.Generator]], dict[str, Tensor]]  # a batch, a generator for each sample -> losses
 NOISE, DROPOUT = 0, 1  # purposes of random streams
 
@@ -151,10 +153,12 @@ class Gradients:
 
 class Meter:
     """Sums of the losses since the last line of the log. Losses that are not finite are left out. No value is read from
-    the GPU before a line is due."""
+    the GPU before a line is due. before: what `state` returned before a stop."""
 
-    def __init__(self):
-        self.sums, self.passes, self.steps, self.start = {}, {}, 0, time.perf_counter()
+    def __init__(self, before: dict | None = None):
+        kinds = ((before or {}).get(kind, {}) for kind in ("sums", "passes"))
+        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
+        self.steps, self.start = 0, time.perf_counter()
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         """The losses of one forward pass; a batch without pictures has fewer of them."""
@@ -167,10 +171,6 @@ class Meter:
         """What this rank has added since the last line."""
         values = {"sums": self.sums, "passes": self.passes}
         return {kind: {name: value.item() for name, value in own.items()} for kind, own in values.items()}
-
-    def load_state(self, state: dict) -> None:
-        kinds = (state.get(kind, {}) for kind in ("sums", "passes"))
-        self.sums, self.passes = ({name: torch.tensor(value) for name, value in kind.items()} for kind in kinds)
 
     def steps_per_second(self) -> float:
         return self.steps / max(time.perf_counter() - self.start, 1e-9)  # a clock may stand still
@@ -201,24 +201,27 @@ class Run:
         if checkpoint_folders(self.out) and not args.resume:
             raise ValueError(f"{self.out} holds a run already: --resume goes on with it, another --out starts anew")
 
-    def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
-        """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val. Rank 0
-        packs, draws and indexes them before the other ranks, which then find its files."""
-        args, size = self.args, picture_size(self.args.weights)
+    def find_tars(self, kind: str, write: Callable[..., None]) -> tuple[list[str], list[str], Precomputed]:
+        """The tars of --data, those of --val, and what all of them have precomputed. Rank 0 packs pictures and lists
+        (`packed`) and, without --data, draws samples by `write`, of miniature.world, before the other ranks, which then
+        find its files. kind: "pairs" or "turns"."""
+        args, drawn = self.args, self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
         with self.world.rank_0_first():
-            data = packed("pairs", args.data, self.out / "data") or self.draw_data("pairs", write, size)
-            val = packed("pairs", args.val, self.out / "val")
-            to_output = partial(preprocess_output, size=size)
-            return open_pairs(data, val, args.weights, to_output, **self.data_options)
+            if not args.data and not drawn.exists():
+                print(f"drawing {args.drawn:,} samples into {drawn}", flush=True)
+                write(drawn, args.drawn, args.seed, size=picture_size(args.weights))
+            tars = expand(packed(kind, args.data or [str(drawn)], self.out / "data"))
+            others = expand(packed(kind, args.val, self.out / "val"))
+        return tars, others, find_precomputed(tars + others, args.weights)
 
-    def draw_data(self, kind: str, write: Callable[..., None], size: int) -> list[str]:
-        """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. kind: "pairs"
-        or "stories"; write: their writer in miniature.world; size: side of the pictures."""
-        path = self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
-        if not path.exists():
-            print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
-            write(path, self.args.drawn, self.args.seed, size=size)
-        return [str(path)]
+    def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
+        """Batches of captioned pictures: those of `find_tars` and, if there are any, the held-out ones."""
+        tars, others, precomputed = self.find_tars("pairs", write)
+        to_output = partial(preprocess_output, size=picture_size(self.args.weights))
+        with self.world.rank_0_first():  # it writes the tars' indices for the other ranks
+            data = [PairData(part, to_output, precomputed) for part in (tars, others) if part]
+        batches = [Batches(part, **self.data_options) for part in data]
+        return batches[0], batches[1] if others else None
 
     # ---- the loop
 
@@ -285,7 +288,7 @@ class Run:
             self.bad = dict(self.data.bad)
             self.gradients.skipped += state.get("nonfinite", 0)
             if self.world.rank == 0:
-                self.meter.load_state(state["data"])
+                self.meter = Meter(state["data"])
                 cut_log(self.log, self.done)
                 set_aside(self.out, self.done)
             print(f"resumed from step {self.done}")
