@@ -31,6 +31,9 @@ from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
 from tars.batches import Batches
+from tars.datasets import packed
+from tars.index import expand
+from tars.precomputed import find_precomputed
 from tars.stories import StoryData
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview, picture_title
@@ -81,7 +84,11 @@ def main() -> None:
     stage_1 = given_checkpoint(args.uas) if args.uas else shipped
 
     # ---- tars, before the model: what they have precomputed is not loaded
-    tars, held_out_tars, precomputed = run.find_tars("turns", write_stories)
+    size = picture_size(args.weights)
+    with run.world.rank_0_first():
+        tars = expand(packed("turns", args.data, run.out / "data") or run.draw_data("stories", write_stories, size))
+        held_out_tars = expand(packed("turns", args.val, run.out / "val")) if args.val else []
+    precomputed = find_precomputed(tars + held_out_tars, args.weights)
     is_precomputed = "queries" in precomputed.shapes
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
 
@@ -122,7 +129,7 @@ def main() -> None:
         tokenizer=model.tokenizer,
         queries=model.queries,
         to_input=partial(preprocess_input, size=side),  # input pictures are cropped, as released
-        to_output=partial(preprocess_output, size=picture_size(args.weights)),  # output pictures are padded
+        to_output=partial(preprocess_output, size=size),  # output pictures are padded
         limit=limit,
         tasks=[task for task in TASKS if task in args.tasks],
         precomputed=precomputed,

@@ -22,7 +22,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DTYPES, run as run_command  # isort: skip
+from common.cli import DTYPES  # isort: skip
+from common.cli import run as run_command  # isort: skip
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ from minigpt5 import DROP_RATE, send
 from prompts import Example, Turn
 from published.parts import picture_size
 from tars.batches import Batches
-from tars.index import Unusable
-from tars.precomputed import Precomputed
+from tars.index import Unusable, expand
+from tars.precomputed import Precomputed, find_precomputed
 from tars.stories import StoryData
 from trainer.compiled import checkpoint_gradients
 from trainer.options import RATE, read_run_options
@@ -81,10 +82,11 @@ def main() -> None:
     print(f"trained: {sum(p.numel() for p in trained):,} parameters, the whole UNet")
     optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
 
-    tars, _, precomputed = run.find_tars("turns", write_stories)
-    to_output = partial(preprocess_output, size=picture_size(args.weights))
-    with run.world.rank_0_first():  # it writes the tars' indices for the other ranks
-        steps = StorySteps(tars, model.tokenizer, to_output, precomputed)
+    size = picture_size(args.weights)
+    with run.world.rank_0_first():  # it draws the stories, and writes the tars' indices for the other ranks
+        tars = expand(args.data or run.draw_data("stories", write_stories, size))
+        to_output = partial(preprocess_output, size=size)
+        steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         noise = model.sample_noise(range(args.batch_size), generators, 0.0 if args.no_cfg else DROP_RATE)

@@ -41,9 +41,7 @@ from minigpt5 import CAP_WEIGHT, MiniGPT5
 from prompts import uas_texts
 from published.loading import given_checkpoint, save_trained, shipped_checkpoint
 from published.parts import load_minigpt5, picture_size
-from tars.batches import Batches, PairData
-from tars.index import expand
-from tars.precomputed import find_precomputed
+from tars.batches import open_pairs
 from trainer.muon import Muon
 
 START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
@@ -129,10 +127,8 @@ def train_mapper(
     """`steps`: of the four parts."""
     teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
     size = picture_size(weights)
-    tars = expand(data)
-    precomputed = find_precomputed(tars, weights)
-    batches = Batches(PairData(tars, partial(preprocess_output, size=size), precomputed), batch_size=BATCH)
-    empty_caption = model.encode_captions(precomputed.empty_caption)
+    batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=size), batch_size=BATCH)
+    empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
     read = [next(batches) for _ in tqdm(range(n // BATCH), "captions")]
     moments, encodings = (torch.cat([samples[name] for samples in read]) for name in ("moments", "encoding"))
     features = torch.cat([voken_features(model, samples["captions"]) for samples in tqdm(read, "features")])

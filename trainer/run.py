@@ -35,10 +35,8 @@ from common.files import lock_folder
 from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
-from tars.batches import Batches, PairData
+from tars.batches import Batches, open_pairs
 from tars.datasets import packed
-from tars.index import expand
-from tars.precomputed import Precomputed, find_precomputed
 from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
@@ -201,27 +199,24 @@ class Run:
         if checkpoint_folders(self.out) and not args.resume:
             raise ValueError(f"{self.out} holds a run already: --resume goes on with it, another --out starts anew")
 
-    def find_tars(self, kind: str, write: Callable[..., None]) -> tuple[list[str], list[str], Precomputed]:
-        """The tars of --data, those of --val, and what all of them have precomputed. Rank 0 packs pictures and lists
-        (`packed`) and, without --data, draws samples by `write`, of miniature.world, before the other ranks, which then
-        find its files. kind: "pairs" or "turns"."""
-        args, drawn = self.args, self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
-        with self.world.rank_0_first():
-            if not args.data and not drawn.exists():
-                print(f"drawing {args.drawn:,} samples into {drawn}", flush=True)
-                write(drawn, args.drawn, args.seed, size=picture_size(args.weights))
-            tars = expand(packed(kind, args.data or [str(drawn)], self.out / "data"))
-            others = expand(packed(kind, args.val, self.out / "val"))
-        return tars, others, find_precomputed(tars + others, args.weights)
-
     def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
-        """Batches of captioned pictures: those of `find_tars` and, if there are any, the held-out ones."""
-        tars, others, precomputed = self.find_tars("pairs", write)
-        to_output = partial(preprocess_output, size=picture_size(self.args.weights))
-        with self.world.rank_0_first():  # it writes the tars' indices for the other ranks
-            data = [PairData(part, to_output, precomputed) for part in (tars, others) if part]
-        batches = [Batches(part, **self.data_options) for part in data]
-        return batches[0], batches[1] if others else None
+        """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val. Rank 0
+        packs, draws and indexes them before the other ranks, which then find its files."""
+        args, size = self.args, picture_size(self.args.weights)
+        with self.world.rank_0_first():
+            data = packed("pairs", args.data, self.out / "data") or self.draw_data("pairs", write, size)
+            val = packed("pairs", args.val, self.out / "val")
+            to_output = partial(preprocess_output, size=size)
+            return open_pairs(data, val, args.weights, to_output, **self.data_options)
+
+    def draw_data(self, kind: str, write: Callable[..., None], size: int) -> list[str]:
+        """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. kind: "pairs"
+        or "stories"; write: their writer in miniature.world; size: side of the pictures."""
+        path = self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
+        if not path.exists():
+            print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
+            write(path, self.args.drawn, self.args.seed, size=size)
+        return [str(path)]
 
     # ---- the loop
 
