@@ -27,6 +27,8 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if temporary.is_dir():  # a folder cannot take the place of another that is not empty
+            remove(path)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary)):

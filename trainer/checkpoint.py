@@ -44,7 +44,6 @@ def save_checkpoint(
         save_trained(temporary / "trained.safetensors")
         save_safetensors(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        remove(folder)  # what else has this name
     for old in checkpoint_folders(out)[KEPT:]:
         remove(old)
     return folder
