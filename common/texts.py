@@ -45,8 +45,8 @@ class Words:
         """The known word that is written like this, perhaps with a slip; None if there is none."""
         if word in self.known or len(word) < 2:
             return word
-        swapped = [other for other in self.known if len(other) == len(word) and sorted(other) == sorted(word)]
-        near = swapped or get_close_matches(word, self.known, 3, 0.75)
+        swaps = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+        near = swaps.intersection(self.known) or get_close_matches(word, self.known, 3, 0.75)
         return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
 
     def spelled(self, text: str) -> str:

@@ -68,7 +68,7 @@ def of_one_kind(rng: np.random.Generator, picture: Picture) -> str:
     """Two things of one kind in other words: alike in colour, which may be named, or each with its own."""
     kind, (first, second) = picture.things[0].kind, (thing.colour for thing in picture.things)
     name = plural(pick(rng, [name for name in KINDS[kind] if not name.startswith("*")]))
-    pair = f"{pick(rng, ('two', 'a pair of', 'a couple of', '2'))} "
+    pair = f"{pick(rng, ('two', 'a pair of', '2'))} "
     if first == second:
         return pair + (name if rng.random() < 0.5 else f"{pick(rng, COLOUR_NAMES[first])} {name}")
     first, second = (f"one the colour of {pick(rng, COLOURS[colour])}" for colour in (first, second))

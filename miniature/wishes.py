@@ -20,7 +20,7 @@ from miniature import phrases, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
 from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, verb, with_article
 
-SLIPS = 0.2  # share of texts with slips of the fingers
+SLIPS, SOUND_ALIKE = 0.2, 0.05  # shares of texts with slips of the fingers; with words that sound like those meant
 MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 
 # ---- words
@@ -362,13 +362,13 @@ def typo(rng: np.random.Generator, word: str) -> str:
 
 
 def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:
-    """The text with one or two slips, or in most cases without."""
+    """The text with one or two slips or with words that sound like its own, in most cases as it is."""
     parts = text.split()
+    if chance(rng, min(slips, SOUND_ALIKE)):
+        parts = [phrases.SOUNDS_LIKE.get(part, part) for part in parts]
     if chance(rng, slips):
         for _ in range(1 + int(rng.integers(2))):
             i = int(rng.integers(len(parts)))
-            if parts[i] in phrases.SOUNDS_LIKE and chance(rng, 0.6):
-                parts[i] = phrases.SOUNDS_LIKE[parts[i]]
-            elif len(parts[i]) > 2 and parts[i].isalpha():
+            if len(parts[i]) > 2 and parts[i].isalpha():
                 parts[i] = typo(rng, parts[i])
     return tidy(" ".join(parts))
