@@ -122,7 +122,7 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             hidden = llama(llama.model.embed_tokens(ids[:, :-1]))
         counted = counts[:, 1:].bool()
-        loss = F.cross_entropy(llama.lm_head(hidden[counted]), ids[:, 1:][counted])
+        loss = F.cross_entropy(model.vokens.logits(llama, hidden[counted]), ids[:, 1:][counted])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
