@@ -325,11 +325,13 @@ def test_folders_that_cannot_be_written(monkeypatch, weights, tar, tmp_path, cap
         fails(train_uas.main, patch, capsys, pattern, *arguments, *more, "--out", tmp_path / "run")
 
 
-def test_the_two_newest_checkpoints_stay(tmp_path):
-    """One of the same step is written anew."""
+def test_checkpoints_are_removed_under_another_name(monkeypatch, tmp_path):
+    """As if the process were killed before it removes a file of the old ones. One of the same step is written anew."""
     model, optimizers, gradients = open_tiny()
     stepped(model, optimizers, gradients)
-    for step, left in ((1, "1"), (2, "21"), (3, "32"), (3, "32")):
+    for step, left in ((1, "1"), (2, "21"), (2, "21"), (3, "32"), (4, "43")):
+        if step > 2:
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
         save(tmp_path, step, model, optimizers, {"data": {}})
         assert [folder.name for folder in checkpoint_folders(tmp_path)] == [f"step-0000000{number}" for number in left]
         assert all(len(list(folder.iterdir())) == 3 for folder in tmp_path.iterdir())

@@ -5,11 +5,12 @@
         optimizer.safetensors  the optimisers' moments under the same names
         state.json             step, position in the data, sums of the next line of the log, the command's arguments
 
-They are written under another name, so that there is no half one.
+They are written and removed under another name, so that there is no half one.
 """
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def save_checkpoint(
         save_trained(temporary / "trained.safetensors")
         save_safetensors(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for old in checkpoint_folders(out)[KEPT:]:
-        remove(old)
+    for old in checkpoint_folders(out)[KEPT:]:  # under another name first, so that a kill leaves no half checkpoint
+        remove(old.replace(old.with_name(f".{old.name}.old.{os.getpid()}.tmp")))
     return folder
 
 

@@ -42,7 +42,7 @@ from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.processes import resume_command, stop_signals
 
-FILES = r"step-\d{8}|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
+FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
 LossesOf = Callable[[dict, list[torch.Generator]], dict[str, Tensor]]  # a batch, a generator for each sample -> losses
 NOISE, DROPOUT = 0, 1  # purposes of random streams
 
