@@ -5,7 +5,7 @@
     python demo.py --weights weights --checkpoint runs/stage-2
 
 Words are shown as they come and pictures while they are denoised. A story begins with a sentence of yours and goes on
-at every press of "Next step". Every visitor has a conversation of their own; answers are made one after the other. The
+at every press of "Next step". Every visitor has a chat of their own; answers are made one after the other. The
 page is for this machine alone unless --host says otherwise; it has no passwords.
 """
 
@@ -106,7 +106,7 @@ def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segment
 
 
 def build(first: Session, folder: Path) -> "gr.Blocks":
-    """The page. Conversations are copies of `first` that share its model; their storyboards are written to `folder`."""
+    """The page. Chats are copies of `first` that share its model; their storyboards are written to `folder`."""
 
     def answered(history, session, turns, guidance, steps, work):
         """Streams an answer below the history, then adds it to the turns and offers their storyboard."""

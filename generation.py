@@ -30,7 +30,7 @@ from prompts import DESCRIPTION, description_in
 from qformer import preprocess_input
 from scheduler import SAMPLERS, NoiseSchedule
 
-MAX_PICTURES = 8  # of an answer, as far as its positions are concerned
+MAX_PICTURES = 8  # an answer has room for the vokens of so many
 Segments = list[str | Image.Image]  # an answer: text and pictures in turn
 # Is called with ids= (the first prompt's answer so far) after every token, and after every denoising step with done=
 # (the number of steps so far), steps= (of how many) and latents= (M, C, h, w).
@@ -91,8 +91,8 @@ def room_wanted(model: MiniGPT5, sampling: Sampling) -> int:
 
 
 def pick_tokens(logits: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
-    """The next ids (B,) from logits (B, V'): repetition penalty on the ids marked in `seen` (B, V'), temperature, top k
-    and top p. The uniform numbers `chances` (B,) decide, as places in the cumulated probabilities."""
+    """The next ids (B,) from the logits (B, V') of all V' ids: repetition penalty on the ids marked in `seen` (B, V'),
+    temperature, top k and top p. The uniform numbers `chances` (B,) decide as places in the cumulated probabilities."""
     penalty = sampling.repetition_penalty
     logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
@@ -148,7 +148,7 @@ def say(
     generators: list[torch.Generator],
     watch: Watch | None = None,
 ) -> list[tuple[list[int], Tensor]]:
-    """The words of each answer to `prompts`, token ids: (ids, voken features (M, N, D) of its M pictures).
+    """`prompts` (token ids) -> each answer's words: (token ids, voken features (M, N, D) of its M pictures).
 
     pixels: all input pictures in order, as `MiniGPT5.embed` takes them. When [IMG0] is sampled, all N vokens are fed at
     once and [IMG0] alone is recorded; text goes on after the last one. An answer ends with </s>, with "###", after
@@ -201,7 +201,7 @@ def say(
         states, following, picked = step(model, cache, ids, mask, seen, chances[position % len(chances)], sampling)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
             answers[i].features.append(torch.cat([hidden[i : i + 1], states[i, : N - 1]]).float())
-        if last:  # whose next token, picked with the first chance again, is of no account
+        if last:  # the token just picked, with the first chance again, is not used
             break
         hidden = following
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
@@ -284,7 +284,7 @@ def answer(
     pad: bool = True,
     watch: Watch | None = None,
 ) -> list[Segments]:
-    """Text and pictures in turn, for each of the prompts, token ids as `prompt_ids` makes them, and its input pictures.
+    """The answers to prompts (token ids of `prompt_ids`) and their input pictures: text and pictures in turn.
 
     With `pad` the pictures are made square by white padding, as the released demo does for its users, else by cropping,
     as in training and evaluation. ValueError where a prompt has not one <ImageHere> for each of its pictures.
@@ -320,8 +320,8 @@ def answer(
 def paint_described(
     model: MiniGPT5, said: list[Segments], sampling: Sampling, generators: list[torch.Generator], watch: Watch | None
 ) -> list[Segments]:
-    """Words first: the answers `said`, with the picture in the place of a description in brackets: "it turns blue. (a
-    boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
+    """Words first: the answers `said`, with the picture in the place of a description in parentheses: "it turns blue.
+    (a boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
     `info` keeps the description. LoRA that was trained for words alone is set aside, since stage 1 had none."""
     descriptions = [description_in(split(segments)[0]) for segments in said]
     pictured = [i for i, description in enumerate(descriptions) if description]

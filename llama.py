@@ -2,7 +2,7 @@
 
 The decoder is LLaMA's: RMSNorm before each half of a block, rotary positions, SwiGLU. Others of its family load as
 well: Llama 2 and 3, TinyLlama, SmolLM2. Left out: biases, sliding windows, and all scaling of rotary positions but
-Llama 3's. Embeddings come in and hidden states go out: minigpt5.py looks up both ends in its larger tables (`Vokens`).
+Llama 3's. Embeddings come in and hidden states go out: `minigpt5.Vokens` embeds the ids and computes the logits.
 
     embeddings     (B, T, D)
     hidden         (B, T, D)   after the final norm

@@ -75,7 +75,7 @@ class Vokens(nn.Module):
     """The trained embedding rows of n vokens and the image placeholder, for the input and for the output.
 
     Token ids go on after the tokenizer's base vocabulary V: [IMG0] is V, the placeholder V + n. A published table may
-    have more rows than the tokenizer has pieces (Vicuna v0's padding token). Rows from V on are never used.
+    have more rows than the tokenizer has pieces (Vicuna v0's padding token). Its rows from V on are unused.
     """
 
     def __init__(self, llama: Llama, vokens: int, base_vocabulary: int, start: list[int] | None = None):
@@ -132,7 +132,9 @@ class MiniGPT5(nn.Module):
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.lora_for_words = False  # after `train_mls.py --words-first`: a picture's vokens are read without LoRA
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
-        self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1  # vectors of an input picture
+        self.queries = (
+            image_encoder.query_tokens.shape[1] if image_encoder else 1
+        )  # query embeddings of an input picture
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
         # the special token that they begin with.
         self.tables: dict[str, Tensor] = {}
@@ -190,7 +192,7 @@ class MiniGPT5(nn.Module):
 
     def text_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """L_text: hidden (B, L, D), the states that predict the tokens `labels` (B, L)."""
-        logits = self.vokens.logits(self.llama, hidden)  # (B, L, V')
+        logits = self.vokens.logits(self.llama, hidden)  # (B, L, V'): of the V' ids, the vokens' included
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
     def ldm_loss(self, conditioning: Tensor, latents: Tensor, noise: Noise, gamma: float) -> Tensor:
@@ -266,7 +268,7 @@ class MiniGPT5(nn.Module):
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance (M, C, h, w) of the latents' posterior: from pictures (M, 3, H, W), as bytes or as
-        floats in [-1, 1], or from the precomputed pair of both (M, 2, C, h, w)."""
+        floats in [-1, 1], or from both as precomputed, (M, 2, C, h, w)."""
         pictures = send(pictures, self.device)
         return pictures.unbind(1) if pictures.dim() == 5 else self.vae.encode(pictures)
 

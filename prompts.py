@@ -80,7 +80,7 @@ DESCRIPTION = re.compile(r"\(([^()]+)\)")
 
 
 def description_in(text: str) -> str | None:
-    """The description of a picture that a text of the language model holds in brackets."""
+    """The description of a picture that a text of the language model holds in parentheses, or None."""
     found = DESCRIPTION.search(text)
     return found and found[1].strip()
 
@@ -90,10 +90,9 @@ def description_in(text: str) -> str | None:
 
 def uas_texts(caption: str, vokens: int = 8, instruction: int | None = None) -> tuple[str, str]:
     """Caption -> (source, target). `instruction` is the number of a request phrasing; None: the bare caption."""
-    source = caption
     if instruction is not None:
-        source = f"{UAS_SYSTEM}###Human: {UAS_REQUESTS[instruction]} {caption} ###Assistant:"
-    return source, "".join(f"[IMG{i}]" for i in range(vokens)) + END
+        caption = f"{UAS_SYSTEM}###Human: {UAS_REQUESTS[instruction]} {caption} ###Assistant:"
+    return caption, "".join(f"[IMG{i}]" for i in range(vokens)) + END
 
 
 # ---- stage 2

@@ -1,4 +1,4 @@
-"""The frozen image side of MiniGPT-4, which MiniGPT-5 keeps as it is: a picture becomes 32 vectors that the language
+"""The frozen image side of MiniGPT-4, which MiniGPT-5 keeps as it is: a picture becomes 32 embeddings that the language
 model reads in place of a word (MiniGPT-5, section 3.1; BLIP-2, arXiv 2301.12597, section 3.1).
 
     pixels (B, 3, 224, 224) -> EVA-ViT-g, 39 blocks               (B, 257, 1408)   vision_model.encoder

@@ -70,11 +70,11 @@ def load(
 ) -> "Session":
     """A model to draw, chat and tell stories with.
 
-    weights: a folder of the published layout. checkpoint: a file or a run's folder; default: stage 1's in `weights`, or
-    if it is there, stage 2's for the `purpose` "chat" or "story", and with words_first that of `train_mls.py
-    --words-first`. read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits. sampling:
-    default: the settings of the weights, with the `changes`, which are fields of `Sampling`. ValueError where something
-    is missing.
+    weights: a folder of the published layout. checkpoint: a file or a run's folder; default: in `weights`, with
+    words_first that of `train_mls.py --words-first`, else stage 2's for the `purpose` "chat" or "story"; stage 1's
+    where that is missing. read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits.
+    sampling: default: the settings of the weights, with the `changes`, which are fields of `Sampling`. ValueError where
+    something is missing.
     """
     weights = Path(weights)
     if sampling is None:
@@ -82,8 +82,8 @@ def load(
     files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
     found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if found is None:
-        print("no trained checkpoint found: the embedding rows and the mapper are random, pictures will be noise")
-    torch.manual_seed(seed)  # of the embedding rows and the mapper, where there is no checkpoint
+        print("no trained checkpoint found: voken rows and mapper are untrained, pictures will be noise")
+    torch.manual_seed(seed)  # the mapper starts at random where there is no checkpoint
     if sampling.words_first:  # its chats can do without an image encoder
         read_pictures &= (weights / "blip2").is_dir()
     options = {"dtype": DTYPES[dtype], "device": pick_device(device), "read_pictures": read_pictures, "int8": int8}
@@ -91,7 +91,7 @@ def load(
 
 
 class Session:
-    """A model, how its answers are sampled, and a conversation with it: its turns, in the forms that the two stages
+    """A model, how its answers are sampled, and a chat or story with it: its turns, in the forms that the two stages
     were trained to read. Every text is cleaned, and special tokens in it become plain text.
 
     watch: is called while an answer is made (`generation.Watch`).
@@ -104,11 +104,11 @@ class Session:
         self.new(seed)
 
     def new(self, seed: int = 0) -> None:
-        """Begin a new conversation."""
+        """Begin a new chat."""
         self.turns, self.generator = [], torch.Generator().manual_seed(seed)
 
     def draw(self, prompt: str, seed: int = 0) -> Image.Image:
-        """The picture for a prompt, without regard to the conversation. ValueError if the answer has none."""
+        """The picture for a prompt, without regard to the turns. ValueError if the answer has none."""
         words, pictures = split(self.answers([prompt], [seed])[0])
         if not pictures:
             raise ValueError(f"no picture was drawn for {prompt!r}; the answer was {words!r}")
@@ -130,7 +130,7 @@ class Session:
         return said
 
     def chat(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Segments:
-        """The answer to the next turn of the conversation. Where that fails, the conversation stays as it was."""
+        """The answer to the next turn of the chat. Where that fails, the chat stays as it was."""
         turns = [*self.turns, self.user_turn(text, pictures)]
         k = len(turns)
         history = prompts.chat_history(turns, k, self.sampling.words_first)
@@ -202,8 +202,8 @@ def arguments() -> argparse.Namespace:
     add("--chat", action="store_true", help="chat in the terminal, a line a turn; /help lists the commands")
     add = parser.add_argument
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture with the prompt; repeatable")
-    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: from WEIGHTS/minigpt5 those "
-        "of stage 1; if there: stage 2's for --turns, --chat, --image, mls-words for --words-first")  # fmt: skip
+    add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: in WEIGHTS/minigpt5 "
+        "mls-words with --words-first, stage 2's with --turns, --chat, --image; if missing, stage 1's")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add_sampling_options(parser, Sampling, words_first=True)

@@ -13,7 +13,7 @@ A sampling loop; nothing in it waits for the GPU, the coefficients are Python fl
 
     sampler = SAMPLERS["pndm"](schedule, steps=50)
     for index, t in enumerate(sampler.timesteps):
-        latents = sampler.step(unet(latents, t, condition), index, latents)
+        latents = sampler.step(unet(latents, t, conditioning), index, latents)
 
 With a = alphas_cumprod[t]: x_t = sqrt(a) x_0 + sqrt(1 - a) epsilon, and v = sqrt(a) epsilon - sqrt(1 - a) x_0.
 Latents are scaled ones. B batch, C channels, h w latent height and width.

@@ -6,10 +6,10 @@
     python sample.py --weights weights --checkpoint runs/vist --prompt "we had a barbecue." --image a.jpg --turns 1
 
 It starts from a run of stage 1, or with --no-uas from untrained vokens. An adapter of Vicuna (LoRA, or virtual tokens
-with --prefix), the voken rows and the mapper's transformer are trained; the mapper's MLP and queries stay as stage 1
-left them. The loss is 0.01 L_text + L_LDM over three tasks: the next picture for a text, the text for a picture, or
-both. The defaults are the paper's: 4 epochs, batches of 32, AdamW with learning rate 2e-5. The miniature has its own
-defaults, in WEIGHTS/minigpt5/config.json, with weight 1 for L_text.
+with --prefix), the voken rows and the mapper's transformer are trained; the mapper's MLP and learned queries stay as
+stage 1 left them. The loss is 0.01 L_text + L_LDM over three tasks: a picture for a text, a text for a picture, or
+both as the next step. The defaults are the paper's: 4 epochs, batches of 32, AdamW with learning rate 2e-5. The
+miniature has its own defaults, in WEIGHTS/minigpt5/config.json, with weight 1 for L_text.
 """
 
 import argparse
@@ -53,12 +53,12 @@ def arguments() -> argparse.Namespace:
     add("--lora-rank", type=rank, default=8, metavar="R", help="rank of LoRA's matrices; alpha is twice the rank")
     add("--lora-targets", type=lambda text: tuple(map(str.strip, text.split(","))), default=TARGETS, metavar="NAME,...",
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
-    add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="what is learned of a story's steps; default: all")
+    add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks to train on steps of stories; default: all")
     add("--blind-history", type=SHARE, default=0.0, metavar="SHARE",
         help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
     add("--words-only", action="store_true",
         help="train on the words of the answers without their pictures: the paper's fine-tuned MiniGPT-4")  # fmt: skip
-    about = "train LoRA alone, on dialogues that describe their pictures in brackets (sample.py --words-first)"
+    about = "train LoRA alone, on dialogues that describe pictures in parentheses (sample.py --words-first)"
     add("--words-first", action="store_true", help=about)
     add("--text-weight", type=number(0.0), default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
     add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")

@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
     add("--data", nargs="+", help=f"{about}; default: drawn pictures")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from vokens and mapper of this checkpoint or run")
     add("--lr", type=RATE, default=2e-5, help="learning rate of the vokens' embedding rows")
-    add("--output-lr", type=RATE, help="learning rate of their rows in the output embedding; default: --lr")
+    add("--output-lr", type=RATE, help="learning rate of their output embedding rows; default: --lr")
     add("--mapper-lr", type=RATE, help="learning rate of the mapper; default: ten times --lr")
     add("--muon", type=RATE, metavar="LR", help="Muon for the mapper's matrices, with this rate; default: AdamW")
     add("--vokens", type=VOKENS, default=8, help="vokens of a picture")

@@ -1,7 +1,7 @@
 """Stable Diffusion 2.1's UNet: noisy latents, a timestep and conditioning tokens -> the noise (or velocity) in them.
 
-Paper: MiniGPT-5, section 3.2: epsilon_theta of Eq. 3. It stays frozen; the mapper's features take the place of the text
-encoder's and gradients flow through the conditioning. The published SD 2.1-base and 2.1 load into it. Left out:
+Paper: MiniGPT-5, section 3.2: epsilon_theta of Eq. 3. It stays frozen; the mapper's output takes the place of the text
+encoding, and gradients flow through this conditioning. The published SD 2.1-base and 2.1 load into it. Left out:
 SD 1's convolutional projections, class and size embeddings, control inputs.
 
     sample (B, 4, 64, 64), timesteps (B,), conditioning (B, 77, 1024)

@@ -50,7 +50,7 @@ def open_streams() -> None:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")
             continue
-        with suppress(OSError):  # a stream in memory, which takes everything
+        with suppress(OSError):  # a stream in memory has no file number, and raises no errors
             file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115
             setattr(sys, name, Printed(file, stream.encoding, "replace", line_buffering=stream.line_buffering))
 
@@ -81,7 +81,7 @@ def run(main: Callable[[], None]) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_weights_option(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    about = "of the frozen weights; auto: bf16 on a GPU (bench/README.md)"
+    about = "dtype of the frozen weights; auto: bf16 on a GPU, else by their size (bench/README.md)"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=about)
 
 
@@ -91,8 +91,8 @@ def add_weights_option(parser: argparse.ArgumentParser) -> None:
 
 
 def suited_options(weights: Path, command: str) -> dict:
-    """What suits a size is its weights' to say: the options that WEIGHTS/minigpt5/config.json has under `command`, and
-    none where there is no such file."""
+    """The defaults that weights bring: the options that WEIGHTS/minigpt5/config.json has under `command`; none where
+    there is no such file. ValueError where these are no JSON object."""
     path = weights / "minigpt5" / "config.json"
     suited = read_json(path).get(command, {}) if path.is_file() else {}
     if not isinstance(suited, dict):
@@ -101,7 +101,7 @@ def suited_options(weights: Path, command: str) -> dict:
 
 
 def number(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The type of an option from `least` to `most`, which is a whole number if `least` is one."""
+    """A type for argparse: numbers from `least` to `most`, integers if `least` is an int, else floats."""
 
     def read(text: str) -> float:
         value = type(least)(text)
@@ -110,7 +110,7 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be {limits}")
         return value
 
-    read.__name__ = type(least).__name__  # argparse says it of what is no number
+    read.__name__ = type(least).__name__  # argparse names the type in its error
     return read
 
 
@@ -132,7 +132,7 @@ def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
         if not takes_one or is_flag != (option.nargs == 0) or (option.choices and str(value) not in option.choices):
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, which is no value for an option")
         option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed
-        option.help = re.sub("; default: .*", "", option.help or "", flags=re.DOTALL)  # that was the other one
+        option.help = re.sub("; default: .*", "", option.help or "", flags=re.DOTALL)  # it names the old default
     return read_arguments(parser)
 
 

@@ -22,7 +22,7 @@ TO_END = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sig
 @contextmanager
 def written_whole(path: Path | str) -> Iterator[Path]:
     """A temporary name beside `path` for a file or folder, renamed to it when the block is through, removed when it
-    fails. An OSError that names no file, as that of a full disk, or the temporary one gets the name `path`."""
+    fails. An OSError that names no file (a full disk) or the temporary one is made to name `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -39,9 +39,9 @@ def written_whole(path: Path | str) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None:
-    """Remove what is left of files and folders whose names match the regular expression `names`, because a process was
-    killed while it wrote or removed them. A process that still runs keeps its own, unless the folder is locked by this
-    one: then there is no other that writes there, and an equal process number is an accident."""
+    """Remove the temporary files and folders of killed processes for names that match the regular expression `names`.
+    Those of a process that still runs stay, unless this process has locked the folder: then nobody else writes there,
+    and the system has used the number of the killed process again."""
     for path in sorted(folder.glob(".*.tmp")):
         found = re.fullmatch(rf"\.(?:{names})\.(\d{{1,9}})\.tmp", path.name)
         if found and (is_locked or has_ended(int(found[1]))):
@@ -91,7 +91,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` in UTF-8, with "?" for each byte of a file's name that is not."""
+    """`text` in UTF-8. A surrogate, which stands for a byte of a file's name that is not UTF-8, becomes "?"."""
     write_file(path, text.encode("utf-8", "replace"))
 
 

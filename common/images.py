@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture that claims more, or a longer side, is refused undecoded:
-MAX_RATIO = 100  # it may be padded to a square of its long side, or its short side made as long as the model's
+MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture with more, or with a longer side, is refused undecoded
+MAX_RATIO = 100  # of the sides: a narrower picture would grow too much when it is padded or resized
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would take more, and start Ghostscript for PostScript
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # of a note in a PNG, which nobody reads: 64 MB, not 1
+PngImagePlugin.MAX_TEXT_CHUNK = (
+    PngImagePlugin.MAX_TEXT_MEMORY
+)  # 64 MB instead of 1 MB for texts in a PNG, which nobody reads
 
 
 class ImageError(ValueError):

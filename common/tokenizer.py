@@ -61,7 +61,7 @@ class Tokenizer:
         return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def encode(self, text: str, image_tokens: int = 1) -> list[int]:
-        """Token ids of `text`. <ImageHere> is repeated `image_tokens` times: once for each of a picture's vectors."""
+        """Token ids of `text`. <ImageHere> is repeated `image_tokens` times, for the embeddings of a picture."""
         ids = []
         for i, part in enumerate(self.pattern.split(self.in_chat_form(text))):
             if i % 2:  # the odd parts are the separators

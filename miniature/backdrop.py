@@ -3,7 +3,7 @@
 A background holds nothing that could be taken for one of the things: no trees, houses with a roof or birds, and stars
 that are mere dots. Coordinates are page units, 64 by 64, y downwards. Everything is painted at four times the size and
 averaged down. The shapes depend on scene and variant alone, so that they stay where they are when night falls. Stars,
-flakes, blades of grass and lit windows are the same in every variant: what is small and many is dear to an autoencoder.
+flakes, blades of grass and lit windows are the same in every variant: many small details cost an autoencoder much.
 """
 
 from functools import lru_cache
@@ -311,7 +311,7 @@ PAINTERS = {"sea": sea, "meadow": meadow, "snow": snow, "city": city, "desert": 
 
 @lru_cache(maxsize=1024)
 def background(scene: str, time: str, variant: int, size: int) -> Image.Image:
-    """RGB, size x size; kept, so copy before drawing on it."""
+    """RGB, size x size, from a cache: copy it before you draw on it."""
     page = Page(size, scene, time, np.random.default_rng([variant, list(PAINTERS).index(scene)]))
     PAINTERS[scene](page)
     return page.image.reduce(SUPERSAMPLE)

@@ -29,10 +29,10 @@ from prompts import Example, Turn, chat_history, dialog_example, history_start, 
 
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training sequence
-LONGEST = 800  # characters of a document: with slips of the fingers they take at most LENGTH tokens
-PICTURE_WEIGHT = 4  # a word of an answer's picture counts as much: what it is can be known, other words are half chance
-ANSWER_WEIGHT = 4  # a word of an answer, or of a description in the history, words first
-TOLD_WEIGHT = 3  # a word of an answer in words to a picture counts as much
+LONGEST = 800  # characters of a document: with typos they take at most LENGTH tokens
+PICTURE_WEIGHT = 4  # loss weight of the words for an answer's picture: they can be known, half of the others are chance
+ANSWER_WEIGHT = 4  # words first: loss weight of the words of an answer, or of a description in the history
+TOLD_WEIGHT = 3  # loss weight of the words that answer a question about a picture
 ANSWER_LENGTH = 112  # tokens of a question and its answer
 DOCUMENTS, LOOKS, ORDERS = 200, 201, 202  # purposes of the random streams
 
@@ -189,8 +189,8 @@ def ids_with(tokenizer: Tokenizer, mark: str) -> set[int]:
 
 
 def encode(tokenizer: Tokenizer, row: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """<s>, source, target, each encoded by itself as `collate` does, and so the words of each picture, of an
-    answer's in random order. The ids and how much each counts."""
+    """(token id, loss weight) of <s>, source and target, which are encoded by themselves as in `collate`. So are the
+    words of each picture; those of an answer's picture are in random order."""
     words_first, described = row.source.startswith(prompts.WORDS_FIRST_SYSTEM.text), False
     told = ANSWER_WEIGHT if words_first else 1
     told = TOLD_WEIGHT if row.inputs and not row.outputs else told

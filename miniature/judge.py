@@ -5,7 +5,7 @@ which kind of thing is there, if any, and its colour and size; and of the whole 
 things (3 means more than two). Where the number and the slots do not agree, something unclear is there, an extra or a
 doubled thing: the picture then counts as one thing more, of no kind.
 
-It is trained on pictures that the training of the other parts never shows as well: every combination, no thing at all,
+It is trained on pictures that the other parts never see, too: every combination, no thing at all,
 three things, the same thing twice, blurred and noisy pictures.
 
     pixels (B, 3, 64, 64) -> features            (B, 128, 8, 8)

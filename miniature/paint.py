@@ -1,11 +1,8 @@
 """Draws the pictures of the miniature world with Pillow: `draw(picture, jitter, size)`.
 
 The page is 64 units wide and high whatever its size in pixels. The background and every thing are drawn at four times
-the wanted size and averaged down. A background depends on scene, time and one of `VARIANTS` shapes and is kept; things
-are drawn anew each time, so that their place, size, turn and side vary by the jitter seed.
-
-A thing is a list of parts in its own square, x and y from -1 to 1, y downwards. A part is (paint, edge, polygon):
-`edge` is the width of the dark line around it, 1 for outlines, less for inner lines, 0 for none.
+the wanted size and averaged down. A background depends on scene, time and one of `VARIANTS` shapes, and is cached;
+things are drawn anew each time, so that their place, size, turn and side vary by the jitter seed.
 """
 
 import numpy as np

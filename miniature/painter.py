@@ -6,8 +6,8 @@
 
 Stable Diffusion's text encoder is CLIP's, trained beside pictures before any UNet saw it. Trained with the UNet alone,
 the miniature's dropped "left" and "right": what a place means shows only once the UNet uses it, and the UNet cannot
-use it before the encoding tells it. So it learns to read the facts off captions, and is frozen from then on. Its
-tokenizer is the one that ships.
+use it before the encoding tells it. So the text encoder first learns to read the facts off captions, and is
+frozen from then on. Its tokenizer is the shipped one.
 """
 
 from dataclasses import asdict, replace
@@ -245,13 +245,13 @@ class DiffusionRecipe(Recipe):
         ends = ids.argmax(-1, keepdim=True)
         mask = (torch.arange(ids.shape[1], device=self.device) <= ends) | unmasked[:, None]
         with torch.no_grad():
-            context = self.text_encoder(ids, mask)
-        return mean + deviation * sampling, noise, t, context
+            conditioning = self.text_encoder(ids, mask)
+        return mean + deviation * sampling, noise, t, conditioning
 
-    def losses(self, unet: UNet, latents: Tensor, noise: Tensor, t: Tensor, context: Tensor) -> dict[str, Tensor]:
+    def losses(self, unet: UNet, latents: Tensor, noise: Tensor, t: Tensor, conditioning: Tensor) -> dict[str, Tensor]:
         noisy, target = self.schedule.add_noise(latents, noise, t)
         # No min-SNR weights: they would all but take away the high noise, where it is decided what goes where.
-        return {"loss": F.mse_loss(unet(noisy, t, context).float(), target)}
+        return {"loss": F.mse_loss(unet(noisy, t, conditioning).float(), target)}
 
     def measure(self, unet: UNet) -> dict[str, float]:
         """Shares of one-thing prompts, with all facts named, drawn right, always from the same noise."""

@@ -168,7 +168,7 @@ def train(recipe: Recipe, setup: Setup, minutes: float, last_step: int | None = 
                 sums, logged, saved = {}, step, seconds
         save(checkpoint, recipe, averaged, optimizers, step, seconds)
     if asked:
-        print(f"{recipe.name}: stopped after step {step}; the same command goes on")
+        print(f"{recipe.name}: stopped after step {step}; the same command continues")
         return None
     if step > logged:
         measure()
@@ -185,14 +185,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--minutes", type=float, help="training time of each part, over all runs; default: its recipe's")
     add("--out", type=Path, default=Path("runs/miniature"), help="folder of checkpoints, logs, training sets")
     add("--weights", type=Path, default=MINIATURE, help="where finished parts go, beside those that they build on; "
-        "needed but for --parts pairing")  # fmt: skip
+        "needed, except for --parts pairing")  # fmt: skip
     add("--pictures", type=FROM_1, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=FROM_1, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = read_arguments(parser, argv)
     if args.weights == MINIATURE and args.parts != ["pairing"]:
-        parser.error("--weights is needed: finished parts would go over the shipped ones")
+        parser.error("--weights is needed: finished parts would overwrite the shipped ones")
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
     if not (args.weights / "minigpt5" / "config.json").exists():  # the defaults of the commands that use the weights

@@ -1,4 +1,4 @@
-"""What every part of the miniature's pre-training is to the loop in `pretrain.py`, and how its weights are written.
+"""What the loop of `pretrain.py` asks of every part of the miniature (`Recipe`), and how its weights are written.
 
 Parts have the sizes that the config.json files of the shipped weights give. Their training sets are samples of the
 drawn world as arrays on the disk, made once: entry i of a set is a function of its seed and i alone. A set that is on
@@ -154,7 +154,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_settings(weights: Path, place: str, values: dict) -> None:
-    """The JSON file `place` of the weights that ship, with the `values` of those names that it has."""
+    """Write the shipped JSON file `place` into `weights`; `values` replace those of its entries that they name."""
     write_json(weights / place, {name: values.get(name, old) for name, old in read_json(MINIATURE / place).items()})
 
 

@@ -15,8 +15,8 @@
 | stories   | the next step of a story, with and without its history; its own pictures fed back    |
 
 All samples are held out; in stories and dialogues, a change of colour may lead back to a combination that was trained.
-Figures are shares. "named" is how many prompts name a fact, the other figures are of those. A prompt that gets no
-picture is wrong in everything.
+Figures are shares. "named" is how many prompts name a fact, and the other figures count only these prompts. A prompt
+that gets no picture is wrong in everything.
 
 People's prompts and chats are files of a line each, with the facts that a right picture has:
 

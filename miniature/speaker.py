@@ -113,9 +113,10 @@ class LanguageRecipe(Recipe):
 
 
 class CaptionerRecipe(Recipe):
-    """Two losses: the answer's through the frozen language model, on a sixteenth of the batch; and which embedding each
-    vector is nearest to, and how near, which should be that of the word that the language model was trained with in its
-    place. (How near, alone, teaches the scene and the time, and for very long nothing else.)"""
+    """Two losses. One is that of the answer, through the frozen language model, on a sixteenth of the batch. The other
+    compares each vector with the embedding of the word that the language model was trained with in its place: a
+    cross-entropy over the distances to all embeddings, and the distance to this one. (The distance alone teaches the
+    scene and the time, and for very long nothing else.)"""
 
     name, batch_sizes, budgets = "captioner", (1024, 64), (2, 60)
     lr, matrix_lr, hold = 1e-3, 0.005, 400

@@ -128,7 +128,7 @@ FORMS = {  # SHA-256 of the released checkpoints: how their prompts were worded
     "ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34": "cc3m-2023",
     "d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1": "vist-2023",
     "68e9dc76b9dec11c6d38dc6be3b8e54cc04645776b3095868ee7e90e8e341734": "mmdialog-2024",
-}  # the link to the last changed with the code of March 2024, those to the others never did
+}  # the download link of the last one changed with the code of March 2024, those of the others never did
 NEW_ROWS = 9  # of a released checkpoint's tables: [IMG0]..[IMG7] and the image placeholder
 
 
@@ -187,7 +187,7 @@ def convert_llama(paths: list[Path], out: Path, dtype: torch.dtype | None) -> No
         values |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     else:
         values["chat_form"] = chat_form(source)
-        (folder / "tokenizer.model").unlink(missing_ok=True)  # another model's would go before it
+        (folder / "tokenizer.model").unlink(missing_ok=True)  # the loader would prefer another model's
     write_json(folder / "config.json", values)
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
@@ -270,7 +270,7 @@ def convert_trained(paths: list[Path], out: Path, dtype: torch.dtype | None, for
             rows = len(table) - NEW_ROWS if published is None else len(published)
             if len(table) != rows + NEW_ROWS:
                 added = f"{name} has {len(table) - rows} rows more than Vicuna, not {NEW_ROWS}"
-                raise WeightsError(f"{path}: {added}: [PAD] row in between? Which ones the vokens are is not clear")
+                raise WeightsError(f"{path}: {added}: [PAD] row in between? It is unclear which rows are the vokens'")
             tensors[vokens], table = table[rows:].clone(), table[:rows]  # a file may not hold two views of a table
             metadata["vokens"] = str(len(tensors[vokens]) - 1)
             if published is None or not torch.equal(table, published.to(table.dtype)):
@@ -288,7 +288,7 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
         first = tensor_slices(below)
         same = {name for name in tensors if name in first and torch.equal(tensors[name], first[name][:].to(dtype))}
         same -= {"vokens.input", "vokens.output"}
-        if same - set(TABLES):  # without tables alone, the file would still hold all that trains, and stand alone
+        if same - set(TABLES):  # a file that lacks the tables alone would not be laid over stage 1's
             tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
     save(tensors, out, None, opened.metadata)
 

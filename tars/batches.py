@@ -226,7 +226,8 @@ class Batches(Dataset):
     """Endless full batches of one rank, made by `workers` processes (0: in this one), in the order above.
 
     `bad` and `seen` count this rank's share of the first epoch: a broken item counts once, on one rank. ValueError
-    where no item can be used, and where more than `max_bad` of those seen, or of MIN_COUNTED, are broken.
+    where no item can be used, and where more are broken than `max_bad` times those seen, or times MIN_COUNTED while
+    fewer are seen.
     """
 
     def __init__(self, dataset: TarData, batch_size: int, seed=0, rank=0, world_size=1, workers=0, max_bad=0.01):
@@ -292,10 +293,10 @@ class Batches(Dataset):
 
     def close(self) -> None:
         """End the workers. The next batch, if one is asked for, starts new ones where this one stopped."""
-        workers, self.loader = getattr(self.loader, "_workers", []), None  # torch asks them to end, and waits 5 s
+        workers, self.loader = getattr(self.loader, "_workers", []), None  # torch itself would wait 5 s for them
         for worker in workers:
             worker.kill()
-        with suppress(RuntimeError):  # by which torch tells of the first killed worker, if an error keeps its loader
+        with suppress(RuntimeError):  # torch raises one for a killed worker while an error holds the loader
             for worker in workers:
                 worker.join(1)
 

@@ -88,7 +88,7 @@ def member_of(name: str) -> tuple[str, int] | None:
 
 
 class Header(tarfile.TarInfo):
-    """A header that extends the next one (pax, long names) is short: of a long one tarfile can make hours of work."""
+    """A tar header. InvalidHeaderError for a long one that extends the next (pax, long names): it can take hours."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "Header":

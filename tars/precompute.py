@@ -106,9 +106,9 @@ class Encoders:
 
 
 def split_broken(pairs: PairData, samples: list[dict | str]) -> tuple[list[str], dict | None]:
-    """Why some of the samples are broken, and a batch of the others. Like all that a worker hands over its tensors are
-    in shared memory already: where there is too little of it, the error reaches the main process from here, which would
-    wait for ever if the queue's own thread met it."""
+    """Why some of the samples are broken, and a batch of the others. A worker's `collate` puts its tensors into shared
+    memory: where there is too little of it, the error is raised here and reaches the main process. In the thread of the
+    worker's queue it would leave the main process waiting for ever."""
     good = [sample for sample in samples if not isinstance(sample, str)]
     return [sample for sample in samples if isinstance(sample, str)], pairs.collate(good) if good else None
 

@@ -95,10 +95,10 @@ def find_precomputed(tars: list[str], weights: Path) -> Precomputed:
     found = [read_marker(tar) for tar in tars]
     for tar, precomputed in zip(tars, found, strict=True):
         if precomputed[:3] != found[0][:3]:  # the rest differs: each tar has a source of its own
-            raise ValueError(f"{tars[0]} and {tar}: precomputed with different weights or options, or only one of them")
+            raise ValueError(f"{tars[0]} and {tar}: one is not precomputed, or they differ in weights or options")
     for name, made_with in found[0].made_with.items():
         if made_with != identity(weights, name):
-            raise ValueError(f"{tars[0]}: its {name} were precomputed with other weights than {weights}, or sizes")
+            raise ValueError(f"{tars[0]}: its {name} were precomputed with other weights or sizes than {weights}")
     return found[0]
 
 

@@ -11,7 +11,9 @@ from random_weights import write_random_weights
 def pytest_addoption(parser):
     parser.addoption("--golden", type=Path, default=Path(__file__).parent / "golden", help="folder of the recordings")
     parser.addoption("--gpu", action="store_true", help="tests see the GPU: with `-k gpu`, as others want a CPU")
-    parser.addoption("--rehearse", action="store_true", help="the tests of test_gpu.py run on the CPU, to find slips")
+    parser.addoption(
+        "--rehearse", action="store_true", help="the tests of test_gpu.py run on the CPU, to find mistakes"
+    )
 
 
 def pytest_configure(config):

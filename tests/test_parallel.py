@@ -236,7 +236,7 @@ def test_held_out_losses_on_two_ranks(folder):
 def test_only_what_trains_is_sent(folder, run):
     printed = (folder / run / "printed-0").read_text()
     trained = sum(int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:parameters|in the mapper)", printed))
-    bytes_a_step = int(re.search(r"adds up ([\d,]+) bytes", printed)[1].replace(",", ""))
+    bytes_a_step = int(re.search(r"sends ([\d,]+) bytes", printed)[1].replace(",", ""))
     assert bytes_a_step == 4 * (trained + 1)  # and the loss
     for note in (folder / run).glob("rank-*"):
         sent = Counter(json.loads(note.read_text())["sent"])

@@ -2,7 +2,7 @@
 
     step-00000500/
         trained.safetensors    all trained tensors (voken rows, mapper, adapter), which sample.py --checkpoint reads
-        optimizer.safetensors  the optimisers' moments under the same names
+        optimizer.safetensors  the optimisers' state under the same names
         state.json             step, position in the data, sums of the next line of the log, the command's arguments
 
 They are written and removed under another name, so that there is no half one.

@@ -1,4 +1,4 @@
-"""Training steps that are compiled, or that save memory; both happen to a model from outside.
+"""Compiled training steps, and steps that save memory, without a line for either in the model.
 
 torch.compile makes a graph for every shape that it meets, which takes a minute or more. So batches are padded to few
 shapes when they are made, and the losses are compiled in three parts, each of which depends on one length alone:
@@ -34,7 +34,7 @@ def bucket_length(length: int) -> int:
 def pad_pictures(
     batch: Batch, noise: Noise, posterior: tuple[Tensor, Tensor] | None, multiple: int
 ) -> tuple[Batch, Noise, tuple[Tensor, Tensor] | None]:
-    """The same with pictures of zeros after the last one, whose weight in the losses is 0, up to a multiple."""
+    """All three with M padded to a multiple of `multiple`, by zero pictures whose weight in the losses is 0."""
     M = len(batch.picture_sequences)
 
     def pad(x: Tensor) -> Tensor:

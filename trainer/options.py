@@ -15,8 +15,8 @@ VOKENS = number(1, 128)  # of a picture: in stage 1 they stand behind a caption 
 def read_run_options(
     parser: argparse.ArgumentParser, command: str, out: str, epochs: float, batch_size: int, refused: tuple = ()
 ) -> argparse.Namespace:
-    """The command line with these options beside the script's own, checked. What the weights have for `command` goes
-    before the defaults here. refused: names of options that are not for this script; they are off."""
+    """The command line with these options beside the script's own, checked. What the weights have for `command`
+    overrides the defaults here. refused: names of options that are not for this script; they are off."""
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), help="folder of the run")
     add("--resume", action="store_true", help="continue from the newest intact checkpoint in --out, if there is one")
@@ -33,8 +33,8 @@ def read_run_options(
     add("--seed", type=int, default=0, help="of all random numbers of the run")
     add("--workers", type=WORKERS, default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=SHARE, default=0.01,
-        help="stop when more than this share of the samples is broken, 1,000 of them counted at least")  # fmt: skip
-    add("--max-nonfinite", type=FROM_1, default=20, help="stop after so many steps in a row that are not finite")
+        help="stop when broken samples exceed this share of those seen, or of 1,000 if fewer are seen")  # fmt: skip
+    add("--max-nonfinite", type=FROM_1, default=20, help="stop after so many non-finite losses or gradients in a row")
     add("--save-every", type=FROM_1, default=1000, help="steps between checkpoints; the last step always has one")
     add("--sample-every", type=int, default=1000, help="steps between samples.png and losses.png; 0: never")
     add("--val", nargs="+", metavar="DATA", help="held-out data, whose losses are logged as val_loss and so on")

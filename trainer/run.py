@@ -197,7 +197,7 @@ class Run:
         if self.world.rank == 0:
             self.lock = lock_folder(self.out, FILES)
         if checkpoint_folders(self.out) and not args.resume:
-            raise ValueError(f"{self.out} holds a run already: --resume goes on with it, another --out starts anew")
+            raise ValueError(f"{self.out} holds a run already: --resume continues it, another --out starts anew")
 
     def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
         """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val. Rank 0
@@ -253,7 +253,7 @@ class Run:
                 if is_last or stopping or self.done % args.save_every == 0:
                     self.save()
                 if self.held_out and (is_last or self.done % args.val_every == 0):
-                    self.validate(bar, [] if is_last else received)  # a stop may not cost the last ones
+                    self.validate(bar, [] if is_last else received)  # the last losses come even after a stop
                 if stopping:
                     break
         if self.world.size > 1:  # after the last exchange, but not after an error: NCCL would wait for the others
@@ -271,7 +271,7 @@ class Run:
         self.gradients = Gradients((p for group in groups for p in group["params"]), self.optimizers, self.world)
         if self.world.size > 1:
             size = f"{self.gradients.flat.nbytes:,} bytes"
-            print(f"{self.world.size} processes; each step adds up {size} of them: gradients and loss")
+            print(f"{self.world.size} processes; each step sends {size}: gradients and loss")
         self.meter, self.bad, self.trained = Meter(), {}, self.model.trained_parameters()
         load_trained = partial(self.load_trained, self.model)
         state = load_checkpoint(self.out, self.trained, self.optimizers, load_trained) if self.args.resume else None
@@ -374,7 +374,7 @@ class Run:
         start, was_training = held_out.state_dict(), self.model.training
         one_pass = -(-held_out.size // (args.batch_size * self.world.size))
         self.model.eval()
-        # Compiled losses keep what gradients need: without it they would have to be compiled once more.
+        # Gradients stay on where the losses are compiled: without them torch would compile other graphs.
         with closing(held_out), torch.set_grad_enabled(self.compiled):
             for n in range(min(args.val_batches, one_pass)):
                 meter.add(self.losses_of(next(held_out), self.seed_batch(n, self.world.rank)))
