@@ -150,9 +150,7 @@ def story_example(
 def dialog_source(before: list[Turn], k: int, system: System | None = None) -> str:
     """The turns before turn k and the mark of who speaks next: even turns are the human's, odd ones the assistant's."""
     first, (opening, separator) = k - len(before), system or DIALOG_SYSTEM
-    turns = [
-        f"{SPEAKERS[i % 2]} {with_pictures(turn, PICTURE_MARK)}{separator}" for i, turn in enumerate(before, first)
-    ]
+    turns = (f"{SPEAKERS[i % 2]} {with_pictures(t, PICTURE_MARK)}{separator}" for i, t in enumerate(before, first))
     return opening + "".join(turns) + SPEAKERS[k % 2]
 
 

@@ -117,14 +117,11 @@ class StoryData(TarData):
             inputs = [f"{member - Member.NUMBERED}.queries" for member in example.inputs]
             outputs = [f"{member - Member.NUMBERED}.moments" for member in example.outputs]
             tensors = read_tensors(read(Member.TENSORS), self.precomputed, inputs + outputs)
-            pictures = {"inputs": [tensors[name] for name in inputs], "outputs": [tensors[name] for name in outputs]}
+            inputs, outputs = ([tensors[name] for name in names] for names in (inputs, outputs))
         else:
-            pictures = {
-                "inputs": [self.to_input(decode(read(member))) for member in example.inputs],
-                "outputs": [self.to_output(decode(read(member))) for member in example.outputs],
-            }
-        texts = {"source": example.source, "target": example.target, "ids": example.ids}
-        return {"key": f"{key}.{k}", "task": task, **texts, **pictures}
+            inputs = [self.to_input(decode(read(member))) for member in example.inputs]
+            outputs = [self.to_output(decode(read(member))) for member in example.outputs]
+        return {"key": f"{key}.{k}", "task": task, **example._replace(inputs=inputs, outputs=outputs)._asdict()}
 
     def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
         """The last of `turns` with as much of its history as has room, encoded. Raises Unusable."""

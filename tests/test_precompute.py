@@ -225,10 +225,10 @@ def test_other_weights_are_refused(monkeypatch, weights, sources, tmp_path, caps
     padding.write_text('{"pad_token": "!"}')
     training_fails(r"x\.tar: its encoding were precomputed with other weights")
     padding.unlink()
-    training_fails("only one of them", "--data", tar, sources / "pairs.tar")
+    training_fails("one is not precomputed", "--data", tar, sources / "pairs.tar")
     for options in (("--store", "fp32"), ("--dtype", "bf16")):
         otherwise = made(monkeypatch, weights, sources / "pairs.tar", tmp_path / "otherwise.tar", *options)
-        training_fails("different weights or options", "--data", tar, otherwise)
+        training_fails("they differ in weights or options", "--data", tar, otherwise)
     inside = members(tar)
     for marker in (b"{}", inside[MARKER][:20], safetensors.torch.save({}, {"made_with": "[]", "shapes": "{}"})):
         damaged = write_tar(tmp_path / "damaged.tar", {**inside, MARKER: marker})
