@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.files import read_json
 
-STRAIGHT = str.maketrans("\u2018\u2019\u00b4`\u201c\u201d\u201e\u2012\u2013\u2014\u2015", "''''       ")
+STRAIGHT = str.maketrans("\u2018\u2019\u00b4`\u201c\u201d\u201e-\u2012\u2013\u2014\u2015", "''''        ")
 
 
 def clean_caption(text: str) -> str:
@@ -15,11 +15,11 @@ def clean_caption(text: str) -> str:
 
 
 def plain_words(text: str) -> str:
-    """What somebody typed, as the miniature reads it: `clean_caption`, with straight quotes and no dashes."""
+    """What somebody typed, as the miniature reads it: `clean_caption`, straight quotes, no hyphens and dashes."""
     return clean_caption(text.translate(STRAIGHT))
 
 
-# ---- spelling: slips are read as the known words that were meant, and unknown words are named
+# ---- spelling: typos are read as the known words that were meant, and unknown words are named
 
 WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
 
@@ -29,8 +29,8 @@ def words_in(text: str) -> list[str]:
 
 
 class Words:
-    """The words that a small model knows. `unknown`: common words that it does not know, and that are no slips of words
-    that it knows."""
+    """The words that a small model knows. `unknown`: common words that it does not know, which are never taken for
+    typos of known ones."""
 
     def __init__(self, known: list[str], unknown: list[str]):
         self.known, self.unknown = known, {*unknown}
@@ -42,7 +42,7 @@ class Words:
         return cls(**read_json(path)) if path.is_file() else cls([], [])
 
     def meant(self, word: str) -> str | None:
-        """The known word that is written like this, perhaps with a slip; None if there is none."""
+        """The known word that is written like this, perhaps with a typo; None if there is none."""
         if word in self.known or len(word) < 2:
             return word
         swaps = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
@@ -50,7 +50,7 @@ class Words:
         return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
 
     def spelled(self, text: str) -> str:
-        """What somebody typed, as `plain_words` has it, with known words in the place of their slips."""
+        """What somebody typed, as `plain_words` has it, with known words in the place of their typos."""
         return re.sub(WORD, lambda match: self.meant(match[0]) or match[0], plain_words(text))
 
     def missing(self, text: str) -> list[str]:

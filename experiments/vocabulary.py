@@ -22,7 +22,7 @@ COLOUR_NAMES, SIZES, PLACES, SCENES, TIMES = (
     VOCABULARY[facts] for facts in ("colour_names", "sizes", "places", "scenes", "times")
 )
 
-SLIPS = 0.25  # share of wishes with slips of the fingers
+TYPOS = 0.25  # share of wishes with typos
 
 SOUNDS = """ph>f ck>k ie>ei ei>ie ou>oo ff>f f>ff mm>m pp>p g>dg ee>e e>ee si>cy c>s o>e u>o c>k k>c ee>ea ea>ee tt>t
     ll>l nn>n rr>r ss>s l>ll s>ss n>nn t>tt a>e e>a i>y y>i er>or or>er gh> th>t sh>ch oo>u s>z z>s o>u qu>kw
@@ -108,4 +108,4 @@ def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
     text = pick(rng, (" ", " ", ", ")).join(parts)
     before = pick(rng, ("", "", "", "", "draw ", "i would like ", "please paint ", "show me "))
     text = before + text
-    return typed(rng, misspelt(rng, text) if rng.random() < 0.25 else text, SLIPS), picture
+    return typed(rng, misspelt(rng, text) if rng.random() < 0.25 else text, TYPOS), picture

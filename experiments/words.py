@@ -30,6 +30,7 @@ from experiments.vocabulary import wide_wish
 from miniature import documents
 from miniature.chats import bracketed
 from miniature.facts import pick_weighted, random_stream
+from miniature.score_stories import LEAVES
 from prompts import WORDS_FIRST_SYSTEM, Example, Turn, dialog_example, story_example
 from published.loading import STAGE_1, save_trained
 from published.parts import load_minigpt5
@@ -40,13 +41,19 @@ WORDS, TOKENS, KINDS = 310, 311, 312  # purposes of random streams
 
 
 def told_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
-    """A step of a story whose picture is given: what has changed is to be told. Most have the pictures before it, too,
-    and one in eight has no history."""
-    least = 2 if rng.random() < 0.7 else 1
-    example = documents.described_story_document(rng, seed, i, split)
-    while len(example.inputs) < least or "(" in example.target:
-        example = documents.described_story_document(rng, seed, i, split)
-    if rng.random() < 0.125:
+    """A step of a story whose picture is given: what has changed is to be told. Most have the pictures before it, too.
+    In one of five somebody has left, so that the model learns not to say this of a thing that it sees. One in four has
+    no history; nobody leaves there, since the picture alone cannot tell who it was."""
+    alone = rng.random() < 0.25
+    left = not alone and rng.random() < 0.25
+    least = 2 if left or rng.random() < 0.7 else 1
+    while True:
+        example = documents.described_story_document(rng, seed, int(rng.integers(1 << 31)), split)
+        if len(example.inputs) < least or "(" in example.target or (alone and LEAVES.search(example.target)):
+            continue
+        if not left or len(example.inputs[-1].things) < len(example.inputs[-2].things):
+            break
+    if alone:
         picture = example.inputs[-1:]
         return story_example([], Turn("", picture), "text", 0, "", WORDS_FIRST_SYSTEM)._replace(target=example.target)
     return example
@@ -66,11 +73,11 @@ def wide_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
 
 
 MIXTURE = {
-    documents.wish_document: 0.35,
-    documents.chat_document: 0.15,
+    documents.wish_document: 0.4,
+    documents.chat_document: 0.2,
     documents.change_document: 0.05,
     documents.described_story_document: 0.1,
-    told_document: 0.35,
+    told_document: 0.25,
 }
 WIDE_MIXTURE = {
     wide_document: 0.5,

@@ -5,7 +5,7 @@
     make it blue             (a house that is big and blue on the left in the city by day)
     thanks, now at night     (a house that is big and blue on the left in the city at night)
 
-Every picture of the assistant stands as its description in brackets; so the next change starts from words. A picture
+Every picture of the assistant stands as its description in parentheses; so the next change starts from words. A picture
 that somebody shows is read as such.
 """
 
@@ -17,15 +17,11 @@ from common.texts import plain_words, words_in
 from miniature import facts, phrases, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
 from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
-from miniature.wishes import SLIPS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
-from miniature.words import choices, describe, from_left, one_of, plural, some
+from miniature.wishes import TYPOS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
+from miniature.words import choices, describe, facts_in, from_left, one_of, plural, some
 from prompts import Turn
 
 WORDS = 203  # purpose of the random streams
-COMPARATIVES = {
-    "big": "bigger | larger | much bigger | a bit bigger",
-    "small": "smaller | much smaller | a bit smaller",
-}
 
 
 def changed_thing(picture: Picture, i: int, **changes) -> Picture | None:
@@ -45,6 +41,8 @@ def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
     if alone and chance(rng, 0.7):
         return i, pick(rng, ["it", "it", "it", "this", "that one"])
     if not alone and picture.things[0].kind == picture.things[1].kind:
+        if chance(rng, 0.3):
+            return i, "one of them"
         other = picture.things[1 - i]
         fact = pick(rng, [name for name in ("colour", "size", "place") if getattr(thing, name) != getattr(other, name)])
         return i, f"the {getattr(thing, fact)} {pick(rng, ['one', thing.kind])}"
@@ -75,12 +73,26 @@ def recolour(rng, picture):
     return text, after
 
 
+def recolour_both(rng, picture):
+    if len(picture.things) == 1:
+        return None
+    colour, (one, two) = pick(rng, facts.COLOURS), picture.things
+    word = said(rng, words.COLOUR_WORDS[colour], phrases.MORE_COLOURS[colour])
+    text = one_of(rng, phrases.BOTH_RECOLOURED).format(word)
+    if one.kind == two.kind and chance(rng, 0.3):
+        text = f"make the {plural(one.kind)} {word}"
+    after = replace(picture, things=(replace(one, colour=colour), replace(two, colour=colour)))
+    if any(held_out(thing.kind, colour, picture.scene) for thing in after.things):
+        return None
+    return wished(rng, text), after
+
+
 def resize(rng, picture):
     i, name = target(rng, picture)
     before = picture.things[i].size
     # "make it big" may be said of what is big already
     size = before if chance(rng, 0.15) else "small" if before == "big" else "big"
-    called = [said(rng, words.SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, COMPARATIVES[size])]
+    called = [said(rng, words.SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, phrases.COMPARATIVES[size])]
     word = pick(rng, called if size != before else called[:1])
     after = changed_thing(picture, i, size=size)
     text = wished(rng, pick(rng, [f"make {name} {word}"] * 3 + [f"draw {name} {word}", f"let {name} be {word}"]))
@@ -187,7 +199,7 @@ def exchange(rng, picture):
     if after is not None:  # what stays comes first: what is left of the old facts then belongs to the new thing
         after = replace(after, things=after.things[::-1])
     phrase = thing_phrase(rng, Thing(other.kind, other.colour if colour else None))
-    text = pick(rng, [f"{phrase} instead of {name}", f"replace {name} with {phrase}", f"turn {name} into {phrase}"])
+    text = one_of(rng, phrases.EXCHANGES).format(phrase, name, picture.things[i].kind)
     if len(picture.things) == 1 and chance(rng, 0.3):
         text = pick(rng, [f"{phrase} instead", f"the same with {phrase}", f"no, {phrase}", f"make it {phrase}"])
     return text, after
@@ -207,8 +219,8 @@ def again(rng, picture):
 
 
 CHANGES = {
-    recolour: 0.22, resize: 0.13, move: 0.14, change_time: 0.14, change_scene: 0.12, add: 0.2, remove: 0.14,
-    exchange: 0.06, two_changes: 0.05, swap: 0.02, again: 0.02,
+    recolour: 0.22, recolour_both: 0.04, resize: 0.13, move: 0.14, change_time: 0.14, change_scene: 0.12, add: 0.2,
+    remove: 0.14, exchange: 0.08, two_changes: 0.05, swap: 0.02, again: 0.02,
 }  # fmt: skip
 
 
@@ -242,7 +254,10 @@ def small_talk(rng: np.random.Generator) -> tuple[str, str]:
     what = rng.random()
     if what < 0.15:
         return talk_about(rng)
-    return tuple(choices(pick(rng, phrases.MORE_TALK if what < 0.6 else TALK if what < 0.85 else LIKES)))
+    if what < 0.4:
+        forms, blanks, answer = pick(rng, phrases.TALK_FORMS)
+        return one_of(rng, forms).format(one_of(rng, blanks)), answer
+    return tuple(choices(pick(rng, phrases.MORE_TALK if what < 0.7 else TALK if what < 0.88 else LIKES)))
 
 
 # ---- a chat
@@ -252,8 +267,8 @@ def bracketed(picture: Picture) -> str:
     return f"({describe(picture)})"
 
 
-def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -> list[Turn]:
-    """One to five exchanges. A picture is given with the human's turn alone; the assistant's are in brackets."""
+def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -> list[Turn]:
+    """One to five exchanges. A picture is given with the human's turn alone; the assistant's are in parentheses."""
     turns, picture = [], None
     for _ in range(1 + int(rng.integers(5))):
         what, shown = rng.random(), None
@@ -268,16 +283,18 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
             asked, answer = some(rng, SHOWS), some(rng, SEES).format(describe(picture))
         elif picture is not None and what < 0.32:
             asked, answer = question(rng, picture)
-        elif picture is not None and what < 0.85:
+        elif picture is not None and what < 0.78:
             text, picture = change(rng, picture)
             asked, answer = text, bracketed(picture)
         else:
             pairs, picture = chance(rng, 0.4), None
             while picture is None or (pairs and len(picture.things) == 1):
-                asked, picture = wish(rng, split, slips)
+                asked, picture = wish(rng, split, typos)
+            if turns and facts_in(asked).scene and chance(rng, 0.3):
+                asked = one_of(rng, phrases.STARTS_ANEW).format(asked)
             answer = bracketed(picture)
-        turns += [Turn(plain_words(typed(rng, asked, slips)), (shown,) if shown else ()), Turn(answer)]
-    return turns or chat(rng, split, slips)
+        turns += [Turn(plain_words(typed(rng, asked, typos)), (shown,) if shown else ()), Turn(answer)]
+    return turns or chat(rng, split, typos)
 
 
 # ---- the words of this world
@@ -285,10 +302,11 @@ def chat(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
 
 def known_words(texts: int = 32_000) -> list[str]:
     """Every word that wishes and chats are made of, but for the names of what this world does not have."""
-    found = set()
+    nouns = [noun for kind in words.NOUNS for noun in choices(f"{words.NOUNS[kind]} | {phrases.MORE_NOUNS[kind]}")]
+    found = {word for noun in nouns for word in words_in(f"{noun} {plural(noun)}")}  # plurals are rare in texts
     for i in range(texts):
         rng = facts.random_stream(0, i, WORDS)
-        lines = [turn.text for turn in chat(rng, slips=0.0)[::2]] if i % 2 else [wish(rng, slips=0.0)[0]]
+        lines = [turn.text for turn in chat(rng, typos=0.0)[::2]] if i % 2 else [wish(rng, typos=0.0)[0]]
         found.update(word for line in lines for word in words_in(line))
     return sorted(found - set(unknown_words()))
 
@@ -296,4 +314,4 @@ def known_words(texts: int = 32_000) -> list[str]:
 def unknown_words() -> list[str]:
     """Names of things and numbers that this world does not have."""
     things = choices(phrases.STRANGERS)
-    return sorted({*things, *map(plural, things), *choices(phrases.TOO_MANY)})
+    return sorted({*things, *map(plural, things), *choices(phrases.TOO_MANY), *choices(phrases.STRANGE_COLOURS)})

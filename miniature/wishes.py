@@ -16,11 +16,11 @@ from string import ascii_lowercase
 import numpy as np
 
 from common.texts import plain_words
-from miniature import phrases, words
+from miniature import facts, phrases, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
-from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, verb, with_article
+from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, with_article
 
-SLIPS, SOUND_ALIKE = 0.2, 0.05  # shares of texts with slips of the fingers; with words that sound like those meant
+TYPOS, SOUND_ALIKE = 0.2, 0.05  # shares of texts with typos, and with words that sound like those meant
 MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 
 # ---- words
@@ -28,7 +28,7 @@ MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 
 def said(rng: np.random.Generator, common: str, more: str) -> str:
     """A word of `common`, the first one most often, or of people's own."""
-    return some(rng, common) if rng.random() < 0.6 else one_of(rng, more)
+    return some(rng, common) if rng.random() < 0.5 else one_of(rng, more)
 
 
 # ---- facts: which are named, and what becomes of the others
@@ -75,6 +75,8 @@ def adjectives_of(rng: np.random.Generator, named: Thing) -> list[str]:
         adjectives.append(said(rng, words.SIZE_WORDS[named.size], phrases.MORE_SIZES[named.size]))
     if named.colour:
         adjectives.append(said(rng, words.COLOUR_WORDS[named.colour], phrases.MORE_COLOURS[named.colour]))
+    elif chance(rng, 0.04):
+        adjectives.append(one_of(rng, phrases.STRANGE_COLOURS))
     if len(adjectives) == 2 and chance(rng, 0.12):
         adjectives.reverse()
     if chance(rng, 0.1):
@@ -84,6 +86,11 @@ def adjectives_of(rng: np.random.Generator, named: Thing) -> list[str]:
 
 def noun_of(rng: np.random.Generator, kind: str) -> str:
     return said(rng, words.NOUNS[kind], phrases.MORE_NOUNS[kind])
+
+
+def verb(rng: np.random.Generator, kind: str, form: int) -> str:
+    """Form 1 "sails", form 2 "sailing"."""
+    return said(rng, words.VERBS[kind], phrases.MORE_VERBS[kind]).split()[form]
 
 
 def thing_phrase(rng: np.random.Generator, named: Thing) -> str:
@@ -124,9 +131,9 @@ def place_words(rng: np.random.Generator, place: str) -> str:
 # ---- one wish
 
 
-def wish(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -> tuple[str, Picture]:
+def wish(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -> tuple[str, Picture]:
     """What somebody types, as the language model reads it (`texts.plain_words`), and a picture that it wishes for.
-    `slips`: the share of texts with slips of the fingers."""
+    `typos`: the share of texts with typos."""
     if chance(rng, 0.2):  # a caption: names most, in the words of captions
         picture = sample_picture(rng, split)
         text = caption(picture, rng)
@@ -136,21 +143,17 @@ def wish(rng: np.random.Generator, split: str = "train", slips: float = SLIPS) -
     else:
         picture = wanted_picture(rng, split)
         text, picture = asked_for(rng, picture)
-    return plain_words(typed(rng, text, slips)), picture
+    return plain_words(typed(rng, text, typos)), picture
 
 
 def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
     """A text in people's words; the picture, with two things side by side where the text says no places."""
     colour, size, place = chance(rng, 0.7), chance(rng, 0.18), chance(rng, 0.14)
-    things = [
-        Thing(
-            t.kind,
-            t.colour if colour and chance(rng, 0.9) else None,
-            t.size if chance(rng, 0.85 if size else 0.06) else None,
-            t.place if place else None,
-        )
-        for t in picture.things
-    ]
+    things = []
+    for t in picture.things:
+        told_colour = t.colour if colour and chance(rng, 0.9) else None
+        told_size = t.size if chance(rng, 0.85 if size else 0.06) else None
+        things.append(Thing(t.kind, told_colour, told_size, t.place if place else None))
     if len(things) == 2 and things[0].kind == things[1].kind and chance(rng, 0.75):
         place, things = False, [replace(thing, place=None) for thing in things]
     scene = picture.scene if chance(rng, 0.68) else None
@@ -184,14 +187,18 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
             text = f"{text} {pick(rng, ['and', 'with', 'next to', 'beside'])} {stranger}"
         else:
             text = f"{stranger} {pick(rng, ['and', 'with', 'next to'])} {text}"
+    elif len(things) == 1 and things[0].colour and chance(rng, 0.04):
+        other = some(rng, words.COLOUR_WORDS[pick_other(rng, facts.COLOURS, things[0].colour)])
+        other = pick(rng, [other, f"{with_article(other)} one"])
+        text = f"{text} {pick(rng, ['not', 'and not', ', not', 'but not'])} {other}"
     if chance(rng, 0.3):
         text = one_of(rng, phrases.REQUESTS).format(text)
     return text, picture
 
 
 def ends(rng: np.random.Generator, picture: Picture, named: Picture) -> list[str]:
-    """Phrases of what is named of scene, time and the place of a single thing, in any order, the scene first most
-    often."""
+    """Phrases for the named scene and time, and for the place of a single thing, in any order, the scene mostly
+    first."""
     both, place = phrases.SCENE_TIMES.get(f"{named.scene} {named.time}"), named.things[0].place
     if both and chance(rng, 0.12):
         parts = [one_of(rng, both)]
@@ -213,6 +220,8 @@ def bare_list(rng: np.random.Generator, named: Picture) -> str:
         parts = [*adjectives_of(rng, thing), noun_of(rng, thing.kind)]
         if len(named.things) == 1 and chance(rng, 0.3):
             parts = [parts[i] for i in rng.permutation(len(parts))]
+        elif comma and chance(rng, 0.4):
+            parts[0] = with_article(parts[0])
         if thing.place:
             parts.append(place_words(rng, thing.place))
         groups.append(" ".join(parts))
@@ -234,6 +243,9 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
     kind, form = thing.kind, rng.random()
     tail = ends(rng, picture, named)
     sky = home(kind, picture.scene) == "sky"
+    if thing.size and chance(rng, 0.06):  # "a red boat, a small one"
+        size = said(rng, words.SIZE_WORDS[thing.size], phrases.MORE_SIZES[thing.size])
+        return f"{thing_phrase(rng, replace(thing, size=None))}, {with_article(size)} one {' '.join(tail)}"
     if sky and chance(rng, 0.12):
         tail.insert(0, one_of(rng, phrases.SKY))
     end = " ".join(tail)
@@ -276,7 +288,8 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
         lines = [f"{who} is {fact}" for who, fact in zip(it, [*facts, *tail], strict=False)]
         return ". ".join(lines) + "."
     if form < 0.97:  # "my house is yellow and stands in a meadow"
-        return f"{which} {noun} is {' and '.join(facts)}{' and ' + verb(rng, kind, 1) + ' ' + end if tail else ''}"
+        be = pick(rng, ["is", "is", "should be", "must be", "has to be"])
+        return f"{which} {noun} {be} {' and '.join(facts)}{' and ' + verb(rng, kind, 1) + ' ' + end if tail else ''}"
     *several, last = [*facts, *tail]
     return f"a {noun} that is {', '.join(several)}{' and ' * bool(several)}{last}"
 
@@ -289,6 +302,8 @@ def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relat
     homes = [home(thing.kind, picture.scene) for thing in picture.things]
     if relation:
         side = one_of(rng, "to the {0} of | to the {0} of | {0} of | on the {0} of | on the {0} side of")
+        if chance(rng, 0.15):
+            return f"{side.format(relation)} {second} {pick(rng, ['there is', 'is', 'stands'])} {first} {end}"
         return f"{first} {pick(rng, ['', 'is', 'stands'])} {side.format(relation)} {second} {end}"
     if things[0].place:
         places = [place_words(rng, thing.place) for thing in things]
@@ -301,15 +316,22 @@ def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relat
     if form < 0.17 and homes[0] == "sky" != homes[1]:
         doing = pick(rng, ["", verb(rng, things[0].kind, 2), verb(rng, things[0].kind, 1)])
         return f"{first} {doing} {pick(rng, ['above', 'over', 'high above', 'high over'])} {second} {end}"
-    if form < 0.17 and homes[1] == "sky" != homes[0]:
+    if form < 0.2 and homes[1] == "sky" != homes[0]:
         return f"{first} {pick(rng, ['below', 'under', 'beneath', 'underneath'])} {second} {end}"
     if form < 0.24:
         return bare_list(rng, named)
+    if form < 0.5 and picture.things[0].size != picture.things[1].size and not (things[0].size or things[1].size):
+        more = one_of(rng, phrases.COMPARATIVES[picture.things[0].size])
+        return f"{first} {pick(rng, ['that is', 'is', 'which is', ''])} {more} than {second} {end}"
     if form < 0.27 and all(thing.colour for thing in things):
         facts = [f"the {noun_of(rng, t.kind)} is {' and '.join(adjectives_of(rng, t))}" for t in things]
         return f"{facts[0]}{pick(rng, [' and ', ', ', '. '])}{facts[1]} {end}"
     if form < 0.3:
         return f"{first} {some(rng, phrases.LOOKS)} {second} {end}"
+    if form < 0.6 and things[0].colour == things[1].colour is not None and not (things[0].size or things[1].size):
+        shade, nouns = adjectives_of(rng, Thing(None, things[0].colour))[-1], [noun_of(rng, t.kind) for t in things]
+        both = " and ".join(pick(rng, [nouns, map(with_article, nouns)]))
+        return f"{both}{pick(rng, [', both', ', both', ' both', ', all', ', both in'])} {shade} {end}"
     if form < 0.36 and named.scene:
         link = pick(rng, ["with", "and", ",", "where there are"])
         return f"{setting_first(rng, named.scene, named.time)} {link} {first} and {second}"
@@ -336,8 +358,10 @@ def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
     if not all(facts):
         return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"
     form = rng.random()
-    if form < 0.35:
+    if form < 0.25:
         return f"one {facts[0]} and one {facts[1]} {noun}"
+    if form < 0.35:
+        return f"{plural(noun)}{pick(rng, [': ', ', '])}one {facts[0]}{pick(rng, [', ', ' and '])}one {facts[1]}"
     if form < 0.65:
         return f"{with_article(facts[0])} and {with_article(facts[1])} {noun}"
     if form < 0.85:
@@ -345,28 +369,28 @@ def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
     return f"{with_article(facts[0])} {noun} and {with_article(facts[1])} one"
 
 
-# ---- slips of the fingers
+# ---- typos
 
 
 def typo(rng: np.random.Generator, word: str) -> str:
     """A letter swapped with the next, doubled, left out, or another one. The first letter mostly stays."""
     i = int(rng.integers(1 if chance(rng, 0.85) else 0, len(word)))
-    slip = rng.random()
-    if slip < 0.3 and i + 1 < len(word):
+    how = rng.random()
+    if how < 0.3 and i + 1 < len(word):
         return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-    if slip < 0.55:
+    if how < 0.55:
         return word[:i] + word[i + 1 :]
-    if slip < 0.75:
+    if how < 0.75:
         return word[:i] + word[i] + word[i:]
-    return word[:i] + pick(rng, ascii_lowercase) + word[i + (slip < 0.92) :]
+    return word[:i] + pick(rng, ascii_lowercase) + word[i + (how < 0.92) :]
 
 
-def typed(rng: np.random.Generator, text: str, slips: float = SLIPS) -> str:
-    """The text with one or two slips or with words that sound like its own, in most cases as it is."""
+def typed(rng: np.random.Generator, text: str, typos: float = TYPOS) -> str:
+    """The text with one or two typos or with words that sound like its own, in most cases as it is."""
     parts = text.split()
-    if chance(rng, min(slips, SOUND_ALIKE)):
+    if chance(rng, min(typos, SOUND_ALIKE)):
         parts = [phrases.SOUNDS_LIKE.get(part, part) for part in parts]
-    if chance(rng, slips):
+    if chance(rng, typos):
         for _ in range(1 + int(rng.integers(2))):
             i = int(rng.integers(len(parts)))
             if len(parts[i]) > 2 and parts[i].isalpha():

@@ -1,8 +1,9 @@
 """What is said about a picture: captions in many phrasings, and the reader that gets the facts back out of a text.
 
-Captions are written as cleaned CC3M captions are: lower case, no full stops. Colours are always named, the scene too;
-places of all things or of none, sizes too, but for "a boat that is small and red" (`SIZE_NAMED`, `PLACE_NAMED`); sunset
-and night always, day in about half of the captions: where no time is named, it is day.
+Captions are written as cleaned CC3M captions are: lower case, no full stops. Every caption names
+the scene and all colours. It names the places of all things or of none (`PLACE_NAMED`), and so the sizes (`SIZE_NAMED`;
+"a boat that is small and red" always does). It names sunset and night always, and day half of the time (`DAY_NAMED`):
+where no time is named, it is day.
 
 Synonyms stand in one text, "boat | sailboat | ship", the commonest first.
 """
@@ -140,7 +141,7 @@ def choices(phrases: str) -> list[str]:
 
 
 def some(rng: np.random.Generator, phrases: str) -> str:
-    """Of "a | b | c" the first four times in ten, otherwise any."""
+    """One of "a | b | c": in four cases of ten the first one, otherwise any."""
     options = choices(phrases)
     return options[0] if rng.random() < 0.4 else pick(rng, options)
 
@@ -155,7 +156,7 @@ def with_article(phrase: str) -> str:
 
 
 def plural(noun: str) -> str:
-    if noun == "fish":
+    if noun.endswith("fish"):
         return noun
     if noun.endswith("ch"):
         return noun + "es"
@@ -350,8 +351,8 @@ def describe(picture: Picture) -> str:
     is small and red on the left and a star that is big and white on the right at sea by day".
 
     The things stand in the order in which they were named, so that who reads a wish can put it down word after word.
-    The kind comes before its size and colour: who is told "make the star blue" and writes the colour then knows whose
-    it is.
+    The kind comes before its size and colour, so that the model knows whose colour it writes after "make the star
+    blue".
     """
     named = [f"a {t.kind} that is {t.size} and {t.colour} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
     scene = "at sea" if picture.scene == "sea" else f"in the {picture.scene}"

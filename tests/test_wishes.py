@@ -8,7 +8,7 @@ from common.cli import MINIATURE
 from common.files import read_json
 from common.texts import Words, plain_words
 from common.tokenizer import Tokenizer
-from miniature.chats import bracketed, change, chat, known_words, unknown_words
+from miniature.chats import bracketed, change, chat, exchange, known_words, recolour_both, unknown_words
 from miniature.documents import chat_document, described_story_document, wish_document
 from miniature.facts import fits, held_out, random_stream, sample_picture
 from miniature.wishes import typed, wish
@@ -52,7 +52,7 @@ def test_wishes_name_things_of_their_picture():
     nouns |= {"kitty": "cat", "tomcat": "cat", "sparrow": "bird", "robin": "bird", "balloon": "balloon", "kite": "kite"}
     found = set()
     for i in range(2000):
-        text, picture = wish(random_stream(3, i), slips=0.0)
+        text, picture = wish(random_stream(3, i), typos=0.0)
         assert text == plain_words(text)
         named = {nouns[word] for word in text.split() if word in nouns}
         if not {"no", "not", "without"} & set(text.split()):
@@ -83,7 +83,24 @@ def test_a_change_changes():
     assert kept < 50  # "again", and "make it big" of what is big
 
 
-def test_slips_change_little():
+def test_both_things_are_changed_and_one_is_exchanged_for_another():
+    both = exchanged = 0
+    for i in range(300):
+        rng = random_stream(9, i)
+        before = sample_picture(rng, count=2)
+        if made := recolour_both(rng, before):
+            assert made[1].things[0].colour == made[1].things[1].colour
+            assert [t.kind for t in made[1].things] == [t.kind for t in before.things]
+            both += 1
+        if (made := exchange(rng, before)) and made[1]:
+            kinds, new = {t.kind for t in before.things}, {t.kind for t in made[1].things}
+            assert len(made[1].things) == 2 and len(new - kinds) == 1
+            exchanged += 1
+    assert recolour_both(random_stream(9, 0), sample_picture(random_stream(9, 0), count=1)) is None
+    assert both > 100 and exchanged > 100
+
+
+def test_typos_change_little():
     for i in range(200):
         text = "a purple flower in the mountains"
         slipped = typed(random_stream(6, i), text, 1.0)
@@ -99,6 +116,7 @@ def test_slips_change_little():
         ("A Red BOAT!!", "a red boat"),
         ("\u201cit\u2019s\u201d  a\tboat \u2013 at sea", "it's a boat at sea"),
         ("(hello) #1: ok?", "hello 1 ok?"),
+        ("a cherry-red car", "a cherry red car"),
     ],
 )
 def test_plain_words(typed_text, read):
@@ -160,12 +178,12 @@ def test_unknown_words(text, unknown):
     assert WORDS.missing(text) == unknown
 
 
-def test_slips_are_mended():
+def test_typos_are_mended():
     assert WORDS.spelled("a bule baot on teh see, a purpel kitee!") == "a blue boat on the see, a purple kite"
     assert WORDS.spelled("a horse and a xylophone") == "a horse and a xylophone"
     mended = total = 0
     for i in range(400):
-        text = wish(random_stream(7, i), slips=0.0)[0]
+        text = wish(random_stream(7, i), typos=0.0)[0]
         slipped = typed(random_stream(8, i), text, 1.0)
         pairs = list(zip(text.split(), WORDS.spelled(slipped).split(), slipped.split(), strict=True))
         wrong = [(a, b) for a, b, c in pairs if a != c and c not in WORDS.known and len(c) > 2]
