@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from pathlib import Path
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from random_weights import write_random_weights
+from tqdm import tqdm
 
 import train_mls
 import train_uas
@@ -85,6 +87,7 @@ def child(script, out: Path, arguments: list[str], environment: dict[str, str], 
 
     code = 1
     atexit._clear()  # the parent's: its folder is not ours to remove
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forked runs, and one that is killed may hold it
     try:
         trainer_run.save_checkpoint = save_and_tell
         os.environ |= environment
