@@ -16,9 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 MAX_PIXELS, MAX_LENGTH = 64_000_000, 10_000  # a picture with more, or with a longer side, is refused undecoded
 MAX_RATIO = 100  # of the sides: a narrower picture would grow too much when it is padded or resized
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow would take more, and start Ghostscript for PostScript
-PngImagePlugin.MAX_TEXT_CHUNK = (
-    PngImagePlugin.MAX_TEXT_MEMORY
-)  # 64 MB instead of 1 MB for texts in a PNG, which nobody reads
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # texts in a PNG, which nobody reads: 64 MB, not 1 MB
 
 
 class ImageError(ValueError):

@@ -1,9 +1,9 @@
 """What is said about a picture: captions in many phrasings, and the reader that gets the facts back out of a text.
 
-Captions are written as cleaned CC3M captions are: lower case, no full stops. Every caption names
-the scene and all colours. It names the places of all things or of none (`PLACE_NAMED`), and so the sizes (`SIZE_NAMED`;
-"a boat that is small and red" always does). It names sunset and night always, and day half of the time (`DAY_NAMED`):
-where no time is named, it is day.
+Captions are written as cleaned CC3M captions are: lower case, no full stops. Every caption names the scene and
+all colours. It names the places of all things or of none (`PLACE_NAMED`), and so the sizes (`SIZE_NAMED`; "a boat that
+is small and red" always does). It names sunset and night always, and day half of the time (`DAY_NAMED`): where no time
+is named, it is day.
 
 Synonyms stand in one text, "boat | sailboat | ship", the commonest first.
 """
