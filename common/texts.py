@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.files import read_json
 
-STRAIGHT = str.maketrans("\u2018\u2019\u00b4`\u201c\u201d\u201e-\u2012\u2013\u2014\u2015", "''''        ")
+SIGNS = str.maketrans("\u2018\u2019\u00b4`", "''''") | {ord("&"): " and ", ord("+"): " and "}
 
 
 def clean_caption(text: str) -> str:
@@ -15,12 +15,14 @@ def clean_caption(text: str) -> str:
 
 
 def plain_words(text: str) -> str:
-    """What somebody typed, as the miniature reads it: `clean_caption`, straight quotes, no hyphens and dashes."""
-    return clean_caption(text.translate(STRAIGHT))
+    """What somebody typed, as the miniature reads it: `clean_caption`, with straight apostrophes, "and" for & and +, no
+    other signs than commas and question marks."""
+    return clean_caption(re.sub(r"[^\w\s,?']|_", " ", text.translate(SIGNS)))
 
 
 # ---- spelling: typos are read as the known words that were meant, and unknown words are named
 
+ENDINGS = "s", "es", "d", "ed", "r", "er", "ing", "ly", "n't", "'s", "'d", "'ll", "'re", "'ve", "'m"
 WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
 
 
@@ -29,21 +31,22 @@ def words_in(text: str) -> list[str]:
 
 
 class Words:
-    """The words that a small model knows. `unknown`: common words that it does not know, which are never taken for
-    typos of known ones."""
+    """The words that a small model knows. `unknown`: common words of what it cannot draw. `ordinary`: everyday words
+    that say nothing of a picture. Neither are taken for typos of known ones."""
 
-    def __init__(self, known: list[str], unknown: list[str]):
-        self.known, self.unknown = known, {*unknown}
+    def __init__(self, known: list[str], unknown: list[str], ordinary: list[str]):
+        self.known, self.unknown, self.ordinary = known, {*unknown}, {*ordinary}
 
     @classmethod
     def of(cls, weights: Path) -> "Words":
         """Those of minigpt5/words.json in a folder of weights; no words where it has no such list."""
         path = weights / "minigpt5" / "words.json"
-        return cls(**read_json(path)) if path.is_file() else cls([], [])
+        return cls(**read_json(path)) if path.is_file() else cls([], [], [])
 
     def meant(self, word: str) -> str | None:
-        """The known word that is written like this, perhaps with a typo; None if there is none."""
-        if word in self.known or len(word) < 2:
+        """The known word that is written like this, perhaps with a typo; an ordinary word itself; else None."""
+        stems = {word, *(word.removesuffix(ending) + last for ending in ENDINGS for last in ("", "e"))}
+        if word in self.known or len(word) < 2 or stems & self.ordinary:
             return word
         swaps = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
         near = swaps.intersection(self.known) or get_close_matches(word, self.known, 3, 0.75)

@@ -12,7 +12,8 @@ import numpy as np
 
 from common.files import read_json
 from miniature.facts import Picture, chance, pick, sample_picture
-from miniature.wishes import enlarged, related, typed
+from miniature.slips import typed
+from miniature.wishes import enlarged, related
 from miniature.words import plural
 
 VOCABULARY = read_json(Path(__file__).with_suffix(".json"))

@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from common.texts import plain_words, words_in
-from miniature import facts, phrases, words
+from miniature import chat_phrases, facts, phrases, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
+from miniature.slips import CHATTER, OPENERS, ORDINARY, TYPOS, chatter, padded, typed
 from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
-from miniature.wishes import TYPOS, noun_of, place_words, said, scene_words, thing_phrase, time_words, typed, wish
+from miniature.wishes import noun_of, place_words, said, scene_words, thing_phrase, time_words, wish
 from miniature.words import choices, describe, facts_in, from_left, one_of, plural, some
 from prompts import Turn
 
@@ -46,12 +47,14 @@ def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
         other = picture.things[1 - i]
         fact = pick(rng, [name for name in ("colour", "size", "place") if getattr(thing, name) != getattr(other, name)])
         return i, f"the {getattr(thing, fact)} {pick(rng, ['one', thing.kind])}"
+    if not alone and thing.colour != picture.things[1 - i].colour and chance(rng, 0.1):
+        return i, f"the {thing.colour} one"
     name = noun_of(rng, thing.kind) if chance(rng, 0.3) else thing.kind
     return i, f"the {thing.colour + ' ' if chance(rng, 0.15) else ''}{name}"
 
 
 def wished(rng: np.random.Generator, order: str) -> str:
-    return one_of(rng, phrases.ORDERS).format(order)
+    return one_of(rng, chat_phrases.ORDERS).format(order)
 
 
 # ---- changes: each takes (rng, picture) to (what is typed, the new picture), or to None where that cannot be
@@ -67,7 +70,7 @@ def recolour(rng, picture):
     orders += [f"change the colour of {name} to {word}", f"change {name} to {word}", f"let {name} be {word}"]
     text = wished(rng, pick(rng, orders))
     if alone and chance(rng, 0.4):
-        text = one_of(rng, phrases.RECOLOURS).format(word)
+        text = one_of(rng, chat_phrases.RECOLOURS).format(word, picture.things[i].colour)
     elif chance(rng, 0.15):
         text = pick(rng, [f"{name} should be {word}", f"i want {name} to be {word}", f"can {name} be {word}?"])
     return text, after
@@ -78,13 +81,23 @@ def recolour_both(rng, picture):
         return None
     colour, (one, two) = pick(rng, facts.COLOURS), picture.things
     word = said(rng, words.COLOUR_WORDS[colour], phrases.MORE_COLOURS[colour])
-    text = one_of(rng, phrases.BOTH_RECOLOURED).format(word)
+    text = one_of(rng, chat_phrases.BOTH_RECOLOURED).format(word)
     if one.kind == two.kind and chance(rng, 0.3):
         text = f"make the {plural(one.kind)} {word}"
     after = replace(picture, things=(replace(one, colour=colour), replace(two, colour=colour)))
     if any(held_out(thing.kind, colour, picture.scene) for thing in after.things):
         return None
     return wished(rng, text), after
+
+
+def resize_both(rng, picture):
+    if len(picture.things) == 1:
+        return None
+    size = pick(rng, facts.SIZES)
+    after = replace(picture, things=tuple(replace(thing, size=size) for thing in picture.things))
+    word = said(rng, words.SIZE_WORDS[size], f"{phrases.MORE_SIZES[size]} | {phrases.COMPARATIVES[size]}")
+    text = one_of(rng, chat_phrases.BOTH_RESIZED).format(word)
+    return wished(rng, text), after if after != picture and fits(after.things, picture.scene) else None
 
 
 def resize(rng, picture):
@@ -97,7 +110,7 @@ def resize(rng, picture):
     after = changed_thing(picture, i, size=size)
     text = wished(rng, pick(rng, [f"make {name} {word}"] * 3 + [f"draw {name} {word}", f"let {name} be {word}"]))
     if len(picture.things) == 1 and chance(rng, 0.4):
-        text = one_of(rng, phrases.RESIZES).format(word)
+        text = one_of(rng, chat_phrases.RESIZES).format(word)
     if size != before and chance(rng, 0.12):
         text = f"{name} is too {before}"
     return text, after
@@ -113,7 +126,9 @@ def move(rng, picture):
     where = place_words(rng, place) if chance(rng, 0.6) else some(rng, TOWARDS[place])
     text = wished(rng, f"{pick(rng, ['put', 'put', 'move', 'place', 'draw', 'shift', 'bring'])} {name} {where}")
     if len(picture.things) == 1 and chance(rng, 0.3):
-        text = one_of(rng, phrases.MOVES_IT).format(where)
+        text = one_of(rng, chat_phrases.MOVES_IT).format(where)
+        if {place, picture.things[0].place} == {"left", "right"} and chance(rng, 0.6):
+            text = one_of(rng, chat_phrases.OTHER_SIDE)
     return text, after
 
 
@@ -121,16 +136,20 @@ def swap(rng, picture):
     if len(picture.things) == 1:
         return None
     one, two = picture.things
+    if one.colour != two.colour and chance(rng, 0.4):
+        after = replace(picture, things=(replace(one, colour=two.colour), replace(two, colour=one.colour)))
+        if any(held_out(thing.kind, thing.colour, picture.scene) for thing in after.things):
+            return None
+        return one_of(rng, chat_phrases.COLOURS_SWAPPED), after
     after = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
-    text = one_of(rng, "swap them | swap the two | the other way round | let them change places | switch their places")
-    return text, after if fits(after.things, picture.scene) else None
+    return one_of(rng, chat_phrases.SWAPPED), after if fits(after.things, picture.scene) else None
 
 
 def change_time(rng, picture):
     time = pick_other(rng, facts.TIMES, picture.time)
     when = time_words(rng, time)
     word = pick(rng, {"day": ["day", "daytime", "morning"], "sunset": ["evening", "sunset"], "night": ["night"]}[time])
-    text = one_of(rng, phrases.RETIMES).format(when, word)
+    text = one_of(rng, chat_phrases.RETIMES).format(when, word, picture.time)
     return text, replace(picture, time=time)
 
 
@@ -141,7 +160,7 @@ def change_scene(rng, picture):
         return None
     where = scene_words(rng, after)
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
-    text = one_of(rng, phrases.RESCENES).format(where, it, some(rng, words.SCENE_NOUNS[scene]))
+    text = one_of(rng, chat_phrases.RESCENES).format(where, it, some(rng, words.SCENE_NOUNS[scene]))
     return text, after
 
 
@@ -167,12 +186,12 @@ def add(rng, picture):
         phrase = one_of(rng, "another one | another {0} | one more | a second one | one more {0}").format(other.kind)
         twin = replace(other, size=first.size)
         other = twin if fits((first, twin), picture.scene) else other
-    order = one_of(rng, phrases.ADDS).format(phrase)
+    order = one_of(rng, chat_phrases.ADDS).format(phrase)
     if named_place:
         order = f"{pick(rng, ['add', 'put', 'draw', 'place'])} {phrase} {place_words(rng, other.place)}"
     text = wished(rng, order)
     if not named_place and chance(rng, 0.3):
-        text = one_of(rng, phrases.ADDS_TOO).format(phrase)
+        text = one_of(rng, chat_phrases.ADDS_TOO).format(phrase)
     return text, replace(picture, things=(first, other))
 
 
@@ -184,7 +203,7 @@ def remove(rng, picture):
         name = picture.things[i].kind
         text = pick(rng, [f"no {name}", f"without {name}", f"only the {picture.things[1 - i].kind}"])
     else:
-        text = wished(rng, one_of(rng, phrases.LESS).format(name))
+        text = wished(rng, one_of(rng, chat_phrases.LESS).format(name))
     return text, replace(picture, things=(picture.things[1 - i],))
 
 
@@ -199,7 +218,7 @@ def exchange(rng, picture):
     if after is not None:  # what stays comes first: what is left of the old facts then belongs to the new thing
         after = replace(after, things=after.things[::-1])
     phrase = thing_phrase(rng, Thing(other.kind, other.colour if colour else None))
-    text = one_of(rng, phrases.EXCHANGES).format(phrase, name, picture.things[i].kind)
+    text = one_of(rng, chat_phrases.EXCHANGES).format(phrase, name, picture.things[i].kind)
     if len(picture.things) == 1 and chance(rng, 0.3):
         text = pick(rng, [f"{phrase} instead", f"the same with {phrase}", f"no, {phrase}", f"make it {phrase}"])
     return text, after
@@ -215,12 +234,12 @@ def two_changes(rng, picture):
 
 
 def again(rng, picture):
-    return one_of(rng, phrases.AGAIN), picture
+    return one_of(rng, chat_phrases.AGAIN), picture
 
 
 CHANGES = {
-    recolour: 0.22, recolour_both: 0.04, resize: 0.13, move: 0.14, change_time: 0.14, change_scene: 0.12, add: 0.2,
-    remove: 0.14, exchange: 0.08, two_changes: 0.05, swap: 0.02, again: 0.02,
+    recolour: 0.2, recolour_both: 0.06, resize: 0.12, resize_both: 0.04, move: 0.14, change_time: 0.12,
+    change_scene: 0.11, add: 0.18, remove: 0.13, exchange: 0.1, two_changes: 0.06, swap: 0.06, again: 0.02,
 }  # fmt: skip
 
 
@@ -228,7 +247,7 @@ def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
     made = None
     while made is None or made[1] is None:
         made = pick_weighted(rng, CHANGES)(rng, picture)
-    praise = f"{one_of(rng, phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
+    praise = f"{one_of(rng, chat_phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
     return praise + made[0], made[1]
 
 
@@ -252,12 +271,15 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
 
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:
     what = rng.random()
-    if what < 0.15:
+    if what < 0.1:
         return talk_about(rng)
-    if what < 0.4:
-        forms, blanks, answer = pick(rng, phrases.TALK_FORMS)
+    if what < 0.25:
+        start = one_of(rng, f"{OPENERS} | i | you | my {one_of(rng, phrases.STRANGERS)} | what | why | it |  | ")
+        return f"{start} {chatter(rng)} {chatter(rng)}", chat_phrases.NO_WISH
+    if what < 0.45:
+        forms, blanks, answer = pick(rng, chat_phrases.TALK_FORMS)
         return one_of(rng, forms).format(one_of(rng, blanks)), answer
-    return tuple(choices(pick(rng, phrases.MORE_TALK if what < 0.7 else TALK if what < 0.88 else LIKES)))
+    return tuple(choices(pick(rng, chat_phrases.MORE_TALK if what < 0.7 else TALK if what < 0.88 else LIKES)))
 
 
 # ---- a chat
@@ -275,7 +297,7 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
         if what < (0.25 if picture is None else 0.16):
             asked, answer = small_talk(rng)
         elif picture is None and what < 0.32:
-            asked, answer = change(rng, cast(rng, split))[0], phrases.NO_PICTURE
+            asked, answer = change(rng, cast(rng, split))[0], chat_phrases.NO_PICTURE
             if not asked.startswith(("make", "put", "move", "remove", "paint")):
                 continue
         elif what < (0.45 if picture is None else 0.2):
@@ -284,14 +306,14 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
         elif picture is not None and what < 0.32:
             asked, answer = question(rng, picture)
         elif picture is not None and what < 0.78:
-            text, picture = change(rng, picture)
-            asked, answer = text, bracketed(picture)
+            asked, picture = change(rng, picture)
+            asked, answer = padded(rng, asked) if chance(rng, CHATTER / 2) else asked, bracketed(picture)
         else:
             pairs, picture = chance(rng, 0.4), None
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, typos)
             if turns and facts_in(asked).scene and chance(rng, 0.3):
-                asked = one_of(rng, phrases.STARTS_ANEW).format(asked)
+                asked = one_of(rng, chat_phrases.STARTS_ANEW).format(asked)
             answer = bracketed(picture)
         turns += [Turn(plain_words(typed(rng, asked, typos)), (shown,) if shown else ()), Turn(answer)]
     return turns or chat(rng, split, typos)
@@ -301,14 +323,15 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
 
 
 def known_words(texts: int = 32_000) -> list[str]:
-    """Every word that wishes and chats are made of, but for the names of what this world does not have."""
+    """Every word that wishes and chats are made of, but for the names of what this world does not have and the words
+    that say nothing of a picture."""
     nouns = [noun for kind in words.NOUNS for noun in choices(f"{words.NOUNS[kind]} | {phrases.MORE_NOUNS[kind]}")]
     found = {word for noun in nouns for word in words_in(f"{noun} {plural(noun)}")}  # plurals are rare in texts
     for i in range(texts):
         rng = facts.random_stream(0, i, WORDS)
         lines = [turn.text for turn in chat(rng, typos=0.0)[::2]] if i % 2 else [wish(rng, typos=0.0)[0]]
         found.update(word for line in lines for word in words_in(line))
-    return sorted(found - set(unknown_words()))
+    return sorted(found - {*unknown_words(), *ORDINARY})
 
 
 def unknown_words() -> list[str]:

@@ -21,8 +21,9 @@ from common.texts import plain_words
 from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
 from miniature.facts import Picture, pick, pick_weighted, random_stream
+from miniature.slips import typed
 from miniature.tales import SEES, SHOWS
-from miniature.wishes import typed, wish
+from miniature.wishes import wish
 from miniature.words import as_named, describe, description, from_left, some
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from prompts import Example, Turn, chat_history, dialog_example, history_start, story_example, uas_texts

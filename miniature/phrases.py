@@ -1,9 +1,7 @@
-"""The phrases that people's wishes and chats are made of (`wishes.py`, `chats.py`), beside the words of captions.
+"""The phrases that people's wishes are made of (`wishes.py`), beside the words of captions.
 
 Alternatives stand in one text, "boat | ship"; {} and {0}, {1} are filled in.
 """
-
-# ---- wishes
 
 MORE_NOUNS = {
     "ball": "football | soccer ball | rubber ball | round ball | basketball | sphere | tennis ball | "
@@ -16,7 +14,7 @@ MORE_NOUNS = {
     "raft | rowboat | steamer | steamboat | speedboat | motorboat | sloop | barge | tugboat | cruise ship",
     "fish": "goldfish | fishy | salmon | trout | carp | tuna | guppy | clownfish | tropical fish",
     "car": "auto | vehicle | sedan | sports car | race car | taxi | cab | van | "
-    "racecar | minivan | roadster | limo | cabriolet",
+    "motorcar | racecar | minivan | roadster | limo | cabriolet",
     "star": "bright star | shooting star | shining star | north star | lucky star",
     "flower": "rose | tulip | sunflower | lily | bloom | poppy | orchid | flower head | "
     "dandelion | peony | dahlia | bluebell | buttercup | pansy | lotus",
@@ -29,7 +27,8 @@ MORE_NOUNS = {
 MORE_COLOURS = {
     "red": "ruby | ruby red | cherry red | blood red | dark red | light red | reddish | fire red | tomato red | "
     "burgundy | maroon | wine red",
-    "orange": "amber | dark orange | light orange | carrot orange | orangey | pumpkin orange | copper | rusty orange",
+    "orange": "amber | dark orange | light orange | carrot orange | orangey | pumpkin orange | copper | rusty orange | "
+    "ginger | fiery orange",
     "yellow": "gold | canary yellow | sunny yellow | light yellow | yellowish | mustard yellow | lemon | "
     "blond | honey yellow | straw yellow | corn yellow",
     "green": "dark green | light green | grass green | lime | lime green | olive | greenish | forest green | "
@@ -42,16 +41,17 @@ MORE_COLOURS = {
 }
 MORE_SIZES = {
     "small": "wee | mini | miniature | very small | really small | quite small | teeny | teeny tiny | "
-    "very tiny | short",
+    "very tiny | short | lil | itty bitty | not so big | smallish | baby",
     "big": "gigantic | massive | great big | very big | very very big | really big | very large | tall | enormous | "
-    "super big | quite big",
+    "super big | quite big | rly big | rly rly big | biggest | sizable | grown up | extra large",
 }
 MORE_PLACES = {
     "left": "on the left side of the picture | at the left side | left | far left | to the left side | "
-    "on the very left",
-    "middle": "in the very middle | in the middle of the picture | in the center of the picture | middle | centered",
+    "on the very left | off to the left | at left side | on left | left of centre",
+    "middle": "in the very middle | in the middle of the picture | in the center of the picture | middle | centered | "
+    "dead centre | dead center | right in the middle | exactly in the middle | smack in the middle | in middle",
     "right": "on the right side of the picture | at the right side | right | far right | to the right side | "
-    "on the very right",
+    "on the very right | off to the right | at right side | on right | right of centre",
 }
 SETTINGS = {  # nouns of a scene, and what follows "in the": people use them in lists and sentences
     "sea": "sea | ocean | waves | water | open sea | blue sea | deep blue sea | deep sea | seaside | open water | "
@@ -92,10 +92,11 @@ MORE_TIMES = {
     "on a sunny morning | under the sun | in the sun | under a blue sky | in the bright sun",
     "sunset": "in the twilight | in the late evening | at sun down | during sunset | at the end of the day | "
     "in the evening sun | at dawn | at sunrise | while the sun sets | when the sun goes down | "
-    "with a sunset | in the sunset",
+    "with a sunset | in the sunset | with the sun setting | sunset vibes | as the evening sun gets low | before dark",
     "night": "in the night | by night | at nighttime | in moonlight | in the moonlight | under a starry sky | "
     "late at night | at nightfall | beneath the moon | during the night | "
-    "in the middle of the night | on a moonlit night | under the night sky",
+    "in the middle of the night | on a moonlit night | under the night sky | at nite | tonight | around midnight | "
+    "beneath the midnight moon | when it is dark",
 }
 SCENE_TIMES = {  # both in one phrase
     "snow day": "on a winter day | on a snowy day | on a cold winter morning | on a winter afternoon",
@@ -140,7 +141,25 @@ REQUESTS = (
     "this is {} | here is {} | here we see {} | i see {} | i can see {} | we see {} | there you see {} | look, {} | "
     "wow, {} | in this picture there is {} | the picture shows {} | an artwork of {} | a nice picture of {} | "
     "a cartoon of {} | a beautiful drawing of {} | a view of {} | i dream of {} | my favourite is {} | just {} | "
-    "only {} | simply {} | ok, now {} | now {}"
+    "only {} | simply {} | ok, now {} | now {} | "
+    "i wonder whether you could manage {} | is it possible to get {}? | would it be possible to have {}? | "
+    "would you be so kind as to paint {}? | would you kindly draw {}? | kindly draw {} for me | might i have {}? | "
+    "i should very much like to see {} | i would love to see {} | i'd love {} | you make for me {}, yes? | "
+    "please to make {} | i want picture of {} | i wish for {} | i was hoping for {} | i was thinking of {} | do {} | "
+    "do you do {}? | do you have {}? | have you got {}? | could there be {}? | have you ever seen {}? | "
+    "what would {} look like? | how would {} look? | what if there was {}? | what i picture is {} | "
+    "what i need is {} | "
+    "what i want is {} | it must be {} | it has to be {} | i am looking for {} | my son wants {} | he wants {} | "
+    "my daughter would like {} | my little boy loves {} | she wants {} | we need {} for the wall | i remember {} | "
+    "in my youth we had {} | when i was young we had {} | when i close my eyes i see {} | yesterday i saw {} | "
+    "last night i dreamt of {} | i love {} | once there lived {} | somewhere there is {} | oh {} | behold {} | "
+    "why is there never {}? make one | i said {} | i asked for {} | quick one: {} | asap: {} | {} asap | {} pls | "
+    "pls {} | plz {} | {}, ok? | {}, that's it | {}, that's all | {}, thank you | thank you for {} in advance | "
+    "{} for my wife | {} for a friend | {} for the nursery | {}, nothing fancy | nothing fancy, just {} | "
+    "{} right now | can u do {} | can u draw {} | {} i guess | maybe {} | perhaps {} | say {} | scene: {} | "
+    "{}, cartoon style | {}, much obliged | let us have {} | let's have {} | let's see {} | let's try {} | try {} | "
+    "put {} there | fill the page with {} | give us {} | i'll take {} | i could use {} | surprise me with {} | "
+    "today i want {} | today i feel like {} | tell me you can draw {} | it would be nice to see {}"
 )
 FILLERS = (
     "lonely | beautiful | cute | nice | pretty | lovely | funny | happy | old | new | shiny | sweet | "
@@ -152,7 +171,9 @@ FILLERS = (
 SKY = "in the sky | in the air | up in the sky | high in the sky | up in the air | flying high | overhead | high up"
 JOINS = (
     "and | and | and | and | with | next to | beside | near | together with | plus | along with | close to | "
-    "and also | by | as well as | alongside | and then | in front of | behind | on top of | close by"
+    "and also | by | as well as | alongside | and then | in front of | behind | on top of | close by | "
+    "and my daughter wants | and somewhere | and i want | and not far away | and near it | and a friend of it: | "
+    "followed by | accompanied by | , then | and i think there was | and over there | and don't forget | and maybe"
 )
 LOOKS = (
     "looks at | watches | sees | likes | meets | is next to | is beside | is close to | waits for | dreams of | "
@@ -161,7 +182,12 @@ LOOKS = (
 )
 ABSENT = (
     "but no {0} | without a {0} | without any {1} | and no {0} | with no {1} | but not a {0} | but there is no {0} | "
-    "and no {1} | no {1} please | not a {0}"
+    "and no {1} | no {1} please | not a {0} | but leave out the {1} | minus the {0} | but i don't want any {1}"
+)
+ABSENT_FIRST = (
+    "no {0} | please no {0} | no {1} | skip the {1} | skip the {0} | forget the {0} | without {1} | "
+    "i don't want a {0} | "
+    "i don't want any {1} | i don't need {1} | not a {0} | leave out the {1} | i hate {1} | enough {1}"
 )
 STRANGERS = (  # what this world does not have
     "dog | horse | man | woman | girl | boy | robot | dragon | plane | train | bus | bicycle | bike | truck | rocket | "
@@ -172,6 +198,21 @@ STRANGERS = (  # what this world does not have
     "cup | bottle | pizza | hamburger | cheese | egg | carrot | mushroom | cactus | bush | rainbow | cloud | rain | "
     "volcano | island | helicopter | submarine | tractor | motorbike | skateboard | swing | statue | tower | church | "
     "windmill | mother | father | sister | brother | teacher | grandma | wife | husband | boss | neighbour"
+)
+STRANGER_DOES = (
+    "and | with | next to | beside | holding | under | sits near | rides past | looks at | carries | playing with | "
+    "and my | "
+    "on top of | in front of | wants | has | loves | talks to | runs after | behind | close to | is afraid of | finds"
+)
+COLOURED = (
+    "that is | which is | in | coloured | of colour | , colour | what is | , painted | : colour | , must be | "
+    ", and it is | "
+    ", it should be | , i want it | and i want it | , but"
+)
+ARTICLES = " |  |  | one | the | my | this | some | our | a single | just one | only one | 1 | 1x | a certain"
+THERE = (
+    "there is | there's | there was | there stands | we have | i see | it is | i have | i want | draw | i need | "
+    "here comes | look at | make | i would like | paint | i imagine | we need | can you draw"
 )
 STRANGE_COLOURS = "black | black | grey | gray | brown | silver | beige | transparent"
 MORE_VERBS = {  # as in words.py: base, third person, participle
@@ -195,155 +236,7 @@ COMPARATIVES = {
     "big": "bigger | larger | much bigger | a bit bigger",
     "small": "smaller | much smaller | a bit smaller",
 }
+APART = (
+    "one on each side | one left and one right | side by side | next to each other | far apart | close together | both"
+)
 COUNTED = "two | two | two | a pair of | a couple of | 2 | twin | both | two identical | two equal"
-
-
-# ---- chats
-
-MORE_TALK = [
-    "hello | hello, how nice to meet you.",
-    "hi | hi, what shall i draw?",
-    "hey | hey, what shall i draw for you?",
-    "good evening | good evening, how are you?",
-    "how are you? | i am fine, thank you. and you?",
-    "i am fine | that is good to hear.",
-    "thank you | you are welcome.",
-    "thanks | you are welcome.",
-    "thanks a lot | you are very welcome.",
-    "ok | good, what shall i draw next?",
-    "yes | good.",
-    "no | all right.",
-    "nice | thank you, i am happy that you like it.",
-    "great | thanks, it was fun to draw.",
-    "cool | thank you.",
-    "that looks good | thank you, i am happy that you like it.",
-    "i like it | i am glad to hear that.",
-    "well done | thanks, drawing is what i like best.",
-    "not bad | thank you.",
-    "wonderful | thank you very much.",
-    "bye | goodbye, see you soon.",
-    "goodbye | goodbye, see you soon.",
-    "see you later | goodbye, see you soon.",
-    "what can you draw? | balls, houses, trees, boats, fish, cars, stars, flowers, cats, birds, balloons and kites.",
-    "what can i ask for? | balls, houses, trees, boats, fish, cars, stars, flowers, cats, birds, balloons and kites.",
-    "help | ask me for a picture, and then for changes to it.",
-    "are you a robot? | i am a little painter and i tell stories too.",
-    "who made you? | i was made from nothing, with many small pictures.",
-    "do you like me? | yes, you are my friend.",
-    "what is up? | not much, shall i draw something?",
-    "i am bored | shall i draw something for you?",
-    "it is raining here | then it is a good day for pictures.",
-    "is it late? | i have no clock, but you may ask me for a night.",
-]
-TALK_FORMS = [  # what is said, what may fill its blank, the answer
-    (
-        "i feel {} today | i am {} today | i am so {} | i'm {} | i was {} yesterday | are you {}? | you are {}",
-        "tired | sad | happy | glad | hungry | excited | lonely | sick | busy | alone | ready | clever | angry | bored",
-        "i see. shall i draw something for you?",
-    ),
-    (
-        "thank you for {} | thanks for {} | many thanks for {} | sorry for {} | tell me more about {}",
-        "everything | your help | the picture | yesterday | that | your time | all of this | the nice words | the chat",
-        "you are welcome.",
-    ),
-    (
-        "can you {}? | do you {}? | could you {}? | will you {}? | i can {} | i like to {} | how do you {}?",
-        "draw | paint | help me | hear me | read | write | think | dream | play | speak french | count | cook | "
-        "dance | remember me | draw well | work | know me | learn | understand me",
-        "i draw small pictures. ask me for one.",
-    ),
-    (
-        "my {} is here | my {} says hello | my {} is away | how is your {}? | i miss my {} | this is for my {}",
-        "mother | father | sister | brother | friend | teacher | family | grandma | wife | husband | boss | neighbour",
-        "tell me more about it.",
-    ),
-    (
-        "what {}? | tell me what {} | i wonder what {}",
-        "do you think | is new | day is it | is the news | comes next | is the weather like | do you do all day | now",
-        "i do not know much. shall i draw something?",
-    ),
-]
-NO_PICTURE = "there is no picture yet. what shall i draw?"
-PRAISE = (
-    "nice | great | thanks | thank you | ok | good | cool | lovely | wow | beautiful | well done | i like it | perfect"
-)
-ORDERS = (
-    "{} please | please {} | can you {}? | now {} | could you {}? | {} | {} | {} | {} | and now {} | "
-    "i want you to {} | then {} | {}, please | could you please {}? | ok, now {}"
-)
-LESS = (
-    "remove {} | take {} away | take away {} | delete {} | leave out {} | get rid of {} | "
-    "erase {} | drop {} | i don't want {} | {} should go | make {} disappear"
-)
-AGAIN = "again | once more | one more time | draw it again | the same again | another one | show it again"
-
-
-RECOLOURS = (
-    "in {0} | {0} | {0} please | in {0} please | {0} instead | but {0} | the same but {0} | the same in {0} | "
-    "another one, but {0} | another one in {0} | i want it {0} | i want a {0} one | no, a {0} one | now in {0} | "
-    "it should be {0} | could it be {0}? | what about {0}? | and in {0}? | rather {0} | now {0} | a {0} one | "
-    "can i have it in {0}? | make that {0} | i'd prefer {0} | it must be {0}"
-)
-BOTH_RECOLOURED = (
-    "make them {0} | make them both {0} | make both {0} | make both of them {0} | paint them {0} | paint both {0} | "
-    "turn them {0} | both {0} | both in {0} | {0}, both of them | colour them both {0} | make everything {0} | "
-    "they should be {0} | they should both be {0} | make the two {0} | all {0} | all in {0} | i want them {0}"
-)
-RESIZES = (
-    "{0} | {0} please | {0}, please | but {0} | i want it {0} | the same but {0} | now {0} | can it be {0}? | "
-    "could it be {0}? | it should be {0} | a {0} one"
-)
-MOVES_IT = "{} | {} please | now {} | i want it {} | the same {} | more {} | it should be {}"
-RETIMES = (
-    "{0} | {0} please | now {0} | and {0}? | the same {0} | but {0} | what about {0}? | can you draw it {0}? | "
-    "show it {0} | and now {0} | let it be {1} | make it {1} | turn it into {1} | it should be {1} | "
-    "change it to {1} | how does it look {0}? | i want it {0} | {0} instead | the same picture {0} | "
-    "could it be {1}? | make it {0} | draw the same {0} | how about {0}? | let {1} come"
-)
-RESCENES = (
-    "the same {0} | {0} | now {0} | {0} please | put {1} {0} | and {0}? | the same picture {0} | but {0} | "
-    "draw the same {0} | what about {0}? | show {1} {0} | move {1} {0} | i want {1} {0} | {0} instead | "
-    "take {1} to {2} | how about {0}? | can you draw {1} {0}? | let it be {0} | change the place to {2} | "
-    "now the same {0} | could you put {1} {0}? | again, but {0} | place {1} {0}"
-)
-ADDS = (
-    "add {} | add {} | add {} | put {} into it | put {} there | draw {} too | draw {} next to it | put {} beside it | "
-    "add {} to the picture | include {} | place {} next to it"
-)
-ADDS_TOO = (
-    "and {} | with {} | also {} | plus {} | and {} please | with {} too | and also {} | i want {} too | "
-    "now with {} | there should be {} too | {} too please | and {} next to it"
-)
-EXCHANGES = (  # {0} in the place of {1}
-    "{0} instead of {1} | replace {1} with {0} | replace {1} by {0} | turn {1} into {0} | change {1} into {0} | "
-    "without {1}, but with {0} | no {2}, but {0} | not {1} but {0} | remove {1} and add {0} | "
-    "take {1} away and add {0} | swap {1} for {0} | {0}, not {1} | "
-    "exchange {1} for {0} | put {0} where {1} is | delete {1} and draw {0}"
-)
-STARTS_ANEW = (  # who asks for another picture
-    "now {} instead | draw {} instead | no, draw {} | instead, draw {} | something else: {} | something new: {} | "
-    "a new picture: {} | a new picture of {} | forget that, {} | next, {} | next picture: {} | let's draw {} now | "
-    "start over, draw {} | how about {} now? | and now something else: {} | another picture: {} | ok, next: {}"
-)
-SOUNDS_LIKE = {  # typos that are words themselves
-    "sea": "see",
-    "blue": "blew",
-    "red": "read",
-    "flower": "flour",
-    "kite": "kit",
-    "night": "knight",
-    "boat": "boot",
-    "car": "care",
-    "house": "hose",
-    "bird": "birth",
-    "star": "stare",
-    "cat": "cut",
-    "ball": "bald",
-    "fish": "fist",
-    "pink": "pint",
-    "white": "wide",
-    "city": "cite",
-    "desert": "dessert",
-    "left": "lift",
-    "right": "write",
-}

@@ -11,16 +11,15 @@ the middle of the snow" in the middle.
 
 import re
 from dataclasses import replace
-from string import ascii_lowercase
 
 import numpy as np
 
 from common.texts import plain_words
 from miniature import facts, phrases, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
-from miniature.words import caption, choices, facts_in, one_of, plural, some, tidy, with_article
+from miniature.slips import CHATTER, TYPOS, padded, typed
+from miniature.words import caption, choices, facts_in, one_of, plural, some, with_article
 
-TYPOS, SOUND_ALIKE = 0.2, 0.05  # shares of texts with typos, and with words that sound like those meant
 MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 
 # ---- words
@@ -41,12 +40,13 @@ def spread(rng: np.random.Generator, picture: Picture) -> Picture:
 
 
 def related(rng: np.random.Generator, split: str) -> Picture:
-    """Two things of one kind: the same but for colour or size, or alike in both."""
+    """Two things of one kind: alike, or of other colours or sizes."""
     first = sample_picture(rng, split, 1)
     hero, what = first.things[0], rng.random()
     other = hero
     if what < 0.35:
-        other = replace(hero, colour=pick(rng, COLOURS_FOR[hero.kind, first.scene]))
+        colour = pick(rng, COLOURS_FOR[hero.kind, first.scene])
+        other = replace(hero, colour=colour, size=pick(rng, [hero.size, hero.size, "small"]))
     elif what < 0.5:
         other = replace(hero, size="small" if hero.size == "big" else "big")
     return spread(rng, replace(first, things=(hero, other)))
@@ -96,16 +96,13 @@ def verb(rng: np.random.Generator, kind: str, form: int) -> str:
 def thing_phrase(rng: np.random.Generator, named: Thing) -> str:
     """ "a red boat", "one big cat", "a boat that is red"; now and then without an article."""
     noun, adjectives = noun_of(rng, named.kind), adjectives_of(rng, named)
-    if adjectives and chance(rng, 0.06):
+    if adjectives and chance(rng, 0.1):
         tail = (" and " if chance(rng, 0.7) else ", ").join(adjectives)
-        phrase = f"{noun} {one_of(rng, 'that is' if named.size else 'that is | which is | in | coloured')} {tail}"
+        phrase = f"{noun} {one_of(rng, 'that is | what is | , it is' if named.size else phrases.COLOURED)} {tail}"
     else:
         phrase = " ".join([*adjectives, noun])
-    if chance(rng, 0.05):
-        return phrase
-    article = rng.random()
-    if article < 0.08:
-        return f"{pick(rng, ['one', 'the', 'my', 'this', 'some', 'our', 'a single'])} {phrase}"
+    if chance(rng, 0.12):
+        return f"{one_of(rng, phrases.ARTICLES)} {phrase}".strip()
     return with_article(phrase)
 
 
@@ -143,6 +140,7 @@ def wish(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
     else:
         picture = wanted_picture(rng, split)
         text, picture = asked_for(rng, picture)
+    text = padded(rng, text) if chance(rng, CHATTER) else text
     return plain_words(typed(rng, text, typos)), picture
 
 
@@ -177,20 +175,24 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
         if len(things) == 1 and chance(rng, 0.5):  # right after the thing: "a house without a tree in the city"
             around = [end for end in ends(rng, picture, named) if not MIDDLE.search(end)]
             text = " ".join([thing_phrase(rng, things[0]), without, *around])
-        elif chance(rng, 0.2):
-            text = f"{pick(rng, ['no', 'please no'])} {absent}, {pick(rng, ['just', 'only', 'but'])} {text}"
+        elif chance(rng, 0.35):
+            absent = pick(rng, [absent, one_of(rng, phrases.STRANGERS)])
+            without = one_of(rng, phrases.ABSENT_FIRST).format(absent, plural(absent))
+            text = f"{without}{one_of(rng, ', just | , only | , but | , please only | . draw | ,')} {text}"
         else:
             text = f"{text} {without}"
     elif chance(rng, 0.06):
-        stranger = with_article(one_of(rng, phrases.STRANGERS))
-        if chance(rng, 0.6):
-            text = f"{text} {pick(rng, ['and', 'with', 'next to', 'beside'])} {stranger}"
-        else:
-            text = f"{stranger} {pick(rng, ['and', 'with', 'next to'])} {text}"
+        stranger = one_of(rng, phrases.STRANGERS)
+        stranger, does = pick(rng, [with_article(stranger), f"my {stranger}"]), one_of(rng, phrases.STRANGER_DOES)
+        text = f"{text} {does} {stranger}" if chance(rng, 0.4) else f"{stranger} {does} {text}"
     elif len(things) == 1 and things[0].colour and chance(rng, 0.04):
         other = some(rng, words.COLOUR_WORDS[pick_other(rng, facts.COLOURS, things[0].colour)])
         other = pick(rng, [other, f"{with_article(other)} one"])
         text = f"{text} {pick(rng, ['not', 'and not', ', not', 'but not'])} {other}"
+    elif len(things) == 1 and chance(rng, 0.05):  # said twice: "boats! i love boats. a blue boat"
+        noun = noun_of(rng, things[0].kind)
+        again = pick(rng, [*adjectives_of(rng, things[0]), noun, f"a {noun}", thing_phrase(rng, things[0])])
+        text = one_of(rng, "i love {0}. {2} | {1}, {2} | {2}, {1} | {0}! {2}").format(plural(noun), again, text)
     if chance(rng, 0.3):
         text = one_of(rng, phrases.REQUESTS).format(text)
     return text, picture
@@ -220,6 +222,8 @@ def bare_list(rng: np.random.Generator, named: Picture) -> str:
         parts = [*adjectives_of(rng, thing), noun_of(rng, thing.kind)]
         if len(named.things) == 1 and chance(rng, 0.3):
             parts = [parts[i] for i in rng.permutation(len(parts))]
+        elif chance(rng, 0.2):  # "house white, tree orange"
+            parts = [parts[-1], *parts[:-1]]
         elif comma and chance(rng, 0.4):
             parts[0] = with_article(parts[0])
         if thing.place:
@@ -262,13 +266,13 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
         doing = verb(rng, kind, int(1 + rng.integers(2)))
         return f"{thing_phrase(rng, thing)} {doing} {end}"
     if form < 0.76:
-        there = pick(rng, ["there is", "there's", "there was", "there stands", "we have", "i see", "it is"])
-        return f"{there} {thing_phrase(rng, thing)} {end}"
+        return f"{one_of(rng, phrases.THERE)} {thing_phrase(rng, thing)} {end}"
     if form < 0.84 and tail:
         first, rest = tail[0], " ".join(tail[1:])
         if chance(rng, 0.35):  # "in the middle of the snow stands a red house"
             return f"{first} {verb(rng, kind, 1)} {thing_phrase(rng, thing)} {rest}"
-        return f"{first}{',' if chance(rng, 0.3) else ''} {thing_phrase(rng, thing)} {rest}"
+        first = f"{verb(rng, kind, 2)} {first}" if chance(rng, 0.15) else first
+        return f"{first}{pick(rng, ['', '', ',', ':', ', i want'])} {thing_phrase(rng, thing)} {rest}"
     if form < 0.88 and time:
         clauses = [f"{clause} and" for clause in choices(words.TIME_CLAUSES[time])]
         start = pick(rng, choices(phrases.TIME_STARTS[time]) + clauses)
@@ -279,14 +283,17 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
             return f"{start} {does} {place_words(rng, thing.place) if thing.place else ''}"
         return f"{start} {thing_phrase(rng, thing)} {verb(rng, kind, 1)} {place}"
     noun = noun_of(rng, kind)
-    which = pick(rng, ["the", "the", "my", "a", "this", "our"])
+    which = pick(rng, ["the", "the", "my", "a", "this", "our", ""])
     facts = adjectives_of(rng, thing)
     if not facts:
         return f"{which} {noun} {pick(rng, ['is', verb(rng, kind, 1)])} {end}"
     if form < 0.93:  # sentences: "the ball is blue. the ball is big. it is in the desert."
         it = [f"{which} {noun}"] + [pick(rng, ["it", f"the {noun}"]) for _ in range(4)]
         lines = [f"{who} is {fact}" for who, fact in zip(it, [*facts, *tail], strict=False)]
-        return ". ".join(lines) + "."
+        if chance(rng, 0.5):
+            start = f"{one_of(rng, phrases.THERE)} {with_article(noun)}"
+            lines = [start, *(f"it is {fact}" for fact in [*facts, *tail])]
+        return pick(rng, [". ", ". ", ", ", " and ", "; "]).join(lines) + "."
     if form < 0.97:  # "my house is yellow and stands in a meadow"
         be = pick(rng, ["is", "is", "should be", "must be", "has to be"])
         return f"{which} {noun} {be} {' and '.join(facts)}{' and ' + verb(rng, kind, 1) + ' ' + end if tail else ''}"
@@ -296,9 +303,15 @@ def one_thing(rng: np.random.Generator, picture: Picture, named: Picture) -> str
 
 def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relation: str | None) -> str:
     end, things = " ".join(ends(rng, picture, named)), named.things
+    first, second = (thing_phrase(rng, thing) for thing in things)
+    unsized = not (relation or things[0].place or things[0].size or things[1].size)
+    if unsized and picture.things[0].size != picture.things[1].size and chance(rng, 0.25):
+        more, less = (one_of(rng, phrases.COMPARATIVES[thing.size]) for thing in picture.things)
+        if things[0].kind == things[1].kind and things[0].colour == things[1].colour:
+            return f"{first} and a {less.removeprefix('a ')} one {end}"
+        return f"{first} {pick(rng, ['that is', 'is', 'which is', ''])} {more} than {second} {end}"
     if things[0].kind == things[1].kind and not relation and chance(rng, 0.75):
         return f"{same_kind(rng, *things)} {end}"
-    first, second = (thing_phrase(rng, thing) for thing in things)
     homes = [home(thing.kind, picture.scene) for thing in picture.things]
     if relation:
         side = one_of(rng, "to the {0} of | to the {0} of | {0} of | on the {0} of | on the {0} side of")
@@ -307,43 +320,52 @@ def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relat
         return f"{first} {pick(rng, ['', 'is', 'stands'])} {side.format(relation)} {second} {end}"
     if things[0].place:
         places = [place_words(rng, thing.place) for thing in things]
+        if things[0].kind == things[1].kind and all(thing.colour for thing in things):
+            ones = [f"the {t.place} one {' and '.join(adjectives_of(rng, t))}" for t in things]
+            return f"two {plural(noun_of(rng, things[0].kind))} {end}, {ones[0]}{pick(rng, [', ', ' and '])}{ones[1]}"
         if chance(rng, 0.2):
             return f"{places[0]} {first} and {places[1]} {second} {end}"
         if chance(rng, 0.1):
             return bare_list(rng, named)
         return f"{first} {places[0]} {pick(rng, ['and', ',', 'with'])} {second} {places[1]} {end}"
     form = rng.random()
-    if form < 0.17 and homes[0] == "sky" != homes[1]:
+    if form < 0.13 and homes[0] == "sky" != homes[1]:
         doing = pick(rng, ["", verb(rng, things[0].kind, 2), verb(rng, things[0].kind, 1)])
         return f"{first} {doing} {pick(rng, ['above', 'over', 'high above', 'high over'])} {second} {end}"
     if form < 0.2 and homes[1] == "sky" != homes[0]:
         return f"{first} {pick(rng, ['below', 'under', 'beneath', 'underneath'])} {second} {end}"
     if form < 0.24:
         return bare_list(rng, named)
-    if form < 0.5 and picture.things[0].size != picture.things[1].size and not (things[0].size or things[1].size):
-        more = one_of(rng, phrases.COMPARATIVES[picture.things[0].size])
-        return f"{first} {pick(rng, ['that is', 'is', 'which is', ''])} {more} than {second} {end}"
-    if form < 0.27 and all(thing.colour for thing in things):
-        facts = [f"the {noun_of(rng, t.kind)} is {' and '.join(adjectives_of(rng, t))}" for t in things]
-        return f"{facts[0]}{pick(rng, [' and ', ', ', '. '])}{facts[1]} {end}"
-    if form < 0.3:
+    if form < 0.3 and all(thing.colour for thing in things):
+        the, nouns = pick(rng, ["the ", "my ", ""]), [noun_of(rng, thing.kind) for thing in things]
+        facts = [f"{the}{n} is {' and '.join(adjectives_of(rng, t))}" for n, t in zip(nouns, things, strict=True)]
+        start = f"{one_of(rng, phrases.THERE)} a {nouns[0]} {pick(rng, ['and', 'with'])} a {nouns[1]}"
+        looks = f"{the}{nouns[0]} {some(rng, phrases.LOOKS)} {the}{nouns[1]}"
+        start = pick(rng, ["", f"{start} {end}. ", f"{start}. ", f"{looks}. "])
+        return f"{start}{facts[0]}{pick(rng, [' and ', ', ', '. ', ' '])}{facts[1]} {'' if start else end}"
+    if form < 0.36:
+        if chance(rng, 0.3):  # "beside the old oak stands a white house"
+            beside = pick(rng, ["beside", "next to", "near", "close to", "in front of", "behind"])
+            return f"{beside} {second} {verb(rng, things[0].kind, 1)} {first} {end}"
         return f"{first} {some(rng, phrases.LOOKS)} {second} {end}"
-    if form < 0.6 and things[0].colour == things[1].colour is not None and not (things[0].size or things[1].size):
+    if form < 0.6 and things[0].colour == things[1].colour is not None and unsized:
         shade, nouns = adjectives_of(rng, Thing(None, things[0].colour))[-1], [noun_of(rng, t.kind) for t in things]
         both = " and ".join(pick(rng, [nouns, map(with_article, nouns)]))
+        if chance(rng, 0.3):
+            return f"{first} and {with_article(nouns[1])} {pick(rng, ['of', 'in'])} the same colour {end}"
         return f"{both}{pick(rng, [', both', ', both', ' both', ', all', ', both in'])} {shade} {end}"
-    if form < 0.36 and named.scene:
+    if form < 0.42 and named.scene:
         link = pick(rng, ["with", "and", ",", "where there are"])
         return f"{setting_first(rng, named.scene, named.time)} {link} {first} and {second}"
-    if form < 0.44 and homes[1] == "sky":
+    if form < 0.5 and homes[1] == "sky":
         return f"{first} {end} {pick(rng, ['with', 'and'])} {second} {one_of(rng, phrases.SKY)}"
-    if form < 0.52 and end:
+    if form < 0.57 and end:
         return f"{end} {pick(rng, ['', 'there are', 'there is', 'we see', 'are'])} {first} and {second}"
     if form < 0.6:
         return f"{pick(rng, ['there is', 'there are', 'i see'])} {first} and {second} {end}"
     if form < 0.66 and end:
         return f"{first} {end} {pick(rng, ['with', 'and', 'next to', 'beside'])} {second}"
-    return f"{first} {one_of(rng, phrases.JOINS)} {second} {end}"
+    return f"{first} {one_of(rng, phrases.JOINS)} {second}{', both' if end and chance(rng, 0.1) else ''} {end}"
 
 
 def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
@@ -353,7 +375,9 @@ def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
         adjectives = " ".join(adjectives_of(rng, one))
         if chance(rng, 0.15):
             return f"{with_article(f'{adjectives} {noun}'.strip())} and another {pick(rng, ['', adjectives])} {noun}"
-        return f"{one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) else phrases.COUNTED)} {adjectives} {plural(noun)}"
+        apart = f", {one_of(rng, phrases.APART)}" if chance(rng, 0.2) else ""
+        count = one_of(rng, phrases.TOO_MANY if chance(rng, 0.15) and not apart else phrases.COUNTED)
+        return f"{count} {adjectives} {plural(noun)}{apart}"
     facts = [" ".join(adjectives_of(rng, thing)) for thing in (one, two)]
     if not all(facts):
         return f"{with_article(f'{facts[0]} {noun}'.strip())} and {with_article(f'{facts[1]} {noun}'.strip())}"
@@ -364,35 +388,9 @@ def same_kind(rng: np.random.Generator, one: Thing, two: Thing) -> str:
         return f"{plural(noun)}{pick(rng, [': ', ', '])}one {facts[0]}{pick(rng, [', ', ' and '])}one {facts[1]}"
     if form < 0.65:
         return f"{with_article(facts[0])} and {with_article(facts[1])} {noun}"
-    if form < 0.85:
+    if form < 0.75:
         return f"two {plural(noun)}, one {facts[0]} and one {facts[1]}"
+    if form < 0.9:
+        ones = f"one is {facts[0]}{pick(rng, ['. ', ' and ', ', '])}the other {pick(rng, ['', 'one '])}is {facts[1]}"
+        return f"{one_of(rng, phrases.THERE)} two {plural(noun)}. {ones}"
     return f"{with_article(facts[0])} {noun} and {with_article(facts[1])} one"
-
-
-# ---- typos
-
-
-def typo(rng: np.random.Generator, word: str) -> str:
-    """A letter swapped with the next, doubled, left out, or another one. The first letter mostly stays."""
-    i = int(rng.integers(1 if chance(rng, 0.85) else 0, len(word)))
-    how = rng.random()
-    if how < 0.3 and i + 1 < len(word):
-        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
-    if how < 0.55:
-        return word[:i] + word[i + 1 :]
-    if how < 0.75:
-        return word[:i] + word[i] + word[i:]
-    return word[:i] + pick(rng, ascii_lowercase) + word[i + (how < 0.92) :]
-
-
-def typed(rng: np.random.Generator, text: str, typos: float = TYPOS) -> str:
-    """The text with one or two typos or with words that sound like its own, in most cases as it is."""
-    parts = text.split()
-    if chance(rng, min(typos, SOUND_ALIKE)):
-        parts = [phrases.SOUNDS_LIKE.get(part, part) for part in parts]
-    if chance(rng, typos):
-        for _ in range(1 + int(rng.integers(2))):
-            i = int(rng.integers(len(parts)))
-            if len(parts[i]) > 2 and parts[i].isalpha():
-                parts[i] = typo(rng, parts[i])
-    return tidy(" ".join(parts))

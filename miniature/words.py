@@ -158,7 +158,7 @@ def with_article(phrase: str) -> str:
 def plural(noun: str) -> str:
     if noun.endswith("fish"):
         return noun
-    if noun.endswith("ch"):
+    if noun.endswith(("ch", "s")):
         return noun + "es"
     return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
 

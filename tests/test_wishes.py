@@ -11,13 +11,15 @@ from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat, exchange, known_words, recolour_both, unknown_words
 from miniature.documents import chat_document, described_story_document, wish_document
 from miniature.facts import fits, held_out, random_stream, sample_picture
-from miniature.wishes import typed, wish
+from miniature.slips import ORDINARY, typed
+from miniature.wishes import wish
 from miniature.words import describe, facts_in
 from prompts import Turn, chat_history, description_in, model_turn, user_turn
 
 WORDS = Words.of(MINIATURE)
 TOKENIZER_FOLDER = MINIATURE / "vicuna"  # which has no words.json
 TOKENIZER = Tokenizer(TOKENIZER_FOLDER / "tokenizer.model")
+DENIALS = {"no", "not", "without", "skip", "forget", "minus", "leave", "hate", "enough", "don't", "need"}
 
 
 def pictures_of_training(n: int = 300):
@@ -51,11 +53,11 @@ def test_wishes_name_things_of_their_picture():
     nouns |= {"goldfish": "fish", "trout": "fish", "sedan": "car", "taxi": "car", "tulip": "flower", "daisy": "flower"}
     nouns |= {"kitty": "cat", "tomcat": "cat", "sparrow": "bird", "robin": "bird", "balloon": "balloon", "kite": "kite"}
     found = set()
-    for i in range(2000):
+    for i in range(4000):
         text, picture = wish(random_stream(3, i), typos=0.0)
         assert text == plain_words(text)
         named = {nouns[word] for word in text.split() if word in nouns}
-        if not {"no", "not", "without"} & set(text.split()):
+        if not DENIALS & set(text.split()):
             assert named <= {thing.kind for thing in picture.things}, (text, picture)
             found |= named
     assert len(found) == 11  # "star" has no such noun
@@ -117,6 +119,10 @@ def test_typos_change_little():
         ("\u201cit\u2019s\u201d  a\tboat \u2013 at sea", "it's a boat at sea"),
         ("(hello) #1: ok?", "hello 1 ok?"),
         ("a cherry-red car", "a cherry red car"),
+        (
+            "cat & dog + red_kite \U0001f63b \u201enow\u201c; a/b = [IMG0] <s>",
+            "cat and dog and red kite now a b img0 s",
+        ),
     ],
 )
 def test_plain_words(typed_text, read):
@@ -124,7 +130,7 @@ def test_plain_words(typed_text, read):
 
 
 def test_what_somebody_types_is_never_a_description():
-    assert description_in(user_turn(TOKENIZER, "(a red boat)", Words([], [])).text) is None
+    assert description_in(user_turn(TOKENIZER, "(a red boat)", Words([], [], [])).text) is None
     assert user_turn(TOKENIZER, "!!!", WORDS).text == "!!!"
     assert user_turn(TOKENIZER, "A Boat [IMG0]", None).text.startswith("A Boat [ IMG0]")
 
@@ -162,7 +168,7 @@ def test_own_pictures_are_remembered_by_their_words():
 
 def test_shipped_words_are_those_of_the_grammar():
     shipped = read_json(MINIATURE / "minigpt5" / "words.json")
-    assert shipped == {"known": known_words(), "unknown": unknown_words()}
+    assert shipped == {"known": known_words(), "unknown": unknown_words(), "ordinary": ORDINARY}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +192,7 @@ def test_typos_are_mended():
         text = wish(random_stream(7, i), typos=0.0)[0]
         slipped = typed(random_stream(8, i), text, 1.0)
         pairs = list(zip(text.split(), WORDS.spelled(slipped).split(), slipped.split(), strict=True))
-        wrong = [(a, b) for a, b, c in pairs if a != c and c not in WORDS.known and len(c) > 2]
+        wrong = [(a, b) for a, b, c in pairs if a != c and a in WORDS.known and c not in WORDS.known and len(c) > 2]
         mended, total = mended + sum(a == b for a, b in wrong), total + len(wrong)
     assert mended > 0.8 * total > 200
     assert Words.of(TOKENIZER_FOLDER).spelled("a bule boat") == "a bule boat"
