@@ -132,8 +132,8 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
             return
         history = history + [{"role": "user", "content": shown(picture)} for picture in pictures]
         history = history + ([{"role": "user", "content": text}] if text else [])
-        if missing := session.missing(text):
-            gr.Info(f"not in the miniature's world: {', '.join(missing)}")
+        if session.words and (unknown := session.words.read(text)[1]):
+            gr.Info(f"not in the miniature's world: {', '.join(unknown)}")
         if mode == STORY:
             session.begin(text, pictures)
         work = session.next_step if mode == STORY else lambda: session.chat(text, pictures)

@@ -22,7 +22,6 @@ nothing in it is special, reads it too. The functions here expect texts that are
 import re
 from typing import NamedTuple
 
-from common.texts import Words
 from common.tokenizer import Tokenizer
 
 END = " ###"  # ends every answer
@@ -174,10 +173,9 @@ def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
     return turns[first : first + 2] * (first < start) + turns[start:k]
 
 
-def user_turn(tokenizer: Tokenizer, text: str, words: Words | None, pictures: tuple = ()) -> Turn:
-    """What somebody typed, clean and escaped; with `words`, in lower case, without punctuation, its typos corrected."""
-    clean = words.spelled(text) if words else ""
-    return Turn(tokenizer.plain(clean or one_line(text)), pictures)
+def user_turn(tokenizer: Tokenizer, text: str, pictures: tuple = ()) -> Turn:
+    """What somebody typed, clean and escaped."""
+    return Turn(tokenizer.plain(one_line(text)), pictures)
 
 
 def model_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:

@@ -158,15 +158,13 @@ class Session:
         request = prompts.STORY_REQUESTS["text+image"][0]
         return self.continue_with(self.turns, self.turns, lambda b: prompts.story_source(b, request, self.system))
 
-    def missing(self, text: str) -> list[str]:
-        """The words of a text that are not in the world of the weights, where these bring a list of it."""
-        return self.words.missing(text) if self.words else []
-
     def user_turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
-        """What somebody typed. Its words that are not in the world of the weights are said on standard error."""
-        if missing := self.missing(text):
-            print(f"not in the miniature's world: {', '.join(missing)}", file=sys.stderr)
-        return prompts.user_turn(self.model.tokenizer, text, self.words, pictures)
+        """What somebody typed, its typos corrected where the weights bring a list of words. Words that are not in the
+        list are said on standard error."""
+        text, unknown = self.words.read(text) if self.words else (text, [])
+        if unknown:
+            print(f"not in the miniature's world: {', '.join(unknown)}", file=sys.stderr)
+        return prompts.user_turn(self.model.tokenizer, text, pictures)
 
     def model_turn(self, segments: Segments) -> Turn:
         return prompts.model_turn(self.model.tokenizer, *split(segments))

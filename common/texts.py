@@ -52,10 +52,10 @@ class Words:
         near = swaps.intersection(self.known) or get_close_matches(word, self.known, 3, 0.75)
         return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
 
-    def spelled(self, text: str) -> str:
-        """What somebody typed, as `plain_words` has it, with known words in the place of their typos."""
-        return re.sub(WORD, lambda match: self.meant(match[0]) or match[0], plain_words(text))
-
-    def missing(self, text: str) -> list[str]:
-        """The words of what somebody typed that are not known; none where no words are known at all."""
-        return [word for word in dict.fromkeys(words_in(plain_words(text))) if self.known and self.meant(word) is None]
+    def read(self, text: str) -> tuple[str, list[str]]:
+        """What somebody typed, as `plain_words` has it, with known words in the place of their typos; and those of its
+        words that are not known, none where no words are known at all."""
+        clean = plain_words(text)
+        meant = {word: self.meant(word) for word in words_in(clean)}
+        unknown = [word for word, other in meant.items() if self.known and other is None]
+        return re.sub(WORD, lambda match: meant[match[0]] or match[0], clean) or text, unknown

@@ -60,6 +60,11 @@ class Exam:
     def words(self) -> Words | None:
         return Words.of(self.weights) if self.sampling.words_first else None
 
+    def user_turn(self, text: str, pictures: tuple = ()) -> Turn:
+        """What somebody typed, as `sample.py` reads it."""
+        text = self.words.read(text)[0] if self.words else text
+        return user_turn(self.model.tokenizer, text, pictures)
+
     @property
     def system(self) -> str | None:
         return WORDS_FIRST_SYSTEM if self.sampling.words_first else None
@@ -119,7 +124,7 @@ def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] 
 
 def chat_source(exam: Exam, text: str, pictures: tuple = ()) -> str:
     """A chat's first turn, as the model reads it."""
-    return dialog_source([user_turn(exam.model.tokenizer, text, exam.words, pictures)], 1, exam.system)
+    return dialog_source([exam.user_turn(text, pictures)], 1, exam.system)
 
 
 def draw_prompts(exam: Exam, texts: list[str]) -> list[Said]:

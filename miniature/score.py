@@ -56,7 +56,7 @@ from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
 from miniature.words import agrees, facts_in, some
 from miniature.world import sample_dialogue, sample_pair
-from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts, user_turn
+from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
 
 QUESTIONS = 401  # purpose of the random streams
@@ -107,17 +107,16 @@ def sampling_of_sample(weights: Path) -> Sampling:
 
 def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
     """All chats side by side, turn after turn."""
-    tokenizer, words_first = exam.model.tokenizer, exam.sampling.words_first
     turns, answers = [[] for _ in chats], [[] for _ in chats]
     for number in range(max(map(len, chats), default=0)):
         active = [i for i, chat in enumerate(chats) if number < len(chat)]
         for i in active:
-            turns[i].append(user_turn(tokenizer, chats[i][number].text, exam.words))
+            turns[i].append(exam.user_turn(chats[i][number].text))
         k = 2 * number + 1
-        heard = [chat_history(turns[i], k, words_first) for i in active]
+        heard = [chat_history(turns[i], k, exam.sampling.words_first) for i in active]
         sources = [dialog_source(before, k, exam.system) for before in heard]
         for i, said in zip(active, ask(exam, sources, [pictures_of(before) for before in heard]), strict=True):
-            turns[i].append(model_turn(tokenizer, said.text, (said.picture,) if said.picture else ()))
+            turns[i].append(model_turn(exam.model.tokenizer, said.text, (said.picture,) if said.picture else ()))
             answers[i].append(said)
     return answers
 
@@ -172,7 +171,7 @@ def chat_turns(exam: Exam, told: list[Turn], jitter: int) -> list[Turn]:
     """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
     turns = heard(told, jitter)
     if exam.sampling.words_first:
-        turns[::2] = [user_turn(exam.model.tokenizer, text, exam.words, pictures) for text, pictures in turns[::2]]
+        turns[::2] = [exam.user_turn(text, pictures) for text, pictures in turns[::2]]
         turns[1::2] = [Turn(" ".join([text, *map(bracketed, pictures)])) for text, pictures in told[1::2]]
     return turns
 
