@@ -175,6 +175,7 @@ JOINS = (
     "and my daughter wants | and somewhere | and i want | and not far away | and near it | and a friend of it: | "
     "followed by | accompanied by | , then | and i think there was | and over there | and don't forget | and maybe"
 )
+SIDES = "to the {0} of | to the {0} of | {0} of | on the {0} of | on the {0} side of"
 LOOKS = (
     "looks at | watches | sees | likes | meets | is next to | is beside | is close to | waits for | dreams of | "
     "lies beside | stands next to | sits near | plays with | follows | waves to | is in front of | is behind | "
@@ -201,8 +202,8 @@ STRANGERS = (  # what this world does not have
 )
 STRANGER_DOES = (
     "and | with | next to | beside | holding | under | sits near | rides past | looks at | carries | playing with | "
-    "and my | "
-    "on top of | in front of | wants | has | loves | talks to | runs after | behind | close to | is afraid of | finds"
+    "and my | on top of | sits under | stands under | sleeps under | in front of | wants | has | loves | talks to | "
+    "runs after | behind | close to | is afraid of | finds"
 )
 COLOURED = (
     "that is | which is | in | coloured | of colour | , colour | what is | , painted | : colour | , must be | "
@@ -214,6 +215,7 @@ THERE = (
     "there is | there's | there was | there stands | we have | i see | it is | i have | i want | draw | i need | "
     "here comes | look at | make | i would like | paint | i imagine | we need | can you draw"
 )
+SIZED = "that is | what is | which is | , it is | , so | , and it is | , it must be | ,"
 STRANGE_COLOURS = "black | black | grey | gray | brown | silver | beige | transparent"
 MORE_VERBS = {  # as in words.py: base, third person, participle
     "ball": "roll rolls rolling | spin spins spinning",
@@ -233,8 +235,8 @@ MORE_VERBS = {  # as in words.py: base, third person, participle
 
 TOO_MANY = "three | three | three | four | five | six | seven | eight | nine | ten | several"  # two are drawn
 COMPARATIVES = {
-    "big": "bigger | larger | much bigger | a bit bigger",
-    "small": "smaller | much smaller | a bit smaller",
+    "big": "bigger | larger | much bigger | a bit bigger | way bigger | far bigger | a lot bigger | taller",
+    "small": "smaller | much smaller | a bit smaller | way smaller | far smaller | a lot smaller | tinier",
 }
 APART = (
     "one on each side | one left and one right | side by side | next to each other | far apart | close together | both"

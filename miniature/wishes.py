@@ -60,10 +60,10 @@ def enlarged(rng: np.random.Generator, picture: Picture, named: Picture) -> Pict
 
 
 def wanted_picture(rng: np.random.Generator, split: str) -> Picture:
-    """One thing in 55 %; two of one kind in an eighth of the others, and by chance."""
+    """One thing in 55 %; of the others a quarter has two of one kind."""
     if chance(rng, 0.55):
         return sample_picture(rng, split, 1)
-    return related(rng, split) if chance(rng, 0.12) else sample_picture(rng, split, 2)
+    return related(rng, split) if chance(rng, 0.06) else sample_picture(rng, split, 2)
 
 
 # ---- phrases
@@ -98,7 +98,7 @@ def thing_phrase(rng: np.random.Generator, named: Thing) -> str:
     noun, adjectives = noun_of(rng, named.kind), adjectives_of(rng, named)
     if adjectives and chance(rng, 0.1):
         tail = (" and " if chance(rng, 0.7) else ", ").join(adjectives)
-        phrase = f"{noun} {one_of(rng, 'that is | what is | , it is' if named.size else phrases.COLOURED)} {tail}"
+        phrase = f"{noun} {one_of(rng, phrases.SIZED if named.size else phrases.COLOURED)} {tail}"
     else:
         phrase = " ".join([*adjectives, noun])
     if chance(rng, 0.12):
@@ -189,18 +189,18 @@ def asked_for(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]
         other = some(rng, words.COLOUR_WORDS[pick_other(rng, facts.COLOURS, things[0].colour)])
         other = pick(rng, [other, f"{with_article(other)} one"])
         text = f"{text} {pick(rng, ['not', 'and not', ', not', 'but not'])} {other}"
-    elif len(things) == 1 and chance(rng, 0.05):  # said twice: "boats! i love boats. a blue boat"
+    elif len(things) == 1 and chance(rng, 0.08):  # said twice: "boats! i love boats. a blue boat"
         noun = noun_of(rng, things[0].kind)
         again = pick(rng, [*adjectives_of(rng, things[0]), noun, f"a {noun}", thing_phrase(rng, things[0])])
-        text = one_of(rng, "i love {0}. {2} | {1}, {2} | {2}, {1} | {0}! {2}").format(plural(noun), again, text)
+        forms = "i love {0}. {2} | {1}, {2} | {2}, {1} | {0}! {2} | do you do {0}? {2}"
+        text = one_of(rng, forms).format(plural(noun), again, text)
     if chance(rng, 0.3):
         text = one_of(rng, phrases.REQUESTS).format(text)
     return text, picture
 
 
 def ends(rng: np.random.Generator, picture: Picture, named: Picture) -> list[str]:
-    """Phrases for the named scene and time, and for the place of a single thing, in any order, the scene mostly
-    first."""
+    """Phrases for the named scene and time, and for the place of a single thing, mostly in this order."""
     both, place = phrases.SCENE_TIMES.get(f"{named.scene} {named.time}"), named.things[0].place
     if both and chance(rng, 0.12):
         parts = [one_of(rng, both)]
@@ -231,6 +231,8 @@ def bare_list(rng: np.random.Generator, named: Picture) -> str:
         groups.append(" ".join(parts))
     around = [some(rng, phrases.SETTINGS[named.scene])] if named.scene else []
     around += [one_of(rng, phrases.TIME_NOUNS[named.time])] if named.time else []
+    if comma and len(named.things) == 1 and chance(rng, 0.25):  # "night, city, star, small"
+        return ", ".join(rng.permutation([*parts, *around]))
     groups = [*around, *groups] if chance(rng, 0.25) else [*groups, *around]
     return (", " if comma else " ").join(groups)
 
@@ -314,10 +316,11 @@ def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relat
         return f"{same_kind(rng, *things)} {end}"
     homes = [home(thing.kind, picture.scene) for thing in picture.things]
     if relation:
-        side = one_of(rng, "to the {0} of | to the {0} of | {0} of | on the {0} of | on the {0} side of")
-        if chance(rng, 0.15):
-            return f"{side.format(relation)} {second} {pick(rng, ['there is', 'is', 'stands'])} {first} {end}"
-        return f"{first} {pick(rng, ['', 'is', 'stands'])} {side.format(relation)} {second} {end}"
+        side = one_of(rng, phrases.SIDES).format(relation)
+        plain = f"{first} {pick(rng, ['', 'is', 'stands'])} {side} {second} {end}"
+        inverse = f"{side} {second} {pick(rng, ['there is', 'is', 'stands'])} {first} {end}"
+        its = f"{second} {end} {one_of(rng, 'and to | with, on | , somewhere to')} its {relation} {first}"
+        return pick(rng, [inverse, its, plain, plain, plain, plain])
     if things[0].place:
         places = [place_words(rng, thing.place) for thing in things]
         if things[0].kind == things[1].kind and all(thing.colour for thing in things):
@@ -343,8 +346,8 @@ def two_things(rng: np.random.Generator, picture: Picture, named: Picture, relat
         looks = f"{the}{nouns[0]} {some(rng, phrases.LOOKS)} {the}{nouns[1]}"
         start = pick(rng, ["", f"{start} {end}. ", f"{start}. ", f"{looks}. "])
         return f"{start}{facts[0]}{pick(rng, [' and ', ', ', '. ', ' '])}{facts[1]} {'' if start else end}"
-    if form < 0.36:
-        if chance(rng, 0.3):  # "beside the old oak stands a white house"
+    if form < 0.38:
+        if chance(rng, 0.5):  # "beside the old oak stands a white house"
             beside = pick(rng, ["beside", "next to", "near", "close to", "in front of", "behind"])
             return f"{beside} {second} {verb(rng, things[0].kind, 1)} {first} {end}"
         return f"{first} {some(rng, phrases.LOOKS)} {second} {end}"
