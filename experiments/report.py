@@ -267,8 +267,7 @@ ABOUT = {  # beneath a table
     "table2": "The paper's FID is one of the few pictures of each story, then the mean over stories, hence so high; "
               "FID without more words is of all pictures together.",
     "table3": "The paper's METEOR cannot be compared: the released code does not compute it, so its tokens and "
-              "synonyms are not known. Its ROUGE-L is of another package than ours (`--rouge released` counts as "
-              "that one).",
+              "synonyms are not known. ROUGE-L is the released package's. A story's first step is left out.",
     "table5": "A case is any turn but a dialogue's first, also the human's, whose words nothing determines: that "
               "lowers all figures of words. The paper's BLEU cannot be compared: the released code gives nltk whole "
               "strings, so that it counts characters, a sentence at a time, and takes means over dialogues. BLEU-1 "
@@ -306,8 +305,9 @@ def write_report(options: Options, seeds: list[int], folder: Path) -> None:
     sizes = "".join(f" --{name.replace('_', '-')} {getattr(options, name)}" for name in SIZES)
     lines = [head(options, seeds, sizes), "## Claims", "", *claims(figures, published)]
     lines += ["A claim holds where the mean difference between the seeds' figures is over its standard error times "
-              "Student's t for 95 % (`claims.py`). Of several comparisons the weakest is shown. Seeds to decide: how "
-              "many would, if mean and deviation stayed as they are.", ""]  # fmt: skip
+              "Student's t for 95 % (`claims.py`). Of several comparisons the weakest is shown. A seed, of trainings "
+              "and answers to the same test cases, is a claim's sample. Seeds to decide: how many would, if mean and "
+              "deviation stayed as they are.", ""]  # fmt: skip
     notes = NOTES.read_text(encoding="utf-8")
     if notes.startswith(f"<!-- {sizes.strip()} -->\n"):  # they are about a run of these sizes
         lines += [notes.partition("\n")[2]]

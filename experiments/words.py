@@ -35,7 +35,7 @@ from prompts import WORDS_FIRST_SYSTEM, Example, Turn, dialog_example, story_exa
 from published.loading import STAGE_1, save_trained
 from published.parts import load_minigpt5
 
-RANK, WARMUP = 16, 30
+RANK, WARMUP = 32, 30
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WORDS, TOKENS, KINDS = 310, 311, 312  # purposes of random streams
 
@@ -73,11 +73,11 @@ def wide_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
 
 
 MIXTURE = {
-    documents.wish_document: 0.4,
+    documents.wish_document: 0.38,
     documents.chat_document: 0.2,
-    documents.change_document: 0.05,
-    documents.described_story_document: 0.1,
-    told_document: 0.25,
+    documents.change_document: 0.09,
+    documents.described_story_document: 0.05,
+    told_document: 0.28,
 }
 WIDE_MIXTURE = {
     wide_document: 0.5,
