@@ -1,6 +1,7 @@
 """Texts of the outside world: cleaned as captions are, and spelled right."""
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -34,14 +35,14 @@ class Words:
     """The words that a small model knows. `unknown`: common words of what it cannot draw. `ordinary`: everyday words
     that say nothing of a picture. Neither are taken for typos of known ones."""
 
-    def __init__(self, known: list[str], unknown: list[str], ordinary: list[str]):
-        self.known, self.unknown, self.ordinary = known, {*unknown}, {*ordinary}
+    def __init__(self, known: Iterable[str] = (), unknown: Iterable[str] = (), ordinary: Iterable[str] = ()):
+        self.known, self.unknown, self.ordinary = [*known], {*unknown}, {*ordinary}
 
     @classmethod
     def of(cls, weights: Path) -> "Words":
         """Those of minigpt5/words.json in a folder of weights; no words where it has no such list."""
         path = weights / "minigpt5" / "words.json"
-        return cls(**read_json(path)) if path.is_file() else cls([], [], [])
+        return cls(**read_json(path)) if path.is_file() else cls()
 
     def meant(self, word: str) -> str | None:
         """The known word that is written like this, perhaps with a typo; an ordinary word itself; else None."""

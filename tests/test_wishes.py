@@ -130,7 +130,7 @@ def test_plain_words(typed_text, read):
 
 
 def test_what_somebody_types_is_never_a_description():
-    assert description_in(user_turn(TOKENIZER, Words([], [], []).read("(a red boat)")[0]).text) is None
+    assert description_in(user_turn(TOKENIZER, Words().read("(a red boat)")[0]).text) is None
     assert user_turn(TOKENIZER, WORDS.read("!!!")[0]).text == "!!!"
     assert user_turn(TOKENIZER, "A Boat [IMG0]").text.startswith("A Boat [ IMG0]")
 
