@@ -23,6 +23,7 @@ def plain_words(text: str) -> str:
 
 # ---- spelling: typos are read as the known words that were meant, and unknown words are named
 
+# What an ordinary word may end in: "wants", "asked", "gladly".
 ENDINGS = "s", "es", "d", "ed", "r", "er", "ing", "ly", "n't", "'s", "'d", "'ll", "'re", "'ve", "'m"
 WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
 
@@ -33,7 +34,7 @@ def words_in(text: str) -> list[str]:
 
 class Words:
     """The words that a small model knows. `unknown`: common words of what it cannot draw. `ordinary`: everyday words
-    that say nothing of a picture. Neither are taken for typos of known ones."""
+    that say nothing of a picture. Neither is taken for a typo of a known one."""
 
     def __init__(self, known: Iterable[str] = (), unknown: Iterable[str] = (), ordinary: Iterable[str] = ()):
         self.known, self.unknown, self.ordinary = [*known], {*unknown}, {*ordinary}

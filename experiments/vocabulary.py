@@ -12,7 +12,7 @@ import numpy as np
 
 from common.files import read_json
 from miniature.facts import Picture, chance, pick, sample_picture
-from miniature.slips import typed
+from miniature.typos import typed
 from miniature.wishes import enlarged, related
 from miniature.words import plural
 

@@ -3,6 +3,7 @@
 Alternatives stand in one text; {} and {0}, {1} are filled in.
 """
 
+NO_WISH = "i draw small pictures. ask me for one."
 MORE_TALK = [
     "hello | hello, how nice to meet you.",
     "hi | hi, what shall i draw?",
@@ -55,7 +56,7 @@ TALK_FORMS = [  # what is said, what may fill its blank, the answer
         "can you {}? | do you {}? | could you {}? | will you {}? | i can {} | i like to {} | how do you {}?",
         "draw | paint | help me | hear me | read | write | think | dream | play | speak french | count | cook | "
         "dance | remember me | draw well | work | know me | learn | understand me",
-        "i draw small pictures. ask me for one.",
+        NO_WISH,
     ),
     (
         "my {} is here | my {} says hello | my {} is away | how is your {}? | i miss my {} | this is for my {}",
@@ -68,7 +69,6 @@ TALK_FORMS = [  # what is said, what may fill its blank, the answer
         "i do not know much. shall i draw something?",
     ),
 ]
-NO_WISH = "i draw small pictures. ask me for one."
 SWAPPED = (
     "swap them | swap the two | the other way round | let them change places | switch their places | swap places | "
     "the other way around | change their places | exchange their places | left and right the other way round"

@@ -16,8 +16,8 @@ import numpy as np
 from common.texts import plain_words, words_in
 from miniature import chat_phrases, facts, phrases, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
-from miniature.slips import CHATTER, OPENERS, ORDINARY, TYPOS, chatter, padded, typed
 from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
+from miniature.typos import CHATTER, OPENERS, ORDINARY, TYPOS, chatter, padded, typed
 from miniature.wishes import noun_of, place_words, said, scene_words, thing_phrase, time_words, wish
 from miniature.words import choices, describe, facts_in, from_left, one_of, plural, some
 from prompts import Turn

@@ -21,8 +21,8 @@ from common.texts import plain_words
 from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
 from miniature.facts import Picture, pick, pick_weighted, random_stream
-from miniature.slips import typed
 from miniature.tales import SEES, SHOWS
+from miniature.typos import typed
 from miniature.wishes import wish
 from miniature.words import as_named, describe, description, from_left, some
 from miniature.world import sample_dialogue, sample_pair, sample_story

@@ -17,7 +17,7 @@ import numpy as np
 from common.texts import plain_words
 from miniature import facts, phrases, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
-from miniature.slips import CHATTER, TYPOS, padded, typed
+from miniature.typos import CHATTER, TYPOS, padded, typed
 from miniature.words import caption, choices, facts_in, one_of, plural, some, with_article
 
 MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")

@@ -11,7 +11,7 @@ from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat, exchange, known_words, recolour_both, unknown_words
 from miniature.documents import chat_document, described_story_document, wish_document
 from miniature.facts import fits, held_out, random_stream, sample_picture
-from miniature.slips import ORDINARY, typed
+from miniature.typos import ORDINARY, typed
 from miniature.wishes import wish
 from miniature.words import describe, facts_in
 from prompts import Turn, chat_history, description_in, model_turn, user_turn
