@@ -13,7 +13,7 @@ import numpy as np
 from common.files import read_json
 from miniature.facts import Picture, chance, pick, sample_picture
 from miniature.typos import typed
-from miniature.wishes import enlarged, related
+from miniature.wishes import enlarged, picture_for
 from miniature.words import plural
 
 VOCABULARY = read_json(Path(__file__).with_suffix(".json"))
@@ -90,8 +90,10 @@ def misspelt(rng: np.random.Generator, text: str) -> str:
 def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
     """A wish for one thing, or in a quarter for two; about half of the facts beside the kinds are named."""
     picture = sample_picture(rng, split, 2 if rng.random() < 0.25 else 1)
-    if len(picture.things) == 2 and rng.random() < 0.25:
-        picture = related(rng, split)
+    if len(picture.things) == 2 and rng.random() < 0.25:  # two of one kind: alike, or of other colours or sizes
+        differing, picture = pick(rng, ["", "", "colour1", "size1"]), None
+        while picture is None:
+            picture = picture_for(rng, split, "twins", {differing})
     told = [
         replace(t, colour=t.colour if chance(rng, 0.65) else None, size=t.size if chance(rng, 0.2) else None)
         for t in picture.things

@@ -9,20 +9,34 @@ Every picture of the assistant stands as its description in parentheses; so the 
 that somebody shows is read as such.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
 from common.texts import plain_words, words_in
-from miniature import chat_phrases, facts, phrases, words
+from miniature import facts, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
+from miniature.phrases import ORDINARY, PHRASES, SENTENCES, SLOT, fill, sentence
 from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
-from miniature.typos import CHATTER, OPENERS, ORDINARY, TYPOS, chatter, padded, typed
-from miniature.wishes import noun_of, place_words, said, scene_words, thing_phrase, time_words, wish
+from miniature.typos import CHATTER, TYPOS, chatter, padded, typed
+from miniature.wishes import (
+    colour_word,
+    noun_of,
+    other_size,
+    place_words,
+    scene_words,
+    size_word,
+    thing_phrase,
+    time_words,
+    wish,
+)
 from miniature.words import choices, describe, facts_in, from_left, one_of, plural, some
 from prompts import Turn
 
 WORDS = 203  # purpose of the random streams
+NO_WISH = "i draw small pictures. ask me for one."
+NO_PICTURE = "there is no picture yet. what shall i draw?"
 
 
 def changed_thing(picture: Picture, i: int, **changes) -> Picture | None:
@@ -53,8 +67,12 @@ def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
     return i, f"the {thing.colour + ' ' if chance(rng, 0.15) else ''}{name}"
 
 
-def wished(rng: np.random.Generator, order: str) -> str:
-    return one_of(rng, chat_phrases.ORDERS).format(order)
+def asking(rng: np.random.Generator, *sections: str, **slots: str) -> str:
+    """What somebody types for a change: a sentence of one of the sections, or in half of the cases of a plain one."""
+    plain = [f"plain {section}" for section in sections if f"plain {section}" in SENTENCES]
+    if plain and chance(rng, 0.5):
+        return one_of(rng, PHRASES["orders"]).format(fill(sentence(rng, *plain), slots))
+    return fill(sentence(rng, *sections), slots)
 
 
 # ---- changes: each takes (rng, picture) to (what is typed, the new picture), or to None where that cannot be
@@ -62,32 +80,22 @@ def wished(rng: np.random.Generator, order: str) -> str:
 
 def recolour(rng, picture):
     i, name = target(rng, picture)
-    colour = pick_other(rng, facts.COLOURS, picture.things[i].colour)
-    word = said(rng, words.COLOUR_WORDS[colour], phrases.MORE_COLOURS[colour])
-    after = changed_thing(picture, i, colour=colour)
-    alone = len(picture.things) == 1
-    orders = [f"make {name} {word}"] * 3 + [f"paint {name} {word}", f"colour {name} {word}", f"turn {name} {word}"]
-    orders += [f"change the colour of {name} to {word}", f"change {name} to {word}", f"let {name} be {word}"]
-    text = wished(rng, pick(rng, orders))
-    if alone and chance(rng, 0.4):
-        text = one_of(rng, chat_phrases.RECOLOURS).format(word, picture.things[i].colour)
-    elif chance(rng, 0.15):
-        text = pick(rng, [f"{name} should be {word}", f"i want {name} to be {word}", f"can {name} be {word}?"])
-    return text, after
+    colour, old = pick_other(rng, facts.COLOURS, picture.things[i].colour), picture.things[i].colour
+    alone = len(picture.things) == 1 and chance(rng, 0.5)
+    section = "recolour alone" if alone else "recolour"
+    text = asking(rng, section, it=name, colour=colour_word(rng, colour), old=old)
+    return text, changed_thing(picture, i, colour=colour)
 
 
 def recolour_both(rng, picture):
     if len(picture.things) == 1:
         return None
     colour, (one, two) = pick(rng, facts.COLOURS), picture.things
-    word = said(rng, words.COLOUR_WORDS[colour], phrases.MORE_COLOURS[colour])
-    text = one_of(rng, chat_phrases.BOTH_RECOLOURED).format(word)
-    if one.kind == two.kind and chance(rng, 0.3):
-        text = f"make the {plural(one.kind)} {word}"
-    after = replace(picture, things=(replace(one, colour=colour), replace(two, colour=colour)))
-    if any(held_out(thing.kind, colour, picture.scene) for thing in after.things):
+    if any(held_out(thing.kind, colour, picture.scene) for thing in picture.things):
         return None
-    return wished(rng, text), after
+    nouns = f"the {plural(one.kind)}" if one.kind == two.kind else "both of them"
+    text = asking(rng, "recolour both", colour=colour_word(rng, colour), nouns=nouns)
+    return text, replace(picture, things=(replace(one, colour=colour), replace(two, colour=colour)))
 
 
 def resize_both(rng, picture):
@@ -95,41 +103,33 @@ def resize_both(rng, picture):
         return None
     size = pick(rng, facts.SIZES)
     after = replace(picture, things=tuple(replace(thing, size=size) for thing in picture.things))
-    word = said(rng, words.SIZE_WORDS[size], f"{phrases.MORE_SIZES[size]} | {phrases.COMPARATIVES[size]}")
-    text = one_of(rng, chat_phrases.BOTH_RESIZED).format(word)
-    return wished(rng, text), after if after != picture and fits(after.things, picture.scene) else None
+    bigger = one_of(rng, PHRASES["compared"][size])
+    text = asking(rng, "resize both", size=size_word(rng, size), bigger=bigger)
+    return text, after if after != picture and fits(after.things, picture.scene) else None
 
 
 def resize(rng, picture):
     i, name = target(rng, picture)
-    before = picture.things[i].size
-    # "make it big" may be said of what is big already
-    size = before if chance(rng, 0.15) else "small" if before == "big" else "big"
-    called = [said(rng, words.SIZE_WORDS[size], phrases.MORE_SIZES[size]), one_of(rng, phrases.COMPARATIVES[size])]
-    word = pick(rng, called if size != before else called[:1])
-    after = changed_thing(picture, i, size=size)
-    text = wished(rng, pick(rng, [f"make {name} {word}"] * 3 + [f"draw {name} {word}", f"let {name} be {word}"]))
-    if len(picture.things) == 1 and chance(rng, 0.4):
-        text = one_of(rng, chat_phrases.RESIZES).format(word)
-    if size != before and chance(rng, 0.12):
-        text = f"{name} is too {before}"
-    return text, after
+    old = picture.things[i].size
+    if chance(rng, 0.1):  # "make it big" may be said of what is big already
+        return f"make {name} {size_word(rng, old)}", changed_thing(picture, i)
+    size, alone = other_size(old), len(picture.things) == 1 and chance(rng, 0.5)
+    slots = {"it": name, "size": size_word(rng, size), "bigger": one_of(rng, PHRASES["compared"][size]), "old": old}
+    return asking(rng, "resize alone" if alone else "resize", **slots), changed_thing(picture, i, size=size)
 
 
 def move(rng, picture):
     i, name = target(rng, picture)
-    place = pick_other(rng, facts.PLACES, picture.things[i].place)
+    place, old = pick_other(rng, facts.PLACES, picture.things[i].place), picture.things[i].place
     after = changed_thing(picture, i, place=place)
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
         other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
         after = changed_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
     where = place_words(rng, place) if chance(rng, 0.6) else some(rng, TOWARDS[place])
-    text = wished(rng, f"{pick(rng, ['put', 'put', 'move', 'place', 'draw', 'shift', 'bring'])} {name} {where}")
-    if len(picture.things) == 1 and chance(rng, 0.3):
-        text = one_of(rng, chat_phrases.MOVES_IT).format(where)
-        if {place, picture.things[0].place} == {"left", "right"} and chance(rng, 0.6):
-            text = one_of(rng, chat_phrases.OTHER_SIDE)
-    return text, after
+    alone = len(picture.things) == 1 and chance(rng, 0.5)
+    if alone and {place, old} == {"left", "right"} and chance(rng, 0.3):
+        return asking(rng, "other side"), after
+    return asking(rng, "move alone" if alone else "move", it=name, place=where), after
 
 
 def swap(rng, picture):
@@ -140,17 +140,16 @@ def swap(rng, picture):
         after = replace(picture, things=(replace(one, colour=two.colour), replace(two, colour=one.colour)))
         if any(held_out(thing.kind, thing.colour, picture.scene) for thing in after.things):
             return None
-        return one_of(rng, chat_phrases.COLOURS_SWAPPED), after
+        return asking(rng, "swap colours"), after
     after = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
-    return one_of(rng, chat_phrases.SWAPPED), after if fits(after.things, picture.scene) else None
+    return asking(rng, "swap places"), after if fits(after.things, picture.scene) else None
 
 
 def change_time(rng, picture):
     time = pick_other(rng, facts.TIMES, picture.time)
-    when = time_words(rng, time)
-    word = pick(rng, {"day": ["day", "daytime", "morning"], "sunset": ["evening", "sunset"], "night": ["night"]}[time])
-    text = one_of(rng, chat_phrases.RETIMES).format(when, word, picture.time)
-    return text, replace(picture, time=time)
+    nouns = {"day": "day | daytime | morning", "sunset": "evening | sunset", "night": "night"}
+    slots = {"time": one_of(rng, nouns[time]), "old": one_of(rng, nouns[picture.time])}
+    return asking(rng, "time", **{"at time": time_words(rng, time)}, **slots), replace(picture, time=time)
 
 
 def change_scene(rng, picture):
@@ -158,10 +157,9 @@ def change_scene(rng, picture):
     after = replace(picture, scene=scene)
     if not fits(after.things, scene) or any(held_out(t.kind, t.colour, scene) for t in after.things):
         return None
-    where = scene_words(rng, after)
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
-    text = one_of(rng, chat_phrases.RESCENES).format(where, it, some(rng, words.SCENE_NOUNS[scene]))
-    return text, after
+    nouns = {"scene": some(rng, words.SCENE_NOUNS[scene]), "old": some(rng, words.SCENE_NOUNS[picture.scene])}
+    return asking(rng, "scene", it=it, **{"in scene": scene_words(rng, after)}, **nouns), after
 
 
 def add(rng, picture):
@@ -182,16 +180,13 @@ def add(rng, picture):
         return None
     named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
     phrase = thing_phrase(rng, named)
-    if (other.kind, other.colour) == (first.kind, first.colour) and chance(rng, 0.8):
-        phrase = one_of(rng, "another one | another {0} | one more | a second one | one more {0}").format(other.kind)
+    if named_place:
+        phrase = f"{phrase} {place_words(rng, other.place)}"
+    text = asking(rng, "add", thing=phrase)
+    if (other.kind, other.colour) == (first.kind, first.colour) and not named_place and chance(rng, 0.8):
+        text = asking(rng, "add twin", noun=other.kind)
         twin = replace(other, size=first.size)
         other = twin if fits((first, twin), picture.scene) else other
-    order = one_of(rng, chat_phrases.ADDS).format(phrase)
-    if named_place:
-        order = f"{pick(rng, ['add', 'put', 'draw', 'place'])} {phrase} {place_words(rng, other.place)}"
-    text = wished(rng, order)
-    if not named_place and chance(rng, 0.3):
-        text = one_of(rng, chat_phrases.ADDS_TOO).format(phrase)
     return text, replace(picture, things=(first, other))
 
 
@@ -199,11 +194,11 @@ def remove(rng, picture):
     if len(picture.things) == 1:
         return None
     i, name = target(rng, picture)
-    if picture.things[0].kind != picture.things[1].kind and chance(rng, 0.1):
-        name = picture.things[i].kind
-        text = pick(rng, [f"no {name}", f"without {name}", f"only the {picture.things[1 - i].kind}"])
+    kind, other = picture.things[i].kind, picture.things[1 - i].kind
+    if kind != other and chance(rng, 0.1):
+        text = asking(rng, "leave out", kind=kind, other=other)
     else:
-        text = wished(rng, one_of(rng, chat_phrases.LESS).format(name))
+        text = asking(rng, "remove", it=name)
     return text, replace(picture, things=(picture.things[1 - i],))
 
 
@@ -218,10 +213,8 @@ def exchange(rng, picture):
     if after is not None:  # what stays comes first: what is left of the old facts then belongs to the new thing
         after = replace(after, things=after.things[::-1])
     phrase = thing_phrase(rng, Thing(other.kind, other.colour if colour else None))
-    text = one_of(rng, chat_phrases.EXCHANGES).format(phrase, name, picture.things[i].kind)
-    if len(picture.things) == 1 and chance(rng, 0.3):
-        text = pick(rng, [f"{phrase} instead", f"the same with {phrase}", f"no, {phrase}", f"make it {phrase}"])
-    return text, after
+    section = "exchange alone" if len(picture.things) == 1 and chance(rng, 0.3) else "exchange"
+    return asking(rng, section, thing=phrase, it=name, kind=picture.things[i].kind), after
 
 
 def two_changes(rng, picture):
@@ -229,12 +222,12 @@ def two_changes(rng, picture):
     second = after and pick(rng, [change_time, change_scene, add, add])(rng, after)
     if second is None:
         return None
-    where = pick(rng, ["and", "and", ","])
-    return f"{text.removesuffix('?').removesuffix(' please')} {where} {second[0].removeprefix('and ')}", second[1]
+    orders = [order.removesuffix("?").removesuffix(" please").removeprefix("and ") for order in (text, second[0])]
+    return asking(rng, "two changes", change1=orders[0], change2=orders[1]), second[1]
 
 
 def again(rng, picture):
-    return one_of(rng, chat_phrases.AGAIN), picture
+    return asking(rng, "again"), picture
 
 
 CHANGES = {
@@ -247,7 +240,7 @@ def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
     made = None
     while made is None or made[1] is None:
         made = pick_weighted(rng, CHANGES)(rng, picture)
-    praise = f"{one_of(rng, chat_phrases.PRAISE)}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
+    praise = f"{one_of(rng, PHRASES['praise'])}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
     return praise + made[0], made[1]
 
 
@@ -271,15 +264,17 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
 
 def small_talk(rng: np.random.Generator) -> tuple[str, str]:
     what = rng.random()
-    if what < 0.1:
+    if what < 0.06:
         return talk_about(rng)
-    if what < 0.25:
-        start = one_of(rng, f"{OPENERS} | i | you | my {one_of(rng, phrases.STRANGERS)} | what | why | it |  | ")
-        return f"{start} {chatter(rng)} {chatter(rng)}", chat_phrases.NO_WISH
-    if what < 0.45:
-        forms, blanks, answer = pick(rng, chat_phrases.TALK_FORMS)
+    if what < 0.15:
+        start = one_of(rng, f"i | you | what | why |  | my {one_of(rng, PHRASES['strangers'])} | {PHRASES['openers']}")
+        return f"{start} {chatter(rng)} {chatter(rng)}", NO_WISH
+    if what < 0.3:
+        forms, blanks, answer = sentence(rng, "talk forms").split(" = ")
         return one_of(rng, forms).format(one_of(rng, blanks)), answer
-    return tuple(choices(pick(rng, chat_phrases.MORE_TALK if what < 0.7 else TALK if what < 0.88 else LIKES)))
+    if what < 0.8:
+        return tuple(choices(sentence(rng, "talk")))
+    return tuple(choices(pick(rng, TALK if what < 0.93 else LIKES)))
 
 
 # ---- a chat
@@ -297,7 +292,7 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
         if what < (0.25 if picture is None else 0.16):
             asked, answer = small_talk(rng)
         elif picture is None and what < 0.32:
-            asked, answer = change(rng, cast(rng, split))[0], chat_phrases.NO_PICTURE
+            asked, answer = change(rng, cast(rng, split))[0], NO_PICTURE
             if not asked.startswith(("make", "put", "move", "remove", "paint")):
                 continue
         elif what < (0.45 if picture is None else 0.2):
@@ -313,7 +308,7 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
             while picture is None or (pairs and len(picture.things) == 1):
                 asked, picture = wish(rng, split, typos)
             if turns and facts_in(asked).scene and chance(rng, 0.3):
-                asked = one_of(rng, chat_phrases.STARTS_ANEW).format(asked)
+                asked = fill(sentence(rng, "anew"), {"wish": asked})
             answer = bracketed(picture)
         turns += [Turn(plain_words(typed(rng, asked, typos)), (shown,) if shown else ()), Turn(answer)]
     return turns or chat(rng, split, typos)
@@ -322,19 +317,38 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
 # ---- the words of this world
 
 
+def noun_words() -> set[str]:
+    """Every name of a thing, and its plural: these are rare in texts."""
+    nouns = [noun for kind in words.NOUNS for noun in choices(f"{words.NOUNS[kind]} | {PHRASES['nouns'][kind]}")]
+    return {word for noun in nouns for word in words_in(f"{noun} {plural(noun)}")}
+
+
 def known_words(texts: int = 32_000) -> list[str]:
-    """Every word that wishes and chats are made of, but for the names of what this world does not have and the words
-    that say nothing of a picture."""
-    nouns = [noun for kind in words.NOUNS for noun in choices(f"{words.NOUNS[kind]} | {phrases.MORE_NOUNS[kind]}")]
-    found = {word for noun in nouns for word in words_in(f"{noun} {plural(noun)}")}  # plurals are rare in texts
+    """Every word that wishes and chats are made of, but for `unknown_words` and `ordinary_words`."""
+    found = noun_words()
     for i in range(texts):
         rng = facts.random_stream(0, i, WORDS)
         lines = [turn.text for turn in chat(rng, typos=0.0)[::2]] if i % 2 else [wish(rng, typos=0.0)[0]]
         found.update(word for line in lines for word in words_in(line))
-    return sorted(found - {*unknown_words(), *ORDINARY})
+    return sorted(found - {*unknown_words(), *ordinary_words()})
 
 
 def unknown_words() -> list[str]:
     """Names of things and numbers that this world does not have."""
-    things = choices(phrases.STRANGERS)
-    return sorted({*things, *map(plural, things), *choices(phrases.TOO_MANY), *choices(phrases.STRANGE_COLOURS)})
+    things = choices(PHRASES["strangers"])
+    return sorted({*things, *map(plural, things), *choices(PHRASES["too many"]), *choices(PHRASES["strange colours"])})
+
+
+def ordinary_words(rare: int = 4) -> list[str]:
+    """Everyday words that say nothing of a picture: those of ordinary.txt, and those that are in no phrase, in no plain
+    sentence and in fewer than `rare` of the others."""
+    phrases = [text for table in PHRASES.values() for text in (table.values() if isinstance(table, dict) else [table])]
+    common, others = noun_words() | {word for text in phrases for word in words_in(text)}, Counter()
+    for section, lines in SENTENCES.items():
+        for line in lines:
+            found = {*words_in(plain_words(SLOT.sub(" ", line)))}
+            if section.startswith("plain"):
+                common |= found
+            else:
+                others.update(found)
+    return sorted({*ORDINARY, *(word for word, count in others.items() if count < rare and word not in common)})

@@ -11,7 +11,7 @@ from common.cli import MINIATURE
 from common.files import read_json
 from common.texts import plain_words, words_in
 from experiments import knowledge, vocabulary
-from miniature import chat_phrases, phrases, words
+from miniature import words
 from miniature.exam import Said
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, home, random_stream
 from miniature.judge import NOTHING
@@ -47,8 +47,9 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
     """Neither in its list of known words, nor in its grammar, nor in what SmolLM2's LoRA reads, nor in 30,000
     captions and wishes. Every prompt needs such words; those that a list has carry the fewest of the facts."""
     met = set(read_json(MINIATURE / "minigpt5" / "words.json")["known"])
-    pages = [Path(page.__file__) for page in (words, phrases, chat_phrases, vocabulary)]
-    for page in [*pages, pages[-1].with_suffix(".json"), pages[0].with_name("ordinary.txt")]:
+    pages = [Path(page.__file__) for page in (words, vocabulary)]
+    lists = [pages[0].with_name(name) for name in ("phrases.txt", "sentences.txt", "ordinary.txt")]
+    for page in [*pages, pages[-1].with_suffix(".json"), *lists]:
         met |= {*words_in(page.read_text("utf-8").lower())}
     for i in range(10_000):
         met |= {*words_in(sample_pair(7, i, "train")[1]), *words_in(wish(random_stream(7, i))[0])}

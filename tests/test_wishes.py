@@ -8,10 +8,21 @@ from common.cli import MINIATURE
 from common.files import read_json
 from common.texts import Words, plain_words
 from common.tokenizer import Tokenizer
-from miniature.chats import bracketed, change, chat, exchange, known_words, recolour_both, unknown_words
+from miniature import chats, wishes
+from miniature.chats import (
+    bracketed,
+    change,
+    chat,
+    exchange,
+    known_words,
+    ordinary_words,
+    recolour_both,
+    unknown_words,
+)
 from miniature.documents import chat_document, described_story_document, wish_document
-from miniature.facts import fits, held_out, random_stream, sample_picture
-from miniature.typos import ORDINARY, typed
+from miniature.facts import fits, held_out, pick, random_stream, sample_picture
+from miniature.phrases import SENTENCES, fill
+from miniature.typos import typed
 from miniature.wishes import wish
 from miniature.words import describe, facts_in
 from prompts import Turn, chat_history, description_in, model_turn, user_turn
@@ -19,7 +30,6 @@ from prompts import Turn, chat_history, description_in, model_turn, user_turn
 WORDS = Words.of(MINIATURE)
 TOKENIZER_FOLDER = MINIATURE / "vicuna"  # which has no words.json
 TOKENIZER = Tokenizer(TOKENIZER_FOLDER / "tokenizer.model")
-DENIALS = {"no", "not", "without", "skip", "forget", "minus", "leave", "hate", "enough", "don't", "need"}
 
 
 def pictures_of_training(n: int = 300):
@@ -47,20 +57,79 @@ def test_described_pictures_can_be_drawn_and_are_not_held_out():
         assert not any(held_out(thing.kind, thing.colour, picture.scene) for thing in picture.things), picture
 
 
-def test_wishes_name_things_of_their_picture():
-    """Of every kind, nouns that mean nothing else in any phrase: who reads one finds that kind in the picture."""
+def test_wishes_name_things_of_their_picture(monkeypatch):
+    """Where a sentence names nothing that is not wanted. Of every kind, nouns that mean nothing else in any phrase: who
+    reads one finds that kind in the picture."""
     nouns = {"sphere": "ball", "cottage": "house", "villa": "house", "oak": "tree", "willow": "tree", "yacht": "boat"}
     nouns |= {"goldfish": "fish", "trout": "fish", "sedan": "car", "taxi": "car", "tulip": "flower", "daisy": "flower"}
     nouns |= {"kitty": "cat", "tomcat": "cat", "sparrow": "bird", "robin": "bird", "balloon": "balloon", "kite": "kite"}
+    wanted = {section: [line for line in lines if "{absent" not in line] for section, lines in SENTENCES.items()}
+    monkeypatch.setattr(wishes, "sentence", lambda rng, section: pick(rng, wanted[section]))
     found = set()
     for i in range(4000):
         text, picture = wish(random_stream(3, i), typos=0.0)
         assert text == plain_words(text)
         named = {nouns[word] for word in text.split() if word in nouns}
-        if not DENIALS & set(text.split()):
-            assert named <= {thing.kind for thing in picture.things}, (text, picture)
-            found |= named
+        assert named <= {thing.kind for thing in picture.things}, (text, picture)
+        found |= named
     assert len(found) == 11  # "star" has no such noun
+
+
+@pytest.mark.parametrize("section", wishes.SECTIONS)
+def test_every_sentence_of_a_wish_can_be_filled(section, monkeypatch):
+    monkeypatch.setattr(wishes, "SECTIONS", {section: 1})
+    for i, sentence in enumerate(SENTENCES[section] + SENTENCES[f"plain {section}"]):
+        monkeypatch.setattr(wishes, "sentence", lambda rng, *_, sentence=sentence: sentence)
+        text, picture = wishes.asked_for(random_stream(10, i), "train")
+        assert "{" not in text and " a a " not in text, text
+        assert fits(picture.things, picture.scene), (text, picture)
+        assert len(picture.things) == (1 if section == "one" else 2)
+        assert (len({thing.kind for thing in picture.things}) == 1) == (section != "two")
+
+
+def test_sentences_say_the_facts_of_their_picture(monkeypatch):
+    """Which colour, size and side belongs to which thing, and that a description begins with what is named first."""
+    said = {
+        "two": "{noun2} {colour2} {noun1} {colour1} {bigger1} {side}",
+        "twins": "{noun} {colour1} {size1} {noun} {colour2} {size2}",
+    }
+    for words in (wishes.words.NOUNS, wishes.words.COLOUR_WORDS, wishes.words.SIZE_WORDS):
+        for name in words:
+            monkeypatch.setitem(words, name, name)
+    for table in ("nouns", "colours", "sizes", "compared"):
+        monkeypatch.setitem(wishes.PHRASES, table, {name: name for name in wishes.PHRASES[table]})
+    for section, sentence in said.items():
+        monkeypatch.setattr(wishes, "SECTIONS", {section: 1})
+        monkeypatch.setattr(wishes, "PLAIN", 0)
+        monkeypatch.setattr(wishes, "sentence", lambda rng, *_, sentence=sentence: sentence)
+        for i in range(100):
+            words, picture = wishes.asked_for(random_stream(11, i), "train")
+            one, two = picture.things
+            if section == "two":
+                expected = f"{one.kind} {one.colour} {two.kind} {two.colour} {two.size} {two.place}"
+                assert one.size != two.size
+            else:
+                expected = f"{one.kind} {one.colour} {one.size} {two.kind} {two.colour} {two.size}"
+                assert one.colour != two.colour and one.size != two.size
+            assert words == expected
+
+
+def test_every_sentence_of_a_chat_can_be_filled(monkeypatch):
+    """Each of its section's sentences is asked for in turn; an unknown slot raises KeyError."""
+    asked = {}
+
+    def next_sentence(rng, *sections):
+        asked[sections[0]] = asked.get(sections[0], -1) + 1
+        return SENTENCES[sections[0]][asked[sections[0]] % len(SENTENCES[sections[0]])]
+
+    monkeypatch.setattr(chats, "sentence", next_sentence)
+    for i in range(12_000):
+        rng = random_stream(12, i)
+        assert "{" not in change(rng, sample_picture(rng))[0]
+    assert all(asked[section] >= len(SENTENCES[section]) for section in asked)
+    others = {"talk", "talk forms", "anew", *wishes.SECTIONS, *(f"plain {section}" for section in wishes.SECTIONS)}
+    assert asked.keys() | others == SENTENCES.keys()
+    assert fill("A {noun}, the {scene}", {"noun": "oak", "scene": "the sea"}) == "an oak, the sea"
 
 
 @pytest.mark.parametrize("kind", [wish_document, chat_document, described_story_document])
@@ -168,7 +237,7 @@ def test_own_pictures_are_remembered_by_their_words():
 
 def test_shipped_words_are_those_of_the_grammar():
     shipped = read_json(MINIATURE / "minigpt5" / "words.json")
-    assert shipped == {"known": known_words(), "unknown": unknown_words(), "ordinary": ORDINARY}
+    assert shipped == {"known": known_words(), "unknown": unknown_words(), "ordinary": ordinary_words()}
 
 
 @pytest.mark.parametrize(
