@@ -24,7 +24,6 @@ from common.cli import parse, run  # isort: skip
 from PIL import Image
 
 from common.images import read_image, to_image
-from common.options import add_sampling_options
 from common.page import write_answer
 from generation import Sampling, Segments
 from sample import Session, load
@@ -175,11 +174,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="trained parts: a file or a run's folder; default: of WEIGHTS/minigpt5")
-    add_sampling_options(parser, Sampling, words_first=True)
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: every one of this machine's")
     add("--port", type=int, default=7860, help="port to listen at")
-    args = parse(parser, "sample")
+    args = parse(parser, "sample", Sampling, words_first=True)
     if gr is None:
         raise ValueError("gradio is not installed: pip install -e '.[demo]'")
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "int8")}

@@ -327,7 +327,7 @@ def paint_described(
     pictured = [i for i, description in enumerate(descriptions) if description]
     if not pictured:
         return said
-    captions = [prompt_ids(model, model.tokenizer.plain(descriptions[i])) for i in pictured]
+    captions = [prompt_ids(model, descriptions[i]) for i in pictured]
     alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)  # a picture and no words
     with lora.without(model.lora) if model.lora_for_words else nullcontext():
         painted = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in pictured], watch=watch)

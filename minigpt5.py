@@ -119,8 +119,9 @@ class MiniGPT5(nn.Module):
         text_encoder: TextEncoder | None = None,
         clip_tokenizer: Callable | None = None,
         start_as: str | None = None,
+        adapters: dict | None = None,
     ):
-        """start_as: the vokens' rows start as those of this text's tokens."""
+        """start_as: the vokens' rows start as those of this text's tokens. adapters: options of `add_adapters`."""
         super().__init__()
         self.tokenizer, self.clip_tokenizer, self.schedule = tokenizer, clip_tokenizer, schedule
         self.llama, self.unet, self.vae = llama, unet, vae
@@ -132,9 +133,8 @@ class MiniGPT5(nn.Module):
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.lora_for_words = False  # after `train_mls.py --words-first`: a picture's vokens are read without LoRA
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
-        self.queries = (
-            image_encoder.query_tokens.shape[1] if image_encoder else 1
-        )  # query embeddings of an input picture
+        # Query embeddings of an input picture.
+        self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
         # the special token that they begin with.
         self.tables: dict[str, Tensor] = {}
@@ -144,6 +144,7 @@ class MiniGPT5(nn.Module):
         # it is first asked for, since the text encoder has to be loaded for it.
         self.guides_against_empty_caption = False
         self.empty_caption: Callable[[], Tensor] | None = None
+        self.add_adapters(**(adapters or {}))
 
     @property
     def device(self) -> torch.device:

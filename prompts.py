@@ -79,9 +79,10 @@ DESCRIPTION = re.compile(r"\(([^()]+)\)")
 
 
 def description_in(text: str) -> str | None:
-    """The description of a picture that a text of the language model holds in parentheses, or None."""
+    """The description of a picture that a text of the language model holds in parentheses, or None; without the signs
+    that special tokens begin with."""
     found = DESCRIPTION.search(text)
-    return found and found[1].strip()
+    return found and re.sub(r"[<\[#]", " ", found[1]).strip()
 
 
 # ---- stage 1

@@ -42,7 +42,6 @@ from PIL import Image
 
 import prompts
 from common.images import read_image
-from common.options import add_sampling_options
 from common.page import write_answer
 from common.terminal import Terminal, chat, read_prompts
 from common.texts import Words, clean_caption
@@ -60,7 +59,7 @@ def load(
     weights: Path | str = MINIATURE,
     checkpoint: Path | str | None = None,
     purpose: str = "draw",
-    device: str = "auto",
+    device: torch.device | str = "auto",
     dtype: str = "auto",
     seed: int = 0,
     read_pictures: bool = True,
@@ -86,7 +85,8 @@ def load(
     torch.manual_seed(seed)  # the mapper starts at random where there is no checkpoint
     if sampling.words_first:  # its chats can do without an image encoder
         read_pictures &= (weights / "blip2").is_dir()
-    options = {"dtype": DTYPES[dtype], "device": pick_device(device), "read_pictures": read_pictures, "int8": int8}
+    device = pick_device(device) if isinstance(device, str) else device
+    options = {"dtype": DTYPES[dtype], "device": device, "read_pictures": read_pictures, "int8": int8}
     return Session(load_minigpt5(weights, found, **options).eval(), sampling, seed, Words.of(weights))
 
 
@@ -204,12 +204,11 @@ def arguments() -> argparse.Namespace:
         "mls-words with --words-first, stage 2's with --turns, --chat, --image; if missing, stage 1's")  # fmt: skip
     add("--out", type=Path, default=Path("out"), help="folder for the pictures and answer.json")
     add("--seed", type=int, default=0, help="same seed, same answer")
-    add_sampling_options(parser, Sampling, words_first=True)
     add("--threads", type=FROM_0, default=0, help="CPU threads; 0: as many as PyTorch takes by itself")
     add("--int8", action="store_true", help="hold the language model's matrices in 8 bits")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model; default: on for --chat on a "
         "GPU, else off")  # fmt: skip
-    args = parse(parser, "sample")
+    args = parse(parser, "sample", Sampling, words_first=True)
     typed = args.prompt or args.text or ""
     args.prompt = typed.encode("utf-8", "replace").decode().strip()  # a terminal can pass bytes that are no UTF-8
     if not (args.prompt or args.prompts or args.chat):
@@ -226,7 +225,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.compile is None:  # compiling takes minutes: for one answer that is too long
-        args.compile = args.chat and can_compile(pick_device(args.device))
+        args.compile = args.chat and can_compile(args.device)
     purpose = "story" if args.turns else "chat" if args.chat or pictures else "draw"
     options = {name: getattr(args, name) for name in ("weights", "checkpoint", "device", "dtype", "seed", "int8")}
     session = load(purpose=purpose, read_pictures=purpose != "draw", sampling=Sampling.of(vars(args)), **options)

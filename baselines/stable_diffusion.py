@@ -30,7 +30,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DTYPES, add_model_options, pick_device, read_arguments, run  # isort: skip
+from common.cli import DTYPES, add_model_options, add_picture_options, read_arguments, run  # isort: skip
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,6 @@ from baselines.divter import split_description
 from baselines.gill import Gill, load_gill
 from common.files import fingerprint
 from common.images import to_image
-from common.options import add_picture_options
 from evaluation import cases
 from generation import Sampling, denoise, split
 from minigpt5 import MiniGPT5
@@ -124,7 +123,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    device, sampling = pick_device(args.device), Sampling.of(vars(args))
+    device, sampling = args.device, Sampling.of(vars(args))
     given, _, data = cases.given_cases(args)
     context = args.context if given[0].task in TASKS else "both"  # as `python -m evaluation` has it
     if args.words:  # which have their own

@@ -80,7 +80,7 @@ def run(main: Callable[[], None]) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_weights_option(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_device_option(parser)
     about = "dtype of the frozen weights; auto: bf16 on a GPU, else by their size (bench/README.md)"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=about)
 
@@ -88,6 +88,34 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
     layout = "folder of the published layout (README, Published weights); default: the miniature"
     parser.add_argument("--weights", type=Path, default=MINIATURE, metavar="DIR", help=layout)
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    about = "auto, cpu, cuda, cuda:N or mps"
+    parser.add_argument("--device", type=pick_device, default="auto", help=f"{about} (default: auto)")
+
+
+def add_picture_options(parser: argparse.ArgumentParser, sampling: type, against: str) -> None:
+    add = parser.add_argument
+    add("--steps", type=int, default=sampling.steps, help="denoising steps of a picture")
+    add("--guidance", type=float, default=sampling.guidance, help=f"guidance against {against}; 1: off")
+    add("--sampler", choices=sampling.samplers, default=sampling.sampler, help="diffusion sampler")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, sampling: type, words_first: bool = False) -> None:
+    """The fields of `generation.Sampling`, which is handed over, as options; --words-first only where `words_first`."""
+    add = parser.add_argument
+    add_picture_options(parser, sampling, against="vokens of zeros (see --empty-caption)")
+    about = "guide against the empty caption, not against vokens of zeros; default: as trained"
+    add("--empty-caption", action=argparse.BooleanOptionalAction, help=about)
+    add("--temperature", type=float, default=sampling.temperature, help="of the words; 0: always the likeliest")
+    add("--top-p", type=float, default=sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
+    add("--repetition-penalty", type=float, default=sampling.repetition_penalty, help="on words said before; 1: off")
+    add("--max-new-tokens", type=int, default=sampling.max_new_tokens, help="longest answer, in tokens")
+    add("--force-image", action="store_true", help="begin every answer with a picture")
+    if words_first:
+        about = "say in words what a picture shows, then paint that description"
+        add("--words-first", action=argparse.BooleanOptionalAction, default=False, help=about)
 
 
 def suited_options(weights: Path, command: str) -> dict:
@@ -117,9 +145,13 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
 FROM_0, FROM_1 = number(0), number(1)
 
 
-def parse(parser: argparse.ArgumentParser, command: str) -> argparse.Namespace:
-    """Add --weights, --device and --dtype, and read the command line. Options that are not given take the values of
-    `suited_options`. ValueError if these are none of its options or values."""
+def parse(
+    parser: argparse.ArgumentParser, command: str, sampling: type | None = None, words_first: bool = False
+) -> argparse.Namespace:
+    """Add --weights, --device, --dtype and, with `sampling`, `add_sampling_options`, and read the command line. Options
+    that are not given take the values of `suited_options`. ValueError if these are none of its options or values."""
+    if sampling:
+        add_sampling_options(parser, sampling, words_first)
     first = argparse.ArgumentParser(add_help=False)
     add_weights_option(first)
     add_model_options(parser)
@@ -155,17 +187,21 @@ def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = Non
     return args
 
 
+class DeviceError(argparse.ArgumentTypeError, ValueError):
+    """A device that is not there."""
+
+
 def pick_device(name: str) -> torch.device:
     """ "auto" is the NVIDIA GPU where there is one, else the CPU; "mps" is Apple's GPU. Under torchrun each process
-    takes the GPU of its local rank. ValueError for one that is not there."""
+    takes the GPU of its local rank. DeviceError for one that is not there."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d\d?)?", name):
-        raise ValueError(f"--device {name}: not auto, cpu, cuda, cuda:N or mps")
+        raise DeviceError(f"{name}: not auto, cpu, cuda, cuda:N or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
     count = {"cpu": 1, "mps": torch.backends.mps.is_available(), "cuda": torch.cuda.device_count()}[device.type]
     if (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: this torch sees {count:d} such devices")
+        raise DeviceError(f"{name}: this torch sees {count:d} such devices")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -37,13 +37,10 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from common.cli import DTYPES, FROM_1, make_folder, parse, pick_device, run  # isort: skip
-
-import torch
+from common.cli import DTYPES, FROM_1, make_folder, parse, run  # isort: skip
 from PIL import Image
 
 from common.files import fingerprint, write_json, write_text
-from common.options import add_sampling_options
 from evaluation.cases import CONTEXTS, Case, add_case_options, check_settings, generate, given_cases, open_answers
 from evaluation.comparisons import METRICS, Bench, Outcome, measure, outcomes_of
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
@@ -101,8 +98,7 @@ def arguments() -> argparse.Namespace:
     add("--hps", type=Path, metavar="FILE", help="HPS_v2_compressed.pt")
     add("--sbert", type=Path, metavar="DIR", help="folder of a sentence-transformers model")
     add("--meteor", type=Path, metavar="DIR", help="nltk_data folder with WordNet")
-    add_sampling_options(parser, Sampling)
-    args = parse(parser, "evaluate")
+    args = parse(parser, "evaluate", Sampling)
     if not args.out or args.out.suffix != ".json":
         parser.error("--out is needed, with the ending .json")
     args.sampling = Sampling.of(vars(args))
@@ -116,7 +112,6 @@ def main() -> None:
         COMPARISONS[sys.argv.pop(1)]()
         return
     args = arguments()
-    device = pick_device(args.device)
     cases, bad, data = given_cases(args)
     if args.context != "both" and cases[0].task not in TASKS:
         raise ValueError("--context is for stories, this data has none")
@@ -125,12 +120,12 @@ def main() -> None:
     if args.scores_only:
         check_settings(args.answers, settings)
     else:
-        settings |= ask(args, cases, device, settings)
+        settings |= ask(args, cases, settings)
 
     networks, unavailable = {}, {}
     for name in [name for name in OPENERS if name in {METRICS[metric].network for metric in args.metrics}]:
         try:  # the miniature's own are beside its weights
-            networks[name] = open_network(name, getattr(args, name, args.weights / f"{name}.safetensors"), device)
+            networks[name] = open_network(name, getattr(args, name, args.weights / f"{name}.safetensors"), args.device)
         except Unavailable as error:
             unavailable[name] = str(error)
     outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)
@@ -156,7 +151,7 @@ def main() -> None:
     print(f"{table(record)}\nsee {args.out} and {args.out.with_suffix('.md')}")
 
 
-def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, settings: dict) -> dict:
+def ask(args: argparse.Namespace, cases: list[Case], settings: dict) -> dict:
     """Make the answers that are not there yet; returns what they were made with."""
     place, names = args.weights / "minigpt5", {"caption": (), "reply": CHAT_FILES}.get(cases[0].task, STORY_FILES)
     checkpoint = given_checkpoint(args.checkpoint or shipped_checkpoint(place, names) or place)
@@ -164,7 +159,7 @@ def ask(args: argparse.Namespace, cases: list[Case], device: torch.device, setti
     made |= {"seed": args.seed, **asdict(args.sampling)}
     open_answers(args.answers, settings | made, args.data)
     reads = cases[0].task != "caption"
-    model = load_minigpt5(args.weights, checkpoint, dtype=DTYPES[args.dtype], device=device, read_pictures=reads)
+    model = load_minigpt5(args.weights, checkpoint, dtype=DTYPES[args.dtype], device=args.device, read_pictures=reads)
     generate(model.eval(), cases, args.answers, args.context, args.sampling, args.seed, args.batch_size)
     print(f"{len(cases):,} cases are answered, see {args.answers}")
     del model

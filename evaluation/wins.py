@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.cli import add_weights_option, pick_device, read_arguments
+from common.cli import add_device_option, add_weights_option, read_arguments
 from common.files import write_json
 from evaluation.cases import Case, compared_cases, read_answer
 from evaluation.comparisons import Bench, encode
@@ -64,17 +64,16 @@ def wins() -> None:
     add("--out", type=Path, required=True, metavar="FILE", help="shares as JSON")
     add("--data", nargs="+", help="the tars that were asked about; default: as a folder of answers says")
     add("--hps", type=Path, metavar="PATH", help="weights: HPS_v2_compressed.pt")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_device_option(parser)
     add_weights_option(parser)
     args = read_arguments(parser)
     if len(set(args.answers)) < len(args.answers):
         parser.error("a folder of answers is named twice")
     cases = [case for case in compared_cases(args.answers, args.data) if case.pictures]
-    device = pick_device(args.device)
     paths = {"hps": args.hps} if args.hps else {n: args.weights / f"{n}.safetensors" for n in ("judge", "pairing")}
     if not cases or not (args.hps or all(case.facts for case in cases)):
         raise ValueError("no picture was wanted" if not cases else "pictures without labels of the drawn world: --hps?")
-    bench = Bench({name: open_network(name, path, device) for name, path in paths.items()}, {})
+    bench = Bench({name: open_network(name, path, args.device) for name, path in paths.items()}, {})
     rows = [preferences(cases, folder, bench) for folder in args.answers]
     shares = dict(zip(map(str, args.answers), count_wins(rows), strict=True))
     write_json(args.out, {"by": "HPS v2" if args.hps else "facts", "cases": len(cases), "wins": shares})

@@ -25,9 +25,10 @@ from textwrap import wrap
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import FROM_1, MINIATURE, make_folder, pick_device, read_arguments, run  # isort: skip
+from common.cli import FROM_1, MINIATURE, add_device_option, make_folder, read_arguments, run  # isort: skip
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.files import fingerprint, read_json, write_json, write_text
@@ -50,7 +51,7 @@ Answers = list[dict]  # {"prompt", "seed", "wrong": [names of facts], "descripti
 # ---- what a system draws
 
 
-def exam_of(way: str, weights: Path, checkpoint: Path | None, device: str) -> Exam:
+def exam_of(way: str, weights: Path, checkpoint: Path | None, device: torch.device) -> Exam:
     """Sampling is sample.py's default with these weights; where they bring none, the miniature's."""
     sampling = sampling_of_sample(weights if (weights / "minigpt5" / "config.json").is_file() else MINIATURE)
     if way == "text":
@@ -58,7 +59,7 @@ def exam_of(way: str, weights: Path, checkpoint: Path | None, device: str) -> Ex
     else:
         sampling = replace(sampling, words_first=way == "words", force_image=way == "vokens")
         checkpoint = checkpoint_for("people", weights, checkpoint, sampling.words_first)
-    return Exam(weights, checkpoint, pick_device(device), sampling, n=0, seed=0)
+    return Exam(weights, checkpoint, device, sampling, n=0, seed=0)
 
 
 def drawn(exam: Exam, way: str, texts: list[str]) -> list[Said]:
@@ -189,7 +190,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--n", type=FROM_1, help="only the first so many prompts")
     add("--seeds", type=seeds, default=[0, 1, 2], help="default: 0,1,2")
     add("--out", type=Path, default=Path("runs/knowledge"), help="folder of results.json, table.md and sheet.png")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_device_option(parser)
     args = read_arguments(parser, argv)
     args.system = args.system or [[*names, str(MINIATURE)] for names in THREE]
     for system in args.system:

@@ -33,7 +33,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import FROM_1, MINIATURE, can_compile, make_folder, pick_device, read_arguments, run  # isort: skip
+from common.cli import FROM_1, MINIATURE, add_device_option, can_compile, make_folder, read_arguments, run  # isort: skip
 
 import torch
 from torch import nn
@@ -189,15 +189,14 @@ def main(argv: list[str] | None = None) -> None:
     add("--pictures", type=FROM_1, default=1 << 17, help="different pictures to train on (12 kB each)")
     add("--workers", type=FROM_1, default=os.cpu_count(), help="processes that draw them")
     add("--seed", type=int, default=0, help="0 or more")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_device_option(parser)
     args = read_arguments(parser, argv)
     if args.weights == MINIATURE and args.parts != ["pairing"]:
         parser.error("--weights is needed: finished parts would overwrite the shipped ones")
-    device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
     if not (args.weights / "minigpt5" / "config.json").exists():  # the defaults of the commands that use the weights
         write_settings(args.weights, "minigpt5/config.json", {})
-    setup = Setup(make_folder(args.out), args.weights, device, args.seed, args.pictures, args.workers)
+    setup = Setup(make_folder(args.out), args.weights, args.device, args.seed, args.pictures, args.workers)
     for part, recipe_class in PARTS.items():
         if part not in args.parts:
             continue

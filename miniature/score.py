@@ -43,9 +43,17 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import FROM_1, add_weights_option, make_folder, pick_device, read_arguments, run, suited_options
+from common.cli import (
+    FROM_1,
+    add_device_option,
+    add_sampling_options,
+    add_weights_option,
+    make_folder,
+    read_arguments,
+    run,
+    suited_options,
+)
 from common.files import write_json
-from common.options import add_sampling_options
 from generation import Sampling
 from miniature.chats import bracketed
 from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_prompts, heard, look, text_to_pictures
@@ -349,13 +357,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add_device_option(parser)
     args = read_arguments(parser, argv)
     sampling = Sampling.of(vars(args))
     sheets = make_folder(args.sheets) if args.sheets else None
     if args.out:
         make_folder(args.out.parent)
-    exam = Exam(args.weights, None, pick_device(args.device), sampling, SAMPLES, args.seed, sheets)
+    exam = Exam(args.weights, None, args.device, sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:

@@ -371,16 +371,15 @@ def load_minigpt5(
     if problems := size_mismatches(loaded):
         raise WeightsError(f"{weights}: {problems[0]}", problems)
     encoders = (image_encoder, text_encoder, clip_tokenizer)
-    with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
-        model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, *encoders, start_as)
+    adapters = trained and trained.adapters
+    try:
+        with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
+            model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, *encoders, start_as, adapters)
+    except ValueError as error:  # an adapter of a layer that Vicuna does not have
+        raise WeightsError(f"{checkpoint}: {error}") from None
     model.mapper.to(device)
     model.empty_caption = cache(partial(encode_empty_caption, diffusion, reading, device))
     model.guides_against_empty_caption = bool(trained) and trained.metadata.get("guidance") == "empty caption"
-    if trained and trained.adapters:
-        try:
-            model.add_adapters(**trained.adapters)
-        except ValueError as error:  # a layer that Vicuna does not have
-            raise WeightsError(f"{checkpoint}: {error}") from None
     if trained:
         load_trained(model, checkpoint)
     return model

@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from common.cli import DTYPES, FROM_0, FROM_1, add_model_options, pick_device, run
+from common.cli import DTYPES, FROM_0, FROM_1, add_model_options, run
 from tars import datasets, precompute
 
 SOURCES = {
@@ -47,7 +47,7 @@ def main() -> None:
     args = arguments()
     if args.command == "precompute":
         options = {"weights": args.weights, "captions": not args.no_captions, "dtype": DTYPES[args.dtype]}
-        options |= {"store": args.store, "device": pick_device(args.device)}
+        options |= {"store": args.store, "device": args.device}
         precompute.precompute(args.sources, args.out, args.batch_size, args.workers, **options)
         return
     options = {"max_words": args.max_words} if args.command == "mmdialog" else {}

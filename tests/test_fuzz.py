@@ -1,8 +1,10 @@
 """A few hundred bad inputs of tests/stress/fuzz.py, some of every family, and faults that it has found, one by one."""
 
+import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -17,7 +19,7 @@ import torch
 from bad_tars import member, pair_members, pax, whole
 from PIL import Image
 
-from common.cli import pick_device
+from common.cli import add_device_option, pick_device
 from common.images import ImageError, read_image
 from llama import LlamaConfig
 from published.clip_tokenizer import ClipTokenizer
@@ -116,8 +118,13 @@ def test_captions_that_are_hard_to_clean(tmp_path, text):
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "cuda:x", "cuda:-1", "gpu", "meta", "", "cpu:3"])
-def test_devices_that_are_not_there(name):
-    with pytest.raises(ValueError, match=f"--device {name}"):
+def test_devices_that_are_not_there(name, capsys):
+    parser = argparse.ArgumentParser()
+    add_device_option(parser)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([f"--device={name}"])
+    assert re.search(f"error: argument --device: {name}: (not auto|this torch sees)", capsys.readouterr().err)
+    with pytest.raises(ValueError, match=f"^{name}: (not auto|this torch sees)"):
         pick_device(name)
     assert pick_device("cpu") == torch.device("cpu")
 

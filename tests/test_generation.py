@@ -13,7 +13,7 @@ from random_weights import write_random_weights
 from torch._dynamo.testing import CompileCounter
 
 import generation
-from common import graphs, options
+from common import cli, graphs
 from common.images import to_tensor
 from generation import Sampling, pick_tokens, prompt_ids, room_after, room_wanted, segments_of
 from published.parts import load_minigpt5
@@ -162,7 +162,7 @@ def test_pick_tokens():
 
 def test_every_sampler_has_its_option(capsys):
     parser = argparse.ArgumentParser()
-    options.add_sampling_options(parser, Sampling)
+    cli.add_sampling_options(parser, Sampling)
     for name in SAMPLERS:
         assert Sampling.of(vars(parser.parse_args(["--sampler", name]))).sampler == name
     with pytest.raises(SystemExit):

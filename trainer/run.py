@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common.cli import can_compile, pick_device
+from common.cli import can_compile
 from common.files import lock_folder
 from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
@@ -184,7 +184,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, name: str, save_trained=save_trained, load_trained=load_trained):
         self.args, self.name, self.save_trained, self.load_trained = args, name, save_trained, load_trained
         self.arguments = json.loads(json.dumps(vars(args), default=str))  # as state.json holds them
-        self.device = pick_device(args.device)
+        self.device = args.device
         torch.set_float32_matmul_precision("high")  # float32 products of trained parts may use TF32
         torch.manual_seed(args.seed)
         self.world = World(self.device)

@@ -252,7 +252,7 @@ def run_command(folder: Path) -> None:
             raise ValueError(f"{folder}: argparse {error}") from None
     require(type(args.batch_size) is int and args.batch_size > 0, f"--batch-size {args.batch_size!r}")
     require(isinstance(args.lr, float | int) and not isinstance(args.lr, bool), f"--lr {args.lr!r}")
-    require(isinstance(args.no_cap, bool) and isinstance(args.device, str), f"{args}")
+    require(isinstance(args.no_cap, bool) and isinstance(args.device, torch.device), f"{args}")
 
 
 CONFIGS = {
