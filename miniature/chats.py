@@ -17,8 +17,8 @@ import numpy as np
 from common.texts import plain_words, words_in
 from miniature import facts, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
-from miniature.phrases import ORDINARY, PHRASES, SENTENCES, SLOT, fill, sentence
-from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
+from miniature.phrases import CAPTIONS, ORDINARY, PHRASES, SENTENCES, SLOT, choices, fill, one_of, sentence, some
+from miniature.tales import cast, questions, talk_about
 from miniature.typos import CHATTER, TYPOS, chatter, padded, typed
 from miniature.wishes import (
     colour_word,
@@ -31,7 +31,7 @@ from miniature.wishes import (
     time_words,
     wish,
 )
-from miniature.words import choices, describe, facts_in, from_left, one_of, plural, some
+from miniature.words import describe, facts_in, from_left, plural
 from prompts import Turn
 
 WORDS = 203  # purpose of the random streams
@@ -125,7 +125,7 @@ def move(rng, picture):
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
         other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
         after = changed_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
-    where = place_words(rng, place) if chance(rng, 0.6) else some(rng, TOWARDS[place])
+    where = place_words(rng, place) if chance(rng, 0.6) else some(rng, CAPTIONS["towards"][place])
     alone = len(picture.things) == 1 and chance(rng, 0.5)
     if alone and {place, old} == {"left", "right"} and chance(rng, 0.3):
         return asking(rng, "other side"), after
@@ -274,7 +274,7 @@ def small_talk(rng: np.random.Generator) -> tuple[str, str]:
         return one_of(rng, forms).format(one_of(rng, blanks)), answer
     if what < 0.8:
         return tuple(choices(sentence(rng, "talk")))
-    return tuple(choices(pick(rng, TALK if what < 0.93 else LIKES)))
+    return pick(rng, list(CAPTIONS["talk" if what < 0.93 else "likes"].items()))
 
 
 # ---- a chat
@@ -297,7 +297,7 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
                 continue
         elif what < (0.45 if picture is None else 0.2):
             shown = picture = from_left(cast(rng, split))
-            asked, answer = some(rng, SHOWS), some(rng, SEES).format(describe(picture))
+            asked, answer = some(rng, CAPTIONS["shows"]), some(rng, CAPTIONS["sees"]).format(describe(picture))
         elif picture is not None and what < 0.32:
             asked, answer = question(rng, picture)
         elif picture is not None and what < 0.78:

@@ -17,9 +17,9 @@ import numpy as np
 from common.texts import plain_words
 from miniature import facts, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
-from miniature.phrases import PHRASES, SLOT, fill, sentence
+from miniature.phrases import CAPTIONS, PHRASES, SLOT, fill, one_of, sentence, some, with_article
 from miniature.typos import CHATTER, TYPOS, padded, typed
-from miniature.words import caption, facts_in, one_of, plural, some, with_article
+from miniature.words import caption, facts_in, plural
 
 MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 SECTIONS = {"one": 0.55, "two": 0.38, "twins": 0.07}  # of sentences.txt: one thing, two kinds, two of one kind
@@ -114,7 +114,7 @@ def noun_of(rng: np.random.Generator, kind: str) -> str:
 
 def verb(rng: np.random.Generator, kind: str, form: int) -> str:
     """Form 1 "sails", form 2 "sailing"."""
-    return said(rng, words.VERBS[kind], PHRASES["verbs"][kind]).split()[form]
+    return said(rng, CAPTIONS["verbs"][kind], PHRASES["verbs"][kind]).split()[form]
 
 
 def place_words(rng: np.random.Generator, place: str) -> str:
@@ -136,7 +136,7 @@ def scene_noun(rng: np.random.Generator, scene: str) -> str:
 def scene_words(rng: np.random.Generator, picture: Picture) -> str:
     """ "in the snow", "high over the town"."""
     if chance(rng, 0.45):
-        return some(rng, words.SCENE_PHRASES[f"{picture.scene} {words.home_level(picture)}".strip()])
+        return some(rng, CAPTIONS["scenes"][f"{picture.scene} {words.home_level(picture)}".strip()])
     if chance(rng, 0.55):
         return one_of(rng, PHRASES["scenes"][picture.scene])
     sky = all(home(thing.kind, picture.scene) == "sky" for thing in picture.things)
