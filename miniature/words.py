@@ -34,11 +34,6 @@ def plural(noun: str) -> str:
     return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
 
 
-def verb(rng, kind: str, form: int) -> str:
-    """A verb for what this kind does: form 0 "sail", 1 "sails", 2 "sailing"."""
-    return some(rng, CAPTIONS["verbs"][kind]).split()[form]
-
-
 def adjectives(rng, thing: Thing, sized: bool) -> str:
     colour = some(rng, COLOUR_WORDS[thing.colour])
     return f"{some(rng, SIZE_WORDS[thing.size])} {colour}" if sized else colour
@@ -108,24 +103,15 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
     scene = scene_phrase(rng, picture)
     when = some(rng, TIME_PHRASES[picture.time]) if dated else ""
     alone, same = len(picture.things) == 1, twins(picture)
-    kind = picture.things[0].kind
-    forms = {
-        "{what} {where} {scene} {when}": 5,
-        "{what} {scene} {where} {when}": 2,
-        "{when} {what} {scene} {where}": 1.5,
-        "{there} {what} {where} {scene} {when}": 1.5,
-        "{scene} {when} {there} {what} {where}": 1,
-        "{art} {what} {where} {scene} {when}": 1.5,
-        "{ground} {when} with {what} {where}": 1,
+    verbs = CAPTIONS["verbs"][picture.things[0].kind]  # base, third person, participle
+    sections = {
+        "forms": True,
+        "forms of one or twins": alone or same,
+        "forms with a time": dated,
+        "forms of one with a place": alone and placed,
+        "forms of two with places": placed and not (alone or same),
     }
-    if alone or same:
-        forms |= {"{what} {does} {scene} {where} {when}": 1.5, "{what} {doing} {where} {scene} {when}": 1}
-    if dated:
-        forms["{clause} and {there} {what} {where} {scene}"] = 0.7
-    if alone and placed:
-        forms["{where} {does} {what} {scene} {when}"] = 0.7
-    if placed and not alone and not same:
-        forms["{inverse} {scene} {when}"] = 2
+    forms = {form: float(w) for section, fit in sections.items() if fit for form, w in CAPTIONS[section].items()}
     first, second = picture.things[0], picture.things[-1]
     return tidy(
         pick_weighted(rng, forms).format(
@@ -136,8 +122,8 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
             there="there are" if same else "there is",
             art=with_article(some(rng, CAPTIONS["pictures"])),
             ground=some(rng, SCENE_NOUNS[picture.scene]),
-            does=verb(rng, kind, 1 if alone else 0),
-            doing=verb(rng, kind, 2),
+            does=some(rng, verbs).split()[1 if alone else 0],
+            doing=some(rng, verbs).split()[2],
             clause=some(rng, TIME_CLAUSES[picture.time]),
             inverse=f"{some(rng, PLACE_PHRASES[first.place])} is {noun_phrase(rng, first, sized)} and "
             f"{some(rng, PLACE_PHRASES[second.place])} is {noun_phrase(rng, second, sized)}",
