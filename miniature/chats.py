@@ -17,21 +17,11 @@ import numpy as np
 from common.texts import plain_words, words_in
 from miniature import facts, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
-from miniature.phrases import ORDINARY, PHRASES, SENTENCES, SLOT, fill, sentence
-from miniature.tales import LIKES, SEES, SHOWS, TALK, TOWARDS, cast, questions, talk_about
+from miniature.phrases import CAPTIONS, ORDINARY, PHRASES, SENTENCES, SLOT, choices, fill, one_of, sentence, some
+from miniature.tales import cast, questions, talk_about
 from miniature.typos import CHATTER, TYPOS, chatter, padded, typed
-from miniature.wishes import (
-    colour_word,
-    noun_of,
-    other_size,
-    place_words,
-    scene_words,
-    size_word,
-    thing_phrase,
-    time_words,
-    wish,
-)
-from miniature.words import choices, describe, facts_in, from_left, one_of, plural, some
+from miniature.wishes import other_size, said, scene_words, thing_phrase, wish
+from miniature.words import describe, facts_in, from_left, plural
 from prompts import Turn
 
 WORDS = 203  # purpose of the random streams
@@ -63,7 +53,7 @@ def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
         return i, f"the {getattr(thing, fact)} {pick(rng, ['one', thing.kind])}"
     if not alone and thing.colour != picture.things[1 - i].colour and chance(rng, 0.1):
         return i, f"the {thing.colour} one"
-    name = noun_of(rng, thing.kind) if chance(rng, 0.3) else thing.kind
+    name = said(rng, "nouns", thing.kind) if chance(rng, 0.3) else thing.kind
     return i, f"the {thing.colour + ' ' if chance(rng, 0.15) else ''}{name}"
 
 
@@ -83,7 +73,7 @@ def recolour(rng, picture):
     colour, old = pick_other(rng, facts.COLOURS, picture.things[i].colour), picture.things[i].colour
     alone = len(picture.things) == 1 and chance(rng, 0.5)
     section = "recolour alone" if alone else "recolour"
-    text = asking(rng, section, it=name, colour=colour_word(rng, colour), old=old)
+    text = asking(rng, section, it=name, colour=said(rng, "colours", colour), old=old)
     return text, changed_thing(picture, i, colour=colour)
 
 
@@ -94,7 +84,7 @@ def recolour_both(rng, picture):
     if any(held_out(thing.kind, colour, picture.scene) for thing in picture.things):
         return None
     nouns = f"the {plural(one.kind)}" if one.kind == two.kind else "both of them"
-    text = asking(rng, "recolour both", colour=colour_word(rng, colour), nouns=nouns)
+    text = asking(rng, "recolour both", colour=said(rng, "colours", colour), nouns=nouns)
     return text, replace(picture, things=(replace(one, colour=colour), replace(two, colour=colour)))
 
 
@@ -104,7 +94,7 @@ def resize_both(rng, picture):
     size = pick(rng, facts.SIZES)
     after = replace(picture, things=tuple(replace(thing, size=size) for thing in picture.things))
     bigger = one_of(rng, PHRASES["compared"][size])
-    text = asking(rng, "resize both", size=size_word(rng, size), bigger=bigger)
+    text = asking(rng, "resize both", size=said(rng, "sizes", size), bigger=bigger)
     return text, after if after != picture and fits(after.things, picture.scene) else None
 
 
@@ -112,9 +102,9 @@ def resize(rng, picture):
     i, name = target(rng, picture)
     old = picture.things[i].size
     if chance(rng, 0.1):  # "make it big" may be said of what is big already
-        return f"make {name} {size_word(rng, old)}", changed_thing(picture, i)
+        return f"make {name} {said(rng, 'sizes', old)}", changed_thing(picture, i)
     size, alone = other_size(old), len(picture.things) == 1 and chance(rng, 0.5)
-    slots = {"it": name, "size": size_word(rng, size), "bigger": one_of(rng, PHRASES["compared"][size]), "old": old}
+    slots = {"it": name, "size": said(rng, "sizes", size), "bigger": one_of(rng, PHRASES["compared"][size]), "old": old}
     return asking(rng, "resize alone" if alone else "resize", **slots), changed_thing(picture, i, size=size)
 
 
@@ -125,7 +115,7 @@ def move(rng, picture):
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
         other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
         after = changed_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
-    where = place_words(rng, place) if chance(rng, 0.6) else some(rng, TOWARDS[place])
+    where = said(rng, "places", place) if chance(rng, 0.6) else some(rng, CAPTIONS["towards"][place])
     alone = len(picture.things) == 1 and chance(rng, 0.5)
     if alone and {place, old} == {"left", "right"} and chance(rng, 0.3):
         return asking(rng, "other side"), after
@@ -149,7 +139,7 @@ def change_time(rng, picture):
     time = pick_other(rng, facts.TIMES, picture.time)
     nouns = {"day": "day | daytime | morning", "sunset": "evening | sunset", "night": "night"}
     slots = {"time": one_of(rng, nouns[time]), "old": one_of(rng, nouns[picture.time])}
-    return asking(rng, "time", **{"at time": time_words(rng, time)}, **slots), replace(picture, time=time)
+    return asking(rng, "time", **{"at time": said(rng, "times", time)}, **slots), replace(picture, time=time)
 
 
 def change_scene(rng, picture):
@@ -158,8 +148,9 @@ def change_scene(rng, picture):
     if not fits(after.things, scene) or any(held_out(t.kind, t.colour, scene) for t in after.things):
         return None
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
-    nouns = {"scene": some(rng, words.SCENE_NOUNS[scene]), "old": some(rng, words.SCENE_NOUNS[picture.scene])}
-    return asking(rng, "scene", it=it, **{"in scene": scene_words(rng, after)}, **nouns), after
+    nouns = CAPTIONS["scene nouns"]
+    slots = {"scene": some(rng, nouns[scene]), "old": some(rng, nouns[picture.scene])}
+    return asking(rng, "scene", it=it, **{"in scene": scene_words(rng, after)}, **slots), after
 
 
 def add(rng, picture):
@@ -181,7 +172,7 @@ def add(rng, picture):
     named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
     phrase = thing_phrase(rng, named)
     if named_place:
-        phrase = f"{phrase} {place_words(rng, other.place)}"
+        phrase = f"{phrase} {said(rng, 'places', other.place)}"
     text = asking(rng, "add", thing=phrase)
     if (other.kind, other.colour) == (first.kind, first.colour) and not named_place and chance(rng, 0.8):
         text = asking(rng, "add twin", noun=other.kind)
@@ -256,7 +247,7 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
             "what did you draw? | tell me what you see"
         )
         return one_of(rng, asked), f"i see {describe(picture)}."
-    noun, absent = noun_of(rng, thing.kind), pick_other(rng, facts.KINDS, *kinds)
+    noun, absent = said(rng, "nouns", thing.kind), pick_other(rng, facts.KINDS, *kinds)
     *others, (seen, yes) = questions(picture, thing, noun, absent, lambda phrases: choices(phrases)[0])
     others.append((f"is there a {noun}? | {seen}", yes))
     return pick(rng, [(form, answer) for forms, answer in others for form in choices(forms)])
@@ -274,7 +265,7 @@ def small_talk(rng: np.random.Generator) -> tuple[str, str]:
         return one_of(rng, forms).format(one_of(rng, blanks)), answer
     if what < 0.8:
         return tuple(choices(sentence(rng, "talk")))
-    return tuple(choices(pick(rng, TALK if what < 0.93 else LIKES)))
+    return pick(rng, list(CAPTIONS["talk" if what < 0.93 else "likes"].items()))
 
 
 # ---- a chat
@@ -297,7 +288,7 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
                 continue
         elif what < (0.45 if picture is None else 0.2):
             shown = picture = from_left(cast(rng, split))
-            asked, answer = some(rng, SHOWS), some(rng, SEES).format(describe(picture))
+            asked, answer = some(rng, CAPTIONS["shows"]), some(rng, CAPTIONS["sees"]).format(describe(picture))
         elif picture is not None and what < 0.32:
             asked, answer = question(rng, picture)
         elif picture is not None and what < 0.78:

@@ -21,10 +21,10 @@ from common.texts import plain_words
 from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
 from miniature.facts import Picture, pick, pick_weighted, random_stream
-from miniature.tales import SEES, SHOWS
+from miniature.phrases import CAPTIONS, some
 from miniature.typos import typed
 from miniature.wishes import wish
-from miniature.words import as_named, describe, description, from_left, some
+from miniature.words import as_named, describe, description, from_left
 from miniature.world import sample_dialogue, sample_pair, sample_story
 from prompts import Example, Turn, chat_history, dialog_example, history_start, story_example, uas_texts
 
@@ -68,7 +68,7 @@ def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     """A picture is shown and described, in stage 2's form or in MiniGPT-4's."""
     picture = sample_pair(seed, i, split)[0]
     told = describe(from_left(picture)) if rng.random() < 0.7 else description(picture, rng, True, True)
-    question, answer = some(rng, SHOWS), some(rng, SEES).format(told)
+    question, answer = some(rng, CAPTIONS["shows"]), some(rng, CAPTIONS["sees"]).format(told)
     if rng.random() < 0.6:
         return dialog_example([Turn(question, (picture,))], Turn(answer), 1, prompts.PICTURE_MARK)
     human, assistant = prompts.SPEAKERS

@@ -1,7 +1,8 @@
-"""The phrases and sentences that people's wishes and chats are made of.
+"""The phrases and sentences that captions, tales and people's wishes and chats are made of.
 
-`phrases.txt` has in each section either alternatives, "a | b", or a table of them, "sea = at sea | by the sea". "_" is
-an empty alternative.
+`captions.txt` and `phrases.txt`, for what people type, have in each section either alternatives, "a | b", the commonest
+first, or a table of them, "sea = at sea | by the sea". "_" is an empty alternative. The forms of captions have weights,
+"{what} {scene} = 2".
 
 `sentences.txt` has in each section whole sentences with slots, "a {noun} that is {colour}", which `wishes.py` and
 `chats.py` fill; "3x " before a sentence makes it three times as frequent. The sections "plain ..." have the commonest
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from miniature.facts import pick
-from miniature.words import with_article
 
 
 def read_sections(name: str) -> dict[str, list[str]]:
@@ -35,10 +35,33 @@ def alternatives(lines: list[str]) -> str | dict[str, str]:
     return " | ".join(lines).replace("_", "")
 
 
-PHRASES = {section: alternatives(lines) for section, lines in read_sections("phrases.txt").items()}
+CAPTIONS, PHRASES = (
+    {section: alternatives(lines) for section, lines in read_sections(name).items()}
+    for name in ("captions.txt", "phrases.txt")
+)
 SENTENCES = read_sections("sentences.txt")
 ORDINARY = Path(__file__).with_name("ordinary.txt").read_text("utf-8").split()  # everyday words without a picture
 SLOT = re.compile(r"\{(.+?)\}")
+
+
+def choices(phrases: str) -> list[str]:
+    """ "a | b" -> ["a", "b"]."""
+    return phrases.split(" | ")
+
+
+def some(rng: np.random.Generator, phrases: str) -> str:
+    """One of "a | b | c": in four cases of ten the first one, otherwise any."""
+    options = choices(phrases)
+    return options[0] if rng.random() < 0.4 else pick(rng, options)
+
+
+def one_of(rng: np.random.Generator, phrases: str) -> str:
+    """Any of "a | b | c"."""
+    return pick(rng, choices(phrases))
+
+
+def with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def sentence(rng: np.random.Generator, *sections: str) -> str:

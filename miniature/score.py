@@ -60,9 +60,10 @@ from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, share
 from miniature.paint import draw
+from miniature.phrases import CAPTIONS, some
 from miniature.score_stories import stories
-from miniature.tales import SHOWS, SMALL_TALK
-from miniature.words import agrees, facts_in, some
+from miniature.tales import SMALL_TALK
+from miniature.words import agrees, facts_in
 from miniature.world import sample_dialogue, sample_pair
 from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
@@ -217,7 +218,7 @@ def captions(exam: Exam) -> Figures:
     samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
     wanted, pictures = [facts for facts, _, _ in samples], [draw(facts, jitter) for facts, _, jitter in samples]
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
-    sources = [chat_source(exam, some(rng, SHOWS), (None,)) for rng in streams]
+    sources = [chat_source(exam, some(rng, CAPTIONS["shows"]), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
     told = [facts_in(text) for text in texts]
     fine = [no_error(a, b) for a, b in zip(told, wanted, strict=True)]

@@ -19,8 +19,8 @@ from evaluation.cases import CONTEXTS as HISTORIES
 from miniature.exam import Exam, Figures, Said, ask, heard, look, means
 from miniature.facts import Picture, random_stream
 from miniature.judge import right_shares
-from miniature.tales import PARTS as PARTINGS
-from miniature.words import COLOUR_WORDS, NOUNS, agrees, choices, facts_in
+from miniature.phrases import CAPTIONS, choices
+from miniature.words import COLOUR_WORDS, NOUNS, agrees, facts_in
 from miniature.world import sample_story
 from prompts import STORY_REQUESTS, Turn, model_turn, pictures_of, story_example, story_source
 
@@ -28,7 +28,8 @@ CHOICE = 402  # purpose of the random streams
 CONTEXTS = {"no history": HISTORIES["none"], "its texts": HISTORIES["texts"], "texts and pictures": HISTORIES["both"]}
 OWN_STEPS = 4
 
-LEAVES = re.compile("|".join(phrase.replace("{}", r"(?:(?!the\b)\w+ ){0,3}?\w+") for phrase in choices(PARTINGS)))
+PARTINGS = choices(CAPTIONS["parts"])
+LEAVES = re.compile("|".join(phrase.replace("{}", r"(?:(?!the\b)\w+ ){0,3}?\w+") for phrase in PARTINGS))
 COLOUR = "|".join(sorted((word for words in COLOUR_WORDS.values() for word in choices(words)), key=len, reverse=True))
 RECOLOURED = re.compile(rf"\b(?:turns|becomes|is|makes (?:it|the(?: \w+)? \w+)) ({COLOUR})\b")
 

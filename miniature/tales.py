@@ -14,43 +14,10 @@ import numpy as np
 
 from miniature import facts, words
 from miniature.facts import KINDS, Picture, Thing, fits, pick, pick_other, pick_weighted, sample_picture, sample_thing
-from miniature.words import choices, description, noun_phrase, plural, some
+from miniature.phrases import CAPTIONS, choices, some
+from miniature.words import description, noun_phrase, plural
 from prompts import Turn, pictures_of
 
-MOVES = {  # kinds that go places, and how
-    "ball": "rolls | bounces | hops",
-    "boat": "sails | drifts | glides",
-    "fish": "swims | darts | paddles",
-    "car": "drives | rolls | races",
-    "star": "drifts | glides | wanders",
-    "cat": "walks | runs | trots | tiptoes",
-    "bird": "flies | flutters | soars",
-    "balloon": "drifts | floats | is blown",
-    "kite": "drifts | dances | swoops",
-}
-TOWARDS = {
-    "left": "to the left | over to the left | to the left side",
-    "middle": "to the middle | to the centre | into the middle",
-    "right": "to the right | over to the right | to the right side",
-}
-GROWS = "{} grows and becomes {} | {} gets bigger and bigger until it is {} | {} is {} now | suddenly {} is {}"
-SHRINKS = "{} shrinks and becomes {} | {} gets smaller and smaller until it is {} | {} is {} now | suddenly {} is {}"
-TURNS_COLOUR = (
-    "{} turns {} | {} becomes {} | now {} is {} | a painter comes and makes {} {} | as if by magic {} turns {}"
-)
-MEETS = (
-    "{hero} meets {other} {place} | then {other} comes along {place} | {other} appears {place} | "
-    "{hero} makes friends with {other} {place} | {other} {place} joins {hero}"
-)
-PARTS = (
-    "the {} goes away | the {} says goodbye and disappears | then the {} is gone | the {} goes home | "
-    "soon the {} has to leave"
-)
-DAWNS = {
-    "sunset": "the sun sets | evening comes | the sun goes down | slowly it becomes evening | dusk arrives",
-    "night": "night falls | it gets dark | the moon rises | the stars come out | night comes",
-    "day": "the sun rises | morning comes | it is morning again | a new day begins",
-}
 NEXT_TIME = {"day": "sunset", "sunset": "night", "night": "day"}
 
 
@@ -77,22 +44,24 @@ def change_hero(rng, picture: Picture, fact: str) -> tuple[str, Picture | None]:
 
 def move(rng, picture):
     kind, (place, after) = picture.things[0].kind, change_hero(rng, picture, "place")
-    if kind not in MOVES or after is None:
+    if kind not in CAPTIONS["moves"] or after is None:
         return None
-    return f"{called(rng, picture, 'size', 'colour')} {some(rng, MOVES[kind])} {some(rng, TOWARDS[place])}", after
+    who, how = called(rng, picture, "size", "colour"), some(rng, CAPTIONS["moves"][kind])
+    return f"{who} {how} {some(rng, CAPTIONS['towards'][place])}", after
 
 
 def resize(rng, picture):
     size, after = change_hero(rng, picture, "size")
     if after is None:
         return None
-    form = some(rng, GROWS if size == "big" else SHRINKS)
+    form = some(rng, CAPTIONS["resizes"][size])
     return form.format(called(rng, picture, "colour"), some(rng, words.SIZE_WORDS[size])), after
 
 
 def recolour(rng, picture):
     colour, after = change_hero(rng, picture, "colour")
-    return some(rng, TURNS_COLOUR).format(called(rng, picture, "size"), some(rng, words.COLOUR_WORDS[colour])), after
+    form = some(rng, CAPTIONS["turns colour"])
+    return form.format(called(rng, picture, "size"), some(rng, words.COLOUR_WORDS[colour])), after
 
 
 def newcomer(rng, picture) -> Thing | None:
@@ -108,7 +77,7 @@ def meet(rng, picture):
     other = newcomer(rng, picture) if len(picture.things) == 1 else None
     if other is None:
         return None
-    sentence = some(rng, MEETS).format(
+    sentence = some(rng, CAPTIONS["meets"]).format(
         hero=called(rng, picture, "size", "colour"),
         other=noun_phrase(rng, other),
         place=some(rng, words.PLACE_PHRASES[other.place]),
@@ -119,7 +88,7 @@ def meet(rng, picture):
 def part(rng, picture):
     if len(picture.things) == 1:
         return None
-    sentence = some(rng, PARTS).format(picture.things[1].kind)
+    sentence = some(rng, CAPTIONS["parts"]).format(picture.things[1].kind)
     if rng.random() < 0.4:
         sentence += f" and the {picture.things[0].kind} is alone again"
     return sentence, replace(picture, things=picture.things[:1])
@@ -127,7 +96,7 @@ def part(rng, picture):
 
 def pass_time(rng, picture):
     time = NEXT_TIME[picture.time]
-    after, sentence = replace(picture, time=time), some(rng, DAWNS[time])
+    after, sentence = replace(picture, time=time), some(rng, CAPTIONS["dawns"][time])
     moved = move(rng, after) if rng.random() < 0.3 else None
     return (f"{sentence} and {moved[0]}", moved[1]) if moved else (sentence, after)
 
@@ -160,81 +129,8 @@ def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
 
 # ---- dialogues
 
-ASKS = (
-    "can you draw {}? | please draw {}. | show me a picture of {}. | i would like to see {}. | could you paint {}? | "
-    "draw me {} please. | can i have a picture of {}? | please make a drawing of {}. | i want to see a picture of {}."
-)
-GIVES = (
-    "here it is. | sure, here you are. | of course, here is your picture. | here is {}. | "
-    "with pleasure, here is {}. | yes, look at this. | i drew {} for you."
-)
-MORE = (
-    "here it is. | done, have a look. | sure, like this? | of course, here you are. | no problem, look. | "
-    "now it looks like this."
-)
-SHOWS = (
-    "look at my picture. | what do you see here? | i made this picture. what is in it? | "
-    "please describe this picture. | can you tell me what this is? | this is my new picture."
-)
-SEES = "i see {}. | this is {}. | how nice, {}. | what a lovely picture of {}. | it shows {}."
-LIKES = [
-    "that is beautiful. | thank you, i am happy that you like it.",
-    "wow, how lovely. | thanks, it was fun to draw.",
-    "i love it. | i am glad to hear that.",
-    "what a nice picture. | thank you very much.",
-    "thank you so much. | you are welcome.",
-    "great, well done. | thanks, drawing is what i like best.",
-    "this is just what i wanted. | wonderful, i am glad.",
-    "thanks, goodbye. | goodbye, see you soon.",
-]
-TALK = [
-    "hello, how are you? | hello, i am fine, thank you. and you?",
-    "hi there. | hi, nice to meet you. what shall we do?",
-    "good morning. | good morning, did you sleep well?",
-    "who are you? | i am a little painter and i tell stories too.",
-    "what can you do? | i can talk with you, and i can draw when you ask me to.",
-    "what do you like best? | i like colours, and i like stories with a happy end.",
-    "are you tired? | no, i never sleep.",
-    "tell me a joke. | why did the fish blush? because it saw the ship without its sail.",
-    "i had a long week. | oh, then you should rest and drink some tea.",
-    "i am happy today. | that is good news, tell me why.",
-    "i am a little sad. | i am sorry. do you want to talk about it?",
-    "what is your name? | i have no name, but you may give me one.",
-    "how old are you? | i am still very young.",
-    "do you have a friend? | yes, you are my friend.",
-    "what colours do you know? | i know red, orange, yellow, green, blue, purple, pink and white.",
-    "what comes after sunset? | after sunset comes the night.",
-    "when does the moon shine? | the moon shines at night.",
-    "when does the sun rise? | the sun rises in the morning.",
-    "where is it cold? | it is cold in the snow and high up in the mountains.",
-    "where is it hot and dry? | it is hot and dry in the desert.",
-    "which colour do you get from blue and yellow? | blue and yellow make green.",
-    "which colour do you get from red and white? | red and white make pink.",
-    "which colour do you get from red and yellow? | red and yellow make orange.",
-    "can you sing? | no, i cannot sing, but i can tell you a story.",
-    "what did you do today? | i looked at the clouds and thought of you.",
-    "i am going home now. | have a safe trip, see you soon.",
-]
-ABOUT = {
-    "ball": "a ball is round and it rolls and bounces. | children play with balls.",
-    "house": "people live in houses. | a house has a roof, a door and a window.",
-    "tree": "a tree has leaves and roots. | trees give shade when it is hot.",
-    "boat": "a boat sails over the water. | the wind fills its sail and the boat moves on.",
-    "fish": "fish swim under water. | a fish has fins and no feet.",
-    "car": "a car has four wheels. | cars drive on the street.",
-    "star": "stars are far away suns. | stars shine when it is dark.",
-    "flower": "flowers smell sweet. | bees love flowers.",
-    "cat": "cats are soft and they love to sleep. | a cat says meow and catches mice.",
-    "bird": "birds have wings and feathers. | a bird builds a nest and sings.",
-    "balloon": "a balloon is full of air. | let go of a balloon and it flies away.",
-    "kite": "a kite needs wind and a long string. | children fly kites when it is windy.",
-}
-ASKS_ABOUT = (
-    "tell me about {}. | what do you know about {}? | do you like {}? | what is special about {}? | "
-    "can you tell me something about {}?"
-)
-SMALL_TALK = {choices(talk)[0] for talk in TALK}
-SMALL_TALK |= {form.format(plural(kind)) for form in choices(ASKS_ABOUT) for kind in KINDS}
+SMALL_TALK = {*CAPTIONS["talk"]}
+SMALL_TALK |= {form.format(plural(kind)) for form in choices(CAPTIONS["asks about"]) for kind in KINDS}
 
 
 def request(rng, split, picture):
@@ -242,14 +138,14 @@ def request(rng, split, picture):
     picture = cast(rng, split)
     wish = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
     echo = noun_phrase(rng, picture.things[0]) if len(picture.things) == 1 else "your picture"
-    return Turn(some(rng, ASKS).format(wish)), Turn(some(rng, GIVES).format(echo), (picture,))
+    return Turn(some(rng, CAPTIONS["asks"]).format(wish)), Turn(some(rng, CAPTIONS["gives"]).format(echo), (picture,))
 
 
 def show(rng, split, picture):
     """Somebody shows a picture and hears what is in it."""
     picture = cast(rng, split)
     seen = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
-    return Turn(some(rng, SHOWS), (picture,)), Turn(some(rng, SEES).format(seen))
+    return Turn(some(rng, CAPTIONS["shows"]), (picture,)), Turn(some(rng, CAPTIONS["sees"]).format(seen))
 
 
 def alter(rng, split, picture):
@@ -258,7 +154,7 @@ def alter(rng, split, picture):
     while told is None or told[1] is None:
         told = pick(rng, (wish_move, wish_size, wish_colour, wish_time, wish_more, wish_less))(rng, picture)
     form = some(rng, "{} please. | please {}. | can you {}? | now {}. | could you {}?")
-    return Turn(form.format(told[0])), Turn(some(rng, MORE), (told[1],))
+    return Turn(form.format(told[0])), Turn(some(rng, CAPTIONS["more"]), (told[1],))
 
 
 def named(picture) -> str:
@@ -267,7 +163,7 @@ def named(picture) -> str:
 
 def wish_move(rng, picture):
     place, after = change_hero(rng, picture, "place")
-    return f"move {named(picture)} {some(rng, TOWARDS[place])}", after
+    return f"move {named(picture)} {some(rng, CAPTIONS['towards'][place])}", after
 
 
 def wish_size(rng, picture):
@@ -327,17 +223,17 @@ def question(rng, split, picture):
 
 
 def praise(rng, split, picture):
-    return tuple(map(Turn, choices(pick(rng, LIKES))))
+    return tuple(map(Turn, pick(rng, list(CAPTIONS["likes"].items()))))
 
 
 def talk(rng, split, picture):
     """Plain words: small talk, or something about a kind of thing."""
-    return tuple(map(Turn, choices(pick(rng, TALK)) if rng.random() < 0.5 else talk_about(rng)))
+    return tuple(map(Turn, pick(rng, list(CAPTIONS["talk"].items())) if rng.random() < 0.5 else talk_about(rng)))
 
 
 def talk_about(rng) -> tuple[str, str]:
     kind = pick(rng, list(KINDS))
-    return some(rng, ASKS_ABOUT).format(plural(kind)), some(rng, ABOUT[kind])
+    return some(rng, CAPTIONS["asks about"]).format(plural(kind)), some(rng, CAPTIONS["about"][kind])
 
 
 OPENINGS = {request: 0.5, show: 0.2, talk: 0.3}

@@ -5,8 +5,8 @@ from string import ascii_lowercase
 import numpy as np
 
 from miniature.facts import chance, pick
-from miniature.phrases import ORDINARY, PHRASES
-from miniature.words import one_of, tidy
+from miniature.phrases import ORDINARY, PHRASES, one_of
+from miniature.words import tidy
 
 TYPOS, SOUND_ALIKE = 0.2, 0.05  # shares of texts with typos, and with words that sound like those meant
 CHATTER = 0.3  # share of texts with words around them that say nothing of a picture

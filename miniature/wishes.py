@@ -17,9 +17,9 @@ import numpy as np
 from common.texts import plain_words
 from miniature import facts, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
-from miniature.phrases import PHRASES, SLOT, fill, sentence
+from miniature.phrases import CAPTIONS, PHRASES, SLOT, fill, one_of, sentence, some, with_article
 from miniature.typos import CHATTER, TYPOS, padded, typed
-from miniature.words import caption, facts_in, one_of, plural, some, with_article
+from miniature.words import caption, facts_in, plural
 
 MIDDLE = re.compile(r"in the middle of (?!the (night|picture))")
 SECTIONS = {"one": 0.55, "two": 0.38, "twins": 0.07}  # of sentences.txt: one thing, two kinds, two of one kind
@@ -95,40 +95,15 @@ def named_in(rng: np.random.Generator, picture: Picture, slots: set[str]) -> tup
 # ---- phrases
 
 
-def said(rng: np.random.Generator, common: str, more: str) -> str:
-    """A word of `common`, the first one most often, or of people's own."""
-    return some(rng, common) if rng.random() < 0.5 else one_of(rng, more)
-
-
-def colour_word(rng: np.random.Generator, colour: str) -> str:
-    return said(rng, words.COLOUR_WORDS[colour], PHRASES["colours"][colour])
-
-
-def size_word(rng: np.random.Generator, size: str) -> str:
-    return said(rng, words.SIZE_WORDS[size], PHRASES["sizes"][size])
-
-
-def noun_of(rng: np.random.Generator, kind: str) -> str:
-    return said(rng, words.NOUNS[kind], PHRASES["nouns"][kind])
-
-
-def verb(rng: np.random.Generator, kind: str, form: int) -> str:
-    """Form 1 "sails", form 2 "sailing"."""
-    return said(rng, words.VERBS[kind], PHRASES["verbs"][kind]).split()[form]
-
-
-def place_words(rng: np.random.Generator, place: str) -> str:
-    return said(rng, words.PLACE_PHRASES[place], PHRASES["places"][place])
-
-
-def time_words(rng: np.random.Generator, time: str) -> str:
-    return said(rng, words.TIME_PHRASES[time], PHRASES["times"][time])
+def said(rng: np.random.Generator, section: str, name: str) -> str:
+    """A phrase of captions, the first one most often, or of people's own: `said(rng, "colours", "red")`."""
+    return some(rng, CAPTIONS[section][name]) if rng.random() < 0.5 else one_of(rng, PHRASES[section][name])
 
 
 def scene_noun(rng: np.random.Generator, scene: str) -> str:
     """ "a snowy landscape", "desert", "the sea"."""
     if chance(rng, 0.3):
-        return some(rng, words.SCENE_NOUNS[scene])
+        return some(rng, CAPTIONS["scene nouns"][scene])
     noun = one_of(rng, PHRASES["settings"][scene])
     return noun if noun in ("downtown", "egypt", "winter") else pick(rng, [noun, f"the {noun}", with_article(noun)])
 
@@ -136,7 +111,7 @@ def scene_noun(rng: np.random.Generator, scene: str) -> str:
 def scene_words(rng: np.random.Generator, picture: Picture) -> str:
     """ "in the snow", "high over the town"."""
     if chance(rng, 0.45):
-        return some(rng, words.SCENE_PHRASES[f"{picture.scene} {words.home_level(picture)}".strip()])
+        return some(rng, CAPTIONS["scenes"][f"{picture.scene} {words.home_level(picture)}".strip()])
     if chance(rng, 0.55):
         return one_of(rng, PHRASES["scenes"][picture.scene])
     sky = all(home(thing.kind, picture.scene) == "sky" for thing in picture.things)
@@ -146,9 +121,9 @@ def scene_words(rng: np.random.Generator, picture: Picture) -> str:
 
 
 def adjectives_of(rng: np.random.Generator, named: Thing) -> list[str]:
-    adjectives = [size_word(rng, named.size)] if named.size else []
+    adjectives = [said(rng, "sizes", named.size)] if named.size else []
     if named.colour:
-        adjectives.append(colour_word(rng, named.colour))
+        adjectives.append(said(rng, "colours", named.colour))
     elif chance(rng, 0.04):
         adjectives.append(one_of(rng, PHRASES["strange colours"]))
     if len(adjectives) == 2 and chance(rng, 0.12):
@@ -160,7 +135,7 @@ def adjectives_of(rng: np.random.Generator, named: Thing) -> list[str]:
 
 def thing_phrase(rng: np.random.Generator, named: Thing, noun: str | None = None) -> str:
     """ "a red boat", "one big cat", "a boat that is red"; now and then without an article."""
-    noun, adjectives = noun or noun_of(rng, named.kind), adjectives_of(rng, named)
+    noun, adjectives = noun or said(rng, "nouns", named.kind), adjectives_of(rng, named)
     if adjectives and chance(rng, 0.1):
         tail = (" and " if chance(rng, 0.7) else ", ").join(adjectives)
         phrase = f"{noun} {one_of(rng, PHRASES['sized' if named.size else 'coloured'])} {tail}"
@@ -176,14 +151,14 @@ def bare_list(rng: np.random.Generator, named: Picture) -> str:
     comma = chance(rng, 0.6)
     groups = []
     for thing in named.things:
-        parts = [*adjectives_of(rng, thing), noun_of(rng, thing.kind)]
+        parts = [*adjectives_of(rng, thing), said(rng, "nouns", thing.kind)]
         if len(named.things) == 1 and chance(rng, 0.3):
             parts = [parts[i] for i in rng.permutation(len(parts))]
         elif chance(rng, 0.2):  # "house white, tree orange"
             parts = [parts[-1], *parts[:-1]]
         elif comma and chance(rng, 0.4):
             parts[0] = with_article(parts[0])
-        parts += [place_words(rng, thing.place)] if thing.place else []
+        parts += [said(rng, "places", thing.place)] if thing.place else []
         groups.append(" ".join(parts))
     around = [some(rng, PHRASES["settings"][named.scene])] if named.scene else []
     around += [one_of(rng, PHRASES["time nouns"][named.time])] if named.time else []
@@ -200,9 +175,9 @@ def rest_of(rng: np.random.Generator, picture: Picture, named: Picture) -> str:
         parts = [one_of(rng, both)]
     else:
         parts = [scene_words(rng, picture)] if named.scene else []
-        parts += [time_words(rng, named.time)] if named.time else []
+        parts += [said(rng, "times", named.time)] if named.time else []
     if thing.place and len(named.things) == 1:
-        parts.insert(int(rng.integers(len(parts) + 1)), place_words(rng, thing.place))
+        parts.insert(int(rng.integers(len(parts) + 1)), said(rng, "places", thing.place))
     if len(parts) > 1 and chance(rng, 0.25):
         parts.reverse()
     return " ".join(parts)
@@ -210,65 +185,40 @@ def rest_of(rng: np.random.Generator, picture: Picture, named: Picture) -> str:
 
 def slot_words(rng: np.random.Generator, slot: str, picture: Picture, named: Picture, thing: Thing, noun: str) -> str:
     """What fills a slot. `thing`, `noun`: of the thing whose number it has, the first one where it has no number."""
-    scene, time, first = picture.scene, picture.time, picture.things[0]
+    scene, time = picture.scene, picture.time
     kinds, sky = [t.kind for t in picture.things], [home(t.kind, scene) == "sky" for t in picture.things]
-    match slot.rstrip("12"):
-        case "noun":
-            return noun
-        case "nouns":
-            return plural(noun)
-        case "colour":
-            return colour_word(rng, thing.colour)
-        case "size":
-            return size_word(rng, thing.size)
-        case "place":
-            return place_words(rng, thing.place)
-        case "does":
-            return verb(rng, thing.kind, 1)
-        case "doing":
-            return verb(rng, thing.kind, 2)
-        case "bigger":
-            return one_of(rng, PHRASES["compared"][thing.size])
-        case "side":
-            return first.place
-        case "other side":
-            return picture.things[1].place
-        case "scene":
-            return scene_noun(rng, scene)
-        case "in scene":
-            return scene_words(rng, picture)
-        case "time":
-            return one_of(rng, PHRASES["time nouns"][time])
-        case "at time":
-            return time_words(rng, time)
-        case "clause":
-            return some(rng, words.TIME_CLAUSES[time])
-        case "rest":
-            return rest_of(rng, picture, named)
-        case "list":
-            return bare_list(rng, named)
-        case "up":
-            return one_of(rng, PHRASES["up"]) if home(thing.kind, scene) == "sky" else ""
-        case "join":
-            relation = {(True, False): "above | over | high above", (False, True): "below | under"}.get(tuple(sky))
-            return one_of(rng, relation if relation and chance(rng, 0.4) else PHRASES["joins"])
-        case "absent":
-            return pick_other(rng, KINDS, *kinds)
-        case "absents":
-            return plural(pick_other(rng, KINDS, *kinds))
-        case "stranger" | "too many":
-            return one_of(rng, PHRASES[slot if slot == "too many" else "strangers"])
-        case "other colour":
-            return some(rng, words.COLOUR_WORDS[pick_other(rng, facts.COLOURS, thing.colour)])
-        case "other size":
-            return size_word(rng, other_size(thing.size))
-        case "other place":
-            return place_words(rng, pick_other(rng, facts.PLACES, thing.place))
-        case "other scene":
-            return scene_noun(rng, pick_other(rng, facts.SCENES, scene))
-        case "other time":
-            return one_of(rng, PHRASES["time nouns"][pick_other(rng, facts.TIMES, time)])
-    raise ValueError(f"no slot {slot!r}")
+    relation = {(True, False): "above | over | high above", (False, True): "below | under"}.get(tuple(sky))
+    fillers = {
+        "noun": lambda: noun,
+        "nouns": lambda: plural(noun),
+        "colour": lambda: said(rng, "colours", thing.colour),
+        "size": lambda: said(rng, "sizes", thing.size),
+        "place": lambda: said(rng, "places", thing.place),
+        "does": lambda: said(rng, "verbs", thing.kind).split()[1],
+        "doing": lambda: said(rng, "verbs", thing.kind).split()[2],
+        "bigger": lambda: one_of(rng, PHRASES["compared"][thing.size]),
+        "side": lambda: picture.things[0].place,
+        "other side": lambda: picture.things[1].place,
+        "scene": lambda: scene_noun(rng, scene),
+        "in scene": lambda: scene_words(rng, picture),
+        "time": lambda: one_of(rng, PHRASES["time nouns"][time]),
+        "at time": lambda: said(rng, "times", time),
+        "clause": lambda: some(rng, CAPTIONS["clauses"][time]),
+        "rest": lambda: rest_of(rng, picture, named),
+        "list": lambda: bare_list(rng, named),
+        "up": lambda: one_of(rng, PHRASES["up"]) if home(thing.kind, scene) == "sky" else "",
+        "join": lambda: one_of(rng, relation if relation and chance(rng, 0.4) else PHRASES["joins"]),
+        "absent": lambda: pick_other(rng, KINDS, *kinds),
+        "absents": lambda: plural(pick_other(rng, KINDS, *kinds)),
+        "stranger": lambda: one_of(rng, PHRASES["strangers"]),
+        "too many": lambda: one_of(rng, PHRASES["too many"]),
+        "other colour": lambda: some(rng, CAPTIONS["colours"][pick_other(rng, facts.COLOURS, thing.colour)]),
+        "other size": lambda: said(rng, "sizes", other_size(thing.size)),
+        "other place": lambda: said(rng, "places", pick_other(rng, facts.PLACES, thing.place)),
+        "other scene": lambda: scene_noun(rng, pick_other(rng, facts.SCENES, scene)),
+        "other time": lambda: one_of(rng, PHRASES["time nouns"][pick_other(rng, facts.TIMES, time)]),
+    }
+    return fillers[slot.rstrip("12")]()
 
 
 # ---- one wish
@@ -298,8 +248,8 @@ def asked_for(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
         picture = picture_for(rng, split, section, set(slots))
     named, beside = named_in(rng, picture, set(slots))
     picture = enlarged(rng, picture, named)
-    nouns = [noun_of(rng, picture.things[0].kind)]
-    nouns.append(nouns[0] if section == "twins" else noun_of(rng, picture.things[-1].kind))
+    nouns = [said(rng, "nouns", picture.things[0].kind)]
+    nouns.append(nouns[0] if section == "twins" else said(rng, "nouns", picture.things[-1].kind))
     for slot in slots:
         i = 1 if slot.endswith("2") else 0
         if slot.rstrip("12") == "thing":

@@ -4,8 +4,6 @@ Captions are written as cleaned CC3M captions are: lower case, no full stops. Ev
 all colours. It names the places of all things or of none (`PLACE_NAMED`), and so the sizes (`SIZE_NAMED`; "a boat that
 is small and red" always does). It names sunset and night always, and day half of the time (`DAY_NAMED`): where no time
 is named, it is day.
-
-Synonyms stand in one text, "boat | sailboat | ship", the commonest first.
 """
 
 import re
@@ -14,145 +12,18 @@ from itertools import permutations
 
 import numpy as np
 
-from miniature.facts import COLOURS, PLACES, SIZES, TIMES, Picture, Thing, home, pick, pick_weighted
+from miniature.facts import COLOURS, PLACES, SIZES, TIMES, Picture, Thing, home, pick_weighted
+from miniature.phrases import CAPTIONS, choices, some, with_article
 
 PLACE_NAMED = 0.7
 SIZE_NAMED = 0.85  # not always, so that a prompt without a size ("a red boat at sea") is nothing new to the models
 DAY_NAMED = 0.5
-
-
-NOUNS = {
-    "ball": "ball | beach ball | toy ball | bouncy ball",
-    "house": "house | cottage | hut",
-    "tree": "tree | round tree | leafy tree",
-    "boat": "boat | sailboat | sailing boat | ship",
-    "fish": "fish",
-    "car": "car | automobile | motor car",
-    "star": "star | smiling star | twinkling star",
-    "flower": "flower | blossom | daisy",
-    "cat": "cat | kitty | pussycat",
-    "bird": "bird | songbird | birdie",
-    "balloon": "balloon | toy balloon | party balloon",
-    "kite": "kite | paper kite",
-}
-SIZE_WORDS = {"small": "small | little | tiny", "big": "big | large | huge | giant | enormous"}
-COLOUR_WORDS = {
-    "red": "red | bright red | scarlet | crimson",
-    "orange": "orange | bright orange | tangerine",
-    "yellow": "yellow | bright yellow | golden | lemon yellow",
-    "green": "green | bright green | emerald",
-    "blue": "blue | bright blue | royal blue",
-    "purple": "purple | violet | deep purple",
-    "pink": "pink | rosy pink | pale pink",
-    "white": "white | snow white | pure white",
-}
-PLACE_PHRASES = {
-    "left": "on the left | on the left side | at the left | to the left | on the left hand side | at left",
-    "middle": "in the middle | in the centre | in the center | at the centre | right in the middle",
-    "right": "on the right | on the right side | at the right | to the right | on the right hand side | at right",
-}
-SCENE_NOUNS = {
-    "sea": "the sea | the ocean | the open sea | the wide ocean | the waves",
-    "meadow": "the meadow | a grassy meadow | the field | a grassy field | the pasture",
-    "snow": "the snow | a snowy field | the winter snow | a snowy land | a frozen land",
-    "city": "the city | the town | the busy city | a busy town | the tall buildings",
-    "desert": "the desert | the sandy desert | the sand dunes | a dry desert | the pyramids",
-    "mountains": "the mountains | the high mountains | a mountain valley | the alps | the mountain peaks",
-}
-SCENE_PHRASES = {  # by the scene, and by where the things are if all are at one level
-    "sea water": "on the sea | on the ocean | at sea | on the waves | on the open sea | on a calm sea",
-    "sea sky": "above the sea | over the sea | over the ocean | high above the waves | in the sky over the sea",
-    "sea": "at sea | at the sea | by the ocean | at the seaside",
-    "meadow land": "in the meadow | on the grass | in the field | in a grassy field | on a meadow | in the pasture",
-    "meadow sky": "above the meadow | over the meadow | over the grass | high above the field | "
-    "in the sky over the meadow",
-    "meadow": "in the meadow | at the meadow | in the field | in a grassy land",
-    "snow land": "in the snow | on the snow | in a snowy field | in the deep snow | in the winter snow | "
-    "on the ice and snow",
-    "snow sky": "above the snow | over the snow | over a snowy field | high above the snow | in the winter sky",
-    "snow": "in the snow | in winter | in a snowy land | in a frosty land",
-    "city land": "in the city | in the town | on the street | in front of the tall buildings | on a city street",
-    "city water": "on the river in the city | on the city river | on the river | on the river in town",
-    "city sky": "above the city | over the city | over the town | high above the buildings | in the sky over town",
-    "city": "in the city | in the town | in town | downtown",
-    "desert land": "in the desert | on the sand | among the dunes | on the sand dunes | in the sandy desert | "
-    "by the pyramids",
-    "desert sky": "above the desert | over the desert | over the dunes | high above the sand | over the pyramids",
-    "desert": "in the desert | in the sandy desert | at the pyramids",
-    "mountains land": "in the mountains | at the foot of the mountains | below the peaks | by the lake | "
-    "by the mountain lake | in the valley",
-    "mountains water": "on the lake in the mountains | on the mountain lake | on the lake | "
-    "on the lake below the peaks",
-    "mountains sky": "above the mountains | over the mountains | over the peaks | high above the lake | "
-    "in the mountain sky",
-    "mountains": "in the mountains | in the alps | at the mountain lake",
-}
-TIME_PHRASES = {
-    "day": "by day | during the day | in the daytime | in the sunshine | on a sunny day | in the morning | at noon | "
-    "in broad daylight",
-    "sunset": "at sunset | at dusk | in the evening | at twilight | as the sun sets | as the sun goes down | "
-    "in the evening light | at sundown",
-    "night": "at night | in the dark | under the stars | by moonlight | under the moon | on a starry night | "
-    "at midnight | after dark | on a dark night",
-}
-TIME_CLAUSES = {
-    "day": "it is day | the sun is shining | it is a sunny day | it is morning",
-    "sunset": "it is evening | the sun is setting | the sun is going down | it is sunset",
-    "night": "it is night | the moon is out | the stars are out | it is dark",
-}
-VERBS = {  # base, third person, participle
-    "ball": "lie lies lying | rest rests resting",
-    "house": "stand stands standing",
-    "tree": "stand stands standing | grow grows growing",
-    "boat": "sail sails sailing | float floats floating | drift drifts drifting",
-    "fish": "swim swims swimming | splash splashes splashing",
-    "car": "stand stands standing | wait waits waiting",
-    "star": "shine shines shining | glow glows glowing | hang hangs hanging",
-    "flower": "bloom blooms blooming | grow grows growing",
-    "cat": "sit sits sitting | rest rests resting | wait waits waiting",
-    "bird": "fly flies flying | glide glides gliding",
-    "balloon": "float floats floating | hover hovers hovering",
-    "kite": "fly flies flying | dance dances dancing",
-}
-PICTURES = (
-    "picture of | drawing of | painting of | illustration of | cartoon of | sketch of | picture book page with | "
-    "view of"
-)
-SIGNS = {  # words that give scene and time away, also in texts that the grammar did not write
-    "sea": "sea | ocean | oceans | wave | waves | seaside",
-    "meadow": "meadow | meadows | grass | grassy | field | fields | pasture",
-    "snow": "snow | snowy | winter | ice | icy | frosty | frozen | snowy field",
-    "city": "city | town | street | streets | river | buildings | downtown | towers",
-    "desert": "desert | sand | sandy | dunes | pyramids",
-    "mountains": "mountain | mountains | peaks | alps | lake | valley",
-    "day": "day | daytime | sunshine | sunny | morning | noon | daylight | sun is shining | sun rises",
-    "sunset": "sunset | dusk | evening | twilight | sundown | sun sets | sun is setting | sun goes down | "
-    "sun is going down",
-    "night": "night | dark | moonlight | moon | starry | midnight | the stars",
-}
+NOUNS, COLOUR_WORDS, SIZE_WORDS = CAPTIONS["nouns"], CAPTIONS["colours"], CAPTIONS["sizes"]
+PLACE_PHRASES, SCENE_NOUNS = CAPTIONS["places"], CAPTIONS["scene nouns"]
+TIME_PHRASES, TIME_CLAUSES = CAPTIONS["times"], CAPTIONS["clauses"]
 
 
 # ---- words and phrases
-
-
-def choices(phrases: str) -> list[str]:
-    """ "a | b" -> ["a", "b"]."""
-    return phrases.split(" | ")
-
-
-def some(rng: np.random.Generator, phrases: str) -> str:
-    """One of "a | b | c": in four cases of ten the first one, otherwise any."""
-    options = choices(phrases)
-    return options[0] if rng.random() < 0.4 else pick(rng, options)
-
-
-def one_of(rng: np.random.Generator, phrases: str) -> str:
-    """Any of "a | b | c"."""
-    return pick(rng, choices(phrases))
-
-
-def with_article(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def plural(noun: str) -> str:
@@ -161,11 +32,6 @@ def plural(noun: str) -> str:
     if noun.endswith(("ch", "s")):
         return noun + "es"
     return noun[:-1] + "ies" if re.search(r"[^aeiou]y$", noun) else noun + "s"
-
-
-def verb(rng, kind: str, form: int) -> str:
-    """A verb for what this kind does: form 0 "sail", 1 "sails", 2 "sailing"."""
-    return some(rng, VERBS[kind]).split()[form]
 
 
 def adjectives(rng, thing: Thing, sized: bool) -> str:
@@ -190,7 +56,7 @@ def home_level(picture: Picture) -> str:
 
 def scene_phrase(rng, picture: Picture) -> str:
     """ "on the sea", "above the meadow", by where the things are; a fish is in the water, not on it."""
-    phrase = some(rng, SCENE_PHRASES[f"{picture.scene} {home_level(picture)}".rstrip()])
+    phrase = some(rng, CAPTIONS["scenes"][f"{picture.scene} {home_level(picture)}".rstrip()])
     if picture.things and all(thing.kind == "fish" for thing in picture.things):
         phrase = re.sub(r"^on\b", "in", phrase)
     return phrase
@@ -237,24 +103,15 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
     scene = scene_phrase(rng, picture)
     when = some(rng, TIME_PHRASES[picture.time]) if dated else ""
     alone, same = len(picture.things) == 1, twins(picture)
-    kind = picture.things[0].kind
-    forms = {
-        "{what} {where} {scene} {when}": 5,
-        "{what} {scene} {where} {when}": 2,
-        "{when} {what} {scene} {where}": 1.5,
-        "{there} {what} {where} {scene} {when}": 1.5,
-        "{scene} {when} {there} {what} {where}": 1,
-        "{art} {what} {where} {scene} {when}": 1.5,
-        "{ground} {when} with {what} {where}": 1,
+    verbs = CAPTIONS["verbs"][picture.things[0].kind]  # base, third person, participle
+    sections = {
+        "forms": True,
+        "forms of one or twins": alone or same,
+        "forms with a time": dated,
+        "forms of one with a place": alone and placed,
+        "forms of two with places": placed and not (alone or same),
     }
-    if alone or same:
-        forms |= {"{what} {does} {scene} {where} {when}": 1.5, "{what} {doing} {where} {scene} {when}": 1}
-    if dated:
-        forms["{clause} and {there} {what} {where} {scene}"] = 0.7
-    if alone and placed:
-        forms["{where} {does} {what} {scene} {when}"] = 0.7
-    if placed and not alone and not same:
-        forms["{inverse} {scene} {when}"] = 2
+    forms = {form: float(w) for section, fit in sections.items() if fit for form, w in CAPTIONS[section].items()}
     first, second = picture.things[0], picture.things[-1]
     return tidy(
         pick_weighted(rng, forms).format(
@@ -263,10 +120,10 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
             scene=scene,
             when=when,
             there="there are" if same else "there is",
-            art=with_article(some(rng, PICTURES)),
+            art=with_article(some(rng, CAPTIONS["pictures"])),
             ground=some(rng, SCENE_NOUNS[picture.scene]),
-            does=verb(rng, kind, 1 if alone else 0),
-            doing=verb(rng, kind, 2),
+            does=some(rng, verbs).split()[1 if alone else 0],
+            doing=some(rng, verbs).split()[2],
             clause=some(rng, TIME_CLAUSES[picture.time]),
             inverse=f"{some(rng, PLACE_PHRASES[first.place])} is {noun_phrase(rng, first, sized)} and "
             f"{some(rng, PLACE_PHRASES[second.place])} is {noun_phrase(rng, second, sized)}",
@@ -280,7 +137,7 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
 def build_lexicon() -> dict[str, tuple]:
     """Every word or phrase that names a fact -> (fact, value); kinds: (fact, value, how many)."""
     lexicon = {}
-    for name, words in SIGNS.items():
+    for name, words in CAPTIONS["signs"].items():
         lexicon |= dict.fromkeys(choices(words), ("time" if name in TIMES else "scene", name))
     for kind, nouns in NOUNS.items():
         for noun in choices(nouns):

@@ -48,7 +48,7 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
     captions and wishes. Every prompt needs such words; those that a list has carry the fewest of the facts."""
     met = set(read_json(MINIATURE / "minigpt5" / "words.json")["known"])
     pages = [Path(page.__file__) for page in (words, vocabulary)]
-    lists = [pages[0].with_name(name) for name in ("phrases.txt", "sentences.txt", "ordinary.txt")]
+    lists = [pages[0].with_name(name) for name in ("captions.txt", "phrases.txt", "sentences.txt", "ordinary.txt")]
     for page in [*pages, pages[-1].with_suffix(".json"), *lists]:
         met |= {*words_in(page.read_text("utf-8").lower())}
     for i in range(10_000):
