@@ -62,7 +62,7 @@ from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, 
 from miniature.paint import draw
 from miniature.score_stories import stories
 from miniature.tales import SHOWS, SMALL_TALK
-from miniature.words import agrees, facts_in, some
+from miniature.words import facts_in, some
 from miniature.world import sample_dialogue, sample_pair
 from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
@@ -220,8 +220,7 @@ def captions(exam: Exam) -> Figures:
     sources = [chat_source(exam, some(rng, SHOWS), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
     told = [facts_in(text) for text in texts]
-    fine = [no_error(a, b) for a, b in zip(told, wanted, strict=True)]
-    return {"described, right": right_shares(told, wanted) | {"no error": share(fine)}}
+    return {"described, right": right_shares(told, wanted) | {"no error": right_shares(wanted, told)["all"]}}
 
 
 class Reply(NamedTuple):
@@ -286,7 +285,7 @@ def dialogues(exam: Exam) -> Figures:
     shown = [reply for reply in turns[False] if reply.asked.pictures]
     about = [r for r in turns[False] if has_picture(r) and not r.asked.pictures and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]
-    described = [no_error(facts_in(said.text), *r.asked.pictures) for r, said in answers(exam, shown)]
+    described = [right(*r.asked.pictures, facts_in(said.text))["all"] for r, said in answers(exam, shown)]
     answered = [same_answer(said.text, r.turn.text) for r, said in answers(exam, about)]
     for name, fine in {"described": described, "answered": answered}.items():
         figures[name] = {"samples": len(fine) / exam.n, "right": share(fine)}
@@ -296,11 +295,6 @@ def dialogues(exam: Exam) -> Figures:
 def same_answer(told: str, expected: str) -> bool:
     """Whether the facts are the same and both say no, or neither does."""
     return facts_in(told) == facts_in(expected) and told.startswith("no,") == expected.startswith("no,")
-
-
-def no_error(told: Picture, picture: Picture) -> bool:
-    """Whether all that is told is true and no thing is left out."""
-    return len(told.things) == len(picture.things) and agrees(told, picture)
 
 
 def answers(exam: Exam, rows: list[Reply]) -> list[tuple[Reply, Said]]:
