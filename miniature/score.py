@@ -43,16 +43,7 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import (
-    FROM_1,
-    add_device_option,
-    add_sampling_options,
-    add_weights_option,
-    make_folder,
-    read_arguments,
-    run,
-    suited_options,
-)
+from common import cli
 from common.files import write_json
 from generation import Sampling
 from miniature.chats import bracketed
@@ -110,7 +101,7 @@ def read_chats(path: Path) -> list[list[Wish]]:
 
 def sampling_of_sample(weights: Path) -> Sampling:
     """The defaults of sample.py with these weights."""
-    return Sampling.of(suited_options(weights, "sample"))
+    return Sampling.of(cli.suited_options(weights, "sample"))
 
 
 def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
@@ -339,24 +330,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("parts", nargs="*", choices=[*PARTS, "all"], default="all", metavar="PART", help=", ".join(PARTS))
-    add_weights_option(parser)
+    cli.add_weights_option(parser)
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
-    add("--n", type=FROM_1, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
+    add("--n", type=cli.FROM_1, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
     add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
     add("--prompts", type=Path, default=PROMPTS, help="prompts of the part people")
     add("--chats", type=Path, default=CHATS, help="chats of the part people")
     add("--seeds", type=seeds, default=[0, 1, 2], help="of the part people; default: 0,1,2")
-    add_sampling_options(parser, Sampling, words_first=True)
+    cli.add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
-    add_device_option(parser)
-    args = read_arguments(parser, argv)
+    cli.add_device_option(parser)
+    args = cli.read_arguments(parser, argv)
     sampling = Sampling.of(vars(args))
-    sheets = make_folder(args.sheets) if args.sheets else None
+    sheets = cli.make_folder(args.sheets) if args.sheets else None
     if args.out:
-        make_folder(args.out.parent)
+        cli.make_folder(args.out.parent)
     exam = Exam(args.weights, None, args.device, sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
@@ -372,4 +363,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)
