@@ -32,7 +32,6 @@ from miniature.facts import Picture, Thing, fits, home, pick, random_stream
 from miniature.recipe import Recipe, Setup, drawn, to_pixels, write_tensors
 from published.loading import load
 
-WEIGHTS = MINIATURE / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in facts.PLACES]
 VIEWS, WIDTH = 4, 128
 SLOT_SIZES = (len(facts.KINDS) + 1, len(facts.COLOURS), len(facts.SIZES))
@@ -66,7 +65,7 @@ class Judge(nn.Module):
         return self.slot(views[:, :-1]), self.whole(views[:, -1])
 
 
-def load_judge(path: Path = WEIGHTS, device: str | torch.device = "cpu") -> Judge:
+def load_judge(path: Path = MINIATURE / "judge.safetensors", device: str | torch.device = "cpu") -> Judge:
     return load(Judge, [Path(path)], dtype=torch.float32, device=device)
 
 
