@@ -42,7 +42,7 @@ from PIL import Image
 
 from common.files import fingerprint, write_json, write_text
 from evaluation.cases import CONTEXTS, Case, add_case_options, check_settings, generate, given_cases, open_answers
-from evaluation.comparisons import METRICS, Bench, Outcome, measure, outcomes_of
+from evaluation.comparisons import METRICS, Bench, measure, outcomes_of
 from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
 from evaluation.study import study, tally
 from evaluation.wins import wins
@@ -56,12 +56,6 @@ COMPARISONS = {"study": study, "tally": tally, "wins": wins}  # of several syste
 
 
 # ---- the figures
-
-
-def count_pictures(outcomes: list[Outcome]) -> dict[str, int]:
-    extra = sum(max(len(outcome.came) - len(outcome.wanted), 0) for outcome in outcomes)
-    wanted, came = (sum(len(getattr(outcome, name)) for outcome in outcomes) for name in ("wanted", "came"))
-    return {"wanted": wanted, "missing": sum(outcome.missing for outcome in outcomes), "came": came, "extra": extra}
 
 
 def table(record: dict) -> str:
@@ -131,7 +125,10 @@ def main() -> None:
     outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)
     bench = Bench(networks, look(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0], args.splits)
     figures, reasons = measure(args.metrics, bench, unavailable, outcomes)
-    counts, whole = count_pictures(outcomes), [outcome for outcome in outcomes if not outcome.missing]
+    wanted, came = (sum(len(getattr(outcome, side)) for outcome in outcomes) for side in ("wanted", "came"))
+    missed = sum(outcome.missing for outcome in outcomes)
+    counts = {"wanted": wanted, "missing": missed, "came": came, "extra": came - (wanted - missed)}
+    whole = [outcome for outcome in outcomes if not outcome.missing]
     of_pictures = [name for name in args.metrics if METRICS[name].of == "pictures"] if counts["missing"] else []
     record = {
         "data": args.data,

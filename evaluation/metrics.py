@@ -27,16 +27,12 @@ def words(text: str) -> list[str]:
 def corpus_bleu(answers: list[list[str]], references: list[list[str]], order: int) -> float:
     """BLEU in [0, 1] up to n-grams of `order` words, one reference an answer, counts summed over all answers first
     (Papineni et al. 2002). 0 where an order has no match."""
-    matched, total = [0] * order, [0] * order
-    for answer, reference in zip(answers, references, strict=True):
-        for n in range(1, order + 1):
-            said, known = n_grams(answer, n), n_grams(reference, n)
-            matched[n - 1] += sum((said & known).values())
-            total[n - 1] += sum(said.values())
-    if not all(matched):
-        return 0.0
-    precision = math.exp(sum(math.log(m / t) for m, t in zip(matched, total, strict=True)) / order)
-    ratio = sum(map(len, references)) / sum(map(len, answers))
+    precision = 1.0
+    for n in range(1, order + 1):
+        said, known = ([n_grams(text, n) for text in texts] for texts in (answers, references))
+        matched = sum((ours & theirs).total() for ours, theirs in zip(said, known, strict=True))
+        precision *= (matched / max(sum(grams.total() for grams in said), 1)) ** (1 / order)
+    ratio = sum(map(len, references)) / max(sum(map(len, answers)), 1)
     return precision * math.exp(min(0.0, 1 - ratio))  # the brevity penalty
 
 
@@ -59,21 +55,14 @@ def rouge_l_released(answer: str, reference: str) -> float:
     return 2 * len(shared) / max(count, 1)
 
 
-def common_subsequence(one: list[str], other: list[str]) -> list[str]:
+def common_subsequence(one: list[str], other: list[str]) -> tuple[str, ...]:
     """The longest common subsequence; of several equally long ones that which the package `rouge` finds."""
-    lengths = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]  # of the first i words and the first j
+    longest = [[()] * (len(other) + 1) for _ in range(len(one) + 1)]  # of the first i words and the first j
     for i, a in enumerate(one):
         for j, b in enumerate(other):
-            lengths[i + 1][j + 1] = lengths[i][j] + 1 if a == b else max(lengths[i][j + 1], lengths[i + 1][j])
-    found, i, j = [], len(one), len(other)
-    while i and j:
-        if one[i - 1] == other[j - 1]:
-            found, i, j = [one[i - 1], *found], i - 1, j - 1
-        elif lengths[i - 1][j] > lengths[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return found
+            without = max(longest[i + 1][j], longest[i][j + 1], key=len)
+            longest[i + 1][j + 1] = (*longest[i][j], a) if a == b else without
+    return longest[-1][-1]
 
 
 # ---- what judges say

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from common.images import resize_and_crop, to_tensor
 from miniature.judge import WHOLE_SIZES, load_judge, read
-from miniature.pairing import load_pairing
+from miniature.pairing import Pairing
+from published.loading import load
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before the libraries are imported
 
@@ -158,7 +159,7 @@ class WorldPairing:
     """The miniature's pictures and texts in one space."""
 
     def __init__(self, path: Path, device: torch.device):
-        self.net, self.device = load_pairing(path, device), device
+        self.net, self.device = load(Pairing, [path], dtype=torch.float32, device=device), device
 
     def pictures(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
         pixels = 2 * pixels_of(pictures, JUDGED_SIDE) - 1

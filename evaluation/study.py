@@ -18,6 +18,7 @@ import io
 import json
 import random
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -123,18 +124,14 @@ def verdict_of(answers: dict, question: str) -> str | None:
 
 def count(judges: dict[str, dict]) -> dict[str, dict]:
     """{question: shares of the verdicts, how many there are, and how far judges agree (None: not known)}."""
-    found = {}
+    found, cases = {}, dict.fromkeys(chain(*judges.values()))
     for question in QUESTIONS:
-        by_case = {}
-        for answers in judges.values():
-            for case, given in answers.items():
-                if (verdict := verdict_of(given, question)) is not None:
-                    by_case.setdefault(case, []).append(verdict)
-        told = Counter(verdict for verdicts in by_case.values() for verdict in verdicts)
-        total = sum(told.values())
-        shares = {verdict: told[verdict] / max(total, 1) for verdict in VERDICTS}
-        agreed, alpha = agreement(list(by_case.values()))
-        found[question] = shares | {"judgements": total, "agreement": agreed, "alpha": alpha}
+        rows = [[verdict_of(answers.get(case, {}), question) for answers in judges.values()] for case in cases]
+        verdicts = [[verdict for verdict in row if verdict] for row in rows]
+        told = Counter(chain(*verdicts))
+        shares = {verdict: told[verdict] / max(told.total(), 1) for verdict in VERDICTS}
+        agreed, alpha = agreement(verdicts)
+        found[question] = shares | {"judgements": told.total(), "agreement": agreed, "alpha": alpha}
     return found
 
 

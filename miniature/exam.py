@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from baselines.stable_diffusion import StableDiffusion
+from common.cli import MINIATURE
 from common.images import to_image, to_tensor
 from common.page import draw_sheet, save_image
 from common.texts import Words, clean_caption
@@ -19,7 +20,6 @@ from evaluation.cases import spoken
 from generation import Sampling, answer, prompt_ids, split
 from miniature.facts import Picture, random_stream
 from miniature.judge import NOTHING, Judge, load_judge, read, share
-from miniature.judge import WEIGHTS as JUDGE
 from miniature.paint import draw
 from minigpt5 import MiniGPT5
 from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
@@ -48,8 +48,8 @@ class Exam:
     @cached_property
     def judge(self) -> Judge:
         """That of the weights, or the miniature's."""
-        own = self.weights / JUDGE.name
-        return load_judge(own if own.is_file() else JUDGE, self.device)
+        own = self.weights / "judge.safetensors"
+        return load_judge(own if own.is_file() else MINIATURE / own.name, self.device)
 
     @cached_property
     def model(self) -> MiniGPT5:

@@ -32,7 +32,6 @@ from miniature.facts import Picture, Thing, fits, home, pick, random_stream
 from miniature.recipe import Recipe, Setup, drawn, to_pixels, write_tensors
 from published.loading import load
 
-WEIGHTS = MINIATURE / "judge.safetensors"
 SLOTS = [(level, place) for level in ("sky", "ground") for place in facts.PLACES]
 VIEWS, WIDTH = 4, 128
 SLOT_SIZES = (len(facts.KINDS) + 1, len(facts.COLOURS), len(facts.SIZES))
@@ -66,7 +65,7 @@ class Judge(nn.Module):
         return self.slot(views[:, :-1]), self.whole(views[:, -1])
 
 
-def load_judge(path: Path = WEIGHTS, device: str | torch.device = "cpu") -> Judge:
+def load_judge(path: Path = MINIATURE / "judge.safetensors", device: str | torch.device = "cpu") -> Judge:
     return load(Judge, [Path(path)], dtype=torch.float32, device=device)
 
 
@@ -162,16 +161,17 @@ def labels(picture: Picture) -> np.ndarray:
 
 
 def reading_losses(slots: Tensor, whole: Tensor, known: Tensor) -> dict[str, Tensor]:
-    """Scores of the slots (B, 6, 23) and of the whole picture (B, 13), labels (B, 21) -> a mean loss a fact."""
+    """Scores of the slots (B, 6, 23) and of the whole picture (B, 13), labels (B, 21) -> a mean loss a fact, and their
+    sum, "loss"."""
     of_slots, of_whole = known[:, :-3].unflatten(1, (len(SLOTS), 3)), known[:, -3:]
     scores = [s.flatten(0, 1) for s in slots.split(SLOT_SIZES, -1)] + list(whole.split(WHOLE_SIZES, -1))
     wanted = [*of_slots.flatten(0, 1).unbind(-1), *of_whole.unbind(-1)]
     names = ("kind", "colour", "size", "scene", "time", "number")
-    return {
-        name: F.cross_entropy(score.float(), right, ignore_index=IGNORE, reduction="sum")
-        / (right != IGNORE).sum().clamp(min=1)
-        for name, score, right in zip(names, scores, wanted, strict=True)
-    }
+    losses = {}
+    for name, score, label in zip(names, scores, wanted, strict=True):
+        total = F.cross_entropy(score.float(), label, ignore_index=IGNORE, reduction="sum")
+        losses[name] = total / (label != IGNORE).sum().clamp(min=1)
+    return {"loss": sum(losses.values()), **losses}
 
 
 def judged(seed: int, i: int) -> tuple[Picture, int]:
@@ -214,8 +214,7 @@ class JudgeRecipe(Recipe):
         return worsen(pixels, 1.6 * blur, noise), self.labels[picked].long()
 
     def losses(self, model: Judge, pixels: Tensor, known: Tensor) -> dict[str, Tensor]:
-        losses = reading_losses(*model(pixels), known)
-        return {"loss": sum(losses.values()), **losses}
+        return reading_losses(*model(pixels), known)
 
     def measure(self, model: Judge) -> dict[str, float]:
         found = right_shares(read(model, self.tested), self.wanted)

@@ -23,7 +23,6 @@ from miniature.facts import Picture, pick, random_stream
 from miniature.judge import WIDTH, convolutions
 from miniature.recipe import Recipe, Setup, drawn, reset, to_pixels, write_tensors
 from miniature.world import sample_dialogue, sample_pair, sample_story
-from published.loading import load
 from text_encoder import TextConfig, TextEncoder
 
 VIEWS, LENGTH = 12, 40  # learned views of a picture; words of a text, its end counted
@@ -69,11 +68,6 @@ class Pairing(nn.Module):
 
     def read(self, texts: list[str]) -> Tensor:
         return self.read_ids(torch.tensor([ids_of(text) for text in texts], device=self.look.device))
-
-
-def load_pairing(path: Path, device: str | torch.device = "cpu") -> Pairing:
-    """Raises WeightsError."""
-    return load(Pairing, [Path(path)], dtype=torch.float32, device=device)
 
 
 # ---- training

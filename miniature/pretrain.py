@@ -197,11 +197,9 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.weights / "minigpt5" / "config.json").exists():  # the defaults of the commands that use the weights
         write_settings(args.weights, "minigpt5/config.json", {})
     setup = Setup(make_folder(args.out), args.weights, args.device, args.seed, args.pictures, args.workers)
-    for part, recipe_class in PARTS.items():
-        if part not in args.parts:
-            continue
+    for part in [part for part in PARTS if part in args.parts]:
         torch.manual_seed(args.seed)
-        recipe = recipe_class(setup)
+        recipe = PARTS[part](setup)
         averaged = train(recipe, setup, recipe.minutes if args.minutes is None else args.minutes)
         if averaged is None:
             return

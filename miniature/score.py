@@ -43,16 +43,7 @@ from PIL import Image
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import (
-    FROM_1,
-    add_device_option,
-    add_sampling_options,
-    add_weights_option,
-    make_folder,
-    read_arguments,
-    run,
-    suited_options,
-)
+from common import cli
 from common.files import write_json
 from generation import Sampling
 from miniature.chats import bracketed
@@ -63,7 +54,7 @@ from miniature.paint import draw
 from miniature.phrases import CAPTIONS, some
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
-from miniature.words import agrees, facts_in
+from miniature.words import facts_in
 from miniature.world import sample_dialogue, sample_pair
 from prompts import UAS_REQUESTS, Turn, chat_history, dialog_source, model_turn, pictures_of, uas_texts
 from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped_checkpoint
@@ -111,7 +102,7 @@ def read_chats(path: Path) -> list[list[Wish]]:
 
 def sampling_of_sample(weights: Path) -> Sampling:
     """The defaults of sample.py with these weights."""
-    return Sampling.of(suited_options(weights, "sample"))
+    return Sampling.of(cli.suited_options(weights, "sample"))
 
 
 def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
@@ -221,8 +212,7 @@ def captions(exam: Exam) -> Figures:
     sources = [chat_source(exam, some(rng, CAPTIONS["shows"]), (None,)) for rng in streams]
     texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
     told = [facts_in(text) for text in texts]
-    fine = [no_error(a, b) for a, b in zip(told, wanted, strict=True)]
-    return {"described, right": right_shares(told, wanted) | {"no error": share(fine)}}
+    return {"described, right": right_shares(told, wanted) | {"no error": right_shares(wanted, told)["all"]}}
 
 
 class Reply(NamedTuple):
@@ -287,7 +277,7 @@ def dialogues(exam: Exam) -> Figures:
     shown = [reply for reply in turns[False] if reply.asked.pictures]
     about = [r for r in turns[False] if has_picture(r) and not r.asked.pictures and facts_in(r.turn.text) != NOTHING]
     about = [r for r in about if r.asked.text not in SMALL_TALK]
-    described = [no_error(facts_in(said.text), *r.asked.pictures) for r, said in answers(exam, shown)]
+    described = [right(*r.asked.pictures, facts_in(said.text))["all"] for r, said in answers(exam, shown)]
     answered = [same_answer(said.text, r.turn.text) for r, said in answers(exam, about)]
     for name, fine in {"described": described, "answered": answered}.items():
         figures[name] = {"samples": len(fine) / exam.n, "right": share(fine)}
@@ -299,11 +289,6 @@ def same_answer(told: str, expected: str) -> bool:
     return facts_in(told) == facts_in(expected) and told.startswith("no,") == expected.startswith("no,")
 
 
-def no_error(told: Picture, picture: Picture) -> bool:
-    """Whether all that is told is true and no thing is left out."""
-    return len(told.things) == len(picture.things) and agrees(told, picture)
-
-
 def answers(exam: Exam, rows: list[Reply]) -> list[tuple[Reply, Said]]:
     said = ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
     return list(zip(rows, said, strict=True))
@@ -312,7 +297,6 @@ def answers(exam: Exam, rows: list[Reply]) -> list[tuple[Reply, Said]]:
 # ---- the command
 
 PARTS = {part.__name__: part for part in (people, prompts, vokens, captions, replies, dialogues, stories)}
-NEED_CHECKPOINT = ("people", "vokens", "replies", "dialogues", "stories")
 
 
 def tables(figures: Figures) -> str:
@@ -333,7 +317,7 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: b
         found = find_checkpoint(wanted) or find_checkpoint(trained / f"{wanted}.safetensors")
     else:
         found = shipped_checkpoint(trained, WORDS_FILES if words_first else STORY_FILES if part == "stories" else ())
-    if found is None and (wanted or part in NEED_CHECKPOINT):
+    if found is None and (wanted or part not in ("prompts", "captions")):
         raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")
     return found
 
@@ -346,24 +330,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("parts", nargs="*", choices=[*PARTS, "all"], default="all", metavar="PART", help=", ".join(PARTS))
-    add_weights_option(parser)
+    cli.add_weights_option(parser)
     add("--checkpoint", type=Path, help="a file, a run's folder, or a name in WEIGHTS/minigpt5, as `uas`")
-    add("--n", type=FROM_1, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
+    add("--n", type=cli.FROM_1, help=f"samples of a part; default: {SAMPLES}, stories {STORIES}")
     add("--seed", type=int, default=0, help="of samples and noise; 0 or more")
     add("--prompts", type=Path, default=PROMPTS, help="prompts of the part people")
     add("--chats", type=Path, default=CHATS, help="chats of the part people")
     add("--seeds", type=seeds, default=[0, 1, 2], help="of the part people; default: 0,1,2")
-    add_sampling_options(parser, Sampling, words_first=True)
+    cli.add_sampling_options(parser, Sampling, words_first=True)
     parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
-    add_device_option(parser)
-    args = read_arguments(parser, argv)
+    cli.add_device_option(parser)
+    args = cli.read_arguments(parser, argv)
     sampling = Sampling.of(vars(args))
-    sheets = make_folder(args.sheets) if args.sheets else None
+    sheets = cli.make_folder(args.sheets) if args.sheets else None
     if args.out:
-        make_folder(args.out.parent)
+        cli.make_folder(args.out.parent)
     exam = Exam(args.weights, None, args.device, sampling, SAMPLES, args.seed, sheets)
     settings = {"seed": args.seed, **asdict(sampling)}
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
@@ -379,4 +363,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

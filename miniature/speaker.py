@@ -22,8 +22,9 @@ from llama import KVCache, Llama
 from miniature.chats import known_words, unknown_words
 from miniature.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at
 from miniature.facts import Picture
+from miniature.judge import right_shares
 from miniature.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
-from miniature.words import agrees, facts_in
+from miniature.words import facts_in
 from miniature.world import sample_pair
 from prompts import Example, Turn, dialog_source
 from published.parts import config_of, load_llama, read_config
@@ -59,8 +60,7 @@ def answer_text(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def described(texts: list[str], wanted: list[Picture]) -> float:
     """The share of descriptions that name every fact of their picture."""
-    pairs = list(zip(map(facts_in, texts), wanted, strict=True))
-    return sum(len(told.things) == len(real.things) and agrees(real, told) for told, real in pairs) / len(pairs)
+    return right_shares([facts_in(text) for text in texts], wanted)["all"]
 
 
 # ---- language model
