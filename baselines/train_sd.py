@@ -84,7 +84,7 @@ def main() -> None:
 
     size = picture_size(args.weights)
     with run.world.rank_0_first():  # it draws the stories, and writes the tars' indices for the other ranks
-        tars = expand(args.data or run.draw_data("stories", write_stories, size))
+        tars = expand(args.data or run.draw_data("stories", write_stories))
         to_output = partial(preprocess_output, size=size)
         steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
 
