@@ -33,8 +33,6 @@ from tars.batches import Reader, TarData, decode
 from tars.index import STORY, Member, TarIndex, Unusable, member_of
 from tars.precomputed import NOTHING, Precomputed, read_tensors
 
-# ---- the JSON of a sample
-
 
 def read_turns(content: bytes | None, key: str, escape: Callable[[str], str]) -> tuple[str, list[Turn]]:
     """KEY.json -> (kind, turns), whose texts are cleaned and escaped and whose pictures are members of the tar.
@@ -56,9 +54,6 @@ def read_turn(turn: dict, key: str, escape: Callable[[str], str]) -> Turn:
     if any(owner.rpartition("/")[2] != key.rpartition("/")[2] for owner, _ in places):
         raise Unusable("foreign picture name")
     return Turn(escape(one_line(turn["text"])), tuple(member for _, member in places))
-
-
-# ---- samples and batches
 
 
 @dataclass(eq=False)
