@@ -32,9 +32,9 @@ PAGE = """<!doctype html>
 {body}"""
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
