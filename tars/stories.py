@@ -1,8 +1,7 @@
 """Tars of stories and dialogues into batches for stage 2 (MLS, section 3.3 of the paper, on VIST and MMDialog).
 
 A sample of such a tar is `KEY.json`, {"kind": "story" | "dialog", "turns": [{"text": ..., "image": ...}, ...]}, and its
-pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or null. `python -m tars vist` and
-`python -m tars mmdialog` write these tars (datasets.py); prompts.py has the tasks and their texts.
+pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or null. prompts.py has the tasks' texts.
 
 The items of the order (batches.py) are every turn of a dialogue but the first, and every step of a story in each task,
 the first step as an image alone: 13 items of five steps. An epoch meets each once.
