@@ -150,7 +150,7 @@ def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], 
     return interleaved(key, "story", name, ((text, [places.get(str(picture))]) for _, text, picture in told))
 
 
-# ---- MMDialog
+# ---- MMDialog, and your own stories and dialogues
 
 
 def read_turn(turn: dict, folders: list[Path], max_words: int) -> tuple[str, list[Path | None]]:
@@ -170,9 +170,6 @@ def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) 
     content = json.loads(line)
     turns = (read_turn(turn, folders, max_words) for turn in content["conversation"])
     return interleaved(key, "dialog", str(content.get("conversation_id", "")), turns, may_cut=True)
-
-
-# ---- your own stories and dialogues
 
 
 def turns_sample(key: str, line: bytes, folders: list[Path]) -> Sample:
