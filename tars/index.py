@@ -49,9 +49,6 @@ class Unusable(Exception):
     """A member that cannot be used. The only argument is a short reason to count it under."""
 
 
-# ---- which tars
-
-
 def expand(data: list[str]) -> list[str]:
     """What the user names (tars, folders of tars, globs) -> paths of tars in order, each once. ValueError where
     something matches nothing."""
