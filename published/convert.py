@@ -32,17 +32,9 @@ from torch import Tensor
 from common.cli import make_folder
 from common.files import read_json, write_json
 from prompts import MLS_SYSTEM
+from published import loading
 from published.gguf_file import unpack_gguf
-from published.loading import (
-    STAGE_1,
-    TABLES,
-    WeightsError,
-    open_checkpoint,
-    our_name,
-    save_safetensors,
-    tensor_files,
-    tensor_slices,
-)
+from published.loading import STAGE_1, TABLES, WeightsError, our_name, tensor_files, tensor_slices
 from published.parts import BLIP2_UNUSED, PARTS, config_of, load_tokenizer, read_config, tokenizer_file
 from qformer import VisionConfig
 
@@ -87,7 +79,7 @@ def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[st
     """Write the file, print its size, return the number of bytes of its tensors."""
     make_folder(path.parent)
     tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    save_safetensors(tensors, path, metadata)
+    loading.save_safetensors(tensors, path, metadata)
     print(f"wrote {path}: {len(tensors)} tensors, {path.stat().st_size / 1e6:,.2f} MB")
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -281,7 +273,7 @@ def convert_trained(paths: list[Path], out: Path, dtype: torch.dtype | None, for
 def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
     already are left out: the file is then laid over it (loading.py)."""
-    opened = open_checkpoint(checkpoint)
+    opened = loading.open_checkpoint(checkpoint)
     tensors = {name: tensor[:].to(dtype) for name, tensor in opened.tensors.items()}
     below = out.with_name(STAGE_1)
     if out.name != STAGE_1 and below.is_file():
