@@ -23,8 +23,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DTYPES  # isort: skip
-from common.cli import run as run_command  # isort: skip
+from common.cli import DTYPES, run as run_command  # isort: skip
 
 import torch
 from torch import Tensor, nn

@@ -22,8 +22,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import DTYPES  # isort: skip
-from common.cli import run as run_command  # isort: skip
+from common.cli import DTYPES, run as run_command  # isort: skip
 
 import torch
 from torch import Tensor
@@ -46,13 +45,11 @@ from trainer.run import Run
 class StorySteps(StoryData):
     """The steps of stories, as samples of a text and its picture."""
 
+    plain = staticmethod(str)  # nothing in a story is special to Stable Diffusion
+
     def __init__(self, tars: list[str], tokenizer, to_output, precomputed: Precomputed):
         super().__init__(tars, self, 0, None, to_output, tasks=["image"], precomputed=precomputed)
         self.clip_tokenizer = tokenizer
-
-    def plain(self, text: str) -> str:
-        """Nothing in a story is special to Stable Diffusion."""
-        return text
 
     def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
         if kind != "story" or not all(step.text and step.pictures for step in turns):

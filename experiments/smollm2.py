@@ -41,7 +41,9 @@ from minigpt5 import CAP_WEIGHT, MiniGPT5
 from prompts import uas_texts
 from published.loading import given_checkpoint, save_trained, shipped_checkpoint
 from published.parts import load_minigpt5, picture_size
-from tars.batches import open_pairs
+from tars.batches import Batches, PairData
+from tars.index import expand
+from tars.precomputed import find_precomputed
 from trainer.muon import Muon
 
 START_AS = " kind colour size place scene time"  # of the vokens: what their states should tell
@@ -126,8 +128,9 @@ def train_mapper(
 ) -> None:
     """`steps`: of the four parts."""
     teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
-    size = picture_size(weights)
-    batches, _ = open_pairs(data, None, weights, partial(preprocess_output, size=size), batch_size=BATCH)
+    size, tars = picture_size(weights), expand(data)
+    pairs = PairData(tars, partial(preprocess_output, size=size), find_precomputed(tars, weights))
+    batches = Batches(pairs, batch_size=BATCH)
     empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
     read = [next(batches) for _ in tqdm(range(n // BATCH), "captions")]
     moments, encodings = (torch.cat([samples[name] for samples in read]) for name in ("moments", "encoding"))

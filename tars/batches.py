@@ -30,7 +30,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,8 +41,8 @@ from common.files import TO_END
 from common.images import ImageError, read_image
 from common.texts import clean_caption
 from prompts import UAS_REQUESTS
-from tars.index import MAX_BYTES, Member, TarIndex, Unusable, expand, read_index
-from tars.precomputed import NOTHING, Precomputed, find_precomputed, read_tensors
+from tars.index import MAX_BYTES, Member, TarIndex, Unusable, read_index
+from tars.precomputed import NOTHING, Precomputed, read_tensors
 
 MIN_COUNTED = 1000  # max_bad is a share of at least so many samples: two broken pairs of four need not stop a trial
 MAX_TRIES = 1000  # broken samples in a row after which the data count as unusable
@@ -318,14 +317,3 @@ class Batches(Dataset):
         self.bad = Counter(state["bad"] if self.rank == 0 else {})
         self.seen = state["seen"] if self.rank == 0 else 0
         self.position = state["epoch"] * self.size + state["position"]
-
-
-def open_pairs(
-    data: list[str], held_out: list[str] | None, weights: Path, transform: Callable, **options
-) -> tuple[Batches, Batches | None]:
-    """What the user named (see `tars.index.expand`) -> its batches, and those of the held-out data, if any. All of it
-    is precomputed alike, or none; `dataset.precomputed` says how. `options` are those of `Batches`."""
-    tars, others = expand(data), expand(held_out) if held_out else []
-    precomputed = find_precomputed(tars + others, weights)
-    batches = [Batches(PairData(part, transform, precomputed), **options) for part in (tars, others) if part]
-    return batches[0], batches[1] if others else None

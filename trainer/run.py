@@ -38,8 +38,10 @@ from common.files import TO_END, lock_folder
 from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
-from tars.batches import Batches, open_pairs
+from tars.batches import Batches, PairData
 from tars.datasets import packed
+from tars.index import expand
+from tars.precomputed import find_precomputed
 from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
@@ -225,14 +227,16 @@ class Run:
             raise ValueError(f"{self.out} holds a run already: --resume continues it, another --out starts anew")
 
     def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
-        """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val. Rank 0
-        packs, draws and indexes them before the other ranks, which then find its files."""
+        """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val; all
+        are precomputed alike, or none. Rank 0 packs, draws and indexes them before the other ranks, which then find its
+        files."""
         args, size = self.args, picture_size(self.args.weights)
         with self.world.rank_0_first():
-            data = packed("pairs", args.data, self.out / "data") or self.draw_data("pairs", write, size)
-            val = packed("pairs", args.val, self.out / "val")
-            to_output = partial(preprocess_output, size=size)
-            return open_pairs(data, val, args.weights, to_output, **self.data_options)
+            tars = expand(packed("pairs", args.data, self.out / "data") or self.draw_data("pairs", write, size))
+            others = expand(packed("pairs", args.val, self.out / "val"))
+            how = partial(preprocess_output, size=size), find_precomputed(tars + others, args.weights)
+            batches = [Batches(PairData(part, *how), **self.data_options) for part in (tars, others) if part]
+        return batches[0], batches[1] if others else None
 
     def draw_data(self, kind: str, write: Callable[..., None], size: int) -> list[str]:
         """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. kind: "pairs"
