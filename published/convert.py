@@ -10,12 +10,8 @@ A file is recognised by the names of its tensors, not by its own name, and is on
 Pickles are read through torch.load(weights_only=True) alone. Nothing is left half-written: a file gets its name when it
 is whole, and the file that makes a part complete (index, config.json) is written last.
 
-A released checkpoint of MiniGPT-5 does not say how its prompts were worded. The published files are known by their
-SHA-256, and with it their form (RELEASED_FORMS); that of any other file is named by --form.
-
-Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole
-tables. Their other rows are smaller than Vicuna's, since weight decay acted on them, and the released model runs with
-those, so such a table is kept whole, under Vicuna's name.
+Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole tables,
+which are kept under Vicuna's names: weight decay made their other rows smaller than Vicuna's.
 """
 
 import hashlib
@@ -104,8 +100,8 @@ TRAINED_NAMES = (  # without the wrappers of Lightning and peft: Vicuna's
     (r"\.modules_to_save\.default\.", "."),
     (r"\.default\.weight", ".weight"),
 )
-# How the released code worded the prompts of a training, by its data and year, as a checkpoint's metadata say it. The
-# tokenizer began every sequence with </s> until March 2024, when the dialogues' form changed, too.
+# How the released code worded the prompts of a training, by its data and year: a released checkpoint does not say it,
+# ours do. The tokenizer began every sequence with </s> until March 2024, when the dialogues' form changed, too.
 OLD_VIST = {"system": MLS_SYSTEM + "Please understanding images and generate story.", "first_token": "</s>"}
 OLD_CHAT = {"system": MLS_SYSTEM + "Please generate conversation with appropriate image.", "first_token": "</s>"}
 NEW_CHAT = {"system": MLS_SYSTEM + "Please generate conversations with appropriate images. ", "separator": " "}
@@ -125,8 +121,8 @@ NEW_ROWS = 9  # of a released checkpoint's tables: [IMG0]..[IMG7] and the image 
 
 
 def convert(files: list[Path], out: Path, dtype: torch.dtype | None = None, form: str | None = None) -> None:
-    """Convert `files` (folders stand for the weight files in them) into `out`. `form`: of RELEASED_FORMS, how the
-    prompts of MiniGPT-5's checkpoints were worded; None: as the files' hashes say."""
+    """Convert `files` (folders stand for the weight files in them) into `out`. `form`: of RELEASED_FORMS; None: as the
+    files' hashes say."""
     groups: dict[str, list[Path]] = {}
     for path in weight_files(files):
         if path.suffix == ".gguf":

@@ -297,8 +297,8 @@ def frozen_dtypes(weights: Path, dtype: DType, device: Device) -> tuple[torch.dt
     """The dtype of the frozen parts that read (language model, image and text encoder), and of those that paint (UNet,
     autoencoder): `dtype`, where it is given.
 
-    The default on a GPU is bfloat16. On a CPU it is float32 for small weights. At the published size the parts that
-    read would take too much memory in float32, and those that paint are faster in bfloat16 only with AMX.
+    On a CPU at the published size the parts that read would take too much memory in float32, and those that paint are
+    faster in bfloat16 only with AMX.
     """
     width = config_of("llama", weights / "vicuna" / "config.json").hidden_size
     on_gpu, is_big = torch.device(device).type != "cpu", width >= 2048

@@ -7,10 +7,9 @@ several processes, as torchrun starts them, each with a GPU: different samples i
                                                         +-- mean, (trained parameters + 1,) -> the same step in both
     rank 1   samples B..2B-1   -> losses -> gradients --+
 
-Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
-of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU, the gradients of
-the trained parameters in one flat buffer (DistributedDataParallel would send pieces during the backward pass). The
-hosts exchange single numbers beside it.
+Each process reads all frozen weights and steps its own copy of the trained parameters; the copies stay equal. A step
+sends one tensor from GPU to GPU, the gradients of the trained parameters in one flat buffer (DistributedDataParallel
+would send pieces during the backward pass). The hosts exchange single numbers beside it.
 """
 
 import argparse
@@ -137,9 +136,8 @@ class World:
 
 
 class Gradients:
-    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. One
-    call averages it over the ranks, one tells whether all of it is finite, one clears it. A parameter that a step does
-    not reach has gradient 0.
+    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. A
+    parameter that a step does not reach has gradient 0.
 
     Where something is not finite, the optimisers step with `found_inf` 1, which makes them leave everything unchanged.
     The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
@@ -254,17 +252,14 @@ class Run:
     ) -> Iterator[int]:
         """The numbers of the steps, from 0, or with --resume from the one after the newest checkpoint. Before each the
         learning rates are set. After each comes what is due: a line of the log, pictures, a checkpoint, held-out
-        losses. Ends early after a signal to stop. `losses_of` makes the losses of a batch, for held-out data too;
-        "loss" is the one to be minimised.
-
-        An error in the loop's body closes this generator, too, which ends the processes that read the data.
-        """
+        losses. Ends early after a signal to stop. An error in the loop's body closes this generator, too, which ends
+        the processes that read the data. `losses_of`: its "loss" is the one to be minimised."""
         self.model, self.optimizers, self.data, self.held_out = model, optimizers, data, held_out
         self.losses_of = losses_of
         self.begin()
         args = self.args
-        options = {"unit": "step", "dynamic_ncols": True, "disable": self.world.rank > 0}
-        bar = tqdm(range(self.done, self.total), self.name, self.total, initial=self.done, **options)
+        options = {"unit": "step", "initial": self.done, "dynamic_ncols": True, "disable": self.world.rank > 0}
+        bar = tqdm(range(self.done, self.total), self.name, self.total, **options)
         with stop_signals() as received, closing(self.data), bar:
             for step in bar:
                 for group, rate in self.rates:
@@ -331,9 +326,8 @@ class Run:
             yield next(self.data), self.seed_batch(step, forward_pass * self.world.size + self.world.rank)
 
     def seed_batch(self, step: int, batch: int) -> list[torch.Generator]:
-        """Seed dropout, and return a generator for each sample of a batch. All depends on the seed and the place in the
-        run alone, so a resumed run has the same random numbers, with whatever number of processes. batch: its number
-        among the batches of all forward passes and ranks of the step."""
+        """Seed dropout, and return a generator for each sample of a batch, by the seed and the place in the run alone.
+        batch: its number among the batches of all forward passes and ranks of the step."""
         seed, size = self.args.seed, self.args.batch_size
         torch.manual_seed(step_generator(seed, step, batch, DROPOUT).initial_seed())
         return [step_generator(seed, step, index) for index in range(batch * size, (batch + 1) * size)]
