@@ -44,13 +44,11 @@ from trainer.run import Run
 class StorySteps(StoryData):
     """The steps of stories, as samples of a text and its picture."""
 
+    plain = staticmethod(str)  # nothing in a story is special to Stable Diffusion
+
     def __init__(self, tars: list[str], tokenizer, to_output, precomputed: Precomputed):
         super().__init__(tars, self, 0, None, to_output, tasks=["image"], precomputed=precomputed)
         self.clip_tokenizer = tokenizer
-
-    def plain(self, text: str) -> str:
-        """Nothing in a story is special to Stable Diffusion."""
-        return text
 
     def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
         if kind != "story" or not all(step.text and step.pictures for step in turns):

@@ -4,35 +4,27 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from published import parts as loaders
 from published.clip_tokenizer import ClipTokenizer
 from published.fetch import KNOWN, sha256
 from published.loading import WeightsError
-from published.parts import (
-    load,
-    load_image_encoder,
-    load_minigpt5,
-    load_schedule,
-    load_tokenizer,
-    size_mismatches,
-    tokenizer_file,
-)
 
 
 def parts(root: Path) -> list[tuple[str, list[Path], Callable]]:
     """(name, its folders and files, a function that loads it). On the meta device a loader reads headers only."""
     vicuna, sd = root / "vicuna", root / "stable-diffusion"
-    pieces, projection = tokenizer_file(vicuna), root / "minigpt4/llama_proj.safetensors"
-    clip, header = sd / "tokenizer", {"device": "meta"}
-    stack = partial(load_minigpt5, root, read_pictures=False, **header)
+    pieces, projection = loaders.tokenizer_file(vicuna), root / "minigpt4/llama_proj.safetensors"
+    clip, load, header = sd / "tokenizer", loaders.load, {"device": "meta"}
+    stack = partial(loaders.load_minigpt5, root, read_pictures=False, **header)
     return [
         ("vicuna", [vicuna], partial(load, "llama", vicuna, **header)),
-        ("vicuna tokenizer", [pieces], partial(load_tokenizer, vicuna)),
-        ("image encoder", [root / "blip2", projection], partial(load_image_encoder, root, **header)),
+        ("vicuna tokenizer", [pieces], partial(loaders.load_tokenizer, vicuna)),
+        ("image encoder", [root / "blip2", projection], partial(loaders.load_image_encoder, root, **header)),
         ("unet", [sd / "unet"], partial(load, "unet", sd / "unet", **header)),
         ("vae", [sd / "vae"], partial(load, "vae", sd / "vae", **header)),
         ("text encoder", [sd / "text_encoder"], partial(load, "text encoder", sd / "text_encoder", **header)),
         ("clip tokenizer", [clip / "vocab.json", clip / "merges.txt"], partial(ClipTokenizer, clip)),
-        ("schedule", [sd / "scheduler/scheduler_config.json"], partial(load_schedule, sd / "scheduler")),
+        ("schedule", [sd / "scheduler/scheduler_config.json"], partial(loaders.load_schedule, sd / "scheduler")),
         *((file.stem, [file], partial(stack, file)) for file in sorted((root / "minigpt5").glob("[!.]*.safetensors"))),
     ]
 
@@ -60,7 +52,8 @@ def check(root: Path, hashes: bool = False) -> list[str]:
         problems += found
     if not any((root / "minigpt5").glob("[!.]*.safetensors")):
         print("minigpt5/ holds no checkpoint: train_uas.py writes one, `published fetch` gets the released ones")
-    problems = list(dict.fromkeys(problems + size_mismatches(loaded)))  # a checkpoint tells those of its parts again
+    problems += loaders.size_mismatches(loaded)
+    problems = list(dict.fromkeys(problems))  # a checkpoint tells those of its parts again
     print("\n".join(problems) or "everything is there")
     return problems
 

@@ -10,12 +10,8 @@ A file is recognised by the names of its tensors, not by its own name, and is on
 Pickles are read through torch.load(weights_only=True) alone. Nothing is left half-written: a file gets its name when it
 is whole, and the file that makes a part complete (index, config.json) is written last.
 
-A released checkpoint of MiniGPT-5 does not say how its prompts were worded. The published files are known by their
-SHA-256, and with it their form (RELEASED_FORMS); that of any other file is named by --form.
-
-Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole
-tables. Their other rows are smaller than Vicuna's, since weight decay acted on them, and the released model runs with
-those, so such a table is kept whole, under Vicuna's name.
+Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole tables,
+which are kept under Vicuna's names: weight decay made their other rows smaller than Vicuna's.
 """
 
 import hashlib
@@ -32,17 +28,9 @@ from torch import Tensor
 from common.cli import make_folder
 from common.files import read_json, write_json
 from prompts import MLS_SYSTEM
+from published import loading
 from published.gguf_file import unpack_gguf
-from published.loading import (
-    STAGE_1,
-    TABLES,
-    WeightsError,
-    open_checkpoint,
-    our_name,
-    save_safetensors,
-    tensor_files,
-    tensor_slices,
-)
+from published.loading import STAGE_1, TABLES, WeightsError, our_name, tensor_files, tensor_slices
 from published.parts import BLIP2_UNUSED, PARTS, config_of, load_tokenizer, read_config, tokenizer_file
 from qformer import VisionConfig
 
@@ -87,7 +75,7 @@ def save(tensors: dict, path: Path, dtype: torch.dtype | None, metadata: dict[st
     """Write the file, print its size, return the number of bytes of its tensors."""
     make_folder(path.parent)
     tensors = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
-    save_safetensors(tensors, path, metadata)
+    loading.save_safetensors(tensors, path, metadata)
     print(f"wrote {path}: {len(tensors)} tensors, {path.stat().st_size / 1e6:,.2f} MB")
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -112,8 +100,8 @@ TRAINED_NAMES = (  # without the wrappers of Lightning and peft: Vicuna's
     (r"\.modules_to_save\.default\.", "."),
     (r"\.default\.weight", ".weight"),
 )
-# How the released code worded the prompts of a training, by its data and year, as a checkpoint's metadata say it. The
-# tokenizer began every sequence with </s> until March 2024, when the dialogues' form changed, too.
+# How the released code worded the prompts of a training, by its data and year: a released checkpoint does not say it,
+# ours do. The tokenizer began every sequence with </s> until March 2024, when the dialogues' form changed, too.
 OLD_VIST = {"system": MLS_SYSTEM + "Please understanding images and generate story.", "first_token": "</s>"}
 OLD_CHAT = {"system": MLS_SYSTEM + "Please generate conversation with appropriate image.", "first_token": "</s>"}
 NEW_CHAT = {"system": MLS_SYSTEM + "Please generate conversations with appropriate images. ", "separator": " "}
@@ -133,8 +121,8 @@ NEW_ROWS = 9  # of a released checkpoint's tables: [IMG0]..[IMG7] and the image 
 
 
 def convert(files: list[Path], out: Path, dtype: torch.dtype | None = None, form: str | None = None) -> None:
-    """Convert `files` (folders stand for the weight files in them) into `out`. `form`: of RELEASED_FORMS, how the
-    prompts of MiniGPT-5's checkpoints were worded; None: as the files' hashes say."""
+    """Convert `files` (folders stand for the weight files in them) into `out`. `form`: of RELEASED_FORMS; None: as the
+    files' hashes say."""
     groups: dict[str, list[Path]] = {}
     for path in weight_files(files):
         if path.suffix == ".gguf":
@@ -281,7 +269,7 @@ def convert_trained(paths: list[Path], out: Path, dtype: torch.dtype | None, for
 def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
     already are left out: the file is then laid over it (loading.py)."""
-    opened = open_checkpoint(checkpoint)
+    opened = loading.open_checkpoint(checkpoint)
     tensors = {name: tensor[:].to(dtype) for name, tensor in opened.tensors.items()}
     below = out.with_name(STAGE_1)
     if out.name != STAGE_1 and below.is_file():

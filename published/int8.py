@@ -1,8 +1,8 @@
 """The language model's matrices in 8 bits: half of bfloat16's memory, and half of what a GPU reads for every token.
 
 Each row of a matrix becomes whole numbers from -127 to 127 and a scale, by which the product is multiplied:
-x (s Q)^T = s (x Q^T). torch.compile joins the conversion of Q with the product, so that a compiled step reads 8-bit
-numbers only; without it nothing gets faster. Embeddings and norms are small and keep their dtype. LoRA may be added.
+x (s Q)^T = s (x Q^T). A compiled step reads 8-bit numbers only; without torch.compile nothing gets faster. Embeddings
+and norms keep their dtype. LoRA may be added.
 
     weight (out, in) -> Q (out, in) int8, scale (out,)
 """

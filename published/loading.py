@@ -161,9 +161,8 @@ def load(
     """What `build` makes, with the tensors of `files`, or of the folder `files`, for parameters, each cast and moved
     once. It is frozen and in eval mode. WeightsError for sizes that no module has, and as `matched` says.
 
-    `channels_last` stores convolutions, and with them feature maps, as (B, h, w, C), which makes them faster and the
-    reshaping for attention free. (Not so on a GPU without torch.compile, where group normalisation copies them to
-    (B, C, h, w).)
+    `channels_last` stores convolutions, and with them feature maps, as (B, h, w, C), which is faster, but on a GPU only
+    with torch.compile: group normalisation would copy them to (B, C, h, w).
     """
     folder = files if isinstance(files, Path) else files[0].parent
     try:
@@ -205,8 +204,8 @@ def checkpoint_folders(out: Path) -> list[Path]:
 
 
 def find_checkpoint(place: Path) -> Path | None:
-    """The file that `place` stands for: itself; trained.safetensors in a checkpoint's folder, or in the newest
-    checkpoint of a run's folder; uas.safetensors in weights/minigpt5. None if there is none."""
+    """The file that `place` stands for: itself; trained.safetensors in a checkpoint's folder or a run's newest;
+    uas.safetensors in weights/minigpt5. None if there is none."""
     folders = place, *checkpoint_folders(place)
     files = place, *(folder / "trained.safetensors" for folder in folders), place / STAGE_1
     return next(filter(Path.is_file, files), None)
@@ -284,11 +283,9 @@ def save_trained(model: MiniGPT5, trained: dict[str, nn.Parameter], path: Path, 
 
 @torch.no_grad()
 def load_trained(model: MiniGPT5, path: Path) -> None:
-    """Take a checkpoint's tensors; the model must have the adapters that it has.
-
-    A released checkpoint may bring tables of its own: weight decay shrank the rows that are Vicuna's, and the released
-    model runs with the shrunk ones. They replace Vicuna's, and `model.tables` keeps them for the next checkpoint.
-    """
+    """Take a checkpoint's tensors; the model must have the adapters that it has. A released one may bring tables of its
+    own, whose rows weight decay shrank: the released model runs with those. They replace Vicuna's, and `model.tables`
+    keeps them for the next checkpoint."""
     checkpoint, trained = open_checkpoint(path), model.trained_parameters()
     files, below, missing = [path], path.with_name(STAGE_1), sorted(trained.keys() - checkpoint.tensors.keys())
     if missing and path != below:  # it is laid over stage 1's

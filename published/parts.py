@@ -32,16 +32,7 @@ from published.byte_pairs import CHAT_FORMS, BytePairTokenizer
 from published.clip_tokenizer import ClipTokenizer
 from published.cpu import HAS_AMX, use_float32_kernels
 from published.int8 import to_int8
-from published.loading import (
-    Names,
-    Uninitialised,
-    WeightsError,
-    load_trained,
-    open_checkpoint,
-    rows_of,
-    tensor_files,
-    tensor_slices,
-)
+from published.loading import Names, WeightsError, open_checkpoint, rows_of, tensor_files, tensor_slices
 from qformer import ImageEncoder, QFormerConfig, VisionConfig
 from scheduler import NoiseSchedule, ScheduleConfig
 from text_encoder import ACTIVATIONS, TextConfig, TextEncoder
@@ -306,8 +297,8 @@ def frozen_dtypes(weights: Path, dtype: DType, device: Device) -> tuple[torch.dt
     """The dtype of the frozen parts that read (language model, image and text encoder), and of those that paint (UNet,
     autoencoder): `dtype`, where it is given.
 
-    The default on a GPU is bfloat16. On a CPU it is float32 for small weights. At the published size the parts that
-    read would take too much memory in float32, and those that paint are faster in bfloat16 only with AMX.
+    On a CPU at the published size the parts that read would take too much memory in float32, and those that paint are
+    faster in bfloat16 only with AMX.
     """
     width = config_of("llama", weights / "vicuna" / "config.json").hidden_size
     on_gpu, is_big = torch.device(device).type != "cpu", width >= 2048
@@ -373,7 +364,7 @@ def load_minigpt5(
     encoders = (image_encoder, text_encoder, clip_tokenizer)
     adapters = trained and trained.adapters
     try:
-        with Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
+        with loading.Uninitialised() if trained else nullcontext():  # random values for the mapper would take seconds
             model = MiniGPT5(tokenizer, llama, unet, vae, schedule, tokens, *encoders, start_as, adapters)
     except ValueError as error:  # an adapter of a layer that Vicuna does not have
         raise WeightsError(f"{checkpoint}: {error}") from None
@@ -381,5 +372,5 @@ def load_minigpt5(
     model.empty_caption = cache(partial(encode_empty_caption, diffusion, reading, device))
     model.guides_against_empty_caption = bool(trained) and trained.metadata.get("guidance") == "empty caption"
     if trained:
-        load_trained(model, checkpoint)
+        loading.load_trained(model, checkpoint)
     return model

@@ -12,7 +12,6 @@ There are then as many graphs as lengths of each part, not as many as combinatio
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.collate import Batch
+from llama import Block
 from minigpt5 import MiniGPT5, Noise
+from unet import ResBlock, SpatialTransformer
 
 MAX_GRAPHS = 64  # of one part; torch's own limit is 8
 
@@ -67,11 +68,8 @@ def recompute(layer: Callable, *inputs, **options) -> Tensor:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Keep only each layer's input of `llama` and `unet`, as far as the model has them, and compute the layer again in
-    the backward pass (arXiv 1604.06174): the same gradients, with less memory and more work."""
-    unet, llama = getattr(model, "unet", None), getattr(model, "llama", None)
-    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if unet else ()
-    lists = [llama.model.layers] if llama else []
-    lists += [layers for block in blocks for layers in (block.resnets, block.attentions)]
-    for layer in chain(*lists):
-        layer.forward = partial(recompute, layer.forward)
+    """Keep only each layer's input of the language model and the UNet, and compute the layer again in the backward pass
+    (arXiv 1604.06174): the same gradients, with less memory and more work."""
+    for layer in model.modules():
+        if isinstance(layer, Block | ResBlock | SpatialTransformer):
+            layer.forward = partial(recompute, layer.forward)

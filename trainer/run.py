@@ -7,15 +7,16 @@ several processes, as torchrun starts them, each with a GPU: different samples i
                                                         +-- mean, (trained parameters + 1,) -> the same step in both
     rank 1   samples B..2B-1   -> losses -> gradients --+
 
-Each process reads all frozen weights and steps its own copy of the trained parameters. The copies stay equal, as all
-of them start from the same values and take the same steps. A step sends one tensor from GPU to GPU, the gradients of
-the trained parameters in one flat buffer (DistributedDataParallel would send pieces during the backward pass). The
-hosts exchange single numbers beside it.
+Each process reads all frozen weights and steps its own copy of the trained parameters; the copies stay equal. A step
+sends one tensor from GPU to GPU, the gradients of the trained parameters in one flat buffer (DistributedDataParallel
+would send pieces during the backward pass). The hosts exchange single numbers beside it.
 """
 
 import argparse
 import json
 import os
+import shlex
+import signal
 import sys
 import time
 from collections import Counter
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import can_compile
-from common.files import lock_folder
+from common.files import TO_END, lock_folder
 from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
@@ -42,7 +44,6 @@ from tars.precomputed import Precomputed, find_precomputed
 from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
-from trainer.processes import resume_command, stop_signals
 
 FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
 LossesOf = Callable[[dict, list[torch.Generator]], dict[str, Tensor]]  # a batch, a generator for each sample -> losses
@@ -66,6 +67,29 @@ def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> to
     """The generator of one sample or batch of a step."""
     entropy = np.random.SeedSequence([seed, step, index, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(entropy) >> 1)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list]:
+    """A list of the requests to stop that the process has received: SIGTERM, Ctrl-C, the end of its terminal (SIGHUP,
+    unless nohup has it ignored). They do not end it."""
+    received = []
+    always = (signal.SIGTERM, signal.SIGINT)
+    numbers = [n for n in {*TO_END, *always} if n in always or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resume_command() -> str:
+    """The command that continues this run; of several machines, without the address at which they meet."""
+    start, local = [Path(sys.executable).name], int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if local:  # started by torchrun
+        start = ["torchrun", "--nnodes", str(int(os.environ["WORLD_SIZE"]) // local), "--nproc-per-node", str(local)]
+    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 class World:
@@ -112,9 +136,8 @@ class World:
 
 
 class Gradients:
-    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. One
-    call averages it over the ranks, one tells whether all of it is finite, one clears it. A parameter that a step does
-    not reach has gradient 0.
+    """The gradients of `parameters` in one flat buffer, with the loss at its end; each `.grad` is a view of it. A
+    parameter that a step does not reach has gradient 0.
 
     Where something is not finite, the optimisers step with `found_inf` 1, which makes them leave everything unchanged.
     The host looks at that number only when a line of the log is due, so it does not wait for the GPU in each step.
@@ -236,17 +259,14 @@ class Run:
     ) -> Iterator[int]:
         """The numbers of the steps, from 0, or with --resume from the one after the newest checkpoint. Before each the
         learning rates are set. After each comes what is due: a line of the log, pictures, a checkpoint, held-out
-        losses. Ends early after a signal to stop. `losses_of` makes the losses of a batch, for held-out data too;
-        "loss" is the one to be minimised.
-
-        An error in the loop's body closes this generator, too, which ends the processes that read the data.
-        """
+        losses. Ends early after a signal to stop. An error in the loop's body closes this generator, too, which ends
+        the processes that read the data. `losses_of`: its "loss" is the one to be minimised."""
         self.model, self.optimizers, self.data, self.held_out = model, optimizers, data, held_out
         self.losses_of = losses_of
         self.begin()
         args = self.args
-        options = {"unit": "step", "dynamic_ncols": True, "disable": self.world.rank > 0}
-        bar = tqdm(range(self.done, self.total), self.name, self.total, initial=self.done, **options)
+        options = {"unit": "step", "initial": self.done, "dynamic_ncols": True, "disable": self.world.rank > 0}
+        bar = tqdm(range(self.done, self.total), self.name, self.total, **options)
         with stop_signals() as received, closing(self.data), bar:
             for step in bar:
                 for group, rate in self.rates:
@@ -313,9 +333,8 @@ class Run:
             yield next(self.data), self.seed_batch(step, forward_pass * self.world.size + self.world.rank)
 
     def seed_batch(self, step: int, batch: int) -> list[torch.Generator]:
-        """Seed dropout, and return a generator for each sample of a batch. All depends on the seed and the place in the
-        run alone, so a resumed run has the same random numbers, with whatever number of processes. batch: its number
-        among the batches of all forward passes and ranks of the step."""
+        """Seed dropout, and return a generator for each sample of a batch, by the seed and the place in the run alone.
+        batch: its number among the batches of all forward passes and ranks of the step."""
         seed, size = self.args.seed, self.args.batch_size
         torch.manual_seed(step_generator(seed, step, batch, DROPOUT).initial_seed())
         return [step_generator(seed, step, index) for index in range(batch * size, (batch + 1) * size)]
