@@ -41,7 +41,7 @@ from common.files import fingerprint, read_json, write_json
 from experiments.report import write_report
 from experiments.systems import PAPER_SIZES, PARTS, SIZES, Job, Options, data_that_lack, plan
 from trainer.log import append_log
-from trainer.run import stop_signals
+from trainer.processes import stop_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2)

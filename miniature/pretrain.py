@@ -46,7 +46,8 @@ from miniature.recipe import Recipe, Setup, write_settings
 from miniature.speaker import CaptionerRecipe, LanguageRecipe
 from trainer.log import append_log, cut_log, plot_losses, read_log
 from trainer.muon import Muon
-from trainer.run import step_generator, stop_signals
+from trainer.processes import stop_signals
+from trainer.run import step_generator
 
 RECIPES = (JudgeRecipe, PairingRecipe, AutoencoderRecipe, TextRecipe, DiffusionRecipe, LanguageRecipe, CaptionerRecipe)
 PARTS = {recipe.name: recipe for recipe in RECIPES}

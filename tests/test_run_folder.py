@@ -20,7 +20,8 @@ from test_robust import load, open_tiny, save, stepped
 import train_uas
 from published.loading import checkpoint_folders
 from trainer.log import cut_log, plot_losses, read_log
-from trainer.run import FILES, Meter, stop_signals
+from trainer.processes import stop_signals
+from trainer.run import FILES, Meter
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = "import sys, time; from pathlib import Path; from common.files import lock_folder; "

@@ -15,8 +15,6 @@ would send pieces during the backward pass). The hosts exchange single numbers b
 import argparse
 import json
 import os
-import shlex
-import signal
 import sys
 import time
 from collections import Counter
@@ -24,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -33,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.cli import can_compile
-from common.files import TO_END, lock_folder
+from common.files import lock_folder
 from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
@@ -44,6 +41,7 @@ from tars.precomputed import Precomputed, find_precomputed
 from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
+from trainer.processes import resume_command, stop_signals
 
 FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
 LossesOf = Callable[[dict, list[torch.Generator]], dict[str, Tensor]]  # a batch, a generator for each sample -> losses
@@ -67,29 +65,6 @@ def step_generator(seed: int, step: int, index: int, purpose: int = NOISE) -> to
     """The generator of one sample or batch of a step."""
     entropy = np.random.SeedSequence([seed, step, index, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(entropy) >> 1)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list]:
-    """A list of the requests to stop that the process has received: SIGTERM, Ctrl-C, the end of its terminal (SIGHUP,
-    unless nohup has it ignored). They do not end it."""
-    received = []
-    always = (signal.SIGTERM, signal.SIGINT)
-    numbers = [n for n in {*TO_END, *always} if n in always or signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def resume_command() -> str:
-    """The command that continues this run; of several machines, without the address at which they meet."""
-    start, local = [Path(sys.executable).name], int(os.environ.get("LOCAL_WORLD_SIZE", 0))
-    if local:  # started by torchrun
-        start = ["torchrun", "--nnodes", str(int(os.environ["WORLD_SIZE"]) // local), "--nproc-per-node", str(local)]
-    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 class World:
