@@ -30,10 +30,6 @@ from prompts import TASKS, WORDS_FIRST_SYSTEM
 from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
 from published.parts import load_minigpt5, picture_size
 from qformer import preprocess_input
-from tars.batches import Batches
-from tars.datasets import packed
-from tars.index import expand
-from tars.precomputed import find_precomputed
 from tars.stories import StoryData
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview, picture_title
@@ -84,11 +80,7 @@ def main() -> None:
     stage_1 = given_checkpoint(args.uas) if args.uas else shipped
 
     # ---- tars, before the model: what they have precomputed is not loaded
-    size = picture_size(args.weights)
-    with run.world.rank_0_first():
-        tars = expand(packed("turns", args.data, run.out / "data") or run.draw_data("stories", write_stories, size))
-        held_out_tars = expand(packed("turns", args.val, run.out / "val")) if args.val else []
-    precomputed = find_precomputed(tars + held_out_tars, args.weights)
+    *tars, precomputed = run.find_tars("turns", "stories", write_stories)  # of --data, and of --val
     is_precomputed = "queries" in precomputed.shapes
     print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
 
@@ -129,7 +121,7 @@ def main() -> None:
         tokenizer=model.tokenizer,
         queries=model.queries,
         to_input=partial(preprocess_input, size=side),  # input pictures are cropped, as released
-        to_output=partial(preprocess_output, size=size),  # output pictures are padded
+        to_output=partial(preprocess_output, size=picture_size(args.weights)),  # output pictures are padded
         limit=limit,
         tasks=[task for task in TASKS if task in args.tasks],
         precomputed=precomputed,
@@ -137,9 +129,7 @@ def main() -> None:
         words_only=args.words_only,
         system=WORDS_FIRST_SYSTEM if args.words_first else None,
     )
-    with run.world.rank_0_first():  # it writes the tars' indices for the other ranks
-        batches = Batches(open_stories(tars), **run.data_options)
-        held_out = Batches(open_stories(held_out_tars), **run.data_options) if held_out_tars else None
+    batches, held_out = run.open_tars(open_stories, *tars)
 
     # ---- optimiser
     adapter = [p for name, p in trained.items() if "lora_" in name or "prefix_" in name]

@@ -33,9 +33,8 @@ from miniature.world import write_stories
 from minigpt5 import DROP_RATE, send
 from prompts import Example, Turn
 from published.parts import picture_size
-from tars.batches import Batches
-from tars.index import Unusable, expand
-from tars.precomputed import Precomputed, find_precomputed
+from tars.index import Unusable
+from tars.precomputed import Precomputed
 from tars.stories import StoryData
 from trainer.compiled import checkpoint_gradients
 from trainer.options import RATE, read_run_options
@@ -79,11 +78,9 @@ def main() -> None:
     print(f"trained: {sum(p.numel() for p in trained):,} parameters, the whole UNet")
     optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
 
-    size = picture_size(args.weights)
-    with run.world.rank_0_first():  # it draws the stories, and writes the tars' indices for the other ranks
-        tars = expand(args.data or run.draw_data("stories", write_stories, size))
-        to_output = partial(preprocess_output, size=size)
-        steps = StorySteps(tars, model.tokenizer, to_output, find_precomputed(tars, args.weights))
+    tars, _, precomputed = run.find_tars("turns", "stories", write_stories)
+    options = {"to_output": partial(preprocess_output, size=picture_size(args.weights)), "precomputed": precomputed}
+    [batches] = run.open_tars(partial(StorySteps, tokenizer=model.tokenizer, **options), tars)
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         noise = model.sample_noise(range(args.batch_size), generators, 0.0 if args.no_cfg else DROP_RATE)
@@ -95,7 +92,6 @@ def main() -> None:
         ldm_loss = model.ldm_loss(model.encode(texts), latents, noise, args.min_snr_gamma).mean()  # Eq. 3
         return {"loss": ldm_loss, "ldm_loss": ldm_loss}
 
-    batches = Batches(steps, **run.data_options)
     # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
     for step in run.steps(model, [optimizer], batches, None, losses_of):
         for samples, generators in run.batches(step):  # as many as --accumulate says

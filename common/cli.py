@@ -43,13 +43,12 @@ class Printed(io.TextIOWrapper):
 
 def open_streams() -> None:
     """Standard input, output and error that raise no error; those that were closed at the start are empty."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         setattr(sys, name, stream)
-        if name == "stdin":
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
-            continue
         with suppress(OSError):  # a stream in memory has no file number, and raises no errors
             file = open(stream.fileno(), "wb", closefd=False)  # noqa: SIM115
             setattr(sys, name, Printed(file, stream.encoding, "replace", line_buffering=stream.line_buffering))

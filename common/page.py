@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common.files import write_file
 
-Turn = tuple[str, list[str | Image.Image]]  # who speaks, and text and pictures in turn
+Turn = tuple[str, list[str | Image.Image]]  # who speaks, "you" or "model", and text and pictures in turn
 ACROSS = 8  # pictures beside one another on a storyboard
 STYLE = """
 :root { color-scheme: light dark }
@@ -32,9 +32,9 @@ PAGE = """<!doctype html>
 {body}"""
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image, **options: int) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
@@ -62,9 +62,7 @@ def draw_sheet(columns: list[tuple[str, list[Image.Image]]], side: int = 192, ac
 
 def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
     """Writes the pictures 0.png, 1.png ..., storyboard.png, index.html and answer.json into `out`, each under a
-    temporary name first.
-
-    turns: who speaks, "you" or "model", and text and pictures in turn."""
+    temporary name first."""
     files, described, columns, words = {}, [], [], ""
     for speaker, segment in ((speaker, segment) for speaker, segments in turns for segment in segments):
         if isinstance(segment, str):

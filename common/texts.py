@@ -21,8 +21,6 @@ def plain_words(text: str) -> str:
     return clean_caption(re.sub(r"[^\w\s,?']|_", " ", text.translate(SIGNS)))
 
 
-# ---- spelling: typos are read as the known words that were meant, and unknown words are named
-
 # What an ordinary word may end in: "wants", "asked", "gladly".
 ENDINGS = "s", "es", "d", "ed", "r", "er", "ing", "ly", "n't", "'s", "'d", "'ll", "'re", "'ve", "'m"
 WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
@@ -33,8 +31,8 @@ def words_in(text: str) -> list[str]:
 
 
 class Words:
-    """The words that a small model knows. `unknown`: common words of what it cannot draw. `ordinary`: everyday words
-    that say nothing of a picture. Neither is taken for a typo of a known one."""
+    """The words that a small model knows; typos are read as those that were meant. `unknown`: common words of what it
+    cannot draw. `ordinary`: everyday words that say nothing of a picture. Neither is taken for a typo."""
 
     def __init__(self, known: Iterable[str] = (), unknown: Iterable[str] = (), ordinary: Iterable[str] = ()):
         self.known, self.unknown, self.ordinary = [*known], {*unknown}, {*ordinary}

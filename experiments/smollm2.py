@@ -128,10 +128,11 @@ def train_mapper(
 ) -> None:
     """`steps`: of the four parts."""
     teacher, model = miniature(), load_minigpt5(weights, given_checkpoint(checkpoint), read_pictures=False).eval()
-    size, tars = picture_size(weights), expand(data)
-    pairs = PairData(tars, partial(preprocess_output, size=size), find_precomputed(tars, weights))
-    batches = Batches(pairs, batch_size=BATCH)
-    empty_caption = model.encode_captions(batches.dataset.precomputed.empty_caption)
+    size = picture_size(weights)
+    tars = expand(data)
+    precomputed = find_precomputed(tars, weights)
+    batches = Batches(PairData(tars, partial(preprocess_output, size=size), precomputed), BATCH)
+    empty_caption = model.encode_captions(precomputed.empty_caption)
     read = [next(batches) for _ in tqdm(range(n // BATCH), "captions")]
     moments, encodings = (torch.cat([samples[name] for samples in read]) for name in ("moments", "encoding"))
     features = torch.cat([voken_features(model, samples["captions"]) for samples in tqdm(read, "features")])

@@ -17,7 +17,6 @@ of a tar carry no dates or owners, so that equal arguments give equal files.
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import FROM_1, number, read_arguments, run
+from common.page import png_bytes
 from miniature.facts import SPLITS, Picture, random_stream, sample_picture
 from miniature.paint import draw
 from miniature.tales import dialogue, story
@@ -59,9 +59,7 @@ def sample_dialogue(seed: int, index: int, split: str = "train") -> tuple[list[T
 
 
 def png(picture: Picture, jitter: int, size: int) -> bytes:
-    buffer = io.BytesIO()
-    draw(picture, jitter, size).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return png_bytes(draw(picture, jitter, size), compress_level=1)
 
 
 def pair_members(key: str, seed: int, i: int, split: str, size: int) -> Iterator[tuple[str, bytes]]:

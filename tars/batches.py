@@ -158,16 +158,11 @@ class TarData(Dataset):
     def count_items(self, index: TarIndex) -> np.ndarray:
         return np.ones(len(index.table), np.int64)
 
-    def find(self, i: int) -> tuple[int, int, int]:
-        """Item -> (tar, sample of that tar, item of that sample)."""
-        sample = int(np.searchsorted(self.first_items, i, side="right")) - 1
-        tar = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
-        return tar, sample - int(self.first_samples[tar]), i - int(self.first_items[sample])
-
     def sample(self, i: int, choice: object) -> dict | str:
         """Item i as a sample; for a broken one a short reason to count it under, never an exception."""
-        tar, row, item = self.find(i)
-        index = self.indices[tar]
+        sample = int(np.searchsorted(self.first_items, i, side="right")) - 1
+        tar = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+        index, row, item = self.indices[tar], sample - int(self.first_samples[tar]), i - int(self.first_items[sample])
         key, read = index.key(row), partial(read_member, self.tars[tar], index.table[row])
         try:
             return self.read_item(key, read, index.kinds[row], item, choice)
@@ -239,15 +234,9 @@ class Batches(Dataset):
 
     def __next__(self) -> dict:
         if self.loader is None:
-            loader = DataLoader(
-                self,
-                sampler=self.places(),
-                batch_size=None,
-                num_workers=self.workers,
-                pin_memory=torch.cuda.is_initialized(),
-                worker_init_fn=ignore_signals,
-            )
-            self.loader = iter(loader)
+            options = {"num_workers": self.workers, "worker_init_fn": ignore_signals}
+            options["pin_memory"] = torch.cuda.is_initialized()
+            self.loader = iter(DataLoader(self, batch_size=None, sampler=self.places(), **options))
         batch = next(self.loader)
         self.bad.update(batch["bad"])
         self.seen += batch.pop("seen")

@@ -116,9 +116,6 @@ def interleaved(key: str, kind: str, name: str, turns: Turns, may_cut: bool = Fa
 
 # ---- VIST
 
-RAW_FIELDS = ("worker_arranged_photo_order", "text", "photo_flickr_id")  # of a step's order, text and picture
-CLEANED_FIELDS = ("sequence_index", "caption", "image_id")
-
 
 def vist_jobs(file: Path, folders: list[Path]) -> Iterator[Job]:
     """The stories of a file of the raw or of the cleaned form.
@@ -129,13 +126,13 @@ def vist_jobs(file: Path, folders: list[Path]) -> Iterator[Job]:
     content = read_json(file)
     try:
         if "annotations" in content:
-            stories, fields = {}, RAW_FIELDS
+            stories, fields = {}, ("worker_arranged_photo_order", "text", "photo_flickr_id")
             for annotation in content["annotations"]:
                 stories.setdefault(str(annotation[0]["story_id"]), []).append(annotation[0])
             found = chain.from_iterable(map(walk, folders))
             places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
         else:
-            stories, fields = content, CLEANED_FIELDS
+            stories, fields = content, ("sequence_index", "caption", "image_id")
             mapping = read_json(file.with_name(file.name.replace("cleaned", "image_mapping")))
             places = {i: find_picture(folders, name) for i, name in mapping.items()}
     except (LookupError, TypeError):
@@ -145,14 +142,15 @@ def vist_jobs(file: Path, folders: list[Path]) -> Iterator[Job]:
 
 
 def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], places: dict[str, Path]) -> Sample:
-    """A whole story in the order that its teller gave the pictures. Raises Unusable."""
+    """A whole story in the order that its teller gave the pictures. fields: those of a step's order, text and picture.
+    Raises Unusable."""
     told = sorted(([step[field] for field in fields] for step in steps), key=lambda step: step[0])
     if not len(told) == len({order for order, _, _ in told}) == STEPS:
         raise Unusable("not five steps in a clear order")
     return interleaved(key, "story", name, ((text, [places.get(str(picture))]) for _, text, picture in told))
 
 
-# ---- MMDialog
+# ---- MMDialog, and your own stories and dialogues
 
 
 def read_turn(turn: dict, folders: list[Path], max_words: int) -> tuple[str, list[Path | None]]:
@@ -172,9 +170,6 @@ def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) 
     content = json.loads(line)
     turns = (read_turn(turn, folders, max_words) for turn in content["conversation"])
     return interleaved(key, "dialog", str(content.get("conversation_id", "")), turns, may_cut=True)
-
-
-# ---- your own stories and dialogues
 
 
 def turns_sample(key: str, line: bytes, folders: list[Path]) -> Sample:
@@ -257,8 +252,7 @@ def make_samples(jobs: Iterable[Job], workers: int) -> Iterator[Sample | str]:
             waiting.append(pool.submit(attempt, job, f"{number:09d}"))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
 
 def line_jobs(make_sample: Callable[..., Sample], path: Path, folders: list[Path]) -> Iterator[Job]:

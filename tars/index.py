@@ -4,9 +4,6 @@ Members that share the path up to the last dot are one sample: `KEY.jpg|jpeg|png
 caption, `KEY.json` more about it, `KEY.safetensors` its precomputed tensors (precomputed.py). A story or dialogue has
 `KEY.json` with a list of "turns" and the pictures `KEY.0.jpg`, `KEY.1.png` ... KEY may hold dots, too. Only regular
 members count, and nothing is ever unpacked to disk.
-
-    expand(["cc3m-train-*.tar", "more/"])  -> list of paths
-    read_index("x.tar")                    -> TarIndex: where the n samples lie, table (n, 2 or more, 2)
 """
 
 import glob
@@ -52,9 +49,6 @@ class Unusable(Exception):
     """A member that cannot be used. The only argument is a short reason to count it under."""
 
 
-# ---- which tars
-
-
 def expand(data: list[str]) -> list[str]:
     """What the user names (tars, folders of tars, globs) -> paths of tars in order, each once. ValueError where
     something matches nothing."""
@@ -78,10 +72,9 @@ def expand(data: list[str]) -> list[str]:
 def member_of(name: str) -> tuple[str, int] | None:
     """Member name -> (key, member), None for one that is no part of a sample."""
     found = NAME.fullmatch(name)
-    key, number, ending = found.groups() if found else (None, None, "")
-    member = ENDINGS.get(ending.lower())
-    if member is None:
+    if not found or found[3].lower() not in ENDINGS:
         return None
+    key, number, member = found[1], found[2], ENDINGS[found[3].lower()]
     if number and member != Member.PICTURE:
         return f"{key}.{number}", member
     return key, Member.NUMBERED + int(number) if number else member

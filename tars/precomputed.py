@@ -43,9 +43,6 @@ class Precomputed(NamedTuple):
 NOTHING = Precomputed({}, {})
 
 
-# ---- which weights
-
-
 def identity(weights: Path, name: str) -> str:
     """The fingerprint of all files that the tensors "moments", "encoding" or "queries" depend on."""
     sd, blip2 = weights / "stable-diffusion", weights / "blip2"
@@ -57,9 +54,6 @@ def identity(weights: Path, name: str) -> str:
         return fingerprint([sd / "text_encoder" / "config.json", *tensor_files(sd / "text_encoder"), *words])
     tensors = tensor_files(blip2, ("vision_model.", "qformer.", "query_tokens"))
     return fingerprint([blip2 / "config.json", *tensors, weights / "minigpt4" / "llama_proj.safetensors"])
-
-
-# ---- the first member of a tar
 
 
 def marker_bytes(precomputed: Precomputed) -> bytes:
@@ -100,9 +94,6 @@ def find_precomputed(tars: list[str], weights: Path) -> Precomputed:
         if made_with != identity(weights, name):
             raise ValueError(f"{tars[0]}: its {name} were precomputed with other weights or sizes than {weights}")
     return found[0]
-
-
-# ---- samples
 
 
 def read_tensors(content: bytes | None, precomputed: Precomputed, names: Iterable[str]) -> dict[str, Tensor]:

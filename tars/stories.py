@@ -1,8 +1,7 @@
 """Tars of stories and dialogues into batches for stage 2 (MLS, section 3.3 of the paper, on VIST and MMDialog).
 
 A sample of such a tar is `KEY.json`, {"kind": "story" | "dialog", "turns": [{"text": ..., "image": ...}, ...]}, and its
-pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or null. `python -m tars vist` and
-`python -m tars mmdialog` write these tars (datasets.py); prompts.py has the tasks and their texts.
+pictures; "image" is the name of a picture (`KEY.0.jpg`), a list of names, or null. prompts.py has the tasks' texts.
 
 The items of the order (batches.py) are every turn of a dialogue but the first, and every step of a story in each task,
 the first step as an image alone: 13 items of five steps. An epoch meets each once.
@@ -33,8 +32,6 @@ from tars.batches import Reader, TarData, decode
 from tars.index import STORY, Member, TarIndex, Unusable, member_of
 from tars.precomputed import NOTHING, Precomputed, read_tensors
 
-# ---- the JSON of a sample
-
 
 def read_turns(content: bytes | None, key: str, escape: Callable[[str], str]) -> tuple[str, list[Turn]]:
     """KEY.json -> (kind, turns), whose texts are cleaned and escaped and whose pictures are members of the tar.
@@ -56,9 +53,6 @@ def read_turn(turn: dict, key: str, escape: Callable[[str], str]) -> Turn:
     if any(owner.rpartition("/")[2] != key.rpartition("/")[2] for owner, _ in places):
         raise Unusable("foreign picture name")
     return Turn(escape(one_line(turn["text"])), tuple(member for _, member in places))
-
-
-# ---- samples and batches
 
 
 @dataclass(eq=False)

@@ -34,10 +34,10 @@ from common.files import lock_folder
 from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
-from tars.batches import Batches, PairData
+from tars.batches import Batches, PairData, TarData
 from tars.datasets import packed
 from tars.index import expand
-from tars.precomputed import find_precomputed
+from tars.precomputed import Precomputed, find_precomputed
 from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
 from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
@@ -199,26 +199,33 @@ class Run:
         if checkpoint_folders(self.out) and not args.resume:
             raise ValueError(f"{self.out} holds a run already: --resume continues it, another --out starts anew")
 
-    def open_pairs(self, write: Callable[..., None]) -> tuple[Batches, Batches | None]:
-        """The captioned pictures of --data, or pairs of the drawn world that `write` writes, and those of --val; all
-        are precomputed alike, or none. Rank 0 packs, draws and indexes them before the other ranks, which then find its
-        files."""
-        args, size = self.args, picture_size(self.args.weights)
+    def find_tars(self, kind: str, drawn: str, write: Callable) -> tuple[list[str], list[str], Precomputed]:
+        """The tars of --data, or else of `draw_data`, those of --val, and what all of them have precomputed. kind:
+        "pairs" or "turns". Rank 0 packs and draws before the other ranks, which then find its files."""
         with self.world.rank_0_first():
-            tars = expand(packed("pairs", args.data, self.out / "data") or self.draw_data("pairs", write, size))
-            others = expand(packed("pairs", args.val, self.out / "val"))
-            how = partial(preprocess_output, size=size), find_precomputed(tars + others, args.weights)
-            batches = [Batches(PairData(part, *how), **self.data_options) for part in (tars, others) if part]
-        return batches[0], batches[1] if others else None
+            tars = expand(packed(kind, self.args.data, self.out / "data") or self.draw_data(drawn, write))
+            held_out = expand(packed(kind, self.args.val, self.out / "val"))
+        return tars, held_out, find_precomputed(tars + held_out, self.args.weights)
 
-    def draw_data(self, kind: str, write: Callable[..., None], size: int) -> list[str]:
+    def draw_data(self, kind: str, write: Callable[..., None]) -> list[str]:
         """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. kind: "pairs"
-        or "stories"; write: their writer in miniature.world; size: side of the pictures."""
+        or "stories"; write: their writer in miniature.world."""
         path = self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
         if not path.exists():
             print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
-            write(path, self.args.drawn, self.args.seed, size=size)
+            write(path, self.args.drawn, self.args.seed, size=picture_size(self.args.weights))
         return [str(path)]
+
+    def open_tars(self, dataset: Callable[[list[str]], TarData], *tars: list[str]) -> list[Batches | None]:
+        """Batches of each list of tars, None of an empty one. Rank 0 writes their indices for the other ranks."""
+        with self.world.rank_0_first():
+            return [Batches(dataset(part), **self.data_options) if part else None for part in tars]
+
+    def open_pairs(self, write: Callable[..., None]) -> list[Batches | None]:
+        """Batches of the captioned pictures of --data, or of drawn ones that `write` writes, and of those of --val."""
+        *tars, precomputed = self.find_tars("pairs", "pairs", write)
+        transform = partial(preprocess_output, size=picture_size(self.args.weights))
+        return self.open_tars(partial(PairData, transform=transform, precomputed=precomputed), *tars)
 
     # ---- the loop
 
