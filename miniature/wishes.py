@@ -61,7 +61,7 @@ def picture_for(rng: np.random.Generator, split: str, section: str, slots: set[s
         other = replace(other, size=one.size)
     if {"bigger1", "bigger2"} & slots or (section == "twins" and {"size1", "size2"} & slots):
         other = replace(other, size=other_size(one.size))
-    if facts.held_out(other.kind, other.colour, scene):
+    if split == "train" and facts.held_out(other.kind, other.colour, scene):
         return None
     picture = replace(picture, things=(one, other))
     return picture if section == "two" and {"place1", "place2"} <= slots else spread(rng, picture)

@@ -117,7 +117,7 @@ def test_an_interrupted_run_goes_on(systems, tmp_path, capsys):
     assert lines[4].startswith("| a random picture | ")
     answers = read_json(tmp_path / "results.json")["systems"]["one, that forgets"]["answers"]
     wrong = {(answer["prompt"], answer["seed"]): answer["wrong"] for answer in answers}
-    assert wrong["the animal that says meow", 1] == ["count", "kind"]
+    assert wrong["the animal that says miaow", 1] == ["count", "kind"]
     assert [facts for (text, _), facts in wrong.items() if "marmalade" in text] == [[], ["colour"]]
     with Image.open(tmp_path / "sheet.png") as page:
         pixels = page.convert("RGB")

@@ -85,6 +85,8 @@ def test_every_sentence_of_a_wish_can_be_filled(section, monkeypatch):
         assert fits(picture.things, picture.scene), (text, picture)
         assert len(picture.things) == (1 if section == "one" else 2)
         assert (len({thing.kind for thing in picture.things}) == 1) == (section != "two")
+        first = wishes.asked_for(random_stream(10, i), "held-out")[1]
+        assert any(held_out(thing.kind, thing.colour, first.scene) for thing in first.things)
 
 
 def test_sentences_say_the_facts_of_their_picture(monkeypatch):

@@ -8,6 +8,7 @@ from common.cli import FROM_0, FROM_1, number, parse
 
 RATE = number(0.0)  # of learning
 SHARE = number(0.0, 1.0)
+BATCH_SIZE, WORKERS = number(1, 65_536), number(0, 1_024)
 VOKENS = number(1, 128)  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
 
 
@@ -22,7 +23,7 @@ def read_run_options(
     add("--drawn", type=FROM_1, default=20_000, help="without --data: samples of the miniature's world to draw")
     add("--epochs", type=float, default=epochs, help="passes over the data")
     add("--steps", type=FROM_1, help="optimiser steps in all; overrides --epochs")
-    add("--batch-size", type=number(1, 65_536), default=batch_size, help="samples of one forward pass, on each GPU")
+    add("--batch-size", type=BATCH_SIZE, default=batch_size, help="samples of one forward pass, on each GPU")
     add("--accumulate", type=FROM_1, default=1, help="forward passes of one optimiser step")
     add("--warmup", type=FROM_0, default=1000, help="steps of linear warm-up of the learning rates")
     add("--no-cfg", action="store_true", help="never replace voken features by zeros (an ablation of the paper)")
@@ -30,7 +31,7 @@ def read_run_options(
     add("--min-snr-gamma", type=float, default=5.0,
         help="weight L_LDM by min(SNR, gamma) / SNR, as released; 0: no weights, as in the paper")  # fmt: skip
     add("--seed", type=int, default=0, help="of all random numbers of the run")
-    add("--workers", type=number(0, 1_024), default=4, help="processes that read pictures; 0: none")
+    add("--workers", type=WORKERS, default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=SHARE, default=0.01,
         help="stop when broken samples exceed this share of those seen, or of 1,000 if fewer are seen")  # fmt: skip
     add("--max-nonfinite", type=FROM_1, default=20, help="stop after so many non-finite losses or gradients in a row")
