@@ -73,11 +73,11 @@ def wide_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
 
 
 MIXTURE = {
-    documents.wish_document: 0.38,
+    documents.wish_document: 0.36,
     documents.chat_document: 0.2,
-    documents.change_document: 0.09,
-    documents.described_story_document: 0.05,
-    told_document: 0.28,
+    documents.change_document: 0.05,
+    documents.described_story_document: 0.03,
+    told_document: 0.36,
 }
 WIDE_MIXTURE = {
     wide_document: 0.5,
