@@ -28,7 +28,7 @@ from miniature.world import write_stories
 from minigpt5 import DROP_RATE, TEXT_WEIGHT
 from prompts import TASKS, WORDS_FIRST_SYSTEM
 from published.loading import MAX_RANK, find_checkpoint, given_checkpoint
-from published.parts import load_minigpt5, picture_size
+from published.parts import load_minigpt5
 from qformer import preprocess_input
 from tars.stories import StoryData
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
@@ -121,7 +121,7 @@ def main() -> None:
         tokenizer=model.tokenizer,
         queries=model.queries,
         to_input=partial(preprocess_input, size=side),  # input pictures are cropped, as released
-        to_output=partial(preprocess_output, size=picture_size(args.weights)),  # output pictures are padded
+        to_output=partial(preprocess_output, size=run.size),  # output pictures are padded
         limit=limit,
         tasks=[task for task in TASKS if task in args.tasks],
         precomputed=precomputed,

@@ -32,7 +32,6 @@ from common.images import preprocess_output
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE, send
 from prompts import Example, Turn
-from published.parts import picture_size
 from tars.index import Unusable
 from tars.precomputed import Precomputed
 from tars.stories import StoryData
@@ -79,7 +78,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
 
     tars, _, precomputed = run.find_tars("turns", "stories", write_stories)
-    options = {"to_output": partial(preprocess_output, size=picture_size(args.weights)), "precomputed": precomputed}
+    options = {"to_output": partial(preprocess_output, size=run.size), "precomputed": precomputed}
     [batches] = run.open_tars(partial(StorySteps, tokenizer=model.tokenizer, **options), tars)
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from common.texts import plain_words, words_in
 from experiments import knowledge, vocabulary
 from miniature import words
 from miniature.exam import Said
-from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, home, random_stream
+from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, home, random_stream
 from miniature.judge import NOTHING
-from miniature.score import FOLDER, read_lines, read_prompts
+from miniature.score import FOLDER, Wish, read_lines, read_prompts
 from miniature.wishes import wish
 from miniature.world import sample_pair
 
@@ -151,10 +151,11 @@ def test_weights_that_read_no_pictures_are_drawn_with(tmp_path):
     checkpoint = MINIATURE / "minigpt5" / "uas.safetensors"
     with pytest.raises(ValueError, match="no checkpoint of what MiniGPT-5 trains"):
         knowledge.exam_of("vokens", tmp_path, None, "cpu")
-    wishes = read_prompts(FOLDER / "prompts.jsonl")[1:2]  # "a red boat", which the vokens know
+    picture = Picture("sea", "night", (Thing("boat", "red", "big", "left"),))
+    wished = Wish(words.describe(picture), picture)  # which names all facts
     for way, given in (("vokens", checkpoint), ("text", None)):
         exam = knowledge.exam_of(way, tmp_path, given, "cpu")
         assert (exam.sampling.sampler, exam.sampling.guidance) == ("dpm", 2.0 if given else 3.0)
-        answers, shown = knowledge.examine(exam, way, wishes, [0])
-        assert answers == [{"prompt": "a red boat", "seed": 0, "wrong": [], "description": ""}]
+        answers, shown = knowledge.examine(exam, way, [wished], [0])
+        assert answers == [{"prompt": wished.text, "seed": 0, "wrong": [], "description": ""}]
         assert shown[0].size == (64, 64)

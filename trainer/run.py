@@ -184,7 +184,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, name: str, save_trained=save_trained, load_trained=load_trained):
         self.args, self.name, self.save_trained, self.load_trained = args, name, save_trained, load_trained
         self.arguments = json.loads(json.dumps(vars(args), default=str))  # as state.json holds them
-        self.device = args.device
+        self.device, self.size = args.device, picture_size(args.weights)  # side of the pictures that it paints
         torch.set_float32_matmul_precision("high")  # float32 products of trained parts may use TF32
         torch.manual_seed(args.seed)
         self.world = World(self.device)
@@ -213,7 +213,7 @@ class Run:
         path = self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
         if not path.exists():
             print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
-            write(path, self.args.drawn, self.args.seed, size=picture_size(self.args.weights))
+            write(path, self.args.drawn, self.args.seed, size=self.size)
         return [str(path)]
 
     def open_tars(self, dataset: Callable[[list[str]], TarData], *tars: list[str]) -> list[Batches | None]:
@@ -224,7 +224,7 @@ class Run:
     def open_pairs(self, write: Callable[..., None]) -> list[Batches | None]:
         """Batches of the captioned pictures of --data, or of drawn ones that `write` writes, and of those of --val."""
         *tars, precomputed = self.find_tars("pairs", "pairs", write)
-        transform = partial(preprocess_output, size=picture_size(self.args.weights))
+        transform = partial(preprocess_output, size=self.size)
         return self.open_tars(partial(PairData, transform=transform, precomputed=precomputed), *tars)
 
     # ---- the loop
