@@ -33,7 +33,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import FROM_1, MINIATURE, add_device_option, can_compile, make_folder, read_arguments, run  # isort: skip
+from common.cli import FROM_1, MINIATURE, add_device_option, can_compile  # isort: skip
+from common.cli import make_folder, read_arguments, run  # isort: skip
 
 import torch
 from torch import nn
