@@ -1,5 +1,5 @@
-"""What all commands share: what is printed, one line for an error, defaults that go with the weights, the device, the
-number type."""
+"""What all commands share: what is printed, one line for an error, options and their defaults, which go with the
+weights, the device, the dtype."""
 
 import argparse
 import io
