@@ -33,10 +33,10 @@ import random_weights as files
 from common.cli import MINIATURE
 from common.files import read_json
 from common.tokenizer import Tokenizer
+from experiments.recipes.painter import SCHEDULE, TEXT_SIZES, UNET_SIZES, VAE_SIZES
+from experiments.recipes.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from llama import Llama, LlamaConfig
 from mapper import VokenMapper
-from miniature.painter import SCHEDULE, TEXT_SIZES, UNET_SIZES, VAE_SIZES
-from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from minigpt5 import Vokens
 from published.loading import tensor_files
 from published.parts import read_config

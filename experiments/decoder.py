@@ -19,9 +19,9 @@ from torch import Tensor, nn
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from miniature.painter import AutoencoderRecipe
-from miniature.pretrain import train
-from miniature.recipe import Setup, write_tensors
+from experiments.pretrain import train
+from experiments.recipes.painter import AutoencoderRecipe
+from experiments.recipes.recipe import Setup, write_tensors
 from published.parts import load_vae
 from vae import VAE
 

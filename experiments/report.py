@@ -291,7 +291,7 @@ def hours(options: Options) -> str:
 def head(options: Options, seeds: list[int], sizes: str) -> str:
     said = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
     data, networks = REAL if options.data else DRAWN
-    pairing = "    python miniature/pretrain.py --parts pairing --pictures 65536    # what stands for CLIP\n"
+    pairing = "    python experiments/pretrain.py --parts pairing --pictures 65536    # what stands for CLIP\n"
     command = f"    python experiments/paper.py{' --data DIR --weights weights' if options.data else ''}{sizes}"
     commands = ("" if options.data else pairing) + command
     where = "" if options.data else " in miniature"

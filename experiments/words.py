@@ -26,8 +26,8 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
 from common.cli import MINIATURE
 from common.texts import plain_words
 from common.tokenizer import Tokenizer
+from experiments.recipes import documents
 from experiments.vocabulary import wide_wish
-from miniature import documents
 from miniature.chats import bracketed
 from miniature.facts import pick_weighted, random_stream
 from miniature.score_stories import LEAVES

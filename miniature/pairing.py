@@ -10,25 +10,17 @@ Unlike the judge it is told no facts, and it has no idea of what it was never sh
 """
 
 import zlib
-from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.metrics import words
-from miniature.facts import Picture, pick, random_stream
 from miniature.judge import WIDTH, convolutions
-from miniature.recipe import Recipe, Setup, drawn, reset, to_pixels, write_tensors
-from miniature.world import sample_dialogue, sample_pair, sample_story
 from text_encoder import TextConfig, TextEncoder
 
 VIEWS, LENGTH = 12, 40  # learned views of a picture; words of a text, its end counted
 PAD, END, WORDS = 0, 1, 8192  # ids; words have ids by their hash, so that any text can be read: few of them collide
-PAIRS = 1 << 16  # pairs to train on at most
-CHOICE = 303  # purpose of the random streams
 PAIRING_SIZES = TextConfig(
     vocab_size=WORDS,
     hidden_size=WIDTH,
@@ -68,55 +60,3 @@ class Pairing(nn.Module):
 
     def read(self, texts: list[str]) -> Tensor:
         return self.read_ids(torch.tensor([ids_of(text) for text in texts], device=self.look.device))
-
-
-# ---- training
-
-
-def told_picture(seed: int, i: int, split: str = "train") -> tuple[Picture, str, int]:
-    """Picture i, a text that goes with it, its jitter: a caption, or a story's step or a dialogue's turn."""
-    if i % 2:
-        turns, jitter = (sample_story if i % 4 == 1 else sample_dialogue)(seed, i, split)
-        shown = [turn for turn in turns if turn.pictures]
-        if shown:  # some dialogues have no picture
-            text, (picture,) = pick(random_stream(seed, i, CHOICE), shown)
-            return picture, text, jitter
-    return sample_pair(seed, i, split)
-
-
-def paired_text(seed: int, i: int) -> np.ndarray:
-    return np.array(ids_of(told_picture(seed, i)[1]), np.int16)
-
-
-class PairingRecipe(Recipe):
-    name, batch_sizes, budgets = "pairing", (1024, 128), (1, 15)
-    lr, matrix_lr, hold = 2e-3, 0.01, 1000
-
-    def __init__(self, setup: Setup):
-        super().__init__(setup)
-        self.model = Pairing()
-        reset(self.model.text)
-        length = min(setup.pictures, PAIRS)
-        self.pictures = setup.training_set("paired-pictures", partial(drawn, partial(told_picture, setup.seed)), length)
-        self.texts = setup.training_set("paired-texts", partial(paired_text, setup.seed), length)
-        self.tested = to_pixels(setup.held_out_pictures()[0])
-        self.tested_texts = [sample_pair(setup.seed, i, "held-out")[1] for i in range(setup.tested)]
-
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        picked = self.pick(len(self.pictures), generator)
-        return to_pixels(self.pictures[picked]), self.texts[picked].long()
-
-    def losses(self, pairing: Pairing, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        cosines = pairing.see(pixels) @ pairing.read_ids(ids).T
-        scores = (pairing.scale.clamp(max=4.6).exp() * cosines).float()
-        own = torch.arange(len(scores), device=scores.device)
-        return {"loss": (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2}
-
-    def measure(self, pairing: Pairing) -> dict[str, float]:
-        """The share of held-out pictures whose own caption is the nearest of all tested ones."""
-        nearest = (pairing.see(self.tested) @ pairing.read(self.tested_texts).T).argmax(-1)
-        own = torch.arange(len(nearest), device=nearest.device)
-        return {"own_caption": (nearest == own).float().mean().item()}
-
-    def export(self, pairing: Pairing, weights: Path) -> None:
-        write_tensors(weights / "pairing.safetensors", pairing.state_dict())

@@ -254,7 +254,7 @@ def test_nothing_that_is_read_is_executed():
                 assert "trust_remote_code" not in options and options.get("allow_pickle", "False") == "False", path
                 assert name != "torch.load" or options.get("weights_only") == "True", f"{path}:{call.lineno}"
                 loads |= {name_of(path)} if name == "torch.load" else set()
-    assert loads == {"evaluation/scorers.py", "miniature/pretrain.py", "published/convert.py"}
+    assert loads == {"evaluation/scorers.py", "experiments/pretrain.py", "published/convert.py"}
 
 
 def imports(tree: ast.AST):

@@ -163,7 +163,7 @@ def test_checker_finds_what_is_wrong(name):
 SCRIPTS = ("sample", "train_uas", "train_mls", "evaluation.__main__", "published.__main__", "tars.__main__")
 SCRIPTS += (
     "miniature.score",
-    "miniature.pretrain",
+    "experiments.pretrain",
     "baselines.stable_diffusion",
     "baselines.divter",
     "baselines.train_sd",

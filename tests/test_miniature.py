@@ -11,8 +11,8 @@ import sample
 from common import terminal
 from common.cli import MINIATURE
 from common.images import read_image, to_tensor
+from experiments.recipes.recipe import Setup, to_pixels
 from miniature.judge import load_judge, read, right_shares
-from miniature.recipe import Setup, to_pixels
 from miniature.words import facts_in
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae

@@ -16,9 +16,9 @@ import train_uas
 from baselines import gill, train_sd
 from common.cli import MINIATURE
 from common.page import save_image
-from miniature import pretrain
+from experiments import pretrain
+from experiments.recipes.recipe import Setup
 from miniature.paint import draw
-from miniature.recipe import Setup
 from miniature.world import sample_pair
 
 GPU, HOST = torch.device("cuda", 0), torch.device("cpu")

@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from common.tokenizer import Tokenizer
+from experiments import pretrain
 from experiments.decoder import DecoderRecipe
+from experiments.recipes import documents, painter, speaker
+from experiments.recipes import judge as judging
+from experiments.recipes.painter import TEXT_SIZES, UNET_SIZES, VAE_SIZES
+from experiments.recipes.recipe import Setup, cached, to_pixels
+from experiments.recipes.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from llama import Llama
 from mapper import VokenMapper
-from miniature import documents, painter, pretrain, speaker, world
-from miniature import judge as judging
+from miniature import judge, world
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, random_stream
-from miniature.painter import TEXT_SIZES, UNET_SIZES, VAE_SIZES
-from miniature.recipe import Setup, cached, to_pixels
-from miniature.speaker import LANGUAGE_SIZES, QFORMER_SIZES, VISION_SIZES
 from miniature.words import agrees, facts_in
 from minigpt5 import Vokens
 from prompts import WORDS_FIRST_SYSTEM
@@ -183,7 +185,7 @@ def test_rate_and_average():
 
 
 def test_sets_do_not_depend_on_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("miniature.recipe.CHUNK", 4)
+    monkeypatch.setattr("experiments.recipes.recipe.CHUNK", 4)
     shops = [Setup(tmp_path / name, tmp_path, CPU, 1, 6, workers) for name, workers in (("a", 1), ("b", 2))]
     one, two = map(Setup.training_pictures, shops)
     assert torch.equal(one, two) and one.shape == (6, 64, 64, 3)
@@ -280,7 +282,7 @@ def test_shipped_size():
         parts = [
             *(VAE(VAE_SIZES), UNet(UNET_SIZES), TextEncoder(replace(TEXT_SIZES, vocab_size=1100))),
             *(llama, ImageEncoder(VISION_SIZES, QFORMER_SIZES, width)),
-            *(judging.Judge(), VokenMapper(width, context, TEXT_SIZES.max_position_embeddings)),
+            *(judge.Judge(), VokenMapper(width, context, TEXT_SIZES.max_position_embeddings)),
             Vokens(llama, 8, LANGUAGE_SIZES.vocab_size),
         ]
     sizes = {type(part).__name__: sum(p.numel() for p in part.parameters()) for part in parts}
@@ -300,7 +302,7 @@ def test_exports_load(shop):
     for module in (unet, text, llama, encoder):
         assert {p.dtype for p in module.parameters()} == {torch.float16}
     assert {p.dtype for p in vae.parameters()} == {torch.float32}  # never in float16
-    judging.load_judge(weights / "judge.safetensors")
+    judge.load_judge(weights / "judge.safetensors")
     ids, mask = tokenizer(["a small red boat"])
     assert ids.shape == (1, 32) and mask.sum() == 6
     assert not [p for p in weights.rglob("*") if p.name.endswith(".tmp")]
@@ -376,15 +378,15 @@ BOAT, KITE = Thing("boat", "red", "small", "left"), Thing("kite", "blue", "big",
 )
 def test_right(things, wrong):
     wanted = Picture("sea", "night", (BOAT, KITE))
-    found = judging.right(Picture("sea", "night", things), wanted)
+    found = judge.right(Picture("sea", "night", things), wanted)
     assert {name for name, fine in found.items() if not fine} == set(wrong.split())
-    assert not judging.right(Picture("city", "night", things), wanted)["all"]
+    assert not judge.right(Picture("city", "night", things), wanted)["all"]
 
 
 def test_right_asks_only_for_what_is_named():
     wanted = Picture(None, "night", (Thing("boat", "red"),))
-    assert judging.right(Picture("sea", "night", (BOAT,)), wanted)["all"]
-    assert not judging.right(Picture("sea", "day", (BOAT,)), wanted)["all"]
+    assert judge.right(Picture("sea", "night", (BOAT,)), wanted)["all"]
+    assert not judge.right(Picture("sea", "day", (BOAT,)), wanted)["all"]
 
 
 def test_labels_and_reading_agree():
@@ -395,17 +397,17 @@ def test_labels_and_reading_agree():
 
     def sure(labels):
         slots, whole = labels[:-3].reshape(6, 3), labels[-3:]
-        parts = [np.eye(n)[np.maximum(slots[:, k], 0)] for k, n in enumerate(judging.SLOT_SIZES)]
+        parts = [np.eye(n)[np.maximum(slots[:, k], 0)] for k, n in enumerate(judge.SLOT_SIZES)]
         return np.concatenate(parts, 1), np.concatenate(
-            [np.eye(n)[w] for n, w in zip(judging.WHOLE_SIZES, whole, strict=True)]
+            [np.eye(n)[w] for n, w in zip(judge.WHOLE_SIZES, whole, strict=True)]
         )
 
     def seen(known):
         scores = tuple(torch.tensor(np.stack(x)) for x in zip(*map(sure, known), strict=True))
-        return judging.read(lambda rows: scores, torch.zeros(len(known), 3, 64, 64))
+        return judge.read(lambda rows: scores, torch.zeros(len(known), 3, 64, 64))
 
     found = seen([judging.labels(picture) for picture in pictures[:200]])
-    assert all(judging.right(a, b)["all"] for a, b in zip(found, pictures, strict=False))
+    assert all(judge.right(a, b)["all"] for a, b in zip(found, pictures, strict=False))
     known = judging.labels(Picture("sea", "night", (BOAT,)))
     known[-1] = 2  # one thing in the slots, two by their number
     assert seen([known])[0].things == (BOAT, Thing(None))
@@ -413,7 +415,7 @@ def test_labels_and_reading_agree():
 
 def test_missing_judge_is_named(tmp_path):
     with pytest.raises(WeightsError, match=r"judge\.safetensors: no such file"):
-        judging.load_judge(tmp_path / "judge.safetensors")
+        judge.load_judge(tmp_path / "judge.safetensors")
 
 
 def test_blur_and_noise_keep_the_picture():
@@ -444,7 +446,7 @@ def test_wrong_arguments(words, says, capsys):
 
 def test_command_line(shop, tmp_path):
     """Nothing left to train: the checkpoint is exported. A later part without its earlier one says what is missing."""
-    command = [sys.executable, str(ROOT / "miniature" / "pretrain.py"), "--device", "cpu", "--pictures", "24"]
+    command = [sys.executable, str(ROOT / "experiments" / "pretrain.py"), "--device", "cpu", "--pictures", "24"]
     words = ["--seed", "3", "--parts", "judge", "--minutes", "0", "--out", str(shop.runs)]
     done = subprocess.run([*command, *words, "--weights", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and "step 2" in done.stdout, done.stderr

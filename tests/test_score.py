@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 from common.cli import run
+from experiments import pretrain
+from experiments.recipes import painter, speaker
+from experiments.recipes.recipe import Setup
 from generation import Sampling
 from miniature import exam as examining
-from miniature import painter, pretrain, score, score_stories, speaker, world
+from miniature import score, score_stories, world
 from miniature.exam import Exam, Said
 from miniature.facts import Picture, Thing, random_stream
 from miniature.judge import NOTHING, asks_for, right, right_shares
-from miniature.recipe import Setup
 from miniature.words import description, facts_in
 from prompts import pictures_of
 from published.loading import save_trained

@@ -8,6 +8,7 @@ from common.cli import MINIATURE
 from common.files import read_json
 from common.texts import Words, plain_words
 from common.tokenizer import Tokenizer
+from experiments.recipes.documents import chat_document, described_story_document, wish_document
 from miniature import chats, wishes
 from miniature.chats import (
     bracketed,
@@ -19,7 +20,6 @@ from miniature.chats import (
     recolour_both,
     unknown_words,
 )
-from miniature.documents import chat_document, described_story_document, wish_document
 from miniature.facts import fits, held_out, pick, random_stream, sample_picture
 from miniature.phrases import SENTENCES, fill
 from miniature.typos import typed

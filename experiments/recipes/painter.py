@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from common.cli import MINIATURE
 from common.files import fingerprint, write_file
+from experiments.recipes.judge import IGNORE, labels, labels_of, reading_losses
+from experiments.recipes.recipe import Recipe, Setup, cached, reset, to_pixels, write_part, write_settings
 from generation import Sampling, denoise
-from miniature import judge
 from miniature.facts import Picture, random_stream
-from miniature.judge import IGNORE, SLOT_SIZES, SLOTS, WHOLE_SIZES, right_shares
+from miniature.judge import SLOT_SIZES, SLOTS, WHOLE_SIZES, load_judge, read, right_shares
 from miniature.paint import draw
-from miniature.recipe import Recipe, Setup, cached, reset, to_pixels, write_part, write_settings
 from miniature.words import caption, facts_in
 from miniature.world import sample_pair
 from minigpt5 import send
@@ -69,7 +69,7 @@ class AutoencoderRecipe(Recipe):
         self.things = setup.training_set("things", partial(thing_pixels, setup.seed))
         drawn, self.wanted = setup.held_out_pictures()
         self.tested = to_pixels(drawn)
-        self.judge = judge.load_judge(setup.weights / "judge.safetensors", setup.device)
+        self.judge = load_judge(setup.weights / "judge.safetensors", setup.device)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Pixels, how much each of them counts, and the posterior's noise."""
@@ -98,7 +98,7 @@ class AutoencoderRecipe(Recipe):
     def measure(self, vae: VAE) -> dict[str, float]:
         """ "right": drawn again so that the judge still reads every fact."""
         means, drawn = self.round_trip(vae, self.tested)
-        right = right_shares(judge.read(self.judge, drawn), self.wanted)["all"]
+        right = right_shares(read(self.judge, drawn), self.wanted)["all"]
         errors = ((drawn.clamp(-1, 1) - self.tested) / 2).square().mean((1, 2, 3))  # (B,), the largest would be 1
         psnr = -10 * errors.log10().mean().item()
         return {"psnr": psnr, "latent_deviation": means.std().item(), "right": right}
@@ -171,20 +171,20 @@ class TextRecipe(Recipe):
     def __init__(self, setup: Setup):
         super().__init__(setup)
         tokenizer, self.texts = tokenizer_at(SD / "tokenizer"), caption_set(setup, SD / "tokenizer")
-        self.labels = setup.training_set("labels", partial(judge.labels_of, partial(sample_pair, setup.seed)))
+        self.labels = setup.training_set("labels", partial(labels_of, partial(sample_pair, setup.seed)))
         self.model = Reader()
         reset(self.model)
         tested = [sample_pair(setup.seed, i, "held-out")[0] for i in range(setup.tested)]
         texts = [full_caption(picture, random_stream(setup.seed, i, READ)) for i, picture in enumerate(tested)]
         self.tested = tokenizer(texts)[0].to(setup.device)
-        self.wanted = torch.from_numpy(np.stack([judge.labels(picture) for picture in tested]))
+        self.wanted = torch.from_numpy(np.stack([labels(picture) for picture in tested]))
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         picked, phrasing = (self.pick(length, generator) for length in (len(self.texts), PHRASINGS))
         return self.texts[picked, phrasing].long(), self.labels[picked].long()
 
     def losses(self, reader: Reader, ids: Tensor, known: Tensor) -> dict[str, Tensor]:
-        return judge.reading_losses(*reader(ids), known)
+        return reading_losses(*reader(ids), known)
 
     def measure(self, reader: Reader) -> dict[str, float]:
         """The share of held-out captions, with all facts named, of which every fact is read rightly."""
@@ -225,7 +225,7 @@ class DiffusionRecipe(Recipe):
         path = setup.sets / f"latents-{version}-{setup.seed}-{setup.pictures}.npy"
         make = partial(latent_block, self.vae, setup.training_pictures())
         self.latents = cached(path, setup.pictures, make, 1).to(setup.device)
-        self.judge = judge.load_judge(setup.weights / "judge.safetensors", setup.device)
+        self.judge = load_judge(setup.weights / "judge.safetensors", setup.device)
         self.wanted = [sample_pair(setup.seed, i, "held-out", 1)[0] for i in range(min(64, setup.tested))]
         self.prompts = [full_caption(p, random_stream(setup.seed, i, PROMPTS)) for i, p in enumerate(self.wanted)]
 
@@ -258,7 +258,7 @@ class DiffusionRecipe(Recipe):
         noise = torch.randn(len(self.prompts), 16, 8, 8, generator=torch.Generator().manual_seed(self.seed))
         sampling = Sampling(sampler="dpm", steps=16, guidance=3.0)
         latents = denoise(unet, self.schedule, noise.to(self.device), conditioning, sampling)
-        found = right_shares(judge.read(self.judge, self.vae.decode(latents)), self.wanted)
+        found = right_shares(read(self.judge, self.vae.decode(latents)), self.wanted)
         return {f"{name}_right": value for name, value in found.items()}
 
     def export(self, unet: UNet, weights: Path) -> None:

@@ -1,9 +1,9 @@
 """Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world.
 
-    python miniature/pretrain.py --weights runs/weights             # all parts, each for its recipe's minutes
-    python miniature/pretrain.py --weights runs/weights --parts vae judge --minutes 60
-    python miniature/pretrain.py --weights runs/weights --parts vae --minutes 0     # write what there is so far
-    python miniature/pretrain.py --parts pairing                    # what does not ship, beside what does
+    python experiments/pretrain.py --weights runs/weights           # all parts, each for its recipe's minutes
+    python experiments/pretrain.py --weights runs/weights --parts vae judge --minutes 60
+    python experiments/pretrain.py --weights runs/weights --parts vae --minutes 0   # write what there is so far
+    python experiments/pretrain.py --parts pairing                  # what does not ship, beside what does
 
 The two tokenizers are the shipped ones. Parts, in the order in which they need one another:
 
@@ -40,11 +40,11 @@ import torch
 from torch import nn
 
 from common.files import written_whole
-from miniature.judge import JudgeRecipe
-from miniature.painter import AutoencoderRecipe, DiffusionRecipe, TextRecipe
-from miniature.pairing import PairingRecipe
-from miniature.recipe import Recipe, Setup, write_settings
-from miniature.speaker import CaptionerRecipe, LanguageRecipe
+from experiments.recipes.judge import JudgeRecipe
+from experiments.recipes.painter import AutoencoderRecipe, DiffusionRecipe, TextRecipe
+from experiments.recipes.pairing import PairingRecipe
+from experiments.recipes.recipe import Recipe, Setup, write_settings
+from experiments.recipes.speaker import CaptionerRecipe, LanguageRecipe
 from trainer.log import append_log, cut_log, plot_losses, read_log
 from trainer.muon import Muon
 from trainer.processes import stop_signals

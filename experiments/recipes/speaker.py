@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from common.cli import MINIATURE
 from common.files import fingerprint, write_file, write_json
 from common.tokenizer import Tokenizer
+from experiments.recipes.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at
+from experiments.recipes.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
 from llama import KVCache, Llama
 from miniature.chats import known_words, unknown_words
-from miniature.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at
 from miniature.facts import Picture
 from miniature.judge import right_shares
-from miniature.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
 from miniature.words import facts_in
 from miniature.world import sample_pair
 from prompts import Example, Turn, dialog_source
