@@ -1,17 +1,20 @@
 """Wishes in wider English for SmolLM2's LoRA: the world's facts by other names, comparisons and descriptions.
 
 What it learns here is to answer any such word with what it knows of it. None of them is a word that a prompt of
-`knowledge.jsonl` needs (tests/test_knowledge.py).
+`knowledge.jsonl` needs (tests/test_knowledge.py), nor is any that a slip makes of them (`EXAM`).
 """
 
 import re
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from common.files import read_json
+from common.texts import words_in
 from miniature.facts import Picture, chance, pick, sample_picture
+from miniature.score import read_lines
 from miniature.typos import typed
 from miniature.wishes import enlarged, picture_for
 from miniature.words import plural
@@ -23,6 +26,8 @@ COLOUR_NAMES, SIZES, PLACES, SCENES, TIMES = (
     VOCABULARY[facts] for facts in ("colour_names", "sizes", "places", "scenes", "times")
 )
 
+NEEDED = read_lines(Path(__file__).with_name("knowledge.jsonl"), itemgetter("needs"))
+EXAM = {word for words in NEEDED for word in words}  # that no text to learn from may hold
 TYPOS = 0.25  # share of wishes with typos
 
 SOUNDS = """ph>f ck>k ie>ei ei>ie ou>oo ff>f f>ff mm>m pp>p g>dg ee>e e>ee si>cy c>s o>e u>o c>k k>c ee>ea ea>ee tt>t
@@ -111,4 +116,5 @@ def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
     text = pick(rng, (" ", " ", ", ")).join(parts)
     before = pick(rng, ("", "", "", "", "draw ", "i would like ", "please paint ", "show me "))
     text = before + text
-    return typed(rng, misspelt(rng, text) if rng.random() < 0.25 else text, TYPOS), picture
+    text = typed(rng, misspelt(rng, text) if rng.random() < 0.25 else text, TYPOS)
+    return wide_wish(rng, split) if EXAM & {*words_in(text.lower())} else (text, picture)

@@ -24,13 +24,17 @@ if __package__ in (None, ""):  # run as a script: the package is the folder abov
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import MINIATURE
-from common.texts import plain_words
+from common.texts import plain_words, words_in
 from common.tokenizer import Tokenizer
 from experiments.recipes import documents
-from experiments.vocabulary import wide_wish
+from experiments.vocabulary import EXAM, wide_wish
 from miniature.chats import bracketed
-from miniature.facts import pick_weighted, random_stream
+from miniature.facts import chance, pick_weighted, random_stream
+from miniature.phrases import PHRASES
 from miniature.score_stories import LEAVES
+from miniature.typos import typo
+from miniature.wishes import wish
+from miniature.words import LEXICON
 from prompts import WORDS_FIRST_SYSTEM, Example, Turn, dialog_example, story_example
 from published.loading import STAGE_1, save_trained
 from published.parts import load_minigpt5
@@ -72,6 +76,15 @@ def wide_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     return dialog_example([Turn(plain_words(text))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
 
 
+def slip_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
+    """A wish with typos in about half of the words that name its facts, or with words that sound like them."""
+    text, picture = wish(rng, split, typos=0.0)
+    parts, sounds = text.split(), PHRASES["sounds like"] if chance(rng, 0.2) else {}
+    parts = [sounds.get(part, part) for part in parts]
+    parts = [typo(rng, part) if part in LEXICON and len(part) > 2 and chance(rng, 0.5) else part for part in parts]
+    return dialog_example([Turn(plain_words(" ".join(parts)))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
+
+
 MIXTURE = {
     documents.wish_document: 0.36,
     documents.chat_document: 0.2,
@@ -81,9 +94,10 @@ MIXTURE = {
 }
 WIDE_MIXTURE = {
     wide_document: 0.5,
-    documents.wish_document: 0.25,
-    blind_chat_document: 0.15,
-    documents.change_document: 0.1,
+    documents.wish_document: 0.15,
+    slip_document: 0.15,
+    blind_chat_document: 0.12,
+    documents.change_document: 0.08,
 }
 
 
@@ -93,9 +107,11 @@ def sequence(tokenizer: Tokenizer, mixture: dict, seed: int, i: int) -> np.ndarr
     while len(tokens) < documents.LENGTH:
         rng = random_stream(seed, number, WORDS)
         example = pick_weighted(kinds, mixture)(rng, seed, number, "train")
-        encoded = documents.encode(tokenizer, example, random_stream(seed, number, TOKENS))
-        tokens += [(token, int(weight > 1)) for token, weight in encoded] + [(tokenizer.eos_id, 0)]
         number += 1
+        if EXAM & {*words_in(example.source.lower())}:
+            continue
+        encoded = documents.encode(tokenizer, example, random_stream(seed, number - 1, TOKENS))
+        tokens += [(token, int(weight > 1)) for token, weight in encoded] + [(tokenizer.eos_id, 0)]
     return np.array(tokens[: documents.LENGTH]).T
 
 
