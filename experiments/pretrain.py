@@ -1,9 +1,10 @@
-"""Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world.
+"""Trains every frozen part of the miniature from nothing, on pictures and words of the drawn world, and the two
+networks that evaluate it.
 
     python experiments/pretrain.py --weights runs/weights           # all parts, each for its recipe's minutes
     python experiments/pretrain.py --weights runs/weights --parts vae judge --minutes 60
     python experiments/pretrain.py --weights runs/weights --parts vae --minutes 0   # write what there is so far
-    python experiments/pretrain.py --parts pairing                  # what does not ship, beside what does
+    python experiments/pretrain.py --parts pairing                  # the miniature's CLIP, beside the shipped weights
 
 The two tokenizers are the shipped ones. Parts, in the order in which they need one another:
 

@@ -1,14 +1,14 @@
-"""LoRA for words first: a language model decides better what a wish leaves open, and tells stories better.
+"""LoRA for words first: with it a language model writes better descriptions, and the miniature's tells better stories.
 
     python experiments/words.py --out runs/words/trained.safetensors                                  # the miniature's
     python experiments/words.py --wide --weights smol --batch-size 8 --out runs/smollm2/trained.safetensors  # SmolLM2's
     python -m published pack runs/words/trained.safetensors --out miniature/weights/minigpt5/mls-words.safetensors
 
-The language model writes the descriptions that words first paints, and the vokens are read after them. What changes its
-weights changes the vokens' states too, so that stage 1 would have to follow. LoRA that is set aside while vokens are
-read (`train_mls.py --words-first` does the same for dialogues of a user's) changes the words alone: for the same
-description the picture stays what it was. It trains on those documents of the language model that are words first;
-only the words of answers and descriptions count.
+The language model writes the descriptions that words first paints, and the vokens are read after them. Fine-tuning it
+would change the hidden states that the mapper reads, and stage 1 would have to be trained again. This LoRA is set aside
+while vokens are read, so it changes the words alone: for the same description the picture stays what it was
+(`train_mls.py --words-first` trains one on your dialogues). It learns from the documents of recipes/documents.py that
+are words first, and in the loss only the words of answers and descriptions count.
 """
 
 import argparse

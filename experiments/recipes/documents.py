@@ -1,7 +1,7 @@
 """What the miniature's language model reads: documents of the drawn world, as text and as tokens.
 
-Captions, instructions, stories and dialogues as the two stages of MiniGPT-5 write them, but with words that name a
-picture's facts where the stages have a picture (ten words in a fixed order) or vokens (in any order):
+Captions, instructions, stories and dialogues as the two stages of MiniGPT-5 write them, but words that name a picture's
+facts stand in the place of each input picture (ten words in a fixed order) and of the vokens (in any order):
 
     <Img>sea day small red boat left nothing nothing nothing nothing</Img> what do you see?
     a small red boat on the left at sea <Img>left boat day red small sea</Img> ###

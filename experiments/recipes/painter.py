@@ -1,7 +1,7 @@
 """Recipes of the miniature's Stable Diffusion: its autoencoder, its text encoder, and the UNet that both serve.
 
     vae          pixels (B, 3, 64, 64) <-> latents (B, 16, 8, 8)
-    text         caption ids (B, 32) -> encoding (B, 32, 128), at the caption's end -> what the judge sees in a picture
+    text         caption ids (B, 32) -> encoding (B, 32, 128); from its last token the facts that the judge sees
     diffusion    noisy latents (B, 16, 8, 8), timesteps (B,), caption encodings (B, 32, 128) -> velocity (B, 16, 8, 8)
 
 Stable Diffusion's text encoder is CLIP's, trained beside pictures before any UNet saw it. Trained with the UNet alone,
