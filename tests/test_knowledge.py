@@ -10,7 +10,9 @@ from PIL import Image
 from common.cli import MINIATURE
 from common.files import read_json
 from common.texts import plain_words, words_in
+from common.tokenizer import Tokenizer
 from experiments import knowledge, vocabulary
+from experiments.words import WIDE_MIXTURE, sequence, slip_document
 from miniature import words
 from miniature.exam import Said
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, home, random_stream
@@ -61,6 +63,31 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
         facts = [entry["scene"], entry["time"], *(fact for thing in entry["things"] for fact in thing.values())]
         given = met & set(words_in(plain_words(entry["prompt"]))) & {fact for fact in facts if fact}
         assert len(given) <= 1 and not given & {*KINDS, *COLOURS, *SCENES}, entry
+
+
+def test_documents_with_a_word_of_the_exam_are_left_out(monkeypatch):
+    """Slips of the fingers and the miniature's chats make some. A wish for a boat stands for them here."""
+    assert vocabulary.EXAM == {word for entry in ENTRIES for word in entry["needs"]}
+    tokenizer = Tokenizer(MINIATURE / "vicuna" / "tokenizer.model")
+
+    def sources() -> str:
+        texts = [tokenizer.decode(sequence(tokenizer, WIDE_MIXTURE, 3, i)[0].tolist()) for i in range(20)]
+        return " ".join(part.partition("Assistant")[0] for text in texts for part in text.split("###Human:")[1:])
+
+    assert "boat" in words_in(sources())
+    monkeypatch.setattr("experiments.words.EXAM", {"boat"})
+    assert "boat" not in words_in(sources())
+
+
+def test_slips_are_in_words_that_name_facts():
+    changed = 0
+    for i in range(200):
+        example = slip_document(random_stream(5, i), 5, i, "train")
+        assert "(" in example.target and not example.inputs
+        known = [word for word in words_in(example.source) if word in words.LEXICON]
+        plain = words_in(wish(random_stream(5, i), "train", typos=0.0)[0])
+        changed += len(known) < sum(word in words.LEXICON for word in plain)
+    assert 120 < changed < 200  # the others name few facts
 
 
 # ---- the run
