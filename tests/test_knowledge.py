@@ -67,7 +67,7 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
 
 def test_documents_with_a_word_of_the_exam_are_left_out(monkeypatch):
     """Slips of the fingers and the miniature's chats make some. A wish for a boat stands for them here."""
-    assert vocabulary.EXAM == {word for entry in ENTRIES for word in entry["needs"]}
+    assert {word for entry in ENTRIES for word in entry["needs"]} == vocabulary.EXAM
     tokenizer = Tokenizer(MINIATURE / "vicuna" / "tokenizer.model")
 
     def sources() -> str:
