@@ -53,7 +53,7 @@ pink and white, at sea, in the meadow, the snow, the city, the desert and the mo
 night."""
 
 
-def shown(picture: Image.Image) -> "gr.Image":
+def image_part(picture: Image.Image) -> "gr.Image":
     """A picture as part of a message; a small one is enlarged without blur."""
     factor = -(-LEAST_WIDTH // picture.width)
     enlarged = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -68,11 +68,11 @@ def messages(segments: Segments) -> list[dict]:
             said.append(segment)
         else:
             about = segment.info.get("description")
-            said += [shown(segment), f"*{about}*"] if about else [shown(segment)]
+            said += [image_part(segment), f"*{about}*"] if about else [image_part(segment)]
     return [{"role": "assistant", "content": part} for part in said]
 
 
-def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segments]:
+def stream(session: Session, work: Callable[[], Segments]) -> Iterator[Segments]:
     """Yields an answer as far as it is made, again and again, and at last the whole. `work` makes it in a thread, which
     stops at the next token or denoising step where nobody waits any more."""
     events, stopped = queue.Queue(), threading.Event()
@@ -107,10 +107,10 @@ def followed(session: Session, work: Callable[[], Segments]) -> Iterator[Segment
 def build(first: Session, folder: Path) -> "gr.Blocks":
     """The page. Chats are copies of `first` that share its model; their storyboards are written to `folder`."""
 
-    def answered(history, session, turns, guidance, steps, work):
+    def stream_answer(history, session, turns, guidance, steps, work):
         """Streams an answer below the history, then adds it to the turns and offers their storyboard."""
         session.sampling = replace(session.sampling, guidance=guidance, steps=int(steps))
-        for segments in followed(session, work):
+        for segments in stream(session, work):
             yield history + messages(segments), session, turns, gr.skip()
         turns = [*turns, ("model", segments)]
         board = folder / str(id(session)) / "storyboard.png"
@@ -129,19 +129,19 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
         if not text and not pictures:
             yield history, session, turns, gr.skip()
             return
-        history = history + [{"role": "user", "content": shown(picture)} for picture in pictures]
+        history = history + [{"role": "user", "content": image_part(picture)} for picture in pictures]
         history = history + ([{"role": "user", "content": text}] if text else [])
         if session.words and (unknown := session.words.read(text)[1]):
             gr.Info(f"not in the miniature's world: {', '.join(unknown)}")
         if mode == STORY:
             session.begin(text, pictures)
         work = session.next_step if mode == STORY else lambda: session.chat(text, pictures)
-        yield from answered(history, session, [*turns, ("you", [text, *pictures])], guidance, steps, work)
+        yield from stream_answer(history, session, [*turns, ("you", [text, *pictures])], guidance, steps, work)
 
     def go_on(history, session, turns, guidance, steps):
         if session is None:
-            raise gr.Error("Say the story's first sentence before.", print_exception=False)
-        yield from answered(history, session, turns, guidance, steps, session.next_step)
+            raise gr.Error("First choose Story and type its first sentence.", print_exception=False)
+        yield from stream_answer(history, session, turns, guidance, steps, session.next_step)
 
     with gr.Blocks(title="MiniGPT-5", fill_height=True) as page:
         session, turns = gr.State(None), gr.State([])
@@ -157,15 +157,15 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
             board = gr.DownloadButton("Storyboard")
         gr.Examples([{"text": text, "files": []} for text in EXAMPLES], box, label="Try")
         with gr.Accordion("Settings", open=False):
-            seed = gr.Number(0, label="Seed of a chat, before its first line", precision=0, minimum=0)
+            seed = gr.Number(0, label="Seed; set it before the first line", precision=0, minimum=0)
             guidance = gr.Slider(1, 15, first.sampling.guidance, step=0.5, label="Guidance scale; 1: off")
             steps = gr.Slider(5, 100, first.sampling.steps, step=1, label="Denoising steps of a picture")
         outputs, settings = [history, session, turns, board], [seed, guidance, steps]
-        alone = {"concurrency_id": "model", "concurrency_limit": 1}
-        asked = box.submit(say, [box, history, session, turns, mode, *settings], outputs, **alone)
+        one_at_a_time = {"concurrency_id": "model", "concurrency_limit": 1}
+        on_submit = box.submit(say, [box, history, session, turns, mode, *settings], outputs, **one_at_a_time)
         box.submit(lambda: None, None, box)
-        told = next_step.click(go_on, [history, session, turns, guidance, steps], outputs, **alone)
-        stop.click(None, cancels=[asked, told])
+        on_next = next_step.click(go_on, [history, session, turns, guidance, steps], outputs, **one_at_a_time)
+        stop.click(None, cancels=[on_submit, on_next])
         new.click(None, js="() => window.location.reload()")  # which also ends an answer in the making
     return page
 

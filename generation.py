@@ -3,7 +3,7 @@
     prompt_ids -> token ids            (T,)             <s> and the prompt, Q placeholders for each input picture
     say        -> ids, voken features  (M, N, D)        what an answer says, and the features of its M pictures
     paint      -> pixels               (M, 3, H, W)     denoised under the mapper's conditioning
-    answer     -> text and pictures in turn
+    answer     -> text and pictures in order
 
 The prompts of a batch may differ in length and in their pictures. Each has a random generator of its own, so that its
 answer is the same alone and in a batch.
@@ -31,7 +31,7 @@ from qformer import preprocess_input
 from scheduler import SAMPLERS, NoiseSchedule
 
 MAX_PICTURES = 8  # an answer has room for the vokens of so many
-Segments = list[str | Image.Image]  # an answer: text and pictures in turn
+Segments = list[str | Image.Image]  # an answer: text and pictures in order
 # Is called with ids= (the first prompt's answer so far) after every token, and after every denoising step with done=
 # (the number of steps so far), steps= (of how many) and latents= (M, C, h, w).
 Watch = Callable[..., None]
@@ -51,7 +51,7 @@ class Sampling:
     sampler: str = "pndm"
     steps: int = 50
     guidance: float = 7.5  # 1: no guidance
-    empty_caption: bool | None = None  # guide against its encoding, not against zeros; None: as the model was trained
+    empty_caption: bool | None = None  # guide against its encoding, else against zeros; None: as it was trained
     compile: bool = False  # torch.compile the token step, the UNet and the decoder
     samplers = tuple(sorted(SAMPLERS))  # what `sampler` may be (without an annotation this is no field)
 
@@ -63,7 +63,7 @@ class Sampling:
 
     @classmethod
     def of(cls, options: dict) -> "Sampling":
-        """Those of the options that are fields of it."""
+        """A Sampling with these options; names that are no fields of it are ignored."""
         return cls(**{name: value for name, value in options.items() if name in cls.__dataclass_fields__})
 
 
@@ -81,8 +81,7 @@ def room_after(model: MiniGPT5, ids: list[int]) -> int:
 
 
 def room_wanted(model: MiniGPT5, sampling: Sampling) -> int:
-    """Positions that a prompt should leave: those of the longest answer, which may end with a picture, but at most
-    half of all."""
+    """Positions that a prompt should leave free: the longest answer and a picture, but at most half of the context."""
     longest = sampling.max_new_tokens + len(model.tokenizer.voken_ids)
     return min(longest, model.llama.config.max_position_embeddings // 2)
 
@@ -92,16 +91,16 @@ def room_wanted(model: MiniGPT5, sampling: Sampling) -> int:
 
 def pick_tokens(logits: Tensor, seen: Tensor, chances: Tensor, sampling: Sampling) -> Tensor:
     """The next ids (B,) from the logits (B, V') of all V' ids: repetition penalty on the ids marked in `seen` (B, V'),
-    temperature, top k and top p. The uniform numbers `chances` (B,) decide as places in the cumulated probabilities."""
+    temperature, top k, top p, then inverse-CDF sampling with the uniform numbers `chances` (B,)."""
     penalty = sampling.repetition_penalty
     logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores, order = (logits / sampling.temperature).topk(min(sampling.top_k, logits.shape[-1]))
-    mass = scores.softmax(-1).cumsum(-1)  # of a token and all likelier ones
-    last = (mass < sampling.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)  # the first that reaches top p
-    place = (mass < chances[:, None] * mass.gather(-1, last)).sum(-1, keepdim=True)
-    return order.gather(-1, place)[:, 0]
+    cumulative = scores.softmax(-1).cumsum(-1)
+    cutoff = (cumulative < sampling.top_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)  # first to reach top p
+    choice = (cumulative < chances[:, None] * cumulative.gather(-1, cutoff)).sum(-1, keepdim=True)
+    return order.gather(-1, choice)[:, 0]
 
 
 def pad_right(sequences: list[list[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -129,8 +128,8 @@ def read(
 
 
 @dataclass
-class Answer:
-    """An answer in the making."""
+class Decoding:
+    """An answer in the making: the state of one prompt's decoding."""
 
     used: int  # positions so far, the prompt's among them
     limit: int  # positions that it may use
@@ -152,9 +151,9 @@ def say(
 
     pixels: all input pictures in order, as `MiniGPT5.embed` takes them. When [IMG0] is sampled, all N vokens are fed at
     once and [IMG0] alone is recorded; text goes on after the last one. An answer ends with </s>, with "###", after
-    max_new_tokens, or when fewer than N positions are left of its max_new_tokens + 8 N (the vokens of eight pictures)
-    or of the model's. The stop ids stay in it. The repetition penalty counts <s> and what was said, not the prompt.
-    ValueError for a prompt that leaves no room.
+    max_new_tokens sampled tokens, of which [IMG0] is one, or when another N positions do not fit into max_new_tokens +
+    MAX_PICTURES * N or into the model's context. The stop ids stay in it. The repetition penalty counts <s> and what
+    was said, not the prompt. ValueError for a prompt that leaves no room.
     """
     tokenizer, positions = model.tokenizer, model.llama.config.max_position_embeddings
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions))
@@ -163,7 +162,7 @@ def say(
     if min(rooms) < N:
         raise ValueError(f"the prompt has {longest} tokens, room is for {min(rooms) + longest - N}")
     limits = [min(room, sampling.max_new_tokens + MAX_PICTURES * N) for room in rooms]
-    answers = [Answer(positions - room, positions - room + more) for room, more in zip(rooms, limits, strict=True)]
+    answers = [Decoding(positions - room, positions - room + more) for room, more in zip(rooms, limits, strict=True)]
 
     cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling)
     device = cache.device
@@ -191,8 +190,8 @@ def say(
                 answer.active = not tokenizer.ends(answer.ids) and answer.used + N <= answer.limit
         if watch:
             watch(ids=answers[0].ids)
-        last = position == sampling.max_new_tokens or not any(answer.active for answer in answers)
-        if last and not with_picture:
+        is_last = position == sampling.max_new_tokens or not any(answer.active for answer in answers)
+        if is_last and not with_picture:
             break
         if not sampling.compile:
             cache.used = max(answer.used for answer in answers)
@@ -201,7 +200,7 @@ def say(
         states, following, picked = step(model, cache, ids, mask, seen, chances[position % len(chances)], sampling)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
             answers[i].features.append(torch.cat([hidden[i : i + 1], states[i, : N - 1]]).float())
-        if last:  # the token just picked, with the first chance again, is not used
+        if is_last:  # this pass was for the features of a picture, not for the token that it picked
             break
         hidden = following
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
@@ -284,7 +283,7 @@ def answer(
     pad: bool = True,
     watch: Watch | None = None,
 ) -> list[Segments]:
-    """The answers to prompts (token ids of `prompt_ids`) and their input pictures: text and pictures in turn.
+    """The answers to prompts (token ids of `prompt_ids`) and their input pictures: text and pictures in order.
 
     With `pad` the pictures are made square by white padding, as the released demo does for its users, else by cropping,
     as in training and evaluation. ValueError where a prompt has not one <ImageHere> for each of its pictures.

@@ -111,7 +111,7 @@ class KVCache:
 
     @property
     def key_positions(self) -> Tensor:
-        """(S,): those of the slots that attention reads, a multiple of 64, so that shapes change seldom."""
+        """Positions (S,) of the slots that attention reads: `used`, rounded up to 64, so that shapes change seldom."""
         return self.all_positions[: -(-self.used // 64) * 64]
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class KVCache:
 
 
 class History:
-    """Keys and values of earlier passes, which a training pass continues. Nothing is overwritten: gradients can flow.
+    """The key-value cache of training, appended to and never overwritten, so that gradients can flow.
 
     A pass without gradients keeps its keys and values for the next pass, in which no token attends to its padding. A
     pass with gradients keeps none, so that gradient checkpointing may compute its layers a second time.

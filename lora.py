@@ -100,7 +100,7 @@ class Prefix(nn.Module):
         cache.lengths += P
 
     def history(self, batch: int, dtype: torch.dtype) -> History:
-        """Training: the prefix as the history that a pass continues. Gradients reach the prefix."""
+        """Training: a cache that holds the prefix. Gradients reach the prefix."""
         keys, values = (y.to(dtype)[:, None].expand(-1, batch, -1, -1, -1) for y in self())  # (L, B, P, H, Dh)
         P = keys.shape[2]
         history = History(batch, keys.device)

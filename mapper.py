@@ -5,12 +5,12 @@ place of words. Its 77 x 1024 output replaces Stable Diffusion's text encoding. 
 torch.nn.Transformer builds (pre-norm, ReLU, final norms) and has its parameter names, which are those of the released
 checkpoints. As released it has no dropout and no masks.
 
-    voken features   (B, N, D_llm)   hidden states that predict [IMG0]..[IMGN-1]
-    fc               (B, N, D)       Linear, GELU, Linear
-    memory           (B, N, D)       encoder
-    conditioning     (B, S, D)       decoder over the S learned queries, in place of the text encoding
+    voken features   (M, N, D_llm)   hidden states that predict [IMG0]..[IMGN-1]
+    fc               (M, N, D)       Linear, GELU, Linear
+    memory           (M, N, D)       encoder
+    conditioning     (M, S, D)       decoder over the S learned queries, in place of the text encoding
 
-B batch, N vokens, S conditioning tokens, D conditioning width, H heads, Dh head width.
+M pictures, N vokens, S conditioning tokens, D conditioning width, H heads, Dh head width.
 """
 
 import torch

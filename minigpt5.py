@@ -79,8 +79,8 @@ class Vokens(nn.Module):
     """
 
     def __init__(self, llama: Llama, vokens: int, base_vocabulary: int, start: list[int] | None = None):
-        """Every row starts as the mean of the language model's rows, in float32 and on their device. With `start`,
-        token ids, the vokens start as copies of these tokens' rows, the last of which is repeated if need be."""
+        """Every row is initialised to the mean of the language model's rows, in float32 and on their device. With
+        `start`, token ids, the vokens' rows are these tokens'; the last is repeated where they are too few."""
         super().__init__()
         self.base = base_vocabulary
         tables = llama.model.embed_tokens.weight.detach(), llama.lm_head.weight.detach()
@@ -133,7 +133,7 @@ class MiniGPT5(nn.Module):
         self.lora, self.prefix = [], None  # stage 2's adapters, see add_adapters
         self.lora_for_words = False  # after `train_mls.py --words-first`: a picture's vokens are read without LoRA
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
-        # Query embeddings of an input picture.
+        # How many embeddings stand for an input picture; 1 where no picture is read.
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
         # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
         # the special token that they begin with.
@@ -185,7 +185,7 @@ class MiniGPT5(nn.Module):
 
     def voken_features(self, hidden: Tensor, sequences: Tensor, starts: Tensor) -> Tensor:
         """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1], each one position before its voken.
-        The last voken's own state is not used."""
+        sequences, starts (M,): the sequence of each picture, and the position before its [IMG0]."""
         offsets = torch.arange(len(self.tokenizer.voken_ids), device=hidden.device)
         return hidden[sequences[:, None], starts[:, None] + offsets].float()
 
@@ -303,7 +303,8 @@ class MiniGPT5(nn.Module):
             self.virtual_tokens = self.prefix.embedding.num_embeddings
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What a checkpoint holds: the new embedding rows, the mapper under its published names, the adapters."""
+        """What a checkpoint holds: the new embedding rows, the mapper under its published names, the adapters. Stage 2
+        freezes some of it."""
         vokens = {f"vokens.{name}": parameter for name, parameter in self.vokens.named_parameters()}
         lora = {name: parameter for name, parameter in self.llama.named_parameters() if "lora_" in name}
         prefix = {f"prefix_encoder.{n}": p for n, p in self.prefix.named_parameters()} if self.prefix else {}

@@ -10,8 +10,8 @@
 A caption is stage 1's (UAS); "image", "text+image" and "text" are stage 2's tasks (MLS) at step k of a story. The marks
 (###Human:, <Img> ...) and each task's first request are the released code's, the other texts are our own.
 
-A language model other than Vicuna may have other marks: its tokenizer puts them in their place
-(published/byte_pairs.py). How the released checkpoints' prompts were worded: published/convert.py.
+A language model other than Vicuna may have its own chat template: its tokenizer translates these marks into it
+(published/byte_pairs.py). How the released checkpoints' prompts were worded is in published/convert.py.
 
 A text of the outside world is cleaned and escaped once, where it enters: `clean_caption` or `one_line` cleans it, and
 `Tokenizer.plain` escapes what would be read as a special token. The readers of tars and sample.py do this for turns.
@@ -79,8 +79,8 @@ DESCRIPTION = re.compile(r"\(([^()]+)\)")
 
 
 def description_in(text: str) -> str | None:
-    """The description of a picture that a text of the language model holds in parentheses, or None; without the signs
-    that special tokens begin with."""
+    """The description of a picture that a text of the language model has in parentheses, or None. The signs with which
+    special tokens begin (<, [ and #) become spaces."""
     found = DESCRIPTION.search(text)
     return found and re.sub(r"[<\[#]", " ", found[1]).strip()
 
@@ -137,7 +137,8 @@ def story_source(before: list[Turn], request: str, system: System | None = None)
 def story_example(
     before: list[Turn], turn: Turn, task: str, phrase: int, vokens: str, system: System | None = None
 ) -> Example:
-    """The step `turn` of a story after the steps before it, for `task`, in one of the phrasings of its request."""
+    """The step `turn` of a story after the steps before it, for `task`. phrase: any integer; modulo the number of
+    wordings it chooses that of the request."""
     requests, content = STORY_REQUESTS[task], PICTURE_MARK if task == "text" else turn.text
     source = story_source(before, requests[phrase % len(requests)].format(content), system)
     inputs = pictures_of(before)
@@ -171,7 +172,7 @@ def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
     start = history_start(k)
     pictured = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
     first = pictured[-1] // 2 * 2 if pictured and words_first else start
-    return turns[first : first + 2] * (first < start) + turns[start:k]
+    return (turns[first : first + 2] if first < start else []) + turns[start:k]
 
 
 def user_turn(tokenizer: Tokenizer, text: str, pictures: tuple = ()) -> Turn:

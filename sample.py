@@ -22,7 +22,7 @@ The same from Python:
     model = load()                                       # the miniature; load("weights") for others
     model.draw("a red boat on the sea").save("boat.png")
     model.chat("draw a cat in the snow"), model.chat("now at night")
-    for step in model.story("a kite flies over the meadow.", steps=4):
+    for step in model.story("a kite flies over the meadow.", turns=4):
         print(step)                                      # text and pictures (PIL.Image) in turn
 """
 
@@ -72,12 +72,12 @@ def load(
     weights: a folder of the published layout. checkpoint: a file or a run's folder; default: in `weights`, with
     words_first that of `train_mls.py --words-first`, else stage 2's for the `purpose` "chat" or "story"; stage 1's
     where that is missing. read_pictures: load the image encoder. int8: hold the language model's matrices in 8 bits.
-    sampling: default: the settings of the weights, with the `changes`, which are fields of `Sampling`. ValueError where
+    sampling: default: the settings of the weights. changes: fields of `Sampling` that replace its own. ValueError where
     something is missing.
     """
     weights = Path(weights)
-    if sampling is None:
-        sampling = replace(Sampling.of(suited_options(weights, "sample")), **changes)
+    sampling = sampling or Sampling.of(suited_options(weights, "sample"))
+    sampling = replace(sampling, **changes) if changes else sampling
     files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
     found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if found is None:
@@ -91,8 +91,8 @@ def load(
 
 
 class Session:
-    """A model, how its answers are sampled, and a chat or story with it: its turns, in the forms that the two stages
-    were trained to read. Every text is cleaned, and special tokens in it become plain text.
+    """A model, how its answers are sampled, and the turns of one chat or story. Every text is cleaned, and special
+    tokens in it become plain text.
 
     watch: is called while an answer is made (`generation.Watch`).
     """
@@ -136,10 +136,10 @@ class Session:
         history = prompts.chat_history(turns, k, self.sampling.words_first)
         return self.continue_with(turns, history, lambda before: prompts.dialog_source(before, k, self.system))
 
-    def story(self, text: str, steps: int = 4, pictures: tuple[Image.Image, ...] = ()) -> Iterator[Segments]:
+    def story(self, text: str, turns: int = 4, pictures: tuple[Image.Image, ...] = ()) -> Iterator[Segments]:
         """A new story that begins with this sentence, and perhaps its picture, told in so many answers."""
         self.begin(text, pictures)
-        for _ in range(steps):
+        for _ in range(turns):
             yield self.next_step()
 
     def begin(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> None:

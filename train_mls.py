@@ -51,10 +51,10 @@ def arguments() -> argparse.Namespace:
         help=f"the linear layers of Vicuna that LoRA is added to; default: {','.join(TARGETS)}")  # fmt: skip
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="tasks to train on steps of stories; default: all")
     add("--blind-history", type=SHARE, default=0.0, metavar="SHARE",
-        help="share of story steps whose history has its texts without its pictures; default: 0")  # fmt: skip
+        help="share of story steps whose history has its texts without its pictures")  # fmt: skip
     add("--words-only", action="store_true",
         help="train on the words of the answers without their pictures: the paper's fine-tuned MiniGPT-4")  # fmt: skip
-    about = "train LoRA alone, on dialogues that describe pictures in parentheses (sample.py --words-first)"
+    about = "train LoRA alone, on dialogues that describe their pictures in parentheses; implies --words-only"
     add("--words-first", action="store_true", help=about)
     add("--text-weight", type=number(0.0), default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
     add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
@@ -79,20 +79,21 @@ def main() -> None:
     shipped = None if args.no_uas else find_checkpoint(args.weights / "minigpt5")
     stage_1 = given_checkpoint(args.uas) if args.uas else shipped
 
-    # ---- tars, before the model: what they have precomputed is not loaded
-    *tars, precomputed = run.find_tars("turns", "stories", write_stories)  # of --data, and of --val
+    # ---- tars, before the model: encoders whose outputs are precomputed are not loaded
+    *tars, precomputed = run.find_tars("turns", write_stories)  # of --data, and of --val
     is_precomputed = "queries" in precomputed.shapes
-    print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
+    print(f"precomputed tensors: {', '.join(precomputed.made_with) or 'none'}")
 
     # ---- model, of which the adapter, the voken rows and the mapper's transformer train
-    reads_pictures = not (is_precomputed or args.words_first)
+    is_blind = args.words_first and not (args.weights / "blip2").is_dir()  # SmolLM2's folder has no image encoder
+    reads_pictures = not (is_precomputed or is_blind)
     model = load_minigpt5(args.weights, stage_1, args.vokens, DTYPES[args.dtype], run.device, reads_pictures)
     if model.lora or model.prefix:
         raise ValueError(f"{stage_1}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
     if is_precomputed:
         model.vae.encoder, model.queries = None, precomputed.shapes["queries"][0]
     lora = {"targets": args.lora_targets, "rank": args.lora_rank, "alpha": 2 * args.lora_rank}
-    model.add_adapters(**({"prefix": {}} if args.prefix else {"lora": lora}))
+    model.add_adapters(lora=None if args.prefix else lora, prefix={} if args.prefix else None)
     trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
     model.mapper.fc.requires_grad_(False)
@@ -114,14 +115,14 @@ def main() -> None:
     model.train()  # LoRA's dropout; the frozen parts have none
 
     # ---- batches
-    side = model.image_encoder.vision_model.config.image_size if reads_pictures else None
+    side = model.image_encoder.vision_model.config.image_size if reads_pictures else None  # of an input picture
     limit = min(args.max_tokens, model.llama.config.max_position_embeddings - model.virtual_tokens)
     open_stories = partial(
         StoryData,
         tokenizer=model.tokenizer,
         queries=model.queries,
-        to_input=partial(preprocess_input, size=side),  # input pictures are cropped, as released
-        to_output=partial(preprocess_output, size=run.size),  # output pictures are padded
+        to_input=partial(preprocess_input, size=side) if side else None,  # cropped, as released
+        to_output=partial(preprocess_output, size=run.size),  # padded
         limit=limit,
         tasks=[task for task in TASKS if task in args.tasks],
         precomputed=precomputed,
@@ -144,7 +145,7 @@ def main() -> None:
     multiple = -(-args.batch_size // 8)  # when compiled, the pictures of a batch are padded to a multiple of this
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        """Of some samples: loss = --text-weight * text_loss + ldm_loss (Eq. 3), the latter only with pictures."""
+        """The losses of some samples: loss = --text-weight * text_loss + ldm_loss (Eq. 3), this only with pictures."""
         batch = collate(model.tokenizer, samples["ids"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:

@@ -7,9 +7,10 @@
     python sample.py --weights weights --checkpoint runs/cc3m --prompt "a lighthouse in a storm"
 
 The mapper trains, and so do nine embedding rows beside each of Vicuna's two tables (minigpt5.Vokens); everything else
-is frozen. The loss is 0.01 L_text + L_LDM + 0.1 L_CAP. The defaults are those of the released code: 2 epochs, batches
-of 48, AdamW with learning rate 2e-5 for the embedding rows and ten times that for the mapper, warm-up over 1000 steps,
-then linearly to zero. The miniature has its own defaults, in WEIGHTS/minigpt5/config.json.
+is frozen. The loss is 0.01 L_text + L_LDM + 0.1 L_CAP. The defaults are the paper's and, where it is silent, the
+released code's: 2 epochs, batches of 48, AdamW with learning rate 2e-5 for the embedding rows and ten times that for
+the mapper, warm-up over 1000 steps, then linearly to zero. The miniature has its own defaults, in
+WEIGHTS/minigpt5/config.json.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def main() -> None:
     # ---- data
     batches, held_out = run.open_pairs(write_pairs)  # those of --data and --val; without --data drawn ones
     precomputed = batches.dataset.precomputed
-    print(f"precomputed: {', '.join(precomputed.made_with) or 'nothing'}")
+    print(f"precomputed tensors: {', '.join(precomputed.made_with) or 'none'}")
     picture_key = "moments" if "moments" in precomputed.shapes else "pixels"
     caption_key = "encoding" if "encoding" in precomputed.shapes else "captions"
 
@@ -98,7 +99,7 @@ def main() -> None:
     round_length = bucket_length if run.compiled else int
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        """Of some caption-picture pairs: loss = 0.01 text_loss + ldm_loss (Eq. 3) + 0.1 cap_loss."""
+        """The losses of some caption-picture pairs: loss = 0.01 text_loss + ldm_loss (Eq. 3) + 0.1 cap_loss."""
         plain = map(model.tokenizer.plain, samples["captions"])
         texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
         batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)

@@ -69,7 +69,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Queries from x, keys and values from x itself or from the conditioning. Only the output projection has a bias."""
 
-    attend = staticmethod(F.scaled_dot_product_attention)  # another device may have a faster one
+    attend = staticmethod(F.scaled_dot_product_attention)  # published/cpu.py replaces it for bfloat16 on a CPU
 
     def __init__(self, width: int, source_width: int, heads: int):
         super().__init__()

@@ -77,7 +77,7 @@ def main() -> None:
     print(f"trained: {sum(p.numel() for p in trained):,} parameters, the whole UNet")
     optimizer = torch.optim.AdamW(trained, lr=args.lr, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
 
-    tars, _, precomputed = run.find_tars("turns", "stories", write_stories)
+    tars, _, precomputed = run.find_tars("turns", write_stories)
     options = {"to_output": partial(preprocess_output, size=run.size), "precomputed": precomputed}
     [batches] = run.open_tars(partial(StorySteps, tokenizer=model.tokenizer, **options), tars)
 

@@ -80,7 +80,7 @@ def run(main: Callable[[], None]) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_weights_option(parser)
     add_device_option(parser)
-    about = "dtype of the frozen weights; auto: bf16 on a GPU, else by their size (bench/README.md)"
+    about = "dtype of the frozen weights; auto: bf16 on a GPU, else by their size (docs/training.md)"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=about)
 
 
@@ -102,10 +102,11 @@ def add_picture_options(parser: argparse.ArgumentParser, sampling: type, against
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, sampling: type, words_first: bool = False) -> None:
-    """The fields of `generation.Sampling`, which is handed over, as options; --words-first only where `words_first`."""
+    """The fields of the class `generation.Sampling` as options; --words-first only where `words_first`. The class is an
+    argument, since nothing in common/ imports a model."""
     add = parser.add_argument
-    add_picture_options(parser, sampling, against="vokens of zeros (see --empty-caption)")
-    about = "guide against the empty caption, not against vokens of zeros; default: as trained"
+    add_picture_options(parser, sampling, against="voken features of zeros (see --empty-caption)")
+    about = "guide against the empty caption, not against zeros; default: as trained"
     add("--empty-caption", action=argparse.BooleanOptionalAction, help=about)
     add("--temperature", type=float, default=sampling.temperature, help="of the words; 0: always the likeliest")
     add("--top-p", type=float, default=sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
@@ -170,7 +171,8 @@ def parse(
 def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """The command line with the defaults said in --help, and only numbers that can be computed with."""
     for option in parser._actions:
-        if option.help and option.default not in (None, False, [], argparse.SUPPRESS) and "default" not in option.help:
+        is_said = option.default is not False and option.default not in (None, [], argparse.SUPPRESS)
+        if option.help and is_said and "default" not in option.help:
             option.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
     for option in parser._actions:

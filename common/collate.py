@@ -1,6 +1,7 @@
 """Texts -> token sequences of one length, as the model reads them in training.
 
-B sequences, T tokens of the longest, L of its target, M output pictures, N vokens of a picture.
+B sequences, T tokens of the longest source and the longest target, L of that target, M output pictures, N vokens of a
+picture.
 """
 
 from collections.abc import Callable

@@ -40,8 +40,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
 
 def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None:
     """Remove the temporary files and folders of killed processes for names that match the regular expression `names`.
-    Those of a process that still runs stay, unless this process has locked the folder: then nobody else writes there,
-    and the system has used the number of the killed process again."""
+    Those of a running process stay, unless this process has locked the folder: then its process id was only reused."""
     for path in sorted(folder.glob(".*.tmp")):
         found = re.fullmatch(rf"\.(?:{names})\.(\d{{1,9}})\.tmp", path.name)
         if found and (is_locked or has_ended(int(found[1]))):
@@ -57,19 +56,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def has_ended(process: int) -> bool:
+def has_ended(pid: int) -> bool:
     """Whether a process of this machine has ended."""
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except OSError as error:
         return isinstance(error, ProcessLookupError)  # the other error is that it is somebody else's
     return False
 
 
 def lock_folder(folder: Path, names: str) -> TextIO:
-    """Make `folder`, and this process the only one that writes there, until it closes the returned file or ends. Remove
-    what earlier ones could not finish (`remove_unfinished`). ValueError where another process is that already. Windows
-    and file systems without locks (some network disks) protect nothing."""
+    """Create `folder` and lock it until the returned file is closed or the process ends. Remove what earlier processes
+    could not finish (`remove_unfinished`). ValueError where another process holds the lock. Windows and file systems
+    without locks (some network disks) protect nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a", encoding="utf-8")  # noqa: SIM115, the lock lasts as long as the file is open
     try:

@@ -12,7 +12,7 @@ stopped run goes on. With --answers alone they are only read. OUT gets all figur
 
     metric                        of pictures that are wanted      a picture that did not come counts as
     fid, fid-story, is            Inception's features             a grey picture
-    clip-i, clip-t, hps           cosine with picture, with text   0
+    clip-i; clip-t, hps           cosine with picture; with text   0
     judge-distance, judge-score   the miniature judge's features   a grey picture
     judge-distance-story          the same, mean over stories      a grey picture
     image-image, image-text       as CLIP's, by the miniature's    0
@@ -23,8 +23,8 @@ stopped run goes on. With --answers alone they are only read. OUT gets all figur
     rouge-l, meteor, s-bert       means over answers               0
     rouge-l-released              as the released code's package   0
     bleu-1-mmdialog, and -2-      means over replies of dialogues  0
-    true                          answers without a wrong fact     wrong
-    mm-relevance                  words and pictures of dialogues  parts not said, in both definitions
+    true                          a fact is said, and none wrong   wrong
+    mm-relevance                  words and pictures of dialogues  0, in both definitions
     relevance                     the released code's definition, by the miniature's pairing
 
 Where pictures are missing a second column has the same metrics of the cases that miss none, which is what the released
@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, metavar="FILE", help="figures as JSON; FILE with the ending .md: a table")
     add("--checkpoint", type=Path, help="a file or a run's folder; default, without --answers: of WEIGHTS/minigpt5 "
         "stage 2's for stories and dialogues where it is there, else stage 1's")  # fmt: skip
-    add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: OUT without ending, -answers")
+    add("--answers", type=Path, metavar="DIR", help="folder of the answers; default: NAME-answers for --out NAME.json")
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), metavar="METRIC", help=", ".join(METRICS))
     about = "parts of the Inception Score, released: 10; default: 10 or, of fewer than 1,000 pictures, 1"
     add("--splits", type=FROM_1, metavar="N", help=about)
@@ -118,7 +118,7 @@ def main() -> None:
 
     networks, unavailable = {}, {}
     for name in [name for name in OPENERS if name in {METRICS[metric].network for metric in args.metrics}]:
-        try:  # the miniature's own are beside its weights
+        try:  # the miniature's judge and pairing lie in WEIGHTS
             networks[name] = open_network(name, getattr(args, name, args.weights / f"{name}.safetensors"), args.device)
         except Unavailable as error:
             unavailable[name] = str(error)

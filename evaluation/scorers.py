@@ -1,4 +1,4 @@
-"""The networks that metrics look through: each makes features of pictures or texts, for `metrics.py` to compare.
+"""The networks whose features of pictures or texts `metrics.py` compares.
 
     network     its weights, by path                       library                 sees n pictures as  reads n texts as
     inception   weights-inception-2015-12-05-6726825d.pth  torch-fidelity          (n, 2048) (n, 1008)
@@ -185,14 +185,14 @@ def open_network(name: str, path: Path | None, device: torch.device):
     if path is None:
         raise Unavailable(f"--{name} is not given")
     if not path.exists():
-        raise Unavailable(f"--{name} {path}: no such file or folder")
+        raise Unavailable(f"{name}: {path}: no such file or folder")
     try:
         return OPENERS[name](path, device)
     except ImportError as error:
         raise Unavailable(f"{error.name or error} is not installed: pip install -e '.[eval]'") from None
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"--{name} {path}: {reason[0]}") from None
+        raise Unavailable(f"{name}: {path}: {reason[0]}") from None
 
 
 @torch.inference_mode()

@@ -72,7 +72,7 @@ def wins() -> None:
     cases = [case for case in compared_cases(args.answers, args.data) if case.pictures]
     paths = {"hps": args.hps} if args.hps else {n: args.weights / f"{n}.safetensors" for n in ("judge", "pairing")}
     if not cases or not (args.hps or all(case.facts for case in cases)):
-        raise ValueError("no picture was wanted" if not cases else "pictures without labels of the drawn world: --hps?")
+        raise ValueError("no picture was wanted" if not cases else "no labels of the drawn world: give --hps FILE")
     bench = Bench({name: open_network(name, path, args.device) for name, path in paths.items()}, {})
     rows = [preferences(cases, folder, bench) for folder in args.answers]
     shares = dict(zip(map(str, args.answers), count_wins(rows), strict=True))

@@ -1,5 +1,5 @@
-"""Trains the autoencoder's decoder on, and nothing else: pictures become sharper and their latents stay as they are, so
-that nothing that paints latents has to learn anew.
+"""Fine-tunes the autoencoder's decoder alone: pictures become sharper and latents stay as they are, so that no other
+part must be trained again.
 
     python experiments/decoder.py --weights runs/weights --minutes 60    # a copy of miniature/weights, changed in place
 
@@ -13,11 +13,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 if __package__ in (None, ""):  # run as a script: the package is the folder above
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import run  # isort: skip
+
+import torch
+from torch import Tensor, nn
 
 from experiments.pretrain import train
 from experiments.recipes.painter import AutoencoderRecipe
@@ -80,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

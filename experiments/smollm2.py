@@ -4,15 +4,15 @@
     python experiments/smollm2.py mapper --weights smol --checkpoint runs/smollm2/uas --data features.tar --n 17408 \
         --steps 700 1200 4000 1700 --out runs/smollm2/mapper.safetensors
 
-`start`: the mapper is the miniature's, but for its first layer, which another width asks for anew. It is fitted by
-ridge regression, so that from SmolLM2's states it makes what the miniature's makes of its own language model's states
-for the same captions. `train_uas.py --init` then trains it with the vokens' rows.
+`start` writes the checkpoint from which stage 1 starts. Its mapper is the miniature's, but the first layer has another
+input width. It is fitted by ridge regression, so that from SmolLM2's states it makes what the miniature's makes of its
+own language model's states for the same captions. `train_uas.py --init` then trains it with the vokens' rows.
 
 `mapper`: SmolLM2 takes most of a step of stage 1. Here the vokens' rows stay as stage 1 left them, so that their
 features of some captions are computed once. The mapper alone goes on, in four parts: it imitates the conditioning that
 the miniature makes of the same captions; it trains with the losses of stage 1; with L_LDM and imitation, which takes
-the place of L_CAP; and, with as many descriptions as `--descriptions` says besides, so that the UNet predicts under
-its conditioning what it predicts under the miniature's.
+the place of L_CAP; and, with `--descriptions` more texts, so that the UNet predicts under its conditioning what it
+predicts under the miniature's.
 """
 
 import argparse
@@ -23,14 +23,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+if __package__ in (None, ""):  # run as a script: the package is the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import MINIATURE, run  # isort: skip
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # run as a script: the package is the folder above
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.cli import MINIATURE
 from common.collate import collate
 from common.images import preprocess_output
 from miniature.facts import random_stream, sample_picture
@@ -173,7 +174,7 @@ def train_mapper(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "mapper"))
+    parser.add_argument("what", choices=("start", "mapper"), help="what is made, see above")
     parser.add_argument("--weights", type=Path, default=Path("smol"), help="folder with SmolLM2 as language model")
     parser.add_argument("--captions", type=Path, help="tar of captions, as miniature/world.py writes them")
     parser.add_argument("--checkpoint", type=Path, help="run of stage 1 whose mapper goes on")
@@ -181,8 +182,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=2048, help="captions")
     parser.add_argument("--steps", type=int, nargs=4, default=[700, 1200, 4000, 1700], help="of `mapper`'s four parts")
     parser.add_argument("--descriptions", type=int, default=12800, help="beside the captions, in `mapper`'s last part")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write")
     args = parser.parse_args()
+    if not (args.captions if args.what == "start" else args.checkpoint and args.data):
+        parser.error("start needs --captions, mapper needs --checkpoint and --data")
     if args.what == "start":
         start(args.weights, read_captions(args.captions, args.n), args.out)
     else:
@@ -190,4 +193,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -93,7 +93,7 @@ def misspelt(rng: np.random.Generator, text: str) -> str:
 
 
 def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
-    """A wish for one thing, or in a quarter for two; about half of the facts beside the kinds are named."""
+    """A wish for one thing, or in a quarter for two; about a third of the facts beside the kinds are named."""
     picture = sample_picture(rng, split, 2 if rng.random() < 0.25 else 1)
     if len(picture.things) == 2 and rng.random() < 0.25:  # two of one kind: alike, or of other colours or sizes
         differing, picture = pick(rng, ["", "", "colour1", "size1"]), None

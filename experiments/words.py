@@ -15,15 +15,16 @@ import argparse
 import sys
 from pathlib import Path
 
+if __package__ in (None, ""):  # run as a script: the package is the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import MINIATURE, run  # isort: skip
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # run as a script: the package is the folder above
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from common.cli import MINIATURE
 from common.texts import plain_words, words_in
 from common.tokenizer import Tokenizer
 from experiments.recipes import documents
@@ -121,9 +122,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="go on with its LoRA; default: a new one beside stage 1's")
     parser.add_argument("--steps", type=int, default=700, help=f"of sequences of {documents.LENGTH} tokens")
     parser.add_argument("--wide", action="store_true", help="the words of vocabulary.json too, and no stories: SmolLM2")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences of a step")
+    parser.add_argument("--lr", type=float, default=4e-4, help="learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the documents and of a new LoRA")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint; written every 100 steps")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -158,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,7 +6,7 @@
     thanks, now at night     (a house that is big and blue on the left in the city at night)
 
 Every picture of the assistant stands as its description in parentheses; so the next change starts from words. A picture
-that somebody shows is read as such.
+that somebody shows is read as such. Words first learns from these chats; tales.py has the dialogues for stage 2.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ def changed_thing(picture: Picture, i: int, **changes) -> Picture | None:
 
 
 def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
-    """One of the things and what it is called: "it" if it is the only one."""
+    """One of the things and what it is called: mostly "it" if it is the only one."""
     i = int(rng.integers(len(picture.things)))
     thing, alone = picture.things[i], len(picture.things) == 1
     if alone and chance(rng, 0.7):

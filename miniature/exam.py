@@ -1,6 +1,6 @@
 """What `score.py` measures with: the weights, questions in batches, and the shares of facts that come out right.
 
-Prompt i starts from the same noise whichever way its picture is made. Words are decoded greedily.
+Words are decoded greedily by default; prompt i then starts from the same noise whichever way its picture is made.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """The pairing: pictures and texts of the miniature world in one space, as CLIP has them for photographs.
 
-Two small networks learn by CLIP's loss (Radford et al. 2021), with the other pictures and texts of the batch as what
-does not go together. Half of the pairs are captions, half are steps of stories and turns of dialogues, of which many
-("it drifts to the right.") tell little of their picture. It measures what MiniGPT-5 makes and trains no part of it.
-Unlike the judge it is told no facts, and it has no idea of what it was never shown: nonsense gets a cosine too.
+Two small networks learn by CLIP's loss (Radford et al. 2021), the other pictures and texts of the batch as negatives.
+Half of the pairs are captions, half are steps of stories and turns of dialogues, of which many ("it drifts to the
+right.") tell little of their picture. It measures what MiniGPT-5 makes and trains no part of it. Unlike the judge it is
+told no facts, and it has no idea of what it was never shown: nonsense gets a cosine too.
 
     pixels -> features (B, 128, 8, 8) -> learned views of the places (B, K * 128) -> (B, 128)
     words, by hash -> ids (B, T) -> small text transformer, its state at the end (B, 128) -> (B, 128)

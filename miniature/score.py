@@ -113,9 +113,9 @@ def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
         for i in active:
             turns[i].append(exam.user_turn(chats[i][number].text))
         k = 2 * number + 1
-        heard = [chat_history(turns[i], k, exam.sampling.words_first) for i in active]
-        sources = [dialog_source(before, k, exam.system) for before in heard]
-        for i, said in zip(active, ask(exam, sources, [pictures_of(before) for before in heard]), strict=True):
+        histories = [chat_history(turns[i], k, exam.sampling.words_first) for i in active]
+        sources = [dialog_source(before, k, exam.system) for before in histories]
+        for i, said in zip(active, ask(exam, sources, [pictures_of(before) for before in histories]), strict=True):
             turns[i].append(model_turn(exam.model.tokenizer, said.text, (said.picture,) if said.picture else ()))
             answers[i].append(said)
     return answers
@@ -318,7 +318,7 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: b
     else:
         found = shipped_checkpoint(trained, WORDS_FILES if words_first else STORY_FILES if part == "stories" else ())
     if found is None and (wanted or part not in ("prompts", "captions")):
-        raise ValueError(f"{wanted or trained}: no checkpoint of what MiniGPT-5 trains, {part} need one")
+        raise ValueError(f"{wanted or trained}: no checkpoint of MiniGPT-5's trained parts, which {part} need")
     return found
 
 
@@ -353,11 +353,13 @@ def main(argv: list[str] | None = None) -> None:
     record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint, args.words_first)
-        n = args.n or (STORIES if part == "stories" else SAMPLES)
+        n = args.n or (STORIES if part == "stories" else SAMPLES)  # people's prompts are as many as their files hold
         options = (args.prompts, args.chats, args.seeds) if part == "people" else ()
         record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint), *options)
-        record["samples"][part], record["checkpoints"][part] = n, checkpoint and checkpoint.name
-        print(f"## {part}, {n} samples, in per cent\n\n{tables(figures)}", flush=True)
+        record["checkpoints"][part] = checkpoint and checkpoint.name
+        record["samples"] |= {} if part == "people" else {part: n}
+        counted = "" if part == "people" else f", {n} samples"
+        print(f"## {part}{counted}, in per cent\n\n{tables(figures)}", flush=True)
         if args.out:
             write_json(args.out, record)
 

@@ -46,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--form", choices=["ours", *RELEASED_FORMS], help=wording)
     command = commands.add_parser("pack", help="a run's checkpoint in 16 bit, without what stage 1's file holds")
     command.add_argument("checkpoint", type=Path, help="trained.safetensors of a run's step")
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="beside it, if there: uas.safetensors")
+    about = "file to write; what a uas.safetensors beside it holds is left out"
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help=about)
     command.add_argument("--dtype", choices=DTYPES, default="fp16")
     command = commands.add_parser("check", help="what is there and what is wrong; exit status 1 if anything is")
     command.add_argument("root", type=Path, metavar="folder")

@@ -1,4 +1,4 @@
-"""The tokenizer of a language model other than Vicuna, such as SmolLM2, and the marks that it knows from chats."""
+"""The tokenizer of a language model other than Vicuna, such as SmolLM2, and its chat template."""
 
 import re
 from collections.abc import Callable
@@ -8,7 +8,8 @@ from common.tokenizer import Tokenizer
 
 
 def chatml(text: str) -> str:
-    """A prompt or an answer with the marks of ChatML. Every sequence begins with <s>, which here is <|im_start|>."""
+    """A prompt or an answer in ChatML, without the first <|im_start|>, which is the <s> of every sequence:
+    "S###Human: a ###Assistant:" -> system, S<|im_end|>, <|im_start|>user, a<|im_end|>, <|im_start|>assistant."""
     speakers = r"\s*###(Human|Assistant): ?"
     if not text.startswith("###") and re.search(speakers, text):
         text = "system\n" + text

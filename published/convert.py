@@ -34,6 +34,20 @@ from published.loading import STAGE_1, TABLES, WeightsError, our_name, tensor_fi
 from published.parts import BLIP2_UNUSED, PARTS, config_of, load_tokenizer, read_config, tokenizer_file
 from qformer import VisionConfig
 
+# Published files: bytes, SHA-256, name in the repository.
+KNOWN_FILES = """
+98362432 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 SmolLM2-135M-Instruct.Q4_1.gguf
+499723 9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347 tokenizer.model
+37907201 017a9ed588a11ed383711003cf50cf675191420a04689f682fb56fa9bbb8dcbb prerained_minigpt4_7b.pth
+1540697487 ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34 stage1_cc3m.ckpt
+1536289349 d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1 stage2_vist.ckpt
+1536290373 68e9dc76b9dec11c6d38dc6be3b8e54cc04645776b3095868ee7e90e8e341734 stage2_mmdialog.ckpt
+3463726498 6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214 unet/diffusion_pytorch_model.safetensors
+334643276 a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815 vae/diffusion_pytorch_model.safetensors
+1361597018 cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c text_encoder/model.safetensors
+"""
+KNOWN = {name: (int(size), digest) for size, digest, name in map(str.split, KNOWN_FILES.strip().splitlines())}
+
 
 def read_tensors(path: Path) -> dict:
     """Names -> lazy tensors (`[:]` gives the tensor) of a safetensors file or a pickled state dict."""
@@ -113,9 +127,9 @@ RELEASED_FORMS = {
     "mmdialog-2024": NEW_CHAT | {"first_token": "<s>"},
 }
 FORMS = {  # SHA-256 of the released checkpoints: how their prompts were worded
-    "ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34": "cc3m-2023",
-    "d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1": "vist-2023",
-    "68e9dc76b9dec11c6d38dc6be3b8e54cc04645776b3095868ee7e90e8e341734": "mmdialog-2024",
+    KNOWN["stage1_cc3m.ckpt"][1]: "cc3m-2023",
+    KNOWN["stage2_vist.ckpt"][1]: "vist-2023",
+    KNOWN["stage2_mmdialog.ckpt"][1]: "mmdialog-2024",
 }  # the download link of the last one changed with the code of March 2024, those of the others never did
 NEW_ROWS = 9  # of a released checkpoint's tables: [IMG0]..[IMG7] and the image placeholder
 
@@ -228,7 +242,7 @@ def convert_blip2(paths: list[Path], out: Path, dtype: torch.dtype | None) -> No
 
 
 def convert_projection(paths: list[Path], out: Path, dtype: torch.dtype | None) -> None:
-    """MiniGPT-4's file also holds buffers of its frozen parts."""
+    """MiniGPT-4's .pth -> llama_proj.safetensors; the buffers of frozen parts in it are left out."""
     stored = read_tensors(paths[-1])
     tensors = {key: stored[key][:] for key in ("llama_proj.weight", "llama_proj.bias")}
     save(tensors, out / "minigpt4" / "llama_proj.safetensors", dtype)
@@ -268,7 +282,7 @@ def convert_trained(paths: list[Path], out: Path, dtype: torch.dtype | None, for
 
 def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
-    already are left out: the file is then laid over it (loading.py)."""
+    already are left out: the loader takes them from there (loading.py)."""
     opened = loading.open_checkpoint(checkpoint)
     tensors = {name: tensor[:].to(dtype) for name, tensor in opened.tensors.items()}
     below = out.with_name(STAGE_1)
@@ -276,7 +290,7 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
         first = tensor_slices(below)
         same = {name for name in tensors if name in first and torch.equal(tensors[name], first[name][:].to(dtype))}
         same -= {"vokens.input", "vokens.output"}
-        if same - set(TABLES):  # a file that lacks the tables alone would not be laid over stage 1's
+        if same - set(TABLES):  # the loader reads stage 1's file only where a trained tensor is missing
             tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
     save(tensors, out, None, opened.metadata)
 

@@ -11,22 +11,8 @@ import torch
 
 from common.cli import MINIATURE
 from common.files import read_json
-from published.convert import convert, sha256
+from published.convert import KNOWN, convert, sha256
 from published.loading import WeightsError
-
-# Published files: bytes, SHA-256, name in the repository.
-KNOWN = """
-98362432 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 SmolLM2-135M-Instruct.Q4_1.gguf
-499723 9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347 tokenizer.model
-37907201 017a9ed588a11ed383711003cf50cf675191420a04689f682fb56fa9bbb8dcbb prerained_minigpt4_7b.pth
-1540697487 ef5959949ffacaf371d05316a07e728511b8f2dd8280b19a421e5104076a8b34 stage1_cc3m.ckpt
-1536289349 d8242c68d07df8f247491032630a388ee0289b16a46b2fc40c3cfac8f15f54e1 stage2_vist.ckpt
-1536290373 68e9dc76b9dec11c6d38dc6be3b8e54cc04645776b3095868ee7e90e8e341734 stage2_mmdialog.ckpt
-3463726498 6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214 unet/diffusion_pytorch_model.safetensors
-334643276 a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815 vae/diffusion_pytorch_model.safetensors
-1361597018 cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c text_encoder/model.safetensors
-"""
-KNOWN = {name: (int(size), digest) for size, digest, name in map(str.split, KNOWN.strip().splitlines())}
 
 SD_FILES = (
     *("unet/diffusion_pytorch_model.safetensors", "unet/config.json"),

@@ -1,6 +1,6 @@
-"""The language model's matrices in 8 bits: half of bfloat16's memory, and half of what a GPU reads for every token.
+"""Weight-only int8 quantisation of the language model: half of bfloat16's memory, and of what a GPU reads for a token.
 
-Each row of a matrix becomes whole numbers from -127 to 127 and a scale, by which the product is multiplied:
+Each row of a matrix becomes integers from -127 to 127 and a scale, by which the product is multiplied:
 x (s Q)^T = s (x Q^T). A compiled step reads 8-bit numbers only; without torch.compile nothing gets faster. Embeddings
 and norms keep their dtype. LoRA may be added.
 

@@ -14,11 +14,11 @@ A checkpoint is a safetensors file of `MiniGPT5.trained_parameters` and its meta
     model.layers.i. ... .lora_A     (r, D)       stage 2's LoRA, or
     prefix_encoder.*                             its prefix
     model.embed_tokens.weight, lm_head.weight    Vicuna's tables, where a released checkpoint has others than Vicuna
-    metadata                                     stage, vokens; lora_alpha; "guidance": "empty caption" (--no-cfg); how
-                                                 its prompts are worded: "system", "separator", "first_token"
+    metadata                                     stage, vokens; lora_alpha; "lora": "words only"; "guidance": "empty
+                                                 caption"; of its prompts "system", "separator", "first_token"
 
-A file that does not hold all of what the model trains is laid over uas.safetensors in the same folder: what it does not
-hold is taken from there. Every number that sizes the model to be built is checked before it is used.
+Trained tensors that a file does not hold are taken from uas.safetensors in the same folder. Every number that sizes the
+model to be built is checked before it is used.
 """
 
 import os
@@ -73,7 +73,7 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
     folder, wanted = Path(folder), tuple(wanted)
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
-    for index in sorted(folder.glob("[!.]*.safetensors.index.json")):
+    if index := min(folder.glob("[!.]*.safetensors.index.json"), default=None):
         weight_map = read_json(index, WeightsError).get("weight_map")
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
         if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):

@@ -142,7 +142,7 @@ def checked(value: object, default: object, name: str):
     if type(value) is not type(default):
         raise ValueError(f"{name} should be {type(default).__name__}, found {value!r:.80}")
     largest = MAX_LAYERS if "layers" in name else MAX_SIZE
-    smallest = {int: 0 if default in (0, 1) else 1, float: 1e-13}  # an offset may be 0, a size may not
+    smallest = {int: 0 if default in (0, 1) else 1, float: 1e-13}  # with a default of 0 or 1 it is no size
     if type(value) in smallest and not smallest[type(value)] <= value <= largest:
         raise ValueError(f"{name} cannot be {value!r:.80}")
     return value
@@ -272,14 +272,14 @@ def load_vae(folder: Path, dtype: DType = None, device: Device = "cpu") -> VAE:
 def load_schedule(folder: Path, device: Device = "cpu") -> NoiseSchedule:
     path = Path(folder) / "scheduler_config.json"
     config = config_of("schedule", path)
-    if not NoiseSchedule(config).alphas_cumprod.min() > 0:
+    if not NoiseSchedule(config).alphas_cumprod.min() > 0:  # on the CPU: `device` may be meta
         raise WeightsError(f"{path}: beta_start, beta_end and num_train_timesteps leave no signal at the last timestep")
     return NoiseSchedule(config, device)
 
 
 @torch.no_grad()
 def encode_empty_caption(diffusion: Path, dtype: DType, device: Device) -> Tensor:
-    """(1, S, Dc) float32: the encoding that Stable Diffusion is guided against. No mask: it reads the padding, too."""
+    """(1, S, Dc) float32: the encoding that Stable Diffusion is guided against, without a mask; L_CAP's has one."""
     ids, _ = ClipTokenizer(diffusion / "tokenizer")([""])
     return load_text_encoder(diffusion / "text_encoder", dtype, device)(ids.to(device)).float()
 

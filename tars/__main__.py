@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     about = precompute.__doc__.split("\n")[0]
     command = commands.add_parser("precompute", help=about, description=precompute.__doc__, **style)
     add = command.add_argument
-    add("sources", nargs="+", metavar="TAR", help="tars of pairs, or of stories and dialogues; folders, lists")
+    add("sources", nargs="+", metavar="TAR", help="tars of pairs, or of stories and dialogues; folders, patterns")
     add("--out", type=Path, required=True, help="the tar to write; of several sources the folder")
     add_model_options(command)
     add("--store", choices=precompute.STORE, default="fp16", help="dtype of what is written")

@@ -70,8 +70,7 @@ def read_file(path: Path, member: Member) -> bytes:
 
 
 def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
-    """Of each folder below, links to folders followed, the members of every key. A folder that is reached twice counts
-    once."""
+    """For each folder below, once and following links, {key: {member: path}}."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         stat = os.stat(root)
@@ -89,8 +88,8 @@ def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
 
 
 def interleaved(key: str, kind: str, name: str, turns: Turns, may_cut: bool = False) -> Sample:
-    """Two or more turns. Raises Unusable at a turn that cannot be used; where the sample `may_cut`, it ends before that
-    turn, if that leaves two, and its counts say why."""
+    """The sample of a story or dialogue. Raises Unusable for fewer than two turns, and at a turn that cannot be used;
+    where the sample `may_cut`, it ends before that turn, if that leaves two, and its counts say why."""
     written, pictures, cut = [], [], {}
     try:
         for text, paths in turns:
@@ -184,8 +183,8 @@ def turns_sample(key: str, line: bytes, folders: list[Path]) -> Sample:
 
 
 def list_jobs(path: Path, folders: list[Path]) -> Iterator[Job]:
-    """Lines of a .csv, or cells between tabs, whose first line names the columns "file" or "image_path", and "caption";
-    without names they are caption and file, as in CC3M. Or a .jsonl of objects with "file" and "caption"."""
+    """Rows of a .csv or tab-separated file whose first line names the columns: "file" or "image_path", and "caption". A
+    tab-separated file without names has caption and file, as in CC3M. Or a .jsonl of objects with both."""
     if path.suffix == ".jsonl":
         yield from line_jobs(listed_sample, path, folders)
         return

@@ -88,7 +88,8 @@ class StoryData(TarData):
         return np.maximum(np.where(index.kinds == STORY, steps, index.turns - 1), 1)
 
     def choose(self, bits: np.random.PCG64) -> int:
-        """The phrasing, as 64 random bits: the second number, so that runs read what they read before."""
+        """64 random bits. The request's wording is their value modulo the number of wordings, and a story's history is
+        blind where they are in the lowest share `blind` of all values."""
         return int(bits.random_raw(2)[1])
 
     def turn_and_task(self, kind: int, item: int) -> tuple[int, str]:
@@ -112,6 +113,8 @@ class StoryData(TarData):
             outputs = [f"{member - Member.NUMBERED}.moments" for member in example.outputs]
             tensors = read_tensors(read(Member.TENSORS), self.precomputed, inputs + outputs)
             inputs, outputs = ([tensors[name] for name in names] for names in (inputs, outputs))
+        elif example.inputs and self.to_input is None:
+            raise Unusable("picture to be read, and no image encoder")
         else:
             inputs = [self.to_input(decode(read(member))) for member in example.inputs]
             outputs = [self.to_output(decode(read(member))) for member in example.outputs]
@@ -127,7 +130,7 @@ class StoryData(TarData):
             raise Unusable("empty turn")
         if self.words_only and task != "text":  # whose picture is part of the question
             turn = Turn(turn.text)
-        if kind == "story" and phrase < self.blind * 2.0**64:  # of 64 random bits; the wording takes the low ones
+        if kind == "story" and phrase < self.blind * 2.0**64:
             before = [Turn(step.text) for step in before]
 
         def since(first: int) -> Example:

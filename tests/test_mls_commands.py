@@ -223,6 +223,20 @@ def test_words_first(monkeypatch, weights, uas, tmp_path, capsys):
     fails(train_mls.main, monkeypatch, capsys, "--words-first trains LoRA, not a prefix", *training, "--prefix")
 
 
+def test_words_first_reads_pictures(monkeypatch, weights, tmp_path, capsys):
+    """A picture that somebody shows is read; without an image encoder, as beside SmolLM2, that is an error."""
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    turns = [{"text": "what is this?", "images": ["a.png"]}, {"text": "(a boat that is small)"}]
+    (tmp_path / "wishes.jsonl").write_text(json.dumps({"kind": "dialog", "turns": turns}) + "\n")
+    read, options = noting(monkeypatch, MiniGPT5, "losses"), ("--words-first", "--no-uas", "--steps", 1)
+    train(monkeypatch, weights, tmp_path / "wishes.jsonl", tmp_path / "run", *options)
+    assert all(len(inputs["inputs"]) == len(batch.ids) for (_, batch, *_), inputs in read)
+    blind = shutil.copytree(weights, tmp_path / "blind", ignore=shutil.ignore_patterns("blip2"))
+    training = ("--weights", blind, "--data", tmp_path / "wishes.jsonl", "--out", tmp_path / "no", "--workers", 0)
+    reason = "no usable sample in .*: .* picture to be read, and no image encoder"
+    fails(train_mls.main, monkeypatch, capsys, reason, *training, *options, "--batch-size", 2)
+
+
 def test_switches_reach_data_and_losses(monkeypatch, weights, data, tmp_path):
     opened, losses = noting(monkeypatch, train_mls, "StoryData"), noting(monkeypatch, MiniGPT5, "losses")
     noise = noting(monkeypatch, MiniGPT5, "sample_noise")

@@ -35,7 +35,7 @@ def bucket_length(length: int) -> int:
 def pad_pictures(
     batch: Batch, noise: Noise, posterior: tuple[Tensor, Tensor] | None, multiple: int
 ) -> tuple[Batch, Noise, tuple[Tensor, Tensor] | None]:
-    """All three with M padded to a multiple of `multiple`, by zero pictures whose weight in the losses is 0."""
+    """All three with M padded to a multiple of `multiple`, by pictures of zeros whose weight in the losses is 0."""
     M = len(batch.picture_sequences)
 
     def pad(x: Tensor) -> Tensor:

@@ -123,16 +123,16 @@ def plot_losses(records: list[dict], path: Path) -> None:
 
 
 class Preview(NamedTuple):
-    """The batch whose pictures samples.png shows, which are the same during the whole run."""
+    """The batch whose pictures samples.png shows: the first one after the command starts or resumes."""
 
     batch: Batch
     inputs: torch.Tensor | None  # input pictures, as `MiniGPT5.embed` takes them
     pictures: torch.Tensor  # the output pictures, bytes or moments, as `MiniGPT5.encode_pictures` takes them
-    captions: list[str]  # what is written above the picture of each sequence
+    captions: list[str]  # the words beneath the pictures of each sequence
 
 
 def picture_title(source: str, target: str) -> str:
-    """The words above a picture in samples.png: those of the answer, or else the request's."""
+    """The words beneath a picture in samples.png: those of the answer, or else the request's."""
     request = re.split(r"\n|###\w+:", source.removesuffix(SPEAKERS[1]).strip())[-1].strip()
     return re.sub(r"\[IMG\d+\]|###", "", target).strip() or request
 

@@ -27,7 +27,7 @@ def stop_signals() -> Iterator[list]:
 
 
 def resume_command() -> str:
-    """The command that continues this run; of several machines, without the address at which they meet."""
+    """The command that continues this run; of several machines, without torchrun's rendezvous endpoint."""
     start, local = [Path(sys.executable).name], int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     if local:  # started by torchrun
         start = ["torchrun", "--nnodes", str(int(os.environ["WORLD_SIZE"]) // local), "--nproc-per-node", str(local)]

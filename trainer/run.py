@@ -1,7 +1,7 @@
 """What every training script needs around its own model, losses and loop; train_uas.py shows its use.
 
-The run's folder holds log.jsonl, losses.png and samples.png (log.py), and checkpoints (checkpoint.py). One run may have
-several processes, as torchrun starts them, each with a GPU: different samples in each, one step in all.
+The run's folder holds log.jsonl, losses.png and samples.png (log.py), and checkpoints (checkpoint.py). With several
+processes, as torchrun starts them, a run is data-parallel: each has a GPU and its own samples, all make the same step.
 
     rank 0   samples 0..B-1    -> losses -> gradients --+
                                                         +-- mean, (trained parameters + 1,) -> the same step in both
@@ -43,7 +43,7 @@ from trainer.compiled import count_graphs
 from trainer.log import append_log, cut_log, open_board, paint_samples, plot_losses, read_log
 from trainer.processes import resume_command, stop_signals
 
-FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+-\d+-\d+\.tar(\.index\.npz)?"  # in a run's folder
+FILES = r"step-\d{8}(\.old)?|log\.jsonl|(losses|samples)\.png|\w+(-\d+)+\.tar(\.index\.npz)?"  # what a run writes
 LossesOf = Callable[[dict, list[torch.Generator]], dict[str, Tensor]]  # a batch, a generator for each sample -> losses
 NOISE, DROPOUT = 0, 1  # purposes of random streams
 
@@ -79,7 +79,7 @@ class World:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, until the process ends
 
     def exchange(self, call: Callable, *args) -> None:
-        """A call that all ranks make, if there are several. ValueError of one line where another process has ended."""
+        """A collective call, if there are several ranks. ValueError of one line where another process has ended."""
         try:
             if self.size > 1:
                 call(*args)
@@ -104,7 +104,7 @@ class World:
     def rank_0_first(self) -> Iterator[None]:
         """Rank 0 runs the block before all others, which then find the files that it wrote."""
         if self.rank > 0:
-            self.any(True)
+            self.any(True)  # a barrier
         yield
         if self.rank == 0:
             self.any(True)
@@ -199,18 +199,18 @@ class Run:
         if checkpoint_folders(self.out) and not args.resume:
             raise ValueError(f"{self.out} holds a run already: --resume continues it, another --out starts anew")
 
-    def find_tars(self, kind: str, drawn: str, write: Callable) -> tuple[list[str], list[str], Precomputed]:
+    def find_tars(self, kind: str, write: Callable) -> tuple[list[str], list[str], Precomputed]:
         """The tars of --data, or else of `draw_data`, those of --val, and what all of them have precomputed. kind:
-        "pairs" or "turns". Rank 0 packs and draws before the other ranks, which then find its files."""
+        "pairs" or "turns"; write: the writer of drawn data, in miniature.world. Rank 0 packs and draws before the other
+        ranks, which then find its files."""
         with self.world.rank_0_first():
-            tars = expand(packed(kind, self.args.data, self.out / "data") or self.draw_data(drawn, write))
+            tars = expand(packed(kind, self.args.data, self.out / "data") or self.draw_data(write))
             held_out = expand(packed(kind, self.args.val, self.out / "val"))
         return tars, held_out, find_precomputed(tars + held_out, self.args.weights)
 
-    def draw_data(self, kind: str, write: Callable[..., None]) -> list[str]:
-        """A tar of the miniature's world in the run's folder, which is drawn unless it is there already. kind: "pairs"
-        or "stories"; write: their writer in miniature.world."""
-        path = self.out / f"{kind}-{self.args.drawn}-{self.args.seed}.tar"
+    def draw_data(self, write: Callable[..., None]) -> list[str]:
+        """A tar of the miniature's world in the run's folder, which is drawn unless it is there already."""
+        path = self.out / f"drawn-{self.args.drawn}-{self.args.seed}.tar"
         if not path.exists():
             print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
             write(path, self.args.drawn, self.args.seed, size=self.size)
@@ -223,7 +223,7 @@ class Run:
 
     def open_pairs(self, write: Callable[..., None]) -> list[Batches | None]:
         """Batches of the captioned pictures of --data, or of drawn ones that `write` writes, and of those of --val."""
-        *tars, precomputed = self.find_tars("pairs", "pairs", write)
+        *tars, precomputed = self.find_tars("pairs", write)
         transform = partial(preprocess_output, size=self.size)
         return self.open_tars(partial(PairData, transform=transform, precomputed=precomputed), *tars)
 
