@@ -59,7 +59,7 @@ COMPARISONS = {"study": study, "tally": tally, "wins": wins}  # of several syste
 
 
 def table(record: dict) -> str:
-    """Markdown: a row a metric, then what was left out."""
+    """Markdown: one row per metric, then what was left out."""
     counts, complete = record["pictures"], record["figures, no picture missing"]
     lines = [f"{record['cases']:,} cases, {', '.join(f'{count:,} pictures {name}' for name, count in counts.items())}"]
     lines += [f"{name}: {describe(record[name])}" for name in ("unusable", "not in the answers") if record[name]]

@@ -70,7 +70,7 @@ class Case(NamedTuple):
     key: str  # of a pair KEY, of turn k KEY.k
     group: str  # KEY
     task: str
-    before: list[Turn]  # all turns before; pictures stand as kinds of members of the tar
+    before: list[Turn]  # all turns before; their pictures are `Member` numbers
     turn: Turn  # a pair: its caption and picture
     facts: Picture | None  # what the wanted picture must show, where the miniature's world says so
     read: Callable[[int], bytes | None]  # a member's bytes
@@ -225,8 +225,8 @@ def read_answer(folder: Path, key: str) -> Answer | None:
 
 
 def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
-    """Without what the language model says from <Img> on: where it has no voken to say, a frozen one may go on with
-    words for the picture, which are no text of the answer."""
+    """Without the text from <Img> on: where a language model has not learned to say vokens, it may write a picture's
+    facts there, which are no text of the answer."""
     kept, ended = [], False
     for segment in segments:
         if isinstance(segment, str):
@@ -264,7 +264,7 @@ def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
     tars, names = data or told.get("tars"), ", ".join(map(str, folders))
     if not tars:
         raise ValueError(f"{names}: --data is needed, they do not say which tars were asked about")
-    both = [read_cases(tars, told.get("task", "text+image"), last)[0] for last in (False, True)]
+    both = [read_cases(tars, told.get("task", "text+image"), last)[0] for last in (False, True)]  # the digest tells
     cases = next((cases for cases in both if told.get("data") in (None, digest(cases))), [])
     common = [case for case in cases if all(file_of(folder, case.key, ".json").is_file() for folder in folders)]
     if not common:

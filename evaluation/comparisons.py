@@ -70,7 +70,7 @@ def outcomes_of(cases: list[Case], folder: Path, networks: dict) -> tuple[list[O
         try:
             if answer and answer.unusable:
                 raise Unusable(answer.unusable)
-            # What was learned is to draw whole pictures on white squares, so they are compared with such.
+            # Training pads pictures to white squares, so the true ones are padded, too.
             true = pictures_of(case, case.pictures)
             wanted = [resize_and_crop(picture, min(LARGEST, max(picture.size)), pad=True) for picture in true]
         except Unusable as error:
@@ -123,7 +123,7 @@ def beside_pictures(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
 
 
 def beside_texts(name: str, bench: Bench, outcomes: list[Outcome]) -> float:
-    """With the true text of the case, which the prompt of most tasks holds."""
+    """The mean cosine of each picture with its case's true text, which most prompts contain."""
     outcomes = [outcome for outcome in outcomes if outcome.wanted and outcome.case.turn.text]
     if not outcomes:
         raise Unavailable("no words beside the pictures that are wanted")
@@ -158,8 +158,8 @@ def bleu(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
 
 
 def bleu_of_replies(order: int, bench: Bench, outcomes: list[Outcome]) -> float:
-    """MMDialog's own: texts are aligned from the left, here the answer's first with the only one that is wanted, and
-    the BLEU of each is divided by how many are wanted; then the mean over replies (Feng et al. 2022)."""
+    """MMDialog's own, the mean over replies (Feng et al. 2022): texts are paired in order with the references. Here is
+    one, so that only the answer's first text counts."""
     firsts = [(next((s for s in o.segments if isinstance(s, str)), ""), o.case.words) for o in outcomes if o.case.words]
     return mean([metrics.corpus_bleu([metrics.words(said)], [metrics.words(known)], order) for said, known in firsts])
 
@@ -191,8 +191,8 @@ def sentence_similarity(bench: Bench, outcomes: list[Outcome]) -> float:
 
 
 def relevance(by_modality: bool, name: str, bench: Bench, outcomes: list[Outcome]) -> float:
-    """The mean over dialogues of the released code's definition, or over turns of MMDialog's own, with the features of
-    the network `name`. The released code takes a turn's words as one text, MMDialog as they stand between pictures."""
+    """With the features of the network `name`. by_modality: as the released code defines it, a mean over dialogues that
+    takes a turn's words as one text, apart from its pictures; else as MMDialog does, over turns, parts in order."""
     said = [[outcome.text, *range(len(outcome.came))] if by_modality else outcome.segments for outcome in outcomes]
     wanted = [[outcome.case.turn.text, *range(len(outcome.wanted))] for outcome in outcomes]
     texts = sorted({part for parts in said + wanted for part in parts if isinstance(part, str) and part})

@@ -87,7 +87,7 @@ def study() -> None:
         if len(shown) == args.n:
             break
     number = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
-    page = json.dumps({"id": number, "questions": QUESTIONS, "cases": shown}).replace("<", "\\u003c")  # ends no script
+    page = json.dumps({"id": number, "questions": QUESTIONS, "cases": shown}).replace("<", "\\u003c")  # <: no </script>
     out = make_folder(args.out)
     write_json(out / "study.json", {"study": number, "systems": [str(f) for f in args.answers], "cases": len(shown)})
     write_text(out / "index.html", TEMPLATE.read_text(encoding="utf-8").replace("/*STUDY*/null", page))

@@ -32,8 +32,8 @@ class Claim(NamedTuple):
     source: str  # of the paper
     metric: str  # of METRICS
     comparisons: list[tuple[Side, Side]]  # (better, worse); all have to hold
-    margin: float = 0  # by so much the better one may be worse
-    same: bool = False  # and the worse one, too
+    margin: float = 0  # the difference may be as low as -margin
+    same: bool = False  # and must then stay below +margin
 
 
 def above(better: str, *worse: str) -> list[tuple[Side, Side]]:

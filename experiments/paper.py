@@ -118,7 +118,7 @@ def work(jobs: dict[str, Job], out: Path, at_a_time: int, lock: int) -> tuple[li
             time.sleep(WAIT)
             for name, (process, command, begun) in list(running.items()):
                 if asked and process.poll() is None:
-                    process.terminate()  # a training saves and ends; sent again and again, which it bears
+                    process.terminate()  # a training saves and ends; repeated signals do no harm
                     time.sleep(WAIT)
                 if process.poll() is None:
                     continue

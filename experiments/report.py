@@ -173,7 +173,7 @@ def signed(numbers: list[float]) -> str:
 
 def plot(content: Table, figures: Figures, path: Path) -> bool:
     """A small chart a metric over the numbers in the rows' labels ("curve, number"), each from its least to its largest
-    value: a colour a curve, a point a seed, a line through the means. False where nothing is measured."""
+    value: one colour per curve, one point per seed, a line through the means. False where nothing is measured."""
     curves = {}  # metric -> curve -> number -> values
     for metric in content.columns:
         for label, scoring in content.rows.items():

@@ -20,7 +20,7 @@ from miniature.wishes import enlarged, picture_for
 from miniature.words import plural
 
 VOCABULARY = read_json(Path(__file__).with_suffix(".json"))
-KINDS = VOCABULARY["kinds"]  # names, without an article | after a star, descriptions
+KINDS = VOCABULARY["kinds"]  # names without an article; after "*" a description
 COLOURS = VOCABULARY["colours"]  # what has such a colour
 COLOUR_NAMES, SIZES, PLACES, SCENES, TIMES = (
     VOCABULARY[facts] for facts in ("colour_names", "sizes", "places", "scenes", "times")

@@ -30,7 +30,7 @@ NO_PICTURE = "there is no picture yet. what shall i draw?"
 
 
 def changed_thing(picture: Picture, i: int, **changes) -> Picture | None:
-    """The picture with other facts of thing i, which now comes first: who describes it begins with the thing that was
+    """The picture with other facts of thing i, which now comes first: its description begins with the thing that was
     named, and knows whose the new facts are. None where that does not fit or is held out."""
     thing = replace(picture.things[i], **changes)
     things = (thing, *picture.things[:i], *picture.things[i + 1 :])

@@ -56,7 +56,7 @@ def story_steps(exam: Exam) -> list[Step]:
 
 
 def true_of(text: str, picture: Picture) -> bool:
-    """Whether a sentence says something of a picture and all of it is true; who leaves must not be there any more."""
+    """Whether a sentence says something of a picture and all of it is true. A thing that leaves must be gone."""
     text = text.lower()
     left = LEAVES.search(text)
     if left:
@@ -69,7 +69,7 @@ def true_of(text: str, picture: Picture) -> bool:
 
 
 def tells_again(text: str, before: Picture) -> bool:
-    """Whether a sentence tells what who has heard the story knows: the scene, which no story leaves, the time where it
+    """Whether a sentence tells what the story has told before: the scene, which no story leaves, the time where it
     is the same, or that there is "a boat" where there was one."""
     text = text.lower()
     told = facts_in(text)

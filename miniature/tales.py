@@ -1,8 +1,8 @@
 """Stories and dialogues of the miniature world: turns of text, some with a picture, which stands there as its facts.
 
 A story has four or five steps, each with its picture, all on one background. The first sentence names everything; later
-ones tell what changes and often no more ("it drifts to the right."), so that the pictures can only be drawn by who
-remembers. In a dialogue, human and assistant take turns: pictures are asked for, changed, shown and asked about, and
+ones tell what changes and often no more ("it drifts to the right."), so that only a reader who remembers can draw
+the pictures. In a dialogue, human and assistant take turns: pictures are asked for, changed, shown and asked about, and
 there is talk that calls for no picture.
 """
 

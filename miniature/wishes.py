@@ -1,6 +1,6 @@
 """What people type when they want a picture, and the description that decides what they leave open.
 
-The captions of `words.py` are written by who sees the picture: they name most facts. Somebody who asks for a picture
+The captions of `words.py` are by a writer who sees the picture: they name most facts. Somebody who asks for a picture
 names few, in words of their own: "BOAT, sea, night", "can you draw me a purpel fish?", "a house but no car". `wish`
 samples a sentence and a picture that it can be about, and fills the sentence with some of the picture's facts.
 

@@ -207,7 +207,7 @@ def describe(picture: Picture) -> str:
     """The one form in which the language model puts a picture into words before it draws, with every fact: "a boat that
     is small and red on the left and a star that is big and white on the right at sea by day".
 
-    The things stand in the order in which they were named, so that who reads a wish can put it down word after word.
+    The things stand in the order in which they were named, so that the model can copy a wish word after word.
     The kind comes before its size and colour, so that the model knows whose colour it writes after "make the star
     blue".
     """

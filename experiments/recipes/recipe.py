@@ -75,7 +75,7 @@ def drawn(sample: Callable[[int], tuple], i: int) -> np.ndarray:
 class Setup:
     """Where and with what the parts are trained."""
 
-    runs: Path  # checkpoints and logs, a folder a part; `sets`: the training data
+    runs: Path  # checkpoints and logs, one folder per part; `sets`: the training data
     weights: Path  # finished parts in the published layout: later parts read the earlier ones from there
     device: torch.device
     seed: int = 0
