@@ -79,7 +79,7 @@ class Gill(nn.Module):
         conditioning = config_of("unet", sd / "unet" / "config.json").cross_attention_dim
         self.mapper = GillMapper(self.llama.config.hidden_size, conditioning, tokens, width).to(device)
 
-    def read(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+    def text_loss_and_conditioning(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> L_text, conditioning (B, S, Dc)."""
         texts = [uas_texts(self.tokenizer.plain(text), len(self.tokenizer.voken_ids)) for text in texts]
         batch = send(collate(self.tokenizer, texts, 0, limit=MAX_TOKENS), self.device)
@@ -92,7 +92,7 @@ class Gill(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
-        return self.read(texts)[1]
+        return self.text_loss_and_conditioning(texts)[1]
 
     # ---- what a run saves and loads
 
@@ -151,7 +151,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)  # as GILL's code
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        text_loss, conditioning = model.read(samples["captions"])
+        text_loss, conditioning = model.text_loss_and_conditioning(samples["captions"])
         # Stable Diffusion's own encoding, without the padding mask
         target = text_encoder(tokenizer(samples["captions"])[0].to(run.device)).float()
         cap_loss = (conditioning - target).square().mean()

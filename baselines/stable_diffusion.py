@@ -50,7 +50,7 @@ from published.parts import frozen_dtypes, load_schedule, load_text_encoder, loa
 
 class StableDiffusion(nn.Module):
     """The published parts in the folder `weights`. A checkpoint of train_sd.py replaces the UNet's weights, one of
-    gill.py the function `read`, which makes the conditioning (B, S, Dc) of texts."""
+    gill.py the function `encode_prompts`, which makes the conditioning (B, S, Dc) of texts."""
 
     sample_noise, sample_latents, ldm_loss = MiniGPT5.sample_noise, MiniGPT5.sample_latents, MiniGPT5.ldm_loss
     encode_pictures = MiniGPT5.encode_pictures
@@ -65,7 +65,7 @@ class StableDiffusion(nn.Module):
         self.unet = load_unet(folder / "unet", unet_dtype or painting, device)
         self.vae = load_vae(folder / "vae", painting, device)
         self.schedule = load_schedule(folder / "scheduler", device)
-        self.read = self.encode
+        self.encode_prompts = self.encode
 
     def encode(self, texts: list[str]) -> Tensor:
         """Texts -> (B, S, Dc). No mask: Stable Diffusion reads the padding, too."""
@@ -74,7 +74,7 @@ class StableDiffusion(nn.Module):
     @torch.inference_mode()
     def paint(self, texts: list[str], latents: Tensor, sampling: Sampling) -> Tensor:
         """Texts and noise (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1], guided against the empty text."""
-        conditioning = torch.cat([self.encode([""] * len(texts)).float(), self.read(texts).float()])
+        conditioning = torch.cat([self.encode([""] * len(texts)).float(), self.encode_prompts(texts).float()])
         latents = denoise(self.unet, self.schedule, latents.to(self.device), conditioning, sampling)
         return self.vae.decode(latents).float()
 
@@ -133,7 +133,7 @@ def main() -> None:
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
     found = given_checkpoint(args.checkpoint) if args.checkpoint else None
     if found and "mapper.fc.weight" in tensor_slices(found):
-        model.read = load_gill(args.weights, found, DTYPES[args.dtype], device).encode
+        model.encode_prompts = load_gill(args.weights, found, DTYPES[args.dtype], device).encode
     elif found:
         model.load_trained(found)
     made = {"task": given[0].task, "context": context, "data": data, "words": args.words and str(args.words)}

@@ -249,7 +249,7 @@ def test_gill_reads_the_states_of_its_vokens(weights):
         ids = [1, *model.tokenizer.encode(model.tokenizer.plain(text)), *model.tokenizer.voken_ids]
         embeddings = model.vokens.embed(model.llama, torch.tensor([ids]))
         expected.append((model.llama(embeddings) + embeddings)[0, -3:])
-    text_loss, conditioning = model.read(texts)
+    text_loss, conditioning = model.text_loss_and_conditioning(texts)
     assert_close(conditioning, model.mapper(torch.stack(expected)), 1e-5, "conditioning")
     assert conditioning.shape == (2, 77, 32) and text_loss > 0
     (conditioning.square().sum() + text_loss).backward()

@@ -132,9 +132,9 @@ def described_story_document(rng: np.random.Generator, seed: int, i: int, split:
     """Words first: a step of a story. The steps before it have their pictures as descriptions, as pictures or not at
     all; the first sentence may be what somebody typed."""
     told = sample_story(seed, i, split)[0]
-    history, typed = rng.random(), rng.random() < 0.4
+    history, is_typed = rng.random(), rng.random() < 0.4
     k, task = int(rng.integers(len(told))), pick(rng, prompts.TASKS)
-    texts = [plain_words(told[0].text) if typed else told[0].text, *(turn.text for turn in told[1:])]
+    texts = [plain_words(told[0].text) if is_typed else told[0].text, *(turn.text for turn in told[1:])]
     pictures = [as_named(told[0].pictures[0], told[0].text), *prompts.pictures_of(told[1:])]
     if k == 0:
         task = "image"
