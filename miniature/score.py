@@ -318,7 +318,7 @@ def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: b
     else:
         found = shipped_checkpoint(trained, WORDS_FILES if words_first else STORY_FILES if part == "stories" else ())
     if found is None and (wanted or part not in ("prompts", "captions")):
-        raise ValueError(f"{wanted or trained}: no checkpoint of MiniGPT-5's trained parts, which {part} need")
+        raise ValueError(f"{wanted or trained}: no checkpoint of MiniGPT-5's trained parts, needed for {part}")
     return found
 
 

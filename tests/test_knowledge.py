@@ -176,7 +176,7 @@ def test_weights_that_read_no_pictures_are_drawn_with(tmp_path):
     for part in ("vicuna", "stable-diffusion"):
         (tmp_path / part).symlink_to(MINIATURE / part)
     checkpoint = MINIATURE / "minigpt5" / "uas.safetensors"
-    with pytest.raises(ValueError, match="no checkpoint of what MiniGPT-5 trains"):
+    with pytest.raises(ValueError, match="no checkpoint of MiniGPT-5's trained parts"):
         knowledge.exam_of("vokens", tmp_path, None, "cpu")
     picture = Picture("sea", "night", (Thing("boat", "red", "big", "left"),))
     wished = Wish(words.describe(picture), picture)  # which names all facts
