@@ -5,11 +5,11 @@
     python train_mls.py --weights weights --data mmdialog-train.tar --uas runs/cc3m --out runs/chat --prefix
     python sample.py --weights weights --checkpoint runs/vist --prompt "we had a barbecue." --image a.jpg --turns 1
 
-It starts from a run of stage 1, or with --no-uas from untrained vokens. An adapter of Vicuna (LoRA, or virtual tokens
-with --prefix), the voken rows and the mapper's transformer are trained; the mapper's MLP and learned queries stay as
-stage 1 left them. The loss is 0.01 L_text + L_LDM over three tasks: a picture for a text, a text for a picture, or
-both as the next step. The defaults are the paper's: 4 epochs, batches of 32, AdamW with learning rate 2e-5. The
-miniature has its own defaults, in WEIGHTS/minigpt5/config.json, with weight 1 for L_text.
+It starts from a run of stage 1. An adapter of Vicuna (LoRA, or virtual tokens with --prefix), the voken rows and the
+mapper's transformer are trained; the mapper's MLP and learned queries stay as stage 1 left them, and with --no-uas are
+trained, too. The loss is 0.01 L_text + L_LDM over three tasks: a picture for a text, a text for a picture, or both as
+the next step. The defaults are the paper's: 4 epochs, batches of 32, AdamW with learning rate 2e-5. The miniature has
+its own defaults, in WEIGHTS/minigpt5/config.json, with weight 1 for L_text.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from qformer import preprocess_input
 from tars.stories import StoryData
 from trainer.compiled import bucket_length, checkpoint_gradients, compile_losses, pad_pictures
 from trainer.log import Preview, picture_title
+from trainer.muon import Muon
 from trainer.options import RATE, SHARE, VOKENS, read_run_options
 from trainer.run import Run
 
@@ -59,8 +60,10 @@ def arguments() -> argparse.Namespace:
     add("--text-weight", type=number(0.0), default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
     add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
     add("--lr", type=RATE, default=2e-5, help="learning rate of the voken rows and the mapper")
+    add("--muon", type=RATE, metavar="LR", help="Muon for the mapper's matrices, with this rate; default: AdamW")
     add("--adapter-lr", type=RATE, help="learning rate of LoRA or the prefix; default: --lr")
     add("--vokens", type=VOKENS, default=8, help="vokens of a picture, where there is no stage 1 to start from")
+    add("--start-as", metavar="TEXT", help="with --no-uas: the vokens start as the embeddings of this text")
     add("--max-tokens", type=int, default=2048, help="longest sequence; a longer history loses its oldest steps")
     args = read_run_options(parser, "train_mls", out="runs/mls", epochs=4, batch_size=32)
     if args.uas and args.no_uas:
@@ -87,7 +90,8 @@ def main() -> None:
     # ---- model, of which the adapter, the voken rows and the mapper's transformer train
     is_blind = args.words_first and not (args.weights / "blip2").is_dir()  # SmolLM2's folder has no image encoder
     reads_pictures = not (is_precomputed or is_blind)
-    model = load_minigpt5(args.weights, stage_1, args.vokens, DTYPES[args.dtype], run.device, reads_pictures)
+    model = load_minigpt5(args.weights, stage_1, args.vokens, DTYPES[args.dtype], run.device, reads_pictures,
+                          start_as=None if stage_1 else args.start_as)  # fmt: skip
     if model.lora or model.prefix:
         raise ValueError(f"{stage_1}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
     if is_precomputed:
@@ -96,8 +100,9 @@ def main() -> None:
     model.add_adapters(lora=None if args.prefix else lora, prefix={} if args.prefix else None)
     trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
-    model.mapper.fc.requires_grad_(False)
-    model.mapper.t2i_decoder_prompt.requires_grad_(False)
+    if stage_1:  # whose MLP and queries stay as they are; without it they train, too
+        model.mapper.fc.requires_grad_(False)
+        model.mapper.t2i_decoder_prompt.requires_grad_(False)
     model.vokens.requires_grad_(not args.words_first)
     model.lora_for_words = args.words_first
     if trains_mapper:  # else guidance stays as stage 1 has it
@@ -134,11 +139,14 @@ def main() -> None:
 
     # ---- optimiser
     adapter = [p for name, p in trained.items() if "lora_" in name or "prefix_" in name]
-    others = [p for name, p in trained.items() if "lora_" not in name and "prefix_" not in name]
+    matrices = [p for p in model.mapper.parameters() if args.muon and p.requires_grad and p.dim() == 2]
+    theirs = {id(p) for p in (*adapter, *matrices)}
+    others = [p for p in trained.values() if id(p) not in theirs]
     adapter_lr = args.lr if args.adapter_lr is None else args.adapter_lr
     groups = [{"params": adapter, "lr": adapter_lr}, {"params": others, "lr": args.lr}]
     groups = [group for group in groups if group["params"]]  # --words-first trains LoRA alone
-    optimizer = torch.optim.AdamW(groups, eps=1e-8, fused=True)  # weight decay 0.01, torch's default
+    optimizers = [torch.optim.AdamW(groups, eps=1e-8, fused=True)]  # weight decay 0.01, torch's default
+    optimizers += [Muon(matrices, args.muon)] if matrices else []
 
     # ---- losses
     round_length = bucket_length if run.compiled else int
@@ -162,7 +170,7 @@ def main() -> None:
 
     # ---- training
     # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
-    for step in run.steps(model, [optimizer], batches, held_out, losses_of):
+    for step in run.steps(model, optimizers, batches, held_out, losses_of):
         for samples, generators in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, generators)
             run.backward(losses)
