@@ -110,9 +110,13 @@ class KVCache:
         self.padding = slots
 
     @property
+    def slots(self) -> int:
+        """How many slots attention reads: `used`, rounded up to 64, so that shapes change seldom."""
+        return -(-self.used // 64) * 64
+
+    @property
     def key_positions(self) -> Tensor:
-        """Positions (S,) of the slots that attention reads: `used`, rounded up to 64, so that shapes change seldom."""
-        return self.all_positions[: -(-self.used // 64) * 64]
+        return self.all_positions[: self.slots]  # (S,)
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
         """Reserve the next slots for the tokens where attention_mask (B, T) is 1; returns the slots of all (B, T)."""
@@ -125,7 +129,7 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         keys[self.batch, positions] = key
         values[self.batch, positions] = value
-        return keys[:, : len(self.key_positions)], values[:, : len(self.key_positions)]
+        return keys[:, : self.slots], values[:, : self.slots]
 
 
 class History:

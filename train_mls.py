@@ -68,6 +68,8 @@ def arguments() -> argparse.Namespace:
     args = read_run_options(parser, "train_mls", out="runs/mls", epochs=4, batch_size=32)
     if args.uas and args.no_uas:
         parser.error("--uas and --no-uas exclude each other")
+    if args.start_as and not args.no_uas:
+        parser.error("--start-as is for --no-uas: stage 1 has trained the vokens' rows")
     if args.words_first and (args.prefix or not args.data):
         parser.error("--words-first trains LoRA, not a prefix, and needs --data: drawn stories describe no pictures")
     if args.words_only and "image" in args.tasks:
@@ -91,7 +93,7 @@ def main() -> None:
     is_blind = args.words_first and not (args.weights / "blip2").is_dir()  # SmolLM2's folder has no image encoder
     reads_pictures = not (is_precomputed or is_blind)
     model = load_minigpt5(args.weights, stage_1, args.vokens, DTYPES[args.dtype], run.device, reads_pictures,
-                          start_as=None if stage_1 else args.start_as)  # fmt: skip
+                          start_as=args.start_as)  # fmt: skip
     if model.lora or model.prefix:
         raise ValueError(f"{stage_1}: stage 2 starts from a checkpoint of stage 1, this one has an adapter already")
     if is_precomputed:

@@ -1,5 +1,6 @@
 """What is typed, printed and stopped: no result is lost to a terminal, and bad input gets one line."""
 
+import argparse
 import io
 import os
 import re
@@ -20,7 +21,7 @@ import sample
 import train_mls
 import train_uas
 from common import terminal
-from common.cli import Printed, open_streams, run
+from common.cli import Printed, open_streams, read_arguments, run
 from common.images import ImageError, read_image
 from generation import Sampling, prompt_ids, say
 from published import convert
@@ -146,6 +147,22 @@ def test_extreme_options(weights, tar, tmp_path, monkeypatch, capsys):
     log = train(monkeypatch, weights, tar, tmp_path / "run", "--steps", 1, "--start-as", "[IMG0]</s>")
     assert len(log) == 1
     assert ask(monkeypatch, weights, tmp_path / "long", "--prompt", "x", "--max-new-tokens", 2_000_000_000)
+
+
+def test_help_says_defaults_of_zero(capsys):
+    parser = argparse.ArgumentParser()
+    for name, default in (("--zero", 0), ("--share", 0.0), ("--flag", False), ("--none", None)):
+        parser.add_argument(name, default=default, help="a value")
+    with pytest.raises(SystemExit):
+        read_arguments(parser, ["--help"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "a value" in line]
+    assert [line[-1] for line in lines] == ["0)", "0.0)", "value", "value"]
+
+
+def test_loaded_sampling_can_be_changed(weights):
+    """Fields beside a whole Sampling are not dropped."""
+    session = sample.load(weights, sampling=Sampling(steps=9, top_k=7), steps=3, read_pictures=False)
+    assert (session.sampling.steps, session.sampling.top_k) == (3, 7)
 
 
 def test_the_longest_answer_takes_no_memory(weights):

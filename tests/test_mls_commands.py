@@ -68,7 +68,7 @@ def test_what_trains(monkeypatch, weights, data, uas, tmp_path):
     assert all(after[name].abs().sum() > 0 for name in lora if "lora_B" in name)
 
 
-def test_what_trains_without_stage_1(monkeypatch, weights, data, tmp_path):
+def test_what_trains_without_stage_1(monkeypatch, weights, data, tmp_path, capsys):
     """All of the mapper, its matrices with Muon if asked; the vokens start as the text that is named."""
     made, options = noting(monkeypatch, train_mls, "Muon"), ("--no-uas", "--start-as", "a", "--save-every", 1)
     train(monkeypatch, weights, data / "stories.tar", tmp_path / "run", "--steps", 2, "--muon", 0.02, *options)
@@ -76,6 +76,8 @@ def test_what_trains_without_stage_1(monkeypatch, weights, data, tmp_path):
     names = [name for name in before if name.startswith(("fc.", "t2i_decoder_prompt", "llm_to_t2i_mapping"))]
     assert {"fc.0.weight", "t2i_decoder_prompt"} <= {*names}
     assert not any(torch.equal(before[name], after[name]) for name in names)
+    training = ("--weights", weights, "--data", data / "stories.tar", "--out", tmp_path / "no", "--start-as", "a")
+    fails(train_mls.main, monkeypatch, capsys, "--start-as is for --no-uas", *training)
     ((matrices, rate), _) = made[0]
     assert rate == 0.02 and len(matrices) == sum(before[name].dim() == 2 for name in names)
     model = load_minigpt5(weights, read_pictures=False)

@@ -47,7 +47,14 @@ def test_two_runs_in_one_folder(monkeypatch, weights, tar, tmp_path, capsys):
 
 
 def test_names_of_a_run_s_files():
-    for name in ("step-00000001", "step-00000001.old", "log.jsonl", "samples.png", "pairs-20000-0.tar"):
+    for name in (
+        "step-00000001",
+        "step-00000001.old",
+        "log.jsonl",
+        "samples.png",
+        "drawn-20000-0.tar",
+        "data-0.tar.index.npz",
+    ):
         assert re.fullmatch(FILES, name)
     assert not re.fullmatch(FILES, "notes") and not re.fullmatch(FILES, "step-1")
 
