@@ -6,7 +6,7 @@
 
 Words are shown as they come and pictures while they are denoised. A story begins with a sentence of yours and goes on
 at every press of "Next step". Every visitor has a chat of their own; answers are made one after the other. The
-page is for this machine alone unless --host says otherwise; it has no passwords.
+page is for this machine alone unless --host says otherwise; it asks for no password.
 """
 
 import argparse
@@ -36,7 +36,7 @@ except ImportError:
 
 CHAT, STORY = "Chat", "Story"
 PREVIEW_EVERY = 3  # denoising steps
-LEAST_WIDTH = 256  # pixels of a picture on the page
+LEAST_WIDTH = 256  # pixels; narrower pictures are enlarged on the page
 EXAMPLES = [
     "a red boat on the sea at night",
     "draw a cat in the snow",
@@ -61,20 +61,20 @@ def image_part(picture: Image.Image) -> "gr.Image":
 
 
 def messages(segments: Segments) -> list[dict]:
-    """An answer as the page's messages: texts, and pictures with what they show below them."""
-    said = []
+    """An answer as the page's messages: texts, and pictures with their descriptions below them."""
+    parts = []
     for segment in segments:
         if isinstance(segment, str):
-            said.append(segment)
+            parts.append(segment)
         else:
-            about = segment.info.get("description")
-            said += [image_part(segment), f"*{about}*"] if about else [image_part(segment)]
-    return [{"role": "assistant", "content": part} for part in said]
+            description = segment.info.get("description")
+            parts += [image_part(segment), f"*{description}*"] if description else [image_part(segment)]
+    return [{"role": "assistant", "content": part} for part in parts]
 
 
 def stream(session: Session, work: Callable[[], Segments]) -> Iterator[Segments]:
-    """Yields an answer as far as it is made, again and again, and at last the whole. `work` makes it in a thread, which
-    stops at the next token or denoising step where nobody waits any more."""
+    """Yields the unfinished answer again and again, and at last the whole one. `work` makes it in a thread, which stops
+    at the next token or denoising step when this generator is closed."""
     events, stopped = queue.Queue(), threading.Event()
 
     def watch(ids: list[int] | None = None, done: int = 0, steps: int = 0, latents=None) -> None:

@@ -1,7 +1,7 @@
 """Answers: the language model's words, and a picture wherever it says [IMG0].
 
     prompt_ids -> token ids            (T,)             <s> and the prompt, Q placeholders for each input picture
-    say        -> ids, voken features  (M, N, D)        what an answer says, and the features of its M pictures
+    say        -> ids, voken features  (M, N, D)        an answer's tokens, and the features of its M pictures
     paint      -> pixels               (M, 3, H, W)     denoised under the mapper's conditioning
     answer     -> text and pictures in order
 
@@ -129,13 +129,13 @@ def read(
 
 @dataclass
 class Decoding:
-    """An answer in the making: the state of one prompt's decoding."""
+    """The state of one prompt's decoding: its answer so far."""
 
-    used: int  # positions so far, the prompt's among them
-    limit: int  # positions that it may use
+    length: int  # positions that prompt and answer take so far
+    limit: int  # positions that they may take
     ids: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)  # (N, D) of each picture
-    active: bool = True
+    active: bool = True  # until the answer has ended
 
 
 @torch.inference_mode()
@@ -152,24 +152,25 @@ def say(
     pixels: all input pictures in order, as `MiniGPT5.embed` takes them. When [IMG0] is sampled, all N vokens are fed at
     once and [IMG0] alone is recorded; text goes on after the last one. An answer ends with </s>, with "###", after
     max_new_tokens sampled tokens, of which [IMG0] is one, or when another N positions do not fit into max_new_tokens +
-    MAX_PICTURES * N or into the model's context. The stop ids stay in it. The repetition penalty counts <s> and what
-    was said, not the prompt. ValueError for a prompt that leaves no room.
+    MAX_PICTURES * N or into the model's context. The stop ids stay in it. The repetition penalty is on <s> and the
+    answer's ids, not on the prompt's. ValueError for a prompt that leaves no room.
     """
     tokenizer, positions = model.tokenizer, model.llama.config.max_position_embeddings
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions))
     vokens, N = tokenizer.voken_ids, len(tokenizer.voken_ids)
-    rooms, longest = [room_after(model, ids) for ids in prompts], max(map(len, prompts))
-    if min(rooms) < N:
-        raise ValueError(f"the prompt has {longest} tokens, room is for {min(rooms) + longest - N}")
-    limits = [min(room, sampling.max_new_tokens + MAX_PICTURES * N) for room in rooms]
-    answers = [Decoding(positions - room, positions - room + more) for room, more in zip(rooms, limits, strict=True)]
+    longest, room = max(map(len, prompts)), positions - model.virtual_tokens - N  # room for a prompt
+    if longest > room:
+        raise ValueError(f"the prompt has {longest} tokens, room is for {room}")
+    longest_answer = sampling.max_new_tokens + MAX_PICTURES * N  # in positions
+    lengths = [model.virtual_tokens + len(ids) for ids in prompts]
+    answers = [Decoding(length, limit=min(length + longest_answer, positions)) for length in lengths]
 
     cache = open_cache(model, len(prompts), max(answer.limit for answer in answers), sampling)
     device = cache.device
     chances = torch.zeros(sampling.max_new_tokens, len(prompts), device=device)
     if sampling.temperature:  # at 0 no random number is used up, so that a picture's noise is the generator's first
-        own = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
-        chances = torch.stack(own, 1).to(device)
+        columns = [torch.rand(len(chances), generator=g, device=g.device) for g in generators]
+        chances = torch.stack(columns, 1).to(device)
     seen = torch.zeros(len(prompts), tokenizer.vocabulary, dtype=torch.bool, device=device)
     seen[:, tokenizer.bos_id] = tokenizer.bos_id != tokenizer.eos_id  # a penalty on </s> would lengthen the answers
 
@@ -179,30 +180,29 @@ def say(
         picked = torch.full_like(picked, vokens[0])
     for position in range(1, sampling.max_new_tokens + 1):
         seen.scatter_(1, picked[:, None], True)
-        fed, with_picture = [[] for _ in prompts], []
-        for i, token in enumerate(picked.tolist()):  # the host waits for the device here
-            answer = answers[i]
+        next_ids = [[] for _ in prompts]  # what the model reads next: nothing where an answer has ended
+        for i, (answer, token) in enumerate(zip(answers, picked.tolist(), strict=True)):  # waits for the device
             if answer.active:
                 answer.ids.append(token)
-                fed[i] = vokens if token == vokens[0] else [token]
-                with_picture += [i] if token == vokens[0] else []
-                answer.used += len(fed[i])
-                answer.active = not tokenizer.ends(answer.ids) and answer.used + N <= answer.limit
+                next_ids[i] = vokens if token == vokens[0] else [token]
+                answer.length += len(next_ids[i])
+                answer.active = not tokenizer.ends(answer.ids) and answer.length + N <= answer.limit
+        with_picture = [i for i, ids in enumerate(next_ids) if vokens[0] in ids]  # the answers that begin one now
         if watch:
             watch(ids=answers[0].ids)
         is_last = position == sampling.max_new_tokens or not any(answer.active for answer in answers)
         if is_last and not with_picture:
             break
         if not sampling.compile:
-            cache.used = max(answer.used for answer in answers)
-        ids, mask = pad_right(fed, tokenizer.eos_id, device)
+            cache.used = max(answer.length for answer in answers)
+        ids, mask = pad_right(next_ids, tokenizer.eos_id, device)
         step = partial(compiled_step, read) if sampling.compile and not with_picture else read
-        states, following, picked = step(model, cache, ids, mask, seen, chances[position % len(chances)], sampling)
+        states, last, picked = step(model, cache, ids, mask, seen, chances[position % len(chances)], sampling)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
             answers[i].features.append(torch.cat([hidden[i : i + 1], states[i, : N - 1]]).float())
         if is_last:  # this pass was for the features of a picture, not for the token that it picked
             break
-        hidden = following
+        hidden = last
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
     return [(answer.ids, torch.stack(answer.features) if answer.features else empty) for answer in answers]
 
@@ -243,8 +243,8 @@ def denoise(
         x = torch.cat([latents, latents] if guided else [latents])
         prediction = unet(x, timestep, conditioning).to(torch.float32, copy=True)  # a CUDA graph overwrites its output
         if guided:
-            without, given = prediction.chunk(2)
-            prediction = without + sampling.guidance * (given - without)
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + sampling.guidance * (conditional - unconditional)
         latents = sampler.step(prediction, index, latents)
         if watch:
             watch(done=index + 1, steps=len(sampler.timesteps), latents=latents)
@@ -261,7 +261,7 @@ def split(segments: Segments) -> tuple[str, tuple[Image.Image, ...]]:
 
 
 def segments_of(model: MiniGPT5, ids: list[int], pictures: Iterator[Image.Image]) -> Segments:
-    """What was said, with the next of the pictures in the place of every [IMG0]; other special tokens are left out."""
+    """The text of `ids`, with the next of the pictures in the place of every [IMG0], without other special tokens."""
     tokenizer, segments, text = model.tokenizer, [], []
     for i in [*ids, tokenizer.eos_id]:
         if i not in (tokenizer.voken_ids[0], tokenizer.eos_id):
@@ -290,51 +290,51 @@ def answer(
     """
     if sampling.words_first:
         sampling = replace(sampling, words_first=False)
-        said = answer(model, prompts, pictures, sampling, generators, pad, watch)
-        return paint_described(model, said, sampling, generators, watch)
-    for ids, given in zip(prompts, pictures, strict=True):
+        answers = answer(model, prompts, pictures, sampling, generators, pad, watch)
+        return paint_described(model, answers, sampling, generators, watch)
+    for ids, inputs in zip(prompts, pictures, strict=True):
         places = ids.count(model.tokenizer.image_id) // model.queries
-        if places != len(given):
-            raise ValueError(f"{len(given)} pictures for {places} places in the prompt")
+        if places != len(inputs):
+            raise ValueError(f"{len(inputs)} pictures for {places} places in the prompt")
     pixels = None
     if any(pictures):
         if model.image_encoder is None:
             raise ValueError("these weights have no image encoder (the folder blip2), so they cannot read pictures")
         size = model.image_encoder.vision_model.config.image_size
-        pixels = torch.stack([preprocess_input(picture, size, pad) for given in pictures for picture in given])
+        pixels = torch.stack([preprocess_input(picture, size, pad) for inputs in pictures for picture in inputs])
         pixels = pixels.to(model.device, dtype_of(model.image_encoder))
-    said = say(model, prompts, pixels, sampling, generators, watch)
-    counts = [len(features) for _, features in said]
-    painted = []
+    replies = say(model, prompts, pixels, sampling, generators, watch)
+    counts = [len(features) for _, features in replies]
+    outputs = []
     if sum(counts):
         latents = [model.sample_latents(n, generator) for n, generator in zip(counts, generators, strict=True)]
-        features, latents = torch.cat([features for _, features in said]), torch.cat(latents)
+        features, latents = torch.cat([features for _, features in replies]), torch.cat(latents)
         at_once = 1 if sampling.compile else len(features)  # another number of pictures would be compiled anew
         for part, noise in zip(features.split(at_once), latents.split(at_once), strict=True):
-            painted += map(to_image, paint(model, part, sampling, noise, watch))
-    remaining = iter(painted)
-    return [segments_of(model, ids, remaining) for ids, _ in said]
+            outputs += map(to_image, paint(model, part, sampling, noise, watch))
+    remaining = iter(outputs)
+    return [segments_of(model, ids, remaining) for ids, _ in replies]
 
 
 def paint_described(
-    model: MiniGPT5, said: list[Segments], sampling: Sampling, generators: list[torch.Generator], watch: Watch | None
+    model: MiniGPT5, answers: list[Segments], sampling: Sampling, generators: list[torch.Generator], watch: Watch | None
 ) -> list[Segments]:
-    """Words first: the answers `said`, with the picture in the place of a description in parentheses: "it turns blue.
-    (a boat that is ...)". Its vokens are read after the description alone, as in stage 1 after a caption. The picture's
-    `info` keeps the description. LoRA that was trained for words alone is set aside, since stage 1 had none."""
-    descriptions = [description_in(split(segments)[0]) for segments in said]
-    pictured = [i for i, description in enumerate(descriptions) if description]
-    if not pictured:
-        return said
-    captions = [prompt_ids(model, descriptions[i]) for i in pictured]
+    """Words first: in the answers, whose words are there already, a picture takes the place of its description in
+    parentheses: "it turns blue. (a boat that is ...)". Its vokens are read after the description alone, as in stage 1
+    after a caption, without LoRA that was trained for words alone. The picture's `info` holds the description."""
+    descriptions = [description_in(split(segments)[0]) for segments in answers]
+    indices = [i for i, description in enumerate(descriptions) if description]
+    if not indices:
+        return answers
+    captions = [prompt_ids(model, descriptions[i]) for i in indices]
     alone = replace(sampling, force_image=True, temperature=0.0, max_new_tokens=1)  # a picture and no words
-    with lora.without(model.lora) if model.lora_for_words else nullcontext():
-        painted = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in pictured], watch=watch)
-    for i, (picture,) in zip(pictured, painted, strict=True):
+    with lora.disabled(model.lora) if model.lora_for_words else nullcontext():
+        outputs = answer(model, captions, [[]] * len(captions), alone, [generators[i] for i in indices], watch=watch)
+    for i, (picture,) in zip(indices, outputs, strict=True):
         picture.info["description"] = descriptions[i]
-        words = DESCRIPTION.sub("", split(said[i])[0], count=1).strip()
-        said[i] = [words, picture] if words else [picture]
-    return said
+        words = DESCRIPTION.sub("", split(answers[i])[0], count=1).strip()
+        answers[i] = [words, picture] if words else [picture]
+    return answers
 
 
 # ---- the cache

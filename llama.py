@@ -70,8 +70,8 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     if scaling.rope_type == "llama3":
         turns = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+        share = ((turns - low) / (high - low)).clamp(0, 1)  # of each frequency, which stays undivided
+        frequencies = share * frequencies + (1 - share) * frequencies / scaling.factor
     return frequencies
 
 
@@ -132,11 +132,11 @@ class KVCache:
         return keys[:, : self.slots], values[:, : self.slots]
 
 
-class History:
-    """The key-value cache of training, appended to and never overwritten, so that gradients can flow.
+class GrowingKVCache:
+    """The key-value cache of training. It grows by concatenation and is never overwritten, so that gradients can flow.
 
-    A pass without gradients keeps its keys and values for the next pass, in which no token attends to its padding. A
-    pass with gradients keeps none, so that gradient checkpointing may compute its layers a second time.
+    A pass without gradients stores its keys and values for the next pass, in which no token attends to its padding. A
+    pass with gradients stores none, so that gradient checkpointing may compute its layers a second time.
     """
 
     def __init__(self, batch: int, device):
@@ -145,10 +145,10 @@ class History:
         self.key_positions = torch.empty(batch, 1, 1, 0, dtype=torch.long, device=device)
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
-        """Positions (B, T) of the next pass's tokens, which are noted for the masks of this and later passes."""
+        """Positions (B, T) of the next pass's tokens, which are stored for the masks of this and later passes."""
         positions = self.lengths[:, None] + attention_mask.cumsum(-1) - 1
-        never = torch.iinfo(torch.long).max
-        new = torch.where(attention_mask.bool(), positions, never)[:, None, None]  # (B, 1, 1, T)
+        unreachable = torch.iinfo(torch.long).max  # higher than any token's position: no token attends to padding
+        new = torch.where(attention_mask.bool(), positions, unreachable)[:, None, None]  # (B, 1, 1, T)
         self.key_positions = torch.cat([self.key_positions, new], dim=-1)
         self.lengths = self.lengths + attention_mask.sum(-1)
         return positions
@@ -223,13 +223,13 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
-        self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | History | None = None
+        self, embeddings: Tensor, attention_mask: Tensor | None = None, cache: KVCache | GrowingKVCache | None = None
     ) -> Tensor:
         """embeddings (B, T, D) -> hidden states after the final norm (B, T, D).
 
-        attention_mask (B, T): 1 on tokens, 0 on padding at either side, whose hidden states mean nothing. A batch
-        padded on the right needs no mask, since no token attends to those after it. With a cache the T tokens continue
-        what the cache holds, and are stored in it.
+        attention_mask (B, T): 1 on tokens, 0 on padding on the left or right, whose hidden states mean nothing. A
+        batch padded on the right needs no mask, since no token attends to later ones. With a cache the T tokens
+        continue what the cache holds, and are stored in it.
         """
         B, T, _ = embeddings.shape
         device = embeddings.device

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from llama import History, KVCache, LlamaConfig
+from llama import GrowingKVCache, KVCache, LlamaConfig
 
 TARGETS = ("q_proj", "v_proj")
 
@@ -64,7 +64,7 @@ def add_lora(
 
 
 @contextmanager
-def without(layers: list[LoRALinear]) -> Iterator[None]:
+def disabled(layers: list[LoRALinear]) -> Iterator[None]:
     """A context in which the layers leave out their updates."""
     for layer in layers:
         layer.active = False
@@ -99,11 +99,11 @@ class Prefix(nn.Module):
             cache.keys[layer][:, :P], cache.values[layer][:, :P] = keys[layer], values[layer]
         cache.lengths += P
 
-    def history(self, batch: int, dtype: torch.dtype) -> History:
-        """Training: a cache that holds the prefix. Gradients reach the prefix."""
+    def growing_cache(self, batch: int, dtype: torch.dtype) -> GrowingKVCache:
+        """Training: a cache that holds the prefix for every sequence of a batch. Gradients reach the prefix."""
         keys, values = (y.to(dtype)[:, None].expand(-1, batch, -1, -1, -1) for y in self())  # (L, B, P, H, Dh)
         P = keys.shape[2]
-        history = History(batch, keys.device)
-        history.reserve(torch.ones(batch, P, dtype=torch.long, device=keys.device))
-        history.layers = dict(enumerate(zip(keys, values, strict=True)))
-        return history
+        cache = GrowingKVCache(batch, keys.device)
+        cache.reserve(torch.ones(batch, P, dtype=torch.long, device=keys.device))
+        cache.layers = dict(enumerate(zip(keys, values, strict=True)))
+        return cache

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common.collate import IGNORE, Batch
 from common.tokenizer import Tokenizer
-from llama import History, Llama
+from llama import GrowingKVCache, Llama
 from lora import Prefix, add_lora
 from mapper import VokenMapper
 from prompts import System
@@ -135,8 +135,8 @@ class MiniGPT5(nn.Module):
         self.virtual_tokens = 0  # positions that a prefix takes before every sequence
         # How many embeddings stand for an input picture; 1 where no picture is read.
         self.queries = image_encoder.query_tokens.shape[1] if image_encoder else 1
-        # What a released checkpoint brings beside these: Vicuna's tables as they were then, how its prompts open, and
-        # the special token that they begin with.
+        # A released checkpoint also has Vicuna's tables as they were in its training, the sentences that open its
+        # prompts, and the special token that they begin with.
         self.tables: dict[str, Tensor] = {}
         self.system: System | None = None
         self.first_token: str | None = None
@@ -173,15 +173,15 @@ class MiniGPT5(nn.Module):
         """
         B, T, D = embeddings.shape
         if self.lora or self.prefix:  # stage 2: its adapters train at every position
-            return self.llama(embeddings, cache=self.prefix.history(B, embeddings.dtype) if self.prefix else None)
+            return self.llama(embeddings, cache=self.prefix.growing_cache(B, embeddings.dtype) if self.prefix else None)
         L = targets.shape[1]
-        at = targets[..., None].expand(-1, -1, D)
+        indices = targets[..., None].expand(-1, -1, D)
         is_source = torch.arange(T - L, device=targets.device) < targets[:, :1]  # (B, T - L)
-        history = History(B, targets.device)
+        cache = GrowingKVCache(B, targets.device)
         with torch.no_grad():
-            source = self.llama(embeddings[:, : T - L], is_source.long(), history)  # (B, T - L, D)
-        target = self.llama(embeddings.gather(1, at), cache=history)  # (B, L, D)
-        return F.pad(source, (0, 0, 0, L)).scatter(1, at, target)
+            source = self.llama(embeddings[:, : T - L], is_source.long(), cache)  # (B, T - L, D)
+        target = self.llama(embeddings.gather(1, indices), cache=cache)  # (B, L, D)
+        return F.pad(source, (0, 0, 0, L)).scatter(1, indices, target)
 
     def voken_features(self, hidden: Tensor, sequences: Tensor, starts: Tensor) -> Tensor:
         """hidden (B, T, D) -> (M, N, D): the states that predict [IMG0]..[IMGN-1], each one position before its voken.
@@ -295,7 +295,7 @@ class MiniGPT5(nn.Module):
     # ---- what trains
 
     def add_adapters(self, lora: dict | None = None, prefix: dict | None = None) -> None:
-        """Stage 2's change of the language model: the options of `lora.add_lora`, or those of `lora.Prefix`."""
+        """Add stage 2's adapter to the language model. lora: options of `lora.add_lora`; prefix: of `lora.Prefix`."""
         if lora is not None:
             self.lora = add_lora(self.llama.model, **lora)
         if prefix is not None:

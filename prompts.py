@@ -14,7 +14,7 @@ A language model other than Vicuna may have its own chat template: its tokenizer
 (published/byte_pairs.py). How the released checkpoints' prompts were worded is in published/convert.py.
 
 A text of the outside world is cleaned and escaped once, where it enters: `clean_caption` or `one_line` cleans it, and
-`Tokenizer.plain` escapes what would be read as a special token. The readers of tars and sample.py do this for turns.
+`Tokenizer.escape` escapes what would be read as a special token. The readers of tars and sample.py do this for turns.
 A caption is cleaned by its reader and escaped when its prompt is made, since Stable Diffusion's text encoder, for which
 nothing in it is special, reads it too. The functions here expect texts that are clean and escaped.
 """
@@ -81,8 +81,8 @@ DESCRIPTION = re.compile(r"\(([^()]+)\)")
 def description_in(text: str) -> str | None:
     """The description of a picture that a text of the language model has in parentheses, or None. The signs with which
     special tokens begin (<, [ and #) become spaces."""
-    found = DESCRIPTION.search(text)
-    return found and re.sub(r"[<\[#]", " ", found[1]).strip()
+    match = DESCRIPTION.search(text)
+    return match and re.sub(r"[<\[#]", " ", match[1]).strip()
 
 
 # ---- stage 1
@@ -170,19 +170,19 @@ def chat_history(turns: list[Turn], k: int, words_first: bool) -> list[Turn]:
     """The turns of a chat that are read before turn k: those from `history_start` on. With words first, the exchange of
     the last picture goes before them if it is an older one."""
     start = history_start(k)
-    pictured = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
-    first = pictured[-1] // 2 * 2 if pictured and words_first else start
+    with_picture = [i for i, turn in enumerate(turns[:k]) if turn.pictures or description_in(turn.text)]
+    first = with_picture[-1] // 2 * 2 if with_picture and words_first else start
     return (turns[first : first + 2] if first < start else []) + turns[start:k]
 
 
 def user_turn(tokenizer: Tokenizer, text: str, pictures: tuple = ()) -> Turn:
     """What somebody typed, clean and escaped."""
-    return Turn(tokenizer.plain(one_line(text)), pictures)
+    return Turn(tokenizer.escape(one_line(text)), pictures)
 
 
 def model_turn(tokenizer: Tokenizer, words: str, pictures: tuple = ()) -> Turn:
-    """What the model said. Pictures that were put into words first are remembered by these words."""
-    described = [picture.info["description"] for picture in pictures if "description" in picture.info]
-    if described:
-        words, pictures = " ".join([words, *(f"({description})" for description in described)]).strip(), ()
-    return Turn(tokenizer.plain(one_line(words)), pictures)
+    """What the model said. A picture that was put into words first is replaced by these words."""
+    descriptions = [picture.info["description"] for picture in pictures if "description" in picture.info]
+    if descriptions:
+        words, pictures = " ".join([words, *(f"({description})" for description in descriptions)]).strip(), ()
+    return Turn(tokenizer.escape(one_line(words)), pictures)

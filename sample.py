@@ -79,20 +79,20 @@ def load(
     sampling = sampling or Sampling.of(suited_options(weights, "sample"))
     sampling = replace(sampling, **changes) if changes else sampling
     files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
-    found = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
-    if found is None:
+    trained = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
+    if trained is None:
         print("no trained checkpoint found: voken rows and mapper are untrained, pictures will be noise")
     torch.manual_seed(seed)  # the mapper starts at random where there is no checkpoint
     if sampling.words_first:  # its chats can do without an image encoder
         read_pictures &= (weights / "blip2").is_dir()
     device = pick_device(device) if isinstance(device, str) else device
     options = {"dtype": DTYPES[dtype], "device": device, "read_pictures": read_pictures, "int8": int8}
-    return Session(load_minigpt5(weights, found, **options).eval(), sampling, seed, Words.of(weights))
+    return Session(load_minigpt5(weights, trained, **options).eval(), sampling, seed, Words.of(weights))
 
 
 class Session:
-    """A model, how its answers are sampled, and the turns of one chat or story. Every text is cleaned, and special
-    tokens in it become plain text.
+    """A model, how its answers are sampled, and the turns of one chat or story. Every text is cleaned and escaped, so
+    that no special token is read in it.
 
     watch: is called while an answer is made (`generation.Watch`).
     """
@@ -116,18 +116,18 @@ class Session:
 
     def answers(self, texts: list[str], seeds: list[int], pictures: tuple[Image.Image, ...] = ()) -> list[Segments]:
         """An answer to each text by itself, with its seed. The pictures come with every one of them."""
-        model, said = self.model, []
+        model, results = self.model, []
         if pictures or self.sampling.words_first or model.lora or model.prefix:
             turns = {text: self.user_turn(text, pictures) for text in dict.fromkeys(texts)}
             ids = [prompt_ids(model, prompts.dialog_source([turns[text]], 1, self.system)) for text in texts]
         else:  # stage 1 reads bare captions
-            clean = [clean_caption(text) or prompts.one_line(text) for text in texts]
-            ids = [prompt_ids(model, model.tokenizer.plain(text)) for text in clean]
+            captions = [clean_caption(text) or prompts.one_line(text) for text in texts]
+            ids = [prompt_ids(model, model.tokenizer.escape(caption)) for caption in captions]
         for first in range(0, len(ids), BATCH):
             part = ids[first : first + BATCH]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + BATCH]]
-            said += answer(model, part, [list(pictures)] * len(part), self.sampling, generators, watch=self.watch)
-        return said
+            results += answer(model, part, [list(pictures)] * len(part), self.sampling, generators, watch=self.watch)
+        return results
 
     def chat(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Segments:
         """The answer to the next turn of the chat. Where that fails, the chat stays as it was."""
@@ -160,7 +160,7 @@ class Session:
 
     def user_turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
         """What somebody typed, its typos corrected where the weights bring a list of words. Words that are not in the
-        list are said on standard error."""
+        list are printed to standard error."""
         text, unknown = self.words.read(text) if self.words else (text, [])
         if unknown:
             print(f"not in the miniature's world: {', '.join(unknown)}", file=sys.stderr)
@@ -246,10 +246,10 @@ def main() -> None:
     else:
         count, turns = args.count, []
         seeds = [args.seed + k for k in range(count)] * len(texts)
-        said = session.answers([text for text in texts for _ in range(count)], seeds, tuple(pictures))
+        answers = session.answers([text for text in texts for _ in range(count)], seeds, tuple(pictures))
         for number, text in enumerate(texts):
-            turns += [("you", [text])] if len(said) > 1 else []
-            turns.append(("model", list(chain(*said[number * count : (number + 1) * count]))))
+            turns += [("you", [text])] if len(answers) > 1 else []
+            turns.append(("model", list(chain(*answers[number * count : (number + 1) * count]))))
         write_answer(turns, args.prompt or args.prompts.name, args.seed, out)
         terminal.show(*chain(*(segments for _, segments in turns)))
     answered = time.perf_counter()

@@ -66,7 +66,7 @@ class NoiseSchedule:
         snr = self.snr(t)
         if gamma <= 0:
             return torch.ones_like(snr)
-        # A loss on epsilon is the loss on x_0 times SNR, a loss on v times SNR + 1; min(SNR, gamma) is wanted of both.
+        # A loss on epsilon is the loss on x_0 times SNR, a loss on v times SNR + 1; min(SNR, gamma) replaces both.
         return snr.clamp(max=gamma) / (snr if self.config.prediction_type == "epsilon" else snr + 1)
 
 

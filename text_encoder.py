@@ -57,12 +57,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.out_proj = nn.Linear(D, D)
 
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, Dh)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -85,8 +85,8 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), allowed)
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -107,13 +107,13 @@ class TextEncoder(nn.Module):
         model.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        allowed = None
+        mask = None
         if attention_mask is not None:
             T = input_ids.shape[1]
             causal = torch.ones(T, T, dtype=torch.bool, device=input_ids.device).tril()
-            allowed = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, T, T): query reads key
+            mask = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, T, T): whether a query reads a key
         model = self.text_model
         x = model.embeddings(input_ids)  # (B, T, D)
         for layer in model.encoder.layers:
-            x = layer(x, allowed)
+            x = layer(x, mask)
         return model.final_layer_norm(x)

@@ -81,8 +81,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     run = Run(args, "mls")
-    shipped = None if args.no_uas else find_checkpoint(args.weights / "minigpt5")
-    stage_1 = given_checkpoint(args.uas) if args.uas else shipped
+    default = None if args.no_uas else find_checkpoint(args.weights / "minigpt5")
+    stage_1 = given_checkpoint(args.uas) if args.uas else default
 
     # ---- tars, before the model: encoders whose outputs are precomputed are not loaded
     *tars, precomputed = run.find_tars("turns", write_stories)  # of --data, and of --val
@@ -142,8 +142,8 @@ def main() -> None:
     # ---- optimiser
     adapter = [p for name, p in trained.items() if "lora_" in name or "prefix_" in name]
     matrices = [p for p in model.mapper.parameters() if args.muon and p.requires_grad and p.dim() == 2]
-    theirs = {id(p) for p in (*adapter, *matrices)}
-    others = [p for p in trained.values() if id(p) not in theirs]
+    with_own_rate = {id(p) for p in (*adapter, *matrices)}
+    others = [p for p in trained.values() if id(p) not in with_own_rate]
     adapter_lr = args.lr if args.adapter_lr is None else args.adapter_lr
     groups = [{"params": adapter, "lr": adapter_lr}, {"params": others, "lr": args.lr}]
     groups = [group for group in groups if group["params"]]  # --words-first trains LoRA alone

@@ -75,7 +75,7 @@ def main() -> None:
     if picture_key == "moments":
         model.vae.encoder = None
     empty = [""] if encodes_captions else precomputed.empty_caption
-    empty_caption = None if args.no_cap else model.encode_captions(empty)
+    empty_encoding = None if args.no_cap else model.encode_captions(empty)
     counts = [sum(p.numel() for p in part.parameters()) for part in (model.vokens, model.mapper)]
     print("trained: {:,} parameters in the voken rows, {:,} in the mapper; all else is frozen".format(*counts))
     if args.gradient_checkpointing:
@@ -100,14 +100,14 @@ def main() -> None:
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
         """The losses of some caption-picture pairs: loss = 0.01 text_loss + ldm_loss (Eq. 3) + 0.1 cap_loss."""
-        plain = map(model.tokenizer.plain, samples["captions"])
-        texts = [uas_texts(c, args.vokens, i) for c, i in zip(plain, samples["instructions"], strict=True)]
+        captions = map(model.tokenizer.escape, samples["captions"])
+        texts = [uas_texts(c, args.vokens, i) for c, i in zip(captions, samples["instructions"], strict=True)]
         batch = collate(model.tokenizer, texts, model.queries, round_length, limit=MAX_TOKENS)
         run.preview = run.preview or Preview(batch, None, samples[picture_key], samples["captions"])
         drop_rate = DROP_RATE if model.training and not args.no_cfg else 0.0
         noise = model.sample_noise(batch.picture_sequences.tolist(), generators, drop_rate)
         posterior = None if args.no_ldm else model.encode_pictures(samples[picture_key])
-        encodings = None if args.no_cap else (model.encode_captions(samples[caption_key]), empty_caption)
+        encodings = None if args.no_cap else (model.encode_captions(samples[caption_key]), empty_encoding)
         return model.losses(batch, noise, posterior, encodings, min_snr_gamma=args.min_snr_gamma)
 
     # ---- training

@@ -182,12 +182,12 @@ class UpBlock(nn.Module):
     """One level on the way up: every ResBlock also takes in one map of the way down."""
 
     def __init__(
-        self, config: UNetConfig, channels_in: int, skipped: list[int], channels: int, heads: int, upsample: bool
+        self, config: UNetConfig, channels_in: int, skip_channels: list[int], channels: int, heads: int, upsample: bool
     ):
         super().__init__()
-        widths = [channels_in] + [channels] * (len(skipped) - 1)
+        widths = [channels_in] + [channels] * (len(skip_channels) - 1)
         self.resnets = nn.ModuleList(
-            ResBlock(config, width + skip, channels) for width, skip in zip(widths, skipped, strict=True)
+            ResBlock(config, width + skip, channels) for width, skip in zip(widths, skip_channels, strict=True)
         )
         self.attentions = nn.ModuleList(SpatialTransformer(config, channels, heads) for _ in widths if heads)
         self.upsamplers = nn.ModuleList([upsampler(channels)] if upsample else [])
@@ -213,20 +213,20 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(OrderedDict(linear_1=linear_1, silu=nn.SiLU(), linear_2=linear_2))
 
         self.down_blocks = nn.ModuleList()
-        kept = [width]  # channels of every map that the way up takes in again
+        skip_channels = [width]  # those of every map that the way up takes in again
         for level, kind in enumerate(config.down_block_types):
             level_heads = heads[level] if kind == "CrossAttnDownBlock2D" else 0
             downsample = level < levels - 1
             self.down_blocks.append(DownBlock(config, width, channels[level], level_heads, downsample))
             width = channels[level]
-            kept += [width] * (layers + downsample)
+            skip_channels += [width] * (layers + downsample)
         self.mid_block = MidBlock(config, width, heads[-1])
 
         self.up_blocks = nn.ModuleList()
         for level, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
             level_heads = heads[level] if kind == "CrossAttnUpBlock2D" else 0
-            skipped = [kept.pop() for _ in range(layers + 1)]
-            self.up_blocks.append(UpBlock(config, width, skipped, channels[level], level_heads, upsample=level > 0))
+            skips = [skip_channels.pop() for _ in range(layers + 1)]
+            self.up_blocks.append(UpBlock(config, width, skips, channels[level], level_heads, upsample=level > 0))
             width = channels[level]
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
@@ -249,12 +249,12 @@ class UNet(nn.Module):
         time = F.silu(self.time_embedding(time.to(dtype)))  # (B or 1, 4 C0)
 
         x = self.conv_in(sample)
-        kept = [x]
+        skips = [x]
         for block in self.down_blocks:
-            x, skips = block(x, time, conditioning)
-            kept += skips
+            x, maps = block(x, time, conditioning)
+            skips += maps
         x = self.mid_block(x, time, conditioning)
         for block in self.up_blocks:
-            skips = [kept.pop() for _ in block.resnets]
-            x = block(x, skips, time, conditioning)
+            maps = [skips.pop() for _ in block.resnets]
+            x = block(x, maps, time, conditioning)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -9,7 +9,7 @@
 
 In Divter (Sun et al. 2022) a captioner describes the pictures of the training dialogues. Its captions come in a file, a
 line {"file": "KEY.1.jpg", "caption": ...} for each picture of the tar. In the drawn world the facts of each picture are
-known; without a file, a caption of them is used. A picture with neither is an error.
+known; without a file, a caption of these facts is used. A picture with neither is an error.
 
     {"text": "here it is", "image": "KEY.1.png"}  ->  {"text": "here it is picture: a red boat at sea", "image": null}
 """
@@ -33,43 +33,43 @@ from tars.stories import read_turns
 from tars.writer import Sample, write_samples
 
 MARK = "picture:"
-DESCRIBED = 501  # purpose of the random streams
+CAPTION_STREAM = 501  # purpose of the random streams
 
 
-def split_description(said: str) -> tuple[str, str | None]:
+def split_description(text: str) -> tuple[str, str | None]:
     """ "here it is picture: a red boat" -> ("here it is", "a red boat"); None where no picture is described."""
-    words, mark, description = said.partition(MARK)
+    words, mark, description = text.partition(MARK)
     return words.strip(), (description.partition(MARK)[0].strip() or None) if mark else None
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Name of a picture -> its caption. ValueError where a line has not both."""
-    found = {}
+    """{file name of a picture: its caption}, without empty captions. ValueError for a line that lacks one of them."""
+    captions = {}
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         for line in filter(str.strip, file):
             try:
                 row = json.loads(line)
-                found[row["file"]] = " ".join(row["caption"].split())
+                captions[row["file"]] = " ".join(row["caption"].split())
             except (ValueError, LookupError, TypeError, AttributeError):
                 raise ValueError(f"{path}: no file and its caption in {line.strip()!r:.80}") from None
-    return {name: caption for name, caption in found.items() if caption}
+    return {name: caption for name, caption in captions.items() if caption}
 
 
-def in_words(turns: list[dict], key: str, captions: dict[str, str] | None = None) -> list[dict]:
-    """Turns of a dialogue's JSON with the captions of their pictures, or, without `captions`, with the facts of drawn
-    ones in words. The mark in anybody's text is taken apart. ValueError for a picture that nothing is known of."""
-    rng, told = random_stream(0, zlib.crc32(key.encode()), DESCRIBED), []
+def describe_pictures(turns: list[dict], key: str, captions: dict[str, str] | None = None) -> list[dict]:
+    """The turns of a dialogue's JSON, with captions in the place of pictures: those in `captions` or, without it,
+    captions of the labels' facts. A space splits MARK in the texts. ValueError for a picture without a caption."""
+    rng, described_turns = random_stream(0, zlib.crc32(key.encode()), CAPTION_STREAM), []
     for turn in turns:
-        said, names = [turn["text"].replace(MARK, "picture :")], turn.get("image") or []
+        parts, names = [turn["text"].replace(MARK, "picture :")], turn.get("image") or []
         for name in [names] if isinstance(names, str) else names:
             try:
                 text = captions[name] if captions is not None else caption(Picture.from_label(turn.get("label")), rng)
             except (TypeError, LookupError):
                 lacks = "a label of the drawn world: give --captions" if captions is None else "a caption"
                 raise ValueError(f"{key}: {name} is a picture without {lacks}") from None
-            said += [MARK, text.replace(MARK, "picture :")]
-        told.append({"text": " ".join(said).strip(), "image": None})
-    return told
+            parts += [MARK, text.replace(MARK, "picture :")]
+        described_turns.append({"text": " ".join(parts).strip(), "image": None})
+    return described_turns
 
 
 def samples(tar: str, captions: dict[str, str] | None) -> Iterator[Sample]:
@@ -77,12 +77,12 @@ def samples(tar: str, captions: dict[str, str] | None) -> Iterator[Sample]:
     for row in range(len(index.table)):
         key, content = index.key(row), read_member(tar, index.table[row], Member.JSON)
         try:
-            kind, _ = read_turns(content, key, str)  # checks the form
+            kind, _ = read_turns(content, key, str)  # checks the JSON
         except Unusable as error:
             raise ValueError(f"{tar}: {key}: {error}") from None
         if kind != "dialog":
             raise ValueError(f"{tar}: {key} is no dialogue")
-        turns = in_words(json.loads(content)["turns"], key, captions)
+        turns = describe_pictures(json.loads(content)["turns"], key, captions)
         yield Sample([(f"{key}.json", json.dumps({"kind": "dialog", "turns": turns}).encode())], {"dialogues": 1})
 
 

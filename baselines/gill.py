@@ -3,7 +3,7 @@
     python baselines/gill.py --data cc3m.tar --out runs/gill --weights weights    # default: drawn pairs, the miniature
     python baselines/stable_diffusion.py --data held-out.tar --checkpoint runs/gill --answers gill-pairs
 
-The same frozen language model and vokens as MiniGPT-5, but GILL's own mapper and loss: the mapper's output is pulled to
+It has the same frozen language model and vokens as MiniGPT-5, but a mapper and a loss of its own: the mapper learns
 Stable Diffusion's encoding of the caption, without the diffusion model's loss and without dropped conditions. Pictures
 are guided against the empty caption's encoding.
 
@@ -12,8 +12,8 @@ are guided against the empty caption's encoding.
     conditioning                       (B, S, Dc)  GillMapper of their sum
     L = MSE to the caption's encoding + 0.01 L_text
 
-Left out: what GILL learns beside this, reading pictures, retrieving them, and deciding between both. Its [IMG0] is not
-sampled but forced. Its released code has the root of the squared distance in the loss; this is the paper's.
+Left out: what else GILL learns, which is to read pictures, to retrieve them, and to choose between retrieval and
+generation. Here [IMG0] is forced, not sampled. The loss is the paper's; the released code has its square root.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from miniature.world import write_pairs
 from minigpt5 import TEXT_WEIGHT, MiniGPT5, Vokens, send
 from prompts import uas_texts
 from published.clip_tokenizer import ClipTokenizer
-from published.loading import matched, rows_of, save_safetensors, tensor_slices
+from published.loading import matching_tensors, rows_of, save_safetensors, tensor_slices
 from published.parts import config_of, frozen_dtypes, load_llama, load_text_encoder, load_tokenizer
 from trainer.compiled import checkpoint_gradients
 from trainer.options import RATE, VOKENS, read_run_options
@@ -63,17 +63,17 @@ class GillMapper(nn.Module):
 
 
 class Gill(nn.Module):
-    """The language model, its vokens and the mapper: in the place of a text encoder, `encode` reads texts for Stable
-    Diffusion."""
+    """The language model, its vokens and the mapper. `encode` turns texts into Stable Diffusion's conditioning, in the
+    place of its text encoder."""
 
     hidden_states, text_loss, states = MiniGPT5.hidden_states, MiniGPT5.text_loss, MiniGPT5.voken_features
     lora = prefix = None
 
     def __init__(self, weights: Path, dtype: torch.dtype | None, device: torch.device, vokens: int, width: int):
         super().__init__()
-        sd, (reading, _) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
+        sd, llm_dtype = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)[0]
         self.device, self.tokenizer = device, load_tokenizer(weights / "vicuna", vokens)
-        self.llama = load_llama(weights / "vicuna", reading, device)
+        self.llama = load_llama(weights / "vicuna", llm_dtype, device)
         self.vokens = Vokens(self.llama, vokens, self.tokenizer.base_vocabulary)
         tokens = config_of("text encoder", sd / "text_encoder" / "config.json").max_position_embeddings
         conditioning = config_of("unet", sd / "unet" / "config.json").cross_attention_dim
@@ -81,14 +81,14 @@ class Gill(nn.Module):
 
     def text_loss_and_conditioning(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> L_text, conditioning (B, S, Dc)."""
-        texts = [uas_texts(self.tokenizer.plain(text), len(self.tokenizer.voken_ids)) for text in texts]
+        texts = [uas_texts(self.tokenizer.escape(text), len(self.tokenizer.voken_ids)) for text in texts]
         batch = send(collate(self.tokenizer, texts, 0, limit=MAX_TOKENS), self.device)
         embeddings = self.vokens.embed(self.llama, batch.ids)  # (B, T, D)
         hidden = self.hidden_states(embeddings, batch.targets)
-        predicting = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
-        text_loss = self.text_loss(hidden.gather(1, predicting), batch.labels)
-        own = batch.picture_sequences, batch.picture_starts + 1
-        return text_loss, self.mapper(self.states(hidden, *own) + self.states(embeddings, *own))
+        previous = (batch.targets - 1)[..., None].expand(-1, -1, hidden.shape[-1])
+        text_loss = self.text_loss(hidden.gather(1, previous), batch.labels)
+        positions = batch.picture_sequences, batch.picture_starts + 1
+        return text_loss, self.mapper(self.states(hidden, *positions) + self.states(embeddings, *positions))
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
@@ -106,7 +106,7 @@ class Gill(nn.Module):
     def load_trained(self, path: Path) -> None:
         """In place: an optimiser may hold the parameters. Raises WeightsError."""
         trained = self.trained_parameters()
-        for name, tensor in matched(trained, [path]).items():
+        for name, tensor in matching_tensors(trained, [path]).items():
             trained[name].copy_(tensor)
 
 

@@ -6,19 +6,19 @@
         --answers sd-stories                                                                          # fine-tuned
     python train_mls.py --data stories.tar --no-uas --words-only --tasks text+image --out runs/teller
     python -m evaluation --data stories-test.tar --task text+image --last --checkpoint runs/teller \\
-        --answers told --out told.json                     # two stages: MiniGPT-4, fine-tuned for this step, tells it,
-    python baselines/stable_diffusion.py --data stories-test.tar --task text+image --last --words told \\
-        --answers two-stages                               # Stable Diffusion draws what it told; --checkpoint as above
+        --out told.json                                    # two stages: MiniGPT-4, fine-tuned for this step, tells it,
+    python baselines/stable_diffusion.py --data stories-test.tar --task text+image --last \\
+        --words told-answers --answers two-stages          # Stable Diffusion draws these words; --checkpoint as above
     python -m evaluation --data held-out.tar --answers sd-pairs --out sd-pairs.json
 
-What is drawn of a case (evaluation/cases.py):
+The text of a case (evaluation/cases.py) that is drawn:
 
     without --words   a pair's caption; of a story's step its text, after as many earlier ones as there is room for
     with --words      the words that the other system answered, which stay the answer's words; in a dialogue only the
                       description after "picture:" (divter.py), and no picture where there is none
 
-Pictures of the story so far cannot be told to it: --context has "none" and "texts" only. A checkpoint of gill.py reads
-the text in the text encoder's place.
+It cannot read the pictures of earlier steps: --context has "none" and "texts" only. With a checkpoint of gill.py, GILL
+reads the text in the text encoder's place.
 
     captions -> encoding (B, S, Dc), noise (B, C, h, w) -> latents (B, C, h, w) -> pixels (B, 3, H, W)
 """
@@ -59,11 +59,11 @@ class StableDiffusion(nn.Module):
     def __init__(self, weights: Path, dtype: torch.dtype | None = None, device="cpu", unet_dtype=None):
         """dtype: of the frozen parts; unet_dtype: of the UNet, where it trains and should have another one."""
         super().__init__()
-        folder, (reading, painting) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
+        folder, (text_dtype, paint_dtype) = weights / "stable-diffusion", frozen_dtypes(weights, dtype, device)
         self.device, self.tokenizer = torch.device(device), ClipTokenizer(folder / "tokenizer")
-        self.text_encoder = load_text_encoder(folder / "text_encoder", reading, device)
-        self.unet = load_unet(folder / "unet", unet_dtype or painting, device)
-        self.vae = load_vae(folder / "vae", painting, device)
+        self.text_encoder = load_text_encoder(folder / "text_encoder", text_dtype, device)
+        self.unet = load_unet(folder / "unet", unet_dtype or paint_dtype, device)
+        self.vae = load_vae(folder / "vae", paint_dtype, device)
         self.schedule = load_schedule(folder / "scheduler", device)
         self.encode_prompts = self.encode
 
@@ -82,28 +82,28 @@ class StableDiffusion(nn.Module):
         return dict(self.unet.named_parameters())
 
 
-# ---- what is drawn
+# ---- the texts that are drawn
 
 
-def told(texts: list[str], tokenizer: ClipTokenizer) -> str:
-    """The last of `texts` after as many of those before it as the encoder has room for: it would cut off the end."""
+def fitting_text(texts: list[str], tokenizer: ClipTokenizer) -> str:
+    """The last of `texts` after as many of the earlier ones as the text encoder can read in full."""
     for first in range(len(texts)):
-        said = " ".join(texts[first:])
-        if len(tokenizer.encode(said)) <= tokenizer.length - 2:
-            return said
+        text = " ".join(texts[first:])
+        if len(tokenizer.encode(text)) <= tokenizer.length - 2:
+            return text
     return texts[-1]
 
 
 def text_of(case: cases.Case, context: str, model: StableDiffusion) -> str:
     before = [turn.text for turn in case.before] if context == "texts" else []
-    return told([*before, case.turn.text], model.tokenizer)
+    return fitting_text([*before, case.turn.text], model.tokenizer)
 
 
-def described(case: cases.Case, words: Path) -> tuple[str, str | None]:
-    """What another system said, and what is to be drawn of it, if anything."""
-    answer = cases.read_answer(words, case.key)
-    said = split(answer.segments)[0] if answer else ""
-    return split_description(said) if case.task == "reply" else (said, said or None)
+def words_and_description(case: cases.Case, folder: Path) -> tuple[str, str | None]:
+    """The words of another system's answer, and the text to draw, None where there is nothing to draw."""
+    answer = cases.read_answer(folder, case.key)
+    words = split(answer.segments)[0] if answer else ""
+    return split_description(words) if case.task == "reply" else (words, words or None)
 
 
 # ---- the command
@@ -126,28 +126,28 @@ def main() -> None:
     device, sampling = args.device, Sampling.of(vars(args))
     given, _, data = cases.given_cases(args)
     context = args.context if given[0].task in TASKS else "both"  # as `python -m evaluation` has it
-    if args.words:  # which have their own
+    if args.words:  # they were answered with a context of their own
         context = cases.check_settings(args.words, {"task": given[0].task}).get("context", "both")
     elif given[0].task not in ("caption", "image"):
         raise ValueError(f"{', '.join(args.data)}: words are wanted; --words names answers that have them")
     model = StableDiffusion(args.weights, DTYPES[args.dtype], device).eval()
-    found = given_checkpoint(args.checkpoint) if args.checkpoint else None
-    if found and "mapper.fc.weight" in tensor_slices(found):
-        model.encode_prompts = load_gill(args.weights, found, DTYPES[args.dtype], device).encode
-    elif found:
-        model.load_trained(found)
-    made = {"task": given[0].task, "context": context, "data": data, "words": args.words and str(args.words)}
-    made |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
-    made |= {"checkpoint": found and f"{found.parent.name}/{found.name}", "trained": found and fingerprint([found])}
-    cases.open_answers(args.answers, made, args.data)
+    path = given_checkpoint(args.checkpoint) if args.checkpoint else None
+    if path and "mapper.fc.weight" in tensor_slices(path):
+        model.encode_prompts = load_gill(args.weights, path, DTYPES[args.dtype], device).encode
+    elif path:
+        model.load_trained(path)
+    settings = {"task": given[0].task, "context": context, "data": data, "words": args.words and str(args.words)}
+    settings |= {name: getattr(args, name) for name in ("seed", "steps", "guidance", "sampler")}
+    settings |= {"checkpoint": path and f"{path.parent.name}/{path.name}", "trained": path and fingerprint([path])}
+    cases.open_answers(args.answers, settings, args.data)
     for batch in cases.unanswered(given, args.answers, args.batch_size):
-        asked = {case.key: described(case, args.words) if args.words else ("", text_of(case, args.context, model))
-                 for case in batch}  # fmt: skip
-        noise = [model.sample_latents(1, cases.generator_of(args.seed, k)) for k, (_, text) in asked.items() if text]
-        texts = [text for _, text in asked.values() if text]
+        parts = {case.key: words_and_description(case, args.words) if args.words else
+                 ("", text_of(case, args.context, model)) for case in batch}  # fmt: skip
+        noise = [model.sample_latents(1, cases.generator_of(args.seed, k)) for k, (_, text) in parts.items() if text]
+        texts = [text for _, text in parts.values() if text]
         pictures = map(to_image, model.paint(texts, torch.cat(noise), sampling) if texts else ())
-        for key, (said, text) in asked.items():
-            cases.write_answer(args.answers, key, ([said] if said else []) + ([next(pictures)] if text else []))
+        for key, (words, text) in parts.items():
+            cases.write_answer(args.answers, key, ([words] if words else []) + ([next(pictures)] if text else []))
     print(f"{len(given):,} cases are answered, see {args.answers}")
 
 

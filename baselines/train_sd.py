@@ -7,7 +7,7 @@
     python baselines/stable_diffusion.py --data stories-test.tar --last --checkpoint runs/sd --answers sd-stories
 
 The condition is the frozen text encoder's encoding of the step's text after those of earlier steps, as many as there is
-room for (`stable_diffusion.told`). In half of the samples it is that of the step's text alone, so that one UNet serves
+room for (`fitting_text`). In half of the samples it is that of the step's text alone, so that one UNet serves
 both settings; one condition in ten is the empty text. The loss is L_LDM (Eq. 3, weighted by min-SNR as in stage 1,
 unless --min-snr-gamma is 0). The whole UNet is trained, in float32 whatever --dtype says: its weights, gradients and
 moments take 16 bytes a parameter, 14 GB at the published size. Options, folder, log and checkpoints are those of
@@ -27,7 +27,7 @@ from common.cli import DTYPES, run as run_command  # isort: skip
 import torch
 from torch import Tensor
 
-from baselines.stable_diffusion import StableDiffusion, told
+from baselines.stable_diffusion import StableDiffusion, fitting_text
 from common.images import preprocess_output
 from miniature.world import write_stories
 from minigpt5 import DROP_RATE, send
@@ -43,7 +43,7 @@ from trainer.run import Run
 class StorySteps(StoryData):
     """The steps of stories, as samples of a text and its picture."""
 
-    plain = staticmethod(str)  # nothing in a story is special to Stable Diffusion
+    escape = staticmethod(str)  # no language model reads the texts
 
     def __init__(self, tars: list[str], tokenizer, to_output, precomputed: Precomputed):
         super().__init__(tars, self, 0, None, to_output, tasks=["image"], precomputed=precomputed)
@@ -52,8 +52,8 @@ class StorySteps(StoryData):
     def fit(self, kind: str, turns: list[Turn], task: str, phrase: int) -> Example:
         if kind != "story" or not all(step.text and step.pictures for step in turns):
             raise Unusable("step without text or picture" if kind == "story" else "no story")
-        texts = [step.text for step in turns]
-        return Example(told(texts if phrase % 2 else texts[-1:], self.clip_tokenizer), "", (), turns[-1].pictures[:1])
+        texts = [step.text for step in (turns if phrase % 2 else turns[-1:])]
+        return Example(fitting_text(texts, self.clip_tokenizer), "", (), turns[-1].pictures[:1])
 
 
 def arguments() -> argparse.Namespace:

@@ -29,7 +29,7 @@ from torch import Tensor
 from bench import peers
 from bench.common import Report, agree, alternate, exact_products, parser, rows_of, start
 from common.cli import read_arguments, run
-from llama import History
+from llama import GrowingKVCache
 from published.clip_tokenizer import ClipTokenizer
 from published.parts import config_of, load_image_encoder, load_llama, load_text_encoder, load_unet, load_vae
 
@@ -95,10 +95,10 @@ def llama(weights: Path, batch: int, dtype: torch.dtype, device: torch.device) -
     is_prompt = torch.ones(batch, PROMPT, dtype=torch.long, device=device)
 
     def ours_continued() -> Tensor:
-        history = History(batch, device)
+        cache = GrowingKVCache(batch, device)
         with torch.no_grad():
-            ours(embeddings[:, :PROMPT], is_prompt, history)
-        return ours(vokens, cache=history)
+            ours(embeddings[:, :PROMPT], is_prompt, cache)
+        return ours(vokens, cache=cache)
 
     def published_whole() -> Tensor:
         whole = torch.cat([embeddings[:, :PROMPT], vokens], dim=1)  # as released: all positions carry a gradient

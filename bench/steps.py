@@ -50,7 +50,7 @@ class Ours:
 
     def backward(self, batch: dict, draws: Noise) -> Tensor:
         model = self.model
-        pairs = [uas_texts(model.tokenizer.plain(caption)) for caption in batch["captions"]]
+        pairs = [uas_texts(model.tokenizer.escape(caption)) for caption in batch["captions"]]
         rows = collate(model.tokenizer, pairs, model.queries, self.round_length, limit=MAX_TOKENS)
         posterior = model.encode_pictures(batch[self.pictures])
         captions = (model.encode_captions(batch[self.texts]), self.empty)

@@ -65,7 +65,7 @@ class Released(nn.Module):
         table, tokenizer, samples = self.llama.get_input_embeddings(), self.tokenizer, []
         inner = tokenizer.voken_ids[1:-1]
         for caption in captions:
-            source, target = (tokenizer.encode(text) for text in uas_texts(tokenizer.plain(caption)))
+            source, target = (tokenizer.encode(text) for text in uas_texts(tokenizer.escape(caption)))
             ids = torch.tensor([tokenizer.bos_id, *source, *target], device=table.weight.device)
             labels = [-100] * (1 + len(source)) + [-100 if i in inner else i for i in target]
             samples.append((table(ids), torch.ones_like(ids), torch.tensor(labels, device=ids.device)))

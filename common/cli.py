@@ -169,10 +169,10 @@ def parse(
 
 
 def read_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line with the defaults said in --help, and only numbers that can be computed with."""
+    """Read the command line, with the defaults in --help; it accepts only numbers that can be computed with."""
     for option in parser._actions:
-        is_said = option.default is not False and option.default not in (None, [], argparse.SUPPRESS)
-        if option.help and is_said and "default" not in option.help:
+        has_default = option.default is not False and option.default not in (None, [], argparse.SUPPRESS)
+        if option.help and has_default and "default" not in option.help:
             option.help += " (default: %(default)s)"
     args = parser.parse_args(argv)
     for option in parser._actions:

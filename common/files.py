@@ -20,7 +20,7 @@ TO_END = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(sig
 
 
 @contextmanager
-def written_whole(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """A temporary name beside `path` for a file or folder, renamed to it when the block is through, removed when it
     fails. An OSError that names no file (a full disk) or the temporary one is made to name `path`."""
     path = Path(path)
@@ -42,8 +42,8 @@ def remove_unfinished(folder: Path, names: str, is_locked: bool = False) -> None
     """Remove the temporary files and folders of killed processes for names that match the regular expression `names`.
     Those of a running process stay, unless this process has locked the folder: then its process id was only reused."""
     for path in sorted(folder.glob(".*.tmp")):
-        found = re.fullmatch(rf"\.(?:{names})\.(\d{{1,9}})\.tmp", path.name)
-        if found and (is_locked or has_ended(int(found[1]))):
+        match = re.fullmatch(rf"\.(?:{names})\.(\d{{1,9}})\.tmp", path.name)
+        if match and (is_locked or has_ended(int(match[1]))):
             print(f"removed: {path}, which an earlier process could not finish")
             remove(path)
 
@@ -85,7 +85,7 @@ def lock_folder(folder: Path, names: str) -> TextIO:
 def write_file(path: Path, content: bytes) -> None:
     """`content` into `path`, whole or not at all, and its folder, where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 

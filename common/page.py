@@ -63,33 +63,33 @@ def draw_sheet(columns: list[tuple[str, list[Image.Image]]], side: int = 192, ac
 def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
     """Writes the pictures 0.png, 1.png ..., storyboard.png, index.html and answer.json into `out`, each under a
     temporary name first."""
-    files, described, columns, words = {}, [], [], ""
+    files, records, columns, words = {}, [], [], ""
     for speaker, segment in ((speaker, segment) for speaker, segments in turns for segment in segments):
         if isinstance(segment, str):
-            described.append({"text": segment})
+            records.append({"text": segment})
             words = f"{words} {segment}".strip()
         else:
             name = f"{len(columns)}.png"
             files[name] = png_bytes(segment)
             description = segment.info.get("description")
-            described.append({"image": name} | ({"description": description} if description else {}))
+            records.append({"image": name} | ({"description": description} if description else {}))
             columns.append((words, [segment]))
             words = ""
-        described[-1] |= {"from": "you"} if speaker == "you" else {}
+        records[-1] |= {"from": "you"} if speaker == "you" else {}
     if words and columns:  # words after the last picture stand below it, too
         columns[-1] = (f"{columns[-1][0]} {words}".strip(), columns[-1][1])
     if columns:
         files["storyboard.png"] = png_bytes(draw_sheet(columns, min(max(192, columns[0][1][0].width), 512), ACROSS))
     body = "".join(paragraphs(*turn) for turn in ([] if turns[0][0] == "you" else [("you", [prompt])]) + turns)
     files["index.html"] = PAGE.format(title=html.escape(prompt), style=STYLE, body=body).encode("utf-8", "replace")
-    record = {"segments": described, "seed": seed, "prompt": prompt}
-    files["answer.json"] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-    for name, content in files.items():
-        write_file(out / name, content)
+    content = {"segments": records, "seed": seed, "prompt": prompt}
+    files["answer.json"] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    for name, data in files.items():
+        write_file(out / name, data)
 
 
 def paragraphs(speaker: str, segments: list[str | Image.Image]) -> str:
-    """HTML of what somebody says; a picture's data stand in the page itself."""
+    """HTML of a turn's text and pictures; a picture's data stand in the page itself."""
     parts = []
     for segment in segments:
         if isinstance(segment, str):

@@ -34,7 +34,7 @@ class Terminal:
             self.bar.close()
 
     def show(self, *segments: str | Image.Image) -> None:
-        """Prints an answer: what is not on the screen yet, and where its pictures are."""
+        """Prints those words of an answer that are not on the screen yet, and the files of its pictures."""
         if self.printed:
             print()
         for segment in segments:
@@ -74,11 +74,11 @@ def chat(session, out: Path, first: str, seed: int, pictures: list[Image.Image])
             elif line.startswith("/"):
                 print(COMMANDS)
             else:
-                given, pictures = pictures, []
-                segments = session.chat(line, tuple(given))
-                turns += [("you", [line, *given]), ("model", segments)]
+                attachments, pictures = pictures, []
+                segments = session.chat(line, tuple(attachments))
+                turns += [("you", [line, *attachments]), ("model", segments)]
                 write_answer(turns, "chat", seed, out)
-                terminal.count += len(given)
+                terminal.count += len(attachments)
                 terminal.show(*segments)
         except ValueError as error:  # a file that is no picture, or more words than there is room for
             print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ def clean_caption(text: str) -> str:
     return " ".join(re.sub(r'[.!"()*#:;~]', " ", text.lower()).split())
 
 
-def plain_words(text: str) -> str:
+def clean_prompt(text: str) -> str:
     """What somebody typed, as the miniature reads it: `clean_caption`, with straight apostrophes, "and" for & and +, no
     other signs than commas and question marks."""
     return clean_caption(re.sub(r"[^\w\s,?']|_", " ", text.translate(SIGNS)))
@@ -31,8 +31,8 @@ def words_in(text: str) -> list[str]:
 
 
 class Words:
-    """The words that a small model knows; typos are read as those that were meant. `unknown`: common words of what it
-    cannot draw. `ordinary`: everyday words that say nothing of a picture. Neither is taken for a typo."""
+    """The words that a small model knows, with which typos are corrected. `unknown`: common words of what it cannot
+    draw. `ordinary`: everyday words that say nothing of a picture. Neither is taken for a typo."""
 
     def __init__(self, known: Iterable[str] = (), unknown: Iterable[str] = (), ordinary: Iterable[str] = ()):
         self.known, self.unknown, self.ordinary = [*known], {*unknown}, {*ordinary}
@@ -43,7 +43,7 @@ class Words:
         path = weights / "minigpt5" / "words.json"
         return cls(**read_json(path)) if path.is_file() else cls()
 
-    def meant(self, word: str) -> str | None:
+    def correction(self, word: str) -> str | None:
         """The known word that is written like this, perhaps with a typo; an ordinary word itself; else None."""
         stems = {word, *(word.removesuffix(ending) + last for ending in ENDINGS for last in ("", "e"))}
         if word in self.known or len(word) < 2 or stems & self.ordinary:
@@ -53,9 +53,9 @@ class Words:
         return None if word in self.unknown else max(near, key=lambda other: other[0] == word[0], default=None)
 
     def read(self, text: str) -> tuple[str, list[str]]:
-        """What somebody typed, as `plain_words` has it, with known words in the place of their typos; and those of its
-        words that are not known, none where no words are known at all."""
-        clean = plain_words(text)
-        meant = {word: self.meant(word) for word in words_in(clean)}
-        unknown = [word for word, other in meant.items() if self.known and other is None]
-        return re.sub(WORD, lambda match: meant[match[0]] or match[0], clean) or text, unknown
+        """What somebody typed, cleaned by `clean_prompt`, with known words in the place of their typos; and its words
+        that are not known, an empty list for a model without a list of words."""
+        prompt = clean_prompt(text)
+        corrections = {word: self.correction(word) for word in words_in(prompt)}
+        unknown = [word for word, correction in corrections.items() if self.known and correction is None]
+        return re.sub(WORD, lambda match: corrections[match[0]] or match[0], prompt) or text, unknown

@@ -56,7 +56,7 @@ class Tokenizer:
         """Whether `ids` end with a stop sequence."""
         return any(ids[-len(stop) :] == stop for stop in self.stops)
 
-    def plain(self, text: str) -> str:
+    def escape(self, text: str) -> str:
         """`text` from outside with a space put into whatever would be read as a special token."""
         return self.special_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 

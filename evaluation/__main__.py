@@ -27,8 +27,8 @@ stopped run goes on. With --answers alone they are only read. OUT gets all figur
     mm-relevance                  words and pictures of dialogues  0, in both definitions
     relevance                     the released code's definition, by the miniature's pairing
 
-Where pictures are missing a second column has the same metrics of the cases that miss none, which is what the released
-code reports. A metric that cannot be computed is named with the reason.
+Where pictures are missing, a second column has the metrics of the cases that miss none, as the released code reports.
+A metric that cannot be computed is named with the reason.
 """
 
 import argparse
@@ -42,8 +42,8 @@ from PIL import Image
 
 from common.files import fingerprint, write_json, write_text
 from evaluation.cases import CONTEXTS, Case, add_case_options, check_settings, generate, given_cases, open_answers
-from evaluation.comparisons import METRICS, Bench, measure, outcomes_of
-from evaluation.scorers import OPENERS, SIDE, Unavailable, look, open_network
+from evaluation.comparisons import METRICS, MetricSetup, measure, outcomes_of
+from evaluation.scorers import OPENERS, SIDE, Unavailable, network_outputs, open_network
 from evaluation.study import study, tally
 from evaluation.wins import wins
 from generation import Sampling
@@ -59,14 +59,14 @@ COMPARISONS = {"study": study, "tally": tally, "wins": wins}  # of several syste
 
 
 def table(record: dict) -> str:
-    """Markdown: one row per metric, then what was left out."""
+    """Markdown: one row per metric, then the metrics that are left out, with the reasons."""
     counts, complete = record["pictures"], record["figures, no picture missing"]
     lines = [f"{record['cases']:,} cases, {', '.join(f'{count:,} pictures {name}' for name, count in counts.items())}"]
     lines += [f"{name}: {describe(record[name])}" for name in ("unusable", "not in the answers") if record[name]]
-    few = f" in the {record['cases, no picture missing']:,} cases that miss no picture |" if complete else ""
-    lines += ["", f"| metric | all cases |{few}", "| --- | ---: |" + " ---: |" * bool(few)]
+    title = f" in the {record['cases, no picture missing']:,} cases that miss no picture |" if complete else ""
+    lines += ["", f"| metric | all cases |{title}", "| --- | ---: |" + " ---: |" * bool(complete)]
     for name, value in record["figures"].items():
-        second = f" {complete[name]:.4g} |" if name in complete else " |" * bool(few)
+        second = f" {complete[name]:.4g} |" if name in complete else " |" * bool(complete)
         lines.append(f"| {name} | {value:.4g} |{second}")
     lines += ["", *(f"- left out: {name} ({reason})" for name, reason in record["left out"].items())]
     return "\n".join(lines).rstrip() + "\n"
@@ -123,12 +123,12 @@ def main() -> None:
         except Unavailable as error:
             unavailable[name] = str(error)
     outcomes, unusable, missing = outcomes_of(cases, args.answers, networks)
-    bench = Bench(networks, look(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0], args.splits)
-    figures, reasons = measure(args.metrics, bench, unavailable, outcomes)
-    wanted, came = (sum(len(getattr(outcome, side)) for outcome in outcomes) for side in ("wanted", "came"))
-    missed = sum(outcome.missing for outcome in outcomes)
-    counts = {"wanted": wanted, "missing": missed, "came": came, "extra": came - (wanted - missed)}
-    whole = [outcome for outcome in outcomes if not outcome.missing]
+    setup = MetricSetup(networks, network_outputs(networks, [Image.new("RGB", (SIDE, SIDE), "grey")])[0], args.splits)
+    figures, reasons = measure(args.metrics, setup, unavailable, outcomes)
+    counts = {"wanted": sum(len(outcome.reference_pictures) for outcome in outcomes)}
+    counts |= {"missing": sum(o.missing for o in outcomes), "came": sum(len(o.answer_pictures) for o in outcomes)}
+    counts["extra"] = counts["came"] - (counts["wanted"] - counts["missing"])
+    complete = [outcome for outcome in outcomes if not outcome.missing]
     of_pictures = [name for name in args.metrics if METRICS[name].of == "pictures"] if counts["missing"] else []
     record = {
         "data": args.data,
@@ -139,8 +139,8 @@ def main() -> None:
         "not in the answers": dict(missing),
         "pictures": counts,
         "figures": figures,
-        "cases, no picture missing": len(whole),
-        "figures, no picture missing": measure(of_pictures, bench, unavailable, whole)[0] if whole else {},
+        "cases, no picture missing": len(complete),
+        "figures, no picture missing": measure(of_pictures, setup, unavailable, complete)[0] if complete else {},
         "left out": reasons,
     }
     write_json(args.out, record)
@@ -149,19 +149,19 @@ def main() -> None:
 
 
 def ask(args: argparse.Namespace, cases: list[Case], settings: dict) -> dict:
-    """Make the answers that are not there yet; returns what they were made with."""
-    place, names = args.weights / "minigpt5", {"caption": (), "reply": CHAT_FILES}.get(cases[0].task, STORY_FILES)
-    checkpoint = given_checkpoint(args.checkpoint or shipped_checkpoint(place, names) or place)
-    made = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "trained": fingerprint([checkpoint])}
-    made |= {"seed": args.seed, **asdict(args.sampling)}
-    open_answers(args.answers, settings | made, args.data)
+    """Make the answers that the folder lacks. Returns the checkpoint and the settings that they are made with."""
+    folder, names = args.weights / "minigpt5", {"caption": (), "reply": CHAT_FILES}.get(cases[0].task, STORY_FILES)
+    checkpoint = given_checkpoint(args.checkpoint or shipped_checkpoint(folder, names) or folder)
+    made_with = {"checkpoint": f"{checkpoint.parent.name}/{checkpoint.name}", "trained": fingerprint([checkpoint])}
+    made_with |= {"seed": args.seed, **asdict(args.sampling)}
+    open_answers(args.answers, settings | made_with, args.data)
     reads = cases[0].task != "caption"
     model = load_minigpt5(args.weights, checkpoint, dtype=DTYPES[args.dtype], device=args.device, read_pictures=reads)
     generate(model.eval(), cases, args.answers, args.context, args.sampling, args.seed, args.batch_size)
     print(f"{len(cases):,} cases are answered, see {args.answers}")
     del model
     gc.collect()  # the networks may need its memory
-    return made
+    return made_with
 
 
 if __name__ == "__main__":

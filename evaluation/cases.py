@@ -1,9 +1,9 @@
-"""What is asked in an evaluation, and the folder that holds a system's answers.
+"""The cases of an evaluation, and the folder that holds a system's answers to them.
 
-A case is a pair, or a turn after the first of a story or dialogue (`prompts.py` has the forms of their prompts):
+A case is a pair, or a turn of a story or dialogue (`prompts.py` writes their prompts):
 
-    task          from        prompt                                        wanted
-    caption       a pair      the bare caption, stage 1's form              its picture
+    task          from        prompt                                        expected answer
+    caption       a pair      the bare caption, as in stage 1               its picture
     image         a story     steps before, the text of this one            its picture
     text+image    a story     steps before                                  its text and picture
     text          a story     steps before, the picture of this one         its text
@@ -11,8 +11,8 @@ A case is a pair, or a turn after the first of a story or dialogue (`prompts.py`
 
 A folder of answers has KEY.json for every case, as `sample.py` writes answer.json, {"segments": [{"text": ...},
 {"image": "KEY.0.png"}, ...]}, and beside it the pictures. Whatever system writes such a folder can be evaluated.
-KEY.json is written last and under a temporary name, so a case is answered when it has one: a stopped run goes on there.
-`_answers.json` says how the answers were made; to go on with other settings is an error.
+KEY.json is written after its pictures and renamed into place, so that a case with a KEY.json is answered. A stopped run
+goes on with the others. `_answers.json` holds the settings of the answers; to go on with other settings is an error.
 """
 
 import argparse
@@ -44,22 +44,22 @@ from tars.batches import decode, describe, read_caption, read_member
 from tars.index import Member, Unusable, expand, read_index
 from tars.stories import read_turns
 
-CONTEXTS = {  # what of the steps before a story's step is told
+CONTEXTS = {  # name -> the part of a story's earlier steps that a prompt holds
     "none": lambda before: [],
     "texts": lambda before: [Turn(turn.text) for turn in before],
     "pictures": lambda before: [Turn("", turn.pictures) for turn in before],
     "both": lambda before: before,
 }
 SETTINGS = "_answers.json"
-MAX_NAME = 200  # bytes of a key in the name of a file: 255 are allowed, with endings and as a temporary name
+MAX_NAME = 200  # bytes of a key in a file's name, which may have 255 with its ending and as a temporary name
 
 
 def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> None:
-    """What is asked and how; the last of `contexts` is the default."""
+    """The options that choose cases and contexts; the last of `contexts` is the default."""
     add = parser.add_argument
     add("--data", nargs="+", help="tars of pairs, stories or dialogues; folders of them, patterns")
     add("--task", choices=TASKS, default="image", help="what a story's step asks for")
-    add("--context", choices=contexts, default=contexts[-1], help="what of a story's earlier steps is told")
+    add("--context", choices=contexts, default=contexts[-1], help="what a prompt holds of a story's earlier steps")
     add("--last", action="store_true", help="of each story the last step alone")
     add("--n", type=FROM_0, default=0, help="the first so many cases; 0: all")
     add("--seed", type=int, default=0, help="same seed, same answers")
@@ -67,44 +67,43 @@ def add_case_options(parser: argparse.ArgumentParser, contexts: list[str]) -> No
 
 
 class Case(NamedTuple):
-    key: str  # of a pair KEY, of turn k KEY.k
-    group: str  # KEY
+    key: str  # a pair's is KEY, turn k's KEY.k
+    group: str  # KEY, which all turns of a story or dialogue share
     task: str
-    before: list[Turn]  # all turns before; their pictures are `Member` numbers
+    before: list[Turn]  # all earlier turns; their pictures are `Member` numbers
     turn: Turn  # a pair: its caption and picture
-    facts: Picture | None  # what the wanted picture must show, where the miniature's world says so
+    facts: Picture | None  # of the expected picture, where the data label it (the miniature's world)
     read: Callable[[int], bytes | None]  # a member's bytes
 
     @property
     def words(self) -> str:
-        """The words that are wanted; empty where none are."""
+        """The expected words; empty where only pictures are expected."""
         return self.turn.text if self.task in ("text+image", "text", "reply") else ""
 
     @property
     def pictures(self) -> tuple[int, ...]:
-        """The pictures that are wanted."""
+        """The `Member` numbers of the expected pictures."""
         return () if self.task == "text" else self.turn.pictures
 
 
 def read_cases(data: list[str], task: str, last: bool) -> tuple[list[Case], Counter]:
     """The cases of tars, and how many samples cannot be used, by reason. task: of a story; last: its last step alone.
-    ValueError for tars that cannot be read or hold different things, and where a key comes twice."""
+    ValueError for tars that cannot be read or hold several kinds of data, and where a key comes twice."""
     cases, bad = [], Counter()
     for tar in expand(data):
         index = read_index(tar)
         for row, turns in enumerate(index.turns):
             read, key = partial(read_member, tar, index.table[row]), index.key(row)
             try:
-                cases += turns_of(key, read, task, last) if turns else [pair_of(key, read)]
+                cases += cases_of_turns(key, read, task, last) if turns else [case_of_pair(key, read)]
             except Unusable as error:
                 bad[str(error)] += 1
-    name, kinds = ", ".join(data), {"caption": "pairs", "reply": "dialogues"}
-    found = sorted({kinds.get(case.task, "stories") for case in cases})
-    if len(found) != 1:
-        raise ValueError(f"{name}: " + (f"{' and '.join(found)} together" if found else f"no case, {describe(bad)}"))
-    twice = [key for key, count in Counter(case.key for case in cases).items() if count > 1]
-    if twice:
-        raise ValueError(f"{name}: {len(twice):,} keys come twice, {twice[0]} among them")
+    name, kind_of = ", ".join(data), {"caption": "pairs", "reply": "dialogues"}
+    kinds = sorted({kind_of.get(case.task, "stories") for case in cases})
+    if len(kinds) != 1:
+        raise ValueError(f"{name}: " + (f"{' and '.join(kinds)} together" if kinds else f"no case, {describe(bad)}"))
+    if repeated := [key for key, count in Counter(case.key for case in cases).items() if count > 1]:
+        raise ValueError(f"{name}: {len(repeated):,} keys come twice, {repeated[0]} among them")
     return cases, bad
 
 
@@ -117,12 +116,12 @@ def given_cases(args: argparse.Namespace) -> tuple[list[Case], Counter, str]:
 
 
 def digest(cases: list[Case]) -> str:
-    """Of what is asked: other data have another one, even where the keys are the same."""
-    asked = "\n".join(f"{case.key} {case.turn.text}" for case in cases)
-    return hashlib.sha256(asked.encode("utf-8", "replace")).hexdigest()[:16]
+    """16 hex digits that tell data apart, also data with equal keys and different texts."""
+    content = "\n".join(f"{case.key} {case.turn.text}" for case in cases)
+    return hashlib.sha256(content.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-def pair_of(key: str, read: Callable[[int], bytes | None]) -> Case:
+def case_of_pair(key: str, read: Callable[[int], bytes | None]) -> Case:
     caption = clean_caption(read_caption(read))
     if not caption:
         raise Unusable("empty caption")
@@ -130,7 +129,7 @@ def pair_of(key: str, read: Callable[[int], bytes | None]) -> Case:
     return Case(key, key, "caption", [], Turn(caption, (Member.PICTURE,)), facts, read)
 
 
-def turns_of(key: str, read: Callable[[int], bytes | None], task: str, last: bool) -> Iterator[Case]:
+def cases_of_turns(key: str, read: Callable[[int], bytes | None], task: str, last: bool) -> Iterator[Case]:
     content = read(Member.JSON)
     kind, turns = read_turns(content, key, str)
     if kind == "story" and not all(turn.text and turn.pictures for turn in turns):
@@ -153,7 +152,7 @@ def facts_of(label: object) -> Picture | None:
 
 
 def pictures_of(case: Case, members: tuple[int, ...]) -> list[Image.Image]:
-    """Raises Unusable."""
+    """The pictures with these `Member` numbers, decoded. Raises Unusable."""
     return [decode(case.read(member)) for member in members]
 
 
@@ -161,18 +160,18 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[lis
     """The prompt's token ids and its pictures. Where they would leave fewer than `room` positions for the answer, the
     oldest turns, but never the last one, are left out. Raises Unusable where that is not enough."""
     tokenizer, k = model.tokenizer, len(case.before)
-    turn = Turn(tokenizer.plain(case.turn.text), case.turn.pictures)
-    before = [Turn(tokenizer.plain(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
+    turn = Turn(tokenizer.escape(case.turn.text), case.turn.pictures)
+    before = [Turn(tokenizer.escape(text), pictures) for text, pictures in CONTEXTS[context](case.before)]
     for first in range(history_start(k) if case.task == "reply" else 0, max(len(before), 1)):
         if case.task == "caption":
-            row = Example(turn.text, "")
+            example = Example(turn.text, "")
         elif case.task == "reply":
-            row = dialog_example(before[first:], turn, k, "", model.system)
+            example = dialog_example(before[first:], turn, k, "", model.system)
         else:
-            row = story_example(before[first:], turn, case.task, 0, "", model.system)
-        ids = prompt_ids(model, row.source)
+            example = story_example(before[first:], turn, case.task, 0, "", model.system)
+        ids = prompt_ids(model, example.source)
         if room_after(model, ids) >= room:
-            return ids, pictures_of(case, row.inputs)
+            return ids, pictures_of(case, example.inputs)
     raise Unusable("prompt too long")
 
 
@@ -181,11 +180,11 @@ def prompt_of(case: Case, model: MiniGPT5, context: str, room: int) -> tuple[lis
 
 class Answer(NamedTuple):
     segments: list[str | Image.Image]
-    unusable: str | None = None  # why the case could not be asked
+    unusable: str | None = None  # why no prompt could be made for the case
 
 
 def file_of(folder: Path, key: str, ending: str) -> Path:
-    """The file of a case, in the folder itself whatever the key. A long key's name is its hash."""
+    """A case's file, directly in the folder: slashes of the key are escaped, and a hash stands for a long key."""
     name = key.replace("%", "%25").replace("/", "%2F")
     if len(name.encode()) > MAX_NAME:
         name = hashlib.sha256(name.encode()).hexdigest()
@@ -193,20 +192,20 @@ def file_of(folder: Path, key: str, ending: str) -> Path:
 
 
 def write_answer(folder: Path, key: str, segments: list[str | Image.Image], unusable: str | None = None) -> None:
-    described, pictures = [], 0
+    entries, pictures = [], 0
     for segment in segments:
         if isinstance(segment, str):
-            described.append({"text": segment})
+            entries.append({"text": segment})
             continue
         path = file_of(folder, key, f".{pictures}.png")
         save_image(segment, path)
-        described.append({"image": path.name})
+        entries.append({"image": path.name})
         pictures += 1
-    write_json(file_of(folder, key, ".json"), {"segments": described} | ({"unusable": unusable} if unusable else {}))
+    write_json(file_of(folder, key, ".json"), {"segments": entries} | ({"unusable": unusable} if unusable else {}))
 
 
 def read_answer(folder: Path, key: str) -> Answer | None:
-    """None where there is none. ValueError for a file that is no answer, or for a picture that cannot be read."""
+    """None where the case has no answer. ValueError for a file that is no answer, or a picture that cannot be read."""
     path, segments = file_of(folder, key, ".json"), []
     if not path.is_file():
         return None
@@ -221,51 +220,52 @@ def read_answer(folder: Path, key: str) -> Answer | None:
         raise ValueError(f"{path}: segments should be a list of texts and images") from None
     except ImageError as error:
         raise ValueError(f"{path}: {segment['image']!r:.80} cannot be read ({error.reason})") from None
-    return Answer(spoken(segments), content.get("unusable"))
+    return Answer(drop_text_after_img(segments), content.get("unusable"))
 
 
-def spoken(segments: list[str | Image.Image]) -> list[str | Image.Image]:
-    """Without the text from <Img> on: where a language model has not learned to say vokens, it may write a picture's
-    facts there, which are no text of the answer."""
-    kept, ended = [], False
+def drop_text_after_img(segments: list[str | Image.Image]) -> list[str | Image.Image]:
+    """The segments without all text from <Img> on: a language model that has not learned to say vokens may write a
+    picture's facts there, which are no text of the answer."""
+    result, ended = [], False
     for segment in segments:
         if isinstance(segment, str):
             text, mark, _ = segment.partition("<Img>")
-            kept += [text.strip()] if text.strip() and not ended else []
+            result += [text.strip()] if text.strip() and not ended else []
             ended = ended or bool(mark)
         else:
-            kept.append(segment)
-    return kept
+            result.append(segment)
+    return result
 
 
 def open_answers(folder: Path, settings: dict, data: list[str]) -> None:
-    """Make the folder for answers that are made with `settings`, and note where the data are. ValueError where it holds
-    others."""
+    """Make the folder for answers that are made with `settings`, and store these and the tars' paths in it. ValueError
+    where it holds answers made with other settings."""
     check_settings(make_folder(folder), settings)
     write_json(folder / SETTINGS, settings | {"tars": [str(Path(name).absolute()) for name in data]})
 
 
 def check_settings(folder: Path, settings: dict) -> dict:
-    """How the answers in `folder` were made, as far as it says. ValueError where that was with other `settings`."""
+    """The stored settings of a folder of answers, {} without a file of them. ValueError where one is not as given."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of answers")
-    there = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    if other := [f"{name} {there[name]}, not {now}" for name, now in settings.items() if there.get(name, now) != now]:
-        raise ValueError(f"{folder} holds answers made with {'; '.join(other)}: name another folder")
-    return there
+    stored = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    if wrong := [f"{name} {stored[name]}, not {v}" for name, v in settings.items() if stored.get(name, v) != v]:
+        raise ValueError(f"{folder} holds answers made with {'; '.join(wrong)}: name another folder")
+    return stored
 
 
 def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
-    """The cases that all folders of answers have answered. data: tars; default: those that a folder names. ValueError
-    for folders that were made for different cases, or have none in common."""
-    told = {}
+    """The cases with an answer in all folders. data: tars; default: those that a folder's settings name. ValueError for
+    folders that were made for different cases, or have none in common."""
+    settings = {}
     for folder in folders:
-        told |= check_settings(folder, {name: told[name] for name in ("task", "data") if name in told})
-    tars, names = data or told.get("tars"), ", ".join(map(str, folders))
+        settings |= check_settings(folder, {name: settings[name] for name in ("task", "data") if name in settings})
+    tars, names = data or settings.get("tars"), ", ".join(map(str, folders))
     if not tars:
         raise ValueError(f"{names}: --data is needed, they do not say which tars were asked about")
-    both = [read_cases(tars, told.get("task", "text+image"), last)[0] for last in (False, True)]  # the digest tells
-    cases = next((cases for cases in both if told.get("data") in (None, digest(cases))), [])
+    # Whether only last steps were asked about is not stored; the digest tells.
+    both = [read_cases(tars, settings.get("task", "text+image"), last)[0] for last in (False, True)]
+    cases = next((cases for cases in both if settings.get("data") in (None, digest(cases))), [])
     common = [case for case in cases if all(file_of(folder, case.key, ".json").is_file() for folder in folders)]
     if not common:
         raise ValueError(f"{names}: no case of {', '.join(tars)} that all of them have answered")
@@ -274,25 +274,25 @@ def compared_cases(folders: list[Path], data: list[str] | None) -> list[Case]:
 
 def unanswered(cases: list[Case], folder: Path, batch_size: int) -> Iterable[list[Case]]:
     """The cases that have no answer yet, in batches."""
-    waiting = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
-    batches = [waiting[start : start + batch_size] for start in range(0, len(waiting), batch_size)]
+    remaining = [case for case in cases if not file_of(folder, case.key, ".json").is_file()]
+    batches = [remaining[start : start + batch_size] for start in range(0, len(remaining), batch_size)]
     return tqdm(batches, desc="answers", unit=f" x {batch_size} cases", delay=2)
 
 
 def generate(
     model: MiniGPT5, cases: list[Case], folder: Path, context: str, sampling: Sampling, seed: int, batch_size: int
 ) -> None:
-    """Answer the cases that have no answer yet. An answer depends on seed and key alone."""
+    """Answer the cases that have no answer yet. The random numbers of an answer depend on seed and key alone."""
     room = room_wanted(model, sampling)
     for batch in unanswered(cases, folder, batch_size):
-        asked = []
+        requests = []
         for case in batch:
             try:
-                asked.append((case.key, *prompt_of(case, model, context, room)))
+                requests.append((case.key, *prompt_of(case, model, context, room)))
             except Unusable as error:
                 write_answer(folder, case.key, [], str(error))
-        if asked:
-            keys, prompts, pictures = zip(*asked, strict=True)
+        if requests:
+            keys, prompts, pictures = zip(*requests, strict=True)
             generators = [generator_of(seed, key) for key in keys]
             answers = answer(model, prompts, pictures, sampling, generators, pad=False)
             for key, segments in zip(keys, answers, strict=True):

@@ -10,7 +10,7 @@
     pairing     miniature/pairing.py                       none                    (n, 128)            (n, 128)
 
 The released code takes CLIP ViT-L/14, for MM-Relevance ViT-B/32. The libraries are those of `pip install -e '.[eval]'`.
-Nothing is downloaded: what is not where the command line says ends in `Unavailable`, one line that says why.
+Nothing is downloaded: weights that are not at the given path raise `Unavailable`, whose message is the reason.
 """
 
 import json
@@ -30,7 +30,7 @@ from published.loading import load
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # before the libraries are imported
 
-SIDE = 256  # pixels of a picture for Inception, which itself makes 299 of them; the released code's FID has as many
+SIDE = 256  # pixels of a side of the pictures that Inception gets, as in the released code; it resizes them to 299
 JUDGED_SIDE = 64
 
 
@@ -163,10 +163,10 @@ class WorldPairing:
 
     def pictures(self, pictures: list[Image.Image]) -> dict[str, Tensor]:
         pixels = 2 * pixels_of(pictures, JUDGED_SIDE) - 1
-        return {"pairing": self.net.see(pixels.to(self.device)).cpu()}
+        return {"pairing": self.net.embed_pixels(pixels.to(self.device)).cpu()}
 
     def texts(self, texts: list[str]) -> Tensor:
-        return self.net.read(texts).cpu()
+        return self.net.embed_texts(texts).cpu()
 
 
 OPENERS: dict[str, Callable] = {
@@ -181,7 +181,7 @@ OPENERS: dict[str, Callable] = {
 
 
 def open_network(name: str, path: Path | None, device: torch.device):
-    """The network `name` with the weights at `path`. Raises Unavailable, whatever its library stumbles over."""
+    """The network `name` with the weights at `path`. Raises Unavailable for any error of its library, too."""
     if path is None:
         raise Unavailable(f"--{name} is not given")
     if not path.exists():
@@ -196,10 +196,10 @@ def open_network(name: str, path: Path | None, device: torch.device):
 
 
 @torch.inference_mode()
-def look(networks: dict, pictures: list[Image.Image]) -> list[dict]:
-    """Of each picture what all networks that see pictures make of it: {"clip": (D,), "facts": ..., ...}."""
-    seen = {}
+def network_outputs(networks: dict, pictures: list[Image.Image]) -> list[dict]:
+    """For each picture the outputs of all networks that see pictures: {"clip": (D,), "facts": ..., ...}."""
+    outputs = {}
     for network in networks.values():
         if pictures and hasattr(network, "pictures"):
-            seen |= network.pictures(pictures)
-    return [{name: values[i] for name, values in seen.items()} for i in range(len(pictures))]
+            outputs |= network.pictures(pictures)
+    return [{name: values[i] for name, values in outputs.items()} for i in range(len(pictures))]

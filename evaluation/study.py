@@ -1,11 +1,11 @@
-"""People compare two systems: a page that asks them, and the table of what they said (the paper's Table 4, Figure 5).
+"""People compare two systems: a page that asks them, and the table of their answers (the paper's Table 4, Figure 5).
 
     python -m evaluation study A/ B/ --out study/      # two folders of answers of words and pictures
     python -m evaluation tally study/*.json            # after the judges' files have been put there
 
-study/index.html holds all that it shows, so that it can be sent to the judges and needs no network. Of each case it has
-the history and both continuations side by side, at random places for each judge, and three questions. The judges save
-files; they and the page say "left", "right" and 0 or 1, and only study/study.json knows whose answers these are.
+study/index.html contains its texts and pictures, so that it can be sent to the judges and needs no network. A case is
+the history, both continuations side by side, in a random order for each judge, and three questions. The judges save
+files. These and the page name the systems "left", "right" and 0 or 1; only study/study.json says which they are.
 
 Agreement between judges: the share of pairs of judgements of the same case and question that agree, and Krippendorff's
 alpha for nominal data, which is 1 where all agree and 0 where they agree as often as by chance.
@@ -76,40 +76,40 @@ def study() -> None:
     if cases[0].task not in ("text+image", "reply"):
         raise ValueError(f"{args.answers[0]}: answers to {cases[0].task}; a study compares words and pictures")
     random.Random(args.seed).shuffle(cases)
-    shown = []
+    entries = []
     for case in cases:
         try:
             before = [[turn.text, *pictures_of(case, turn.pictures)] for turn in case.before]
         except Unusable:  # a picture of the history that cannot be read
             continue
         before = [parts_of([part for part in turn if part != ""]) for turn in before]
-        shown.append({"key": case.key, "before": before, "answers": [continuation(f, case) for f in args.answers]})
-        if len(shown) == args.n:
+        entries.append({"key": case.key, "before": before, "answers": [continuation(f, case) for f in args.answers]})
+        if len(entries) == args.n:
             break
-    number = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:12]
-    page = json.dumps({"id": number, "questions": QUESTIONS, "cases": shown}).replace("<", "\\u003c")  # <: no </script>
+    study_id = hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:12]
+    page = json.dumps({"id": study_id, "questions": QUESTIONS, "cases": entries}).replace("<", "\\u003c")  # no tags
     out = make_folder(args.out)
-    write_json(out / "study.json", {"study": number, "systems": [str(f) for f in args.answers], "cases": len(shown)})
+    write_json(out / "study.json", {"study": study_id, "systems": list(map(str, args.answers)), "cases": len(entries)})
     write_text(out / "index.html", TEMPLATE.read_text(encoding="utf-8").replace("/*STUDY*/null", page))
-    print(f"{len(shown):,} cases, {(out / 'index.html').stat().st_size / 1e6:.1f} MB, see {out / 'index.html'}")
+    print(f"{len(entries):,} cases, {(out / 'index.html').stat().st_size / 1e6:.1f} MB, see {out / 'index.html'}")
 
 
-# ---- what the judges said
+# ---- the judges' answers
 
 
 def read_judges(files: list[Path]) -> tuple[list[str], dict[str, dict]]:
-    """Of files of one study the names of the two systems, and each judge's answers: {case: {question: choice, "left": 0
-    or 1}}. Of a judge who saved twice the later file counts. ValueError for files of several studies or of none."""
+    """A study's files -> the names of its two systems, and {judge: {case: {question: choice, "left": 0 or 1}}}. Where a
+    judge saved twice, the later file counts. ValueError for files of several studies or of none."""
     records = {path: read_json(path) for path in files}
-    keys = [path for path, record in records.items() if "systems" in record]
-    if len(keys) != 1:
-        raise ValueError(f"the study's own study.json should be among the files once, not {len(keys)} times")
-    own, judges = records.pop(keys[0]), {}
+    study_files = [path for path, record in records.items() if "systems" in record]
+    if len(study_files) != 1:
+        raise ValueError(f"the study's own study.json should be among the files once, not {len(study_files)} times")
+    own_record, judges = records.pop(study_files[0]), {}
     for path, record in sorted(records.items(), key=lambda item: str(item[1].get("saved"))):
-        if record.get("study") != own["study"] or not isinstance(record.get("answers"), dict):
-            raise ValueError(f"{path}: no judge's answers to the study of {keys[0]}")
+        if record.get("study") != own_record["study"] or not isinstance(record.get("answers"), dict):
+            raise ValueError(f"{path}: no judge's answers to the study of {study_files[0]}")
         judges[str(record.get("judge"))] = record["answers"]
-    return own["systems"], judges
+    return own_record["systems"], judges
 
 
 def verdict_of(answers: dict, question: str) -> str | None:
@@ -123,28 +123,28 @@ def verdict_of(answers: dict, question: str) -> str | None:
 
 
 def count(judges: dict[str, dict]) -> dict[str, dict]:
-    """{question: shares of the verdicts, how many there are, and how far judges agree (None: not known)}."""
-    found, cases = {}, dict.fromkeys(chain(*judges.values()))
+    """{question: {verdict: its share, "judgements": their number, "agreement" and "alpha": see `agreement`}}."""
+    results, cases = {}, dict.fromkeys(chain(*judges.values()))
     for question in QUESTIONS:
         rows = [[verdict_of(answers.get(case, {}), question) for answers in judges.values()] for case in cases]
         verdicts = [[verdict for verdict in row if verdict] for row in rows]
-        told = Counter(chain(*verdicts))
-        shares = {verdict: told[verdict] / max(told.total(), 1) for verdict in VERDICTS}
-        agreed, alpha = agreement(verdicts)
-        found[question] = shares | {"judgements": told.total(), "agreement": agreed, "alpha": alpha}
-    return found
+        counts = Counter(chain(*verdicts))
+        shares = {verdict: counts[verdict] / max(counts.total(), 1) for verdict in VERDICTS}
+        agreeing_share, alpha = agreement(verdicts)
+        results[question] = shares | {"judgements": counts.total(), "agreement": agreeing_share, "alpha": alpha}
+    return results
 
 
 def tally_table(systems: list[str], judges: dict[str, dict]) -> str:
-    """Markdown."""
+    """The shares and agreements in Markdown, a row for each question."""
     names = [f"{Path(name).name} better" for name in systems]
     lines = [f"{len(judges)} judge{'s' * (len(judges) != 1)}", ""]
     lines += [f"| | {' | '.join(names)} | tie | judgements | judges agree | alpha |", "| --- |" + " ---: |" * 6]
     for question, row in count(judges).items():
         shares = " | ".join(f"{row[verdict]:.2%}" for verdict in VERDICTS)
-        agreed = "-" if row["agreement"] is None else f"{row['agreement']:.2%}"
-        alpha = "-" if row["alpha"] is None else f"{row['alpha']:.3f}"
-        lines.append(f"| {question} | {shares} | {row['judgements']:,} | {agreed} | {alpha} |")
+        agreement_cell = "-" if row["agreement"] is None else f"{row['agreement']:.2%}"
+        alpha_cell = "-" if row["alpha"] is None else f"{row['alpha']:.3f}"
+        lines.append(f"| {question} | {shares} | {row['judgements']:,} | {agreement_cell} | {alpha_cell} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,10 +3,10 @@
     python -m evaluation wins A/ B/ C/ --hps HPS_v2_compressed.pt --out wins.json
     python -m evaluation wins A/ B/ C/ --out wins.json                                 # the miniature
 
-Of each case the first picture of every folder of answers is compared, and the most preferred one wins; systems whose
-pictures are equally good share the case, and one without a picture cannot win. By HPS v2 the picture with the highest
-cosine with the case's text is preferred. Without --hps a stand-in for the miniature's drawn world decides: most right
-facts first, in the eyes of its judge, then the higher image-text score of its pairing.
+In each case the first picture of every folder of answers is compared, and the most preferred one wins. Systems whose
+pictures are equally good share the case, and one without a picture cannot win. HPS v2 prefers the picture with the
+highest cosine with the case's text. Without --hps a stand-in for the miniature's drawn world decides: the most right
+facts first, as its judge reads them, then the higher image-text score of its pairing.
 """
 
 import argparse
@@ -18,31 +18,31 @@ from tqdm import tqdm
 from common.cli import add_device_option, add_weights_option, read_arguments
 from common.files import write_json
 from evaluation.cases import Case, compared_cases, read_answer
-from evaluation.comparisons import Bench, encode
+from evaluation.comparisons import encode
 from evaluation.metrics import cosine
-from evaluation.scorers import look, open_network
+from evaluation.scorers import network_outputs, open_network
 from generation import split
 from miniature.judge import ATTRIBUTES, asks_for, right
 
-Preference = tuple[float, ...]  # compared in order; empty, and so below all others, where no picture came
+Preference = tuple[float, ...]  # compared in order; of an answer without a picture empty, which is below all others
 
 
-def preferences(cases: list[Case], folder: Path, bench: Bench) -> list[Preference]:
-    """How much each case's picture is preferred."""
-    texts = encode(bench, "hps" if "hps" in bench.networks else "pairing", [case.turn.text for case in cases])
-    found = []
+def preferences(cases: list[Case], folder: Path, networks: dict) -> list[Preference]:
+    """How much each case's picture in a folder of answers is preferred, in the order of the cases."""
+    texts = encode(networks["hps" if "hps" in networks else "pairing"], [case.turn.text for case in cases])
+    result = []
     for case, text in zip(tqdm(cases, desc=folder.name, unit="case", delay=2), texts, strict=True):
-        came = split(read_answer(folder, case.key).segments)[1]
-        found.append(preference(case, text, look(bench.networks, [came[0]])[0]) if came else ())
-    return found
+        pictures = split(read_answer(folder, case.key).segments)[1]
+        result.append(preference(case, text, network_outputs(networks, pictures[:1])[0]) if pictures else ())
+    return result
 
 
-def preference(case: Case, text: torch.Tensor, seen: dict) -> Preference:
-    if "hps" in seen:
-        return (cosine(text, seen["hps"]).item(),)
-    is_right = right(seen["facts"], case.facts)
+def preference(case: Case, text: torch.Tensor, outputs: dict) -> Preference:
+    if "hps" in outputs:
+        return (cosine(text, outputs["hps"]).item(),)
+    is_right = right(outputs["facts"], case.facts)
     facts = sum(is_right[name] for name in ATTRIBUTES if asks_for(case.facts, name))
-    return facts, cosine(text, seen["pairing"]).item()
+    return facts, cosine(text, outputs["pairing"]).item()
 
 
 def count_wins(rows: list[list[Preference]]) -> list[float]:
@@ -73,8 +73,8 @@ def wins() -> None:
     paths = {"hps": args.hps} if args.hps else {n: args.weights / f"{n}.safetensors" for n in ("judge", "pairing")}
     if not cases or not (args.hps or all(case.facts for case in cases)):
         raise ValueError("no picture was wanted" if not cases else "no labels of the drawn world: give --hps FILE")
-    bench = Bench({name: open_network(name, path, args.device) for name, path in paths.items()}, {})
-    rows = [preferences(cases, folder, bench) for folder in args.answers]
+    networks = {name: open_network(name, path, args.device) for name, path in paths.items()}
+    rows = [preferences(cases, folder, networks) for folder in args.answers]
     shares = dict(zip(map(str, args.answers), count_wins(rows), strict=True))
     write_json(args.out, {"by": "HPS v2" if args.hps else "facts", "cases": len(cases), "wins": shares})
     lines = [f"{len(cases):,} cases", "", "| | cases won |", "| --- | ---: |"]

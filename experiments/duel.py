@@ -31,7 +31,7 @@ from evaluation.scorers import WorldJudge
 from generation import split
 from miniature.facts import Picture
 from miniature.judge import NOTHING
-from miniature.score_stories import hero_colour, kept, true_of
+from miniature.score_stories import hero_colour, kept_facts, true_of
 from tars.index import Member
 
 WAYS = ("language continuity", "image quality", "multimodal coherence")
@@ -45,7 +45,7 @@ def last_picture(case: Case) -> Picture | None:
 def judged(words: str, seen: Picture, last: Picture, following: Picture) -> dict[str, bool]:
     """A continuation's words, what the judge sees in its picture, and the facts of the true pictures before and now."""
     clear = bool(seen.things) and len(seen.things) <= 2 and all(thing.kind for thing in seen.things)
-    keeps = kept(seen, last, hero_colour(words, last.things[0].colour))["all"]
+    keeps = kept_facts(seen, last, hero_colour(words, last.things[0].colour))["all"]
     continues = true_of(words, following) or true_of(words, last)
     return dict(zip(WAYS, (continues, clear, true_of(words, seen) and keeps), strict=True))
 

@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from common.files import fingerprint, read_json, write_json, write_text
 from common.page import save_image
 from common.texts import clean_caption
-from miniature.exam import SIDE, Exam, Said, draw_prompts, look, text_to_pictures
+from miniature.exam import SIDE, Answer, Exam, draw_prompts, picture_facts, text_to_pictures
 from miniature.facts import random_stream, sample_picture
 from miniature.judge import ATTRIBUTES, asks_for, right
 from miniature.score import Wish, checkpoint_for, read_prompts, sampling_of_sample, seeds
@@ -62,15 +62,15 @@ def exam_of(way: str, weights: Path, checkpoint: Path | None, device: torch.devi
     return Exam(weights, checkpoint, device, sampling, n=0, seed=0)
 
 
-def drawn(exam: Exam, way: str, texts: list[str]) -> list[Said]:
+def drawn(exam: Exam, way: str, texts: list[str]) -> list[Answer]:
     if way == "text":
-        return [Said("", picture) for picture in text_to_pictures(exam, [clean_caption(text) for text in texts])]
+        return [Answer("", picture) for picture in text_to_pictures(exam, [clean_caption(text) for text in texts])]
     return draw_prompts(exam, texts)
 
 
 def wrong_facts(wish: Wish, came: bool, facts: dict[str, bool]) -> list[str]:
     """The names of what the prompt asks for and the picture does not show; all of it where none came."""
-    return [name for name in ATTRIBUTES if asks_for(wish.wanted, name) and not (came and facts[name])]
+    return [name for name in ATTRIBUTES if asks_for(wish.expected, name) and not (came and facts[name])]
 
 
 def examine(exam: Exam, way: str, wishes: list[Wish], seeds: list[int]) -> tuple[Answers, list[Image.Image]]:
@@ -80,8 +80,8 @@ def examine(exam: Exam, way: str, wishes: list[Wish], seeds: list[int]) -> tuple
         exam.seed = seed
         said = drawn(exam, way, [wish.text for wish in wishes])
         pictures = [answer.picture for answer in said]
-        for wish, picture, seen in zip(wishes, pictures, look(exam, pictures), strict=True):
-            wrong = wrong_facts(wish, picture is not None, right(seen, wish.wanted))
+        for wish, picture, seen in zip(wishes, pictures, picture_facts(exam, pictures), strict=True):
+            wrong = wrong_facts(wish, picture is not None, right(seen, wish.expected))
             description = picture.info.get("description", "") if picture else "no picture"
             answers.append({"prompt": wish.text, "seed": seed, "wrong": wrong, "description": description})
         shown = shown or [picture or Image.new("RGB", (SIDE, SIDE), "lightgrey") for picture in on_sheet(pictures)]
@@ -103,7 +103,7 @@ def right_by_prompt(answers: Answers, wishes: list[Wish]) -> np.ndarray:
 def right_by_chance(wishes: list[Wish]) -> np.ndarray:
     """(P,): of each prompt the share of random pictures that have every fact right."""
     pictures = [sample_picture(random_stream(0, i)) for i in range(1000)]
-    return np.array([np.mean([right(picture, wish.wanted)["all"] for picture in pictures]) for wish in wishes])
+    return np.array([np.mean([right(picture, wish.expected)["all"] for picture in pictures]) for wish in wishes])
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -122,11 +122,11 @@ def with_interval(values: np.ndarray, sign: str = "") -> str:
 
 def table(systems: dict[str, dict], wishes: list[Wish]) -> str:
     """Two tables in Markdown: shares that are all right, and of each fact the share that is right where asked for."""
-    counts = np.array([len(wish.wanted.things) for wish in wishes])
+    counts = np.array([len(wish.expected.things) for wish in wishes])
     shares = {name: right_by_prompt(system["answers"], wishes) for name, system in systems.items()}
     first = next(iter(shares.values()))
     shares["a random picture"] = right_by_chance(wishes)
-    asked = {name: sum(asks_for(wish.wanted, name) for wish in wishes) for name in ATTRIBUTES}
+    asked = {name: sum(asks_for(wish.expected, name) for wish in wishes) for name in ATTRIBUTES}
     columns = [f"{name}, {number}" for name, number in asked.items()]
     lines = [f"| all right, per cent | {len(wishes)} prompts | {sum(counts == 1)} of one thing | "
              f"{sum(counts == 2)} of two | less the first |", "| --- |" + " ---: |" * 4]  # fmt: skip

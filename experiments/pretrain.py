@@ -40,7 +40,7 @@ from common.cli import make_folder, read_arguments, run  # isort: skip
 import torch
 from torch import nn
 
-from common.files import written_whole
+from common.files import atomic_write
 from experiments.recipes.judge import JudgeRecipe
 from experiments.recipes.painter import AutoencoderRecipe, DiffusionRecipe, TextRecipe
 from experiments.recipes.pairing import PairingRecipe
@@ -91,7 +91,7 @@ def average(averaged: nn.Module, model: nn.Module, step: int) -> None:
 def save(path: Path, recipe: Recipe, averaged: nn.Module, optimizers: list, step: int, seconds: float) -> None:
     state = {"model": recipe.model.state_dict(), "averaged": averaged.state_dict(), "step": step}
     state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers], "seconds": seconds}
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 

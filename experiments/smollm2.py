@@ -68,7 +68,7 @@ def voken_features(model: MiniGPT5, captions: list[str]) -> Tensor:
     """(B, N, D) of each caption."""
     parts = []
     for first in range(0, len(captions), 32):
-        texts = [uas_texts(model.tokenizer.plain(caption)) for caption in captions[first : first + 32]]
+        texts = [uas_texts(model.tokenizer.escape(caption)) for caption in captions[first : first + 32]]
         batch = collate(model.tokenizer, texts, model.queries)
         hidden = model.hidden_states(model.embed(batch.ids), batch.targets)
         parts.append(model.voken_features(hidden, batch.picture_sequences, batch.picture_starts))

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.texts import plain_words, words_in
+from common.texts import clean_prompt, words_in
 from common.tokenizer import Tokenizer
 from experiments.recipes import documents
 from experiments.vocabulary import EXAM, wide_wish
@@ -74,7 +74,7 @@ def blind_chat_document(rng: np.random.Generator, seed: int, i: int, split: str)
 def wide_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
     """A wish in the words of vocabulary.json."""
     text, picture = wide_wish(rng, split)
-    return dialog_example([Turn(plain_words(text))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
+    return dialog_example([Turn(clean_prompt(text))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
 
 
 def slip_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
@@ -83,7 +83,7 @@ def slip_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     parts, sounds = text.split(), PHRASES["sounds like"] if chance(rng, 0.2) else {}
     parts = [sounds.get(part, part) for part in parts]
     parts = [typo(rng, part) if part in LEXICON and len(part) > 2 and chance(rng, 0.5) else part for part in parts]
-    return dialog_example([Turn(plain_words(" ".join(parts)))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
+    return dialog_example([Turn(clean_prompt(" ".join(parts)))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
 
 
 MIXTURE = {

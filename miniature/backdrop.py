@@ -88,7 +88,7 @@ class Page:
         ImageDraw.Draw(self.image).line(self.points(points), fill=self.tone(colour), width=width)
 
     def glow(self, x, y, radius, colour, strength, top=0.0):
-        """Light around a point, fading to nothing at `radius`; none above the height `top`."""
+        """Draw light around a point, which fades to nothing at `radius`; no light falls above the height `top`."""
         rows, columns = np.mgrid[: self.side, : self.side] / self.scale
         fall = np.clip(1 - np.hypot(columns - x, rows - y) / radius, 0, 1) ** 2 * (rows >= top)
         mask = Image.fromarray((fall * 255 * strength).astype(np.uint8))
@@ -111,7 +111,7 @@ class Page:
 
 
 def hills(rng, height, swing, length):
-    """Heights of a rolling line."""
+    """Heights of rolling hills at equal distances from left to right, up to `swing` units around `height`."""
     x = np.linspace(-1, 65, 67)
     first, second = rng.uniform(0, 2 * np.pi, 2)
     wobble = 0.65 * np.sin(2 * np.pi * x / length + first) + 0.35 * np.sin(2 * np.pi * x / (0.55 * length) + second)
@@ -129,7 +129,7 @@ def peaks(rng, height, swing, count):
 
 
 def sky(page: Page, horizon: float) -> float:
-    """Sky with sun, clouds, moon or stars. Returns where sun and moon are: in a gap between the places of things."""
+    """Draw the sky. Returns the x of sun or moon, which stand in a gap between the places of things."""
     rng, time = page.rng, page.time
     page.image = page.gradient(0, horizon, SKY[time])
     x = (23.0 if rng.random() < 0.5 else 41.0) + rng.uniform(-1.5, 1.5)
@@ -178,7 +178,7 @@ def draw_cloud(page, x, y, s, light, shadow):
 
 
 def glitter(page: Page, x: float, top: float, bottom: float) -> None:
-    """The path of light of sun or moon on water."""
+    """Draw the light of sun or moon on water, around column `x` and between two heights."""
     colour = {"day": (214, 246, 250), "sunset": (255, 214, 140), "night": (150, 172, 222)}[page.time]
     for y in np.arange(top + 0.8, bottom, 2.1):
         width = 0.8 + (y - top) * 0.16
@@ -261,7 +261,7 @@ def city(page: Page) -> None:
 
 
 def lights(page: Page, x: float, top: float, width: float) -> None:
-    """The windows of a tower, lit when it is dark; some are at sunset."""
+    """Draw the windows of a tower. By day none is lit, at sunset some are, at night most."""
     lit = {"day": 0.0, "sunset": 0.45, "night": 0.6}[page.time]
     for row in np.arange(top + 1.6, 45, 2.9):
         for column in np.arange(x + 1.3, x + width - 1.2, 2.3):
@@ -311,7 +311,7 @@ PAINTERS = {"sea": sea, "meadow": meadow, "snow": snow, "city": city, "desert": 
 
 @lru_cache(maxsize=1024)
 def background(scene: str, time: str, variant: int, size: int) -> Image.Image:
-    """RGB, size x size, from a cache: copy it before you draw on it."""
+    """The background as RGB, size x size pixels, from a cache: copy it before you draw on it."""
     page = Page(size, scene, time, np.random.default_rng([variant, list(PAINTERS).index(scene)]))
     PAINTERS[scene](page)
     return page.image.reduce(SUPERSAMPLE)

@@ -5,8 +5,8 @@
     make it blue             (a house that is big and blue on the left in the city by day)
     thanks, now at night     (a house that is big and blue on the left in the city at night)
 
-Every picture of the assistant stands as its description in parentheses; so the next change starts from words. A picture
-that somebody shows is read as such. Words first learns from these chats; tales.py has the dialogues for stage 2.
+The assistant's pictures are descriptions in parentheses, so that the next change starts from words. The pictures that
+the human shows stay pictures. Words first is trained on these chats; tales.py has the dialogues for stage 2.
 """
 
 from collections import Counter
@@ -14,13 +14,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.texts import plain_words, words_in
+from common.texts import clean_prompt, words_in
 from miniature import facts, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
 from miniature.phrases import CAPTIONS, ORDINARY, PHRASES, SENTENCES, SLOT, choices, fill, one_of, sentence, some
-from miniature.tales import cast, questions, talk_about
+from miniature.tales import questions, sample_distinct, talk_about
 from miniature.typos import CHATTER, TYPOS, chatter, padded, typed
-from miniature.wishes import other_size, said, scene_words, thing_phrase, wish
+from miniature.wishes import fact_phrase, other_size, scene_words, thing_phrase, wish
 from miniature.words import describe, facts_in, from_left, plural
 from prompts import Turn
 
@@ -29,9 +29,9 @@ NO_WISH = "i draw small pictures. ask me for one."
 NO_PICTURE = "there is no picture yet. what shall i draw?"
 
 
-def changed_thing(picture: Picture, i: int, **changes) -> Picture | None:
-    """The picture with other facts of thing i, which now comes first: its description begins with the thing that was
-    named, and knows whose the new facts are. None where that does not fit or is held out."""
+def change_thing(picture: Picture, i: int, **changes) -> Picture | None:
+    """The picture with other facts of thing i, which now comes first: the description then begins with the thing that
+    the human named, and a model knows whose the new facts are. None where the result does not fit or is held out."""
     thing = replace(picture.things[i], **changes)
     things = (thing, *picture.things[:i], *picture.things[i + 1 :])
     if not fits(things, picture.scene) or held_out(thing.kind, thing.colour, picture.scene):
@@ -39,8 +39,8 @@ def changed_thing(picture: Picture, i: int, **changes) -> Picture | None:
     return replace(picture, things=things)
 
 
-def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
-    """One of the things and what it is called: mostly "it" if it is the only one."""
+def choose_thing(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
+    """The index of one of the things, and a name for it: mostly "it" if it is the only one."""
     i = int(rng.integers(len(picture.things)))
     thing, alone = picture.things[i], len(picture.things) == 1
     if alone and chance(rng, 0.7):
@@ -53,28 +53,27 @@ def target(rng: np.random.Generator, picture: Picture) -> tuple[int, str]:
         return i, f"the {getattr(thing, fact)} {pick(rng, ['one', thing.kind])}"
     if not alone and thing.colour != picture.things[1 - i].colour and chance(rng, 0.1):
         return i, f"the {thing.colour} one"
-    name = said(rng, "nouns", thing.kind) if chance(rng, 0.3) else thing.kind
+    name = fact_phrase(rng, "nouns", thing.kind) if chance(rng, 0.3) else thing.kind
     return i, f"the {thing.colour + ' ' if chance(rng, 0.15) else ''}{name}"
 
 
-def asking(rng: np.random.Generator, *sections: str, **slots: str) -> str:
-    """What somebody types for a change: a sentence of one of the sections, or in half of the cases of a plain one."""
+def order_text(rng: np.random.Generator, *sections: str, **slots: str) -> str:
+    """The text of an order: a sentence of one of the sections, in half of the cases of one of their plain sections."""
     plain = [f"plain {section}" for section in sections if f"plain {section}" in SENTENCES]
     if plain and chance(rng, 0.5):
         return one_of(rng, PHRASES["orders"]).format(fill(sentence(rng, *plain), slots))
     return fill(sentence(rng, *sections), slots)
 
 
-# ---- changes: each takes (rng, picture) to (what is typed, the new picture), or to None where that cannot be
+# ---- changes: each returns (what is typed, the new picture); where a change cannot be, None for both or the picture
 
 
 def recolour(rng, picture):
-    i, name = target(rng, picture)
+    i, name = choose_thing(rng, picture)
     colour, old = pick_other(rng, facts.COLOURS, picture.things[i].colour), picture.things[i].colour
-    alone = len(picture.things) == 1 and chance(rng, 0.5)
-    section = "recolour alone" if alone else "recolour"
-    text = asking(rng, section, it=name, colour=said(rng, "colours", colour), old=old)
-    return text, changed_thing(picture, i, colour=colour)
+    section = "recolour alone" if len(picture.things) == 1 and chance(rng, 0.5) else "recolour"
+    text = order_text(rng, section, it=name, colour=fact_phrase(rng, "colours", colour), old=old)
+    return text, change_thing(picture, i, colour=colour)
 
 
 def recolour_both(rng, picture):
@@ -84,7 +83,7 @@ def recolour_both(rng, picture):
     if any(held_out(thing.kind, colour, picture.scene) for thing in picture.things):
         return None
     nouns = f"the {plural(one.kind)}" if one.kind == two.kind else "both of them"
-    text = asking(rng, "recolour both", colour=said(rng, "colours", colour), nouns=nouns)
+    text = order_text(rng, "recolour both", colour=fact_phrase(rng, "colours", colour), nouns=nouns)
     return text, replace(picture, things=(replace(one, colour=colour), replace(two, colour=colour)))
 
 
@@ -94,32 +93,32 @@ def resize_both(rng, picture):
     size = pick(rng, facts.SIZES)
     after = replace(picture, things=tuple(replace(thing, size=size) for thing in picture.things))
     bigger = one_of(rng, PHRASES["compared"][size])
-    text = asking(rng, "resize both", size=said(rng, "sizes", size), bigger=bigger)
+    text = order_text(rng, "resize both", size=fact_phrase(rng, "sizes", size), bigger=bigger)
     return text, after if after != picture and fits(after.things, picture.scene) else None
 
 
 def resize(rng, picture):
-    i, name = target(rng, picture)
+    i, name = choose_thing(rng, picture)
     old = picture.things[i].size
-    if chance(rng, 0.1):  # "make it big" may be said of what is big already
-        return f"make {name} {said(rng, 'sizes', old)}", changed_thing(picture, i)
+    if chance(rng, 0.1):  # "make it big", though it is big already
+        return f"make {name} {fact_phrase(rng, 'sizes', old)}", change_thing(picture, i)
     size, alone = other_size(old), len(picture.things) == 1 and chance(rng, 0.5)
-    slots = {"it": name, "size": said(rng, "sizes", size), "bigger": one_of(rng, PHRASES["compared"][size]), "old": old}
-    return asking(rng, "resize alone" if alone else "resize", **slots), changed_thing(picture, i, size=size)
+    slots = {"it": name, "size": fact_phrase(rng, "sizes", size), "bigger": one_of(rng, PHRASES["compared"][size])}
+    return order_text(rng, "resize alone" if alone else "resize", old=old, **slots), change_thing(picture, i, size=size)
 
 
 def move(rng, picture):
-    i, name = target(rng, picture)
+    i, name = choose_thing(rng, picture)
     place, old = pick_other(rng, facts.PLACES, picture.things[i].place), picture.things[i].place
-    after = changed_thing(picture, i, place=place)
+    after = change_thing(picture, i, place=place)
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
         other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
-        after = changed_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
-    where = said(rng, "places", place) if chance(rng, 0.6) else some(rng, CAPTIONS["towards"][place])
+        after = change_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
+    where = fact_phrase(rng, "places", place) if chance(rng, 0.6) else some(rng, CAPTIONS["towards"][place])
     alone = len(picture.things) == 1 and chance(rng, 0.5)
     if alone and {place, old} == {"left", "right"} and chance(rng, 0.3):
-        return asking(rng, "other side"), after
-    return asking(rng, "move alone" if alone else "move", it=name, place=where), after
+        return order_text(rng, "other side"), after
+    return order_text(rng, "move alone" if alone else "move", it=name, place=where), after
 
 
 def swap(rng, picture):
@@ -130,16 +129,16 @@ def swap(rng, picture):
         after = replace(picture, things=(replace(one, colour=two.colour), replace(two, colour=one.colour)))
         if any(held_out(thing.kind, thing.colour, picture.scene) for thing in after.things):
             return None
-        return asking(rng, "swap colours"), after
+        return order_text(rng, "swap colours"), after
     after = replace(picture, things=(replace(one, place=two.place), replace(two, place=one.place)))
-    return asking(rng, "swap places"), after if fits(after.things, picture.scene) else None
+    return order_text(rng, "swap places"), after if fits(after.things, picture.scene) else None
 
 
 def change_time(rng, picture):
     time = pick_other(rng, facts.TIMES, picture.time)
     nouns = {"day": "day | daytime | morning", "sunset": "evening | sunset", "night": "night"}
     slots = {"time": one_of(rng, nouns[time]), "old": one_of(rng, nouns[picture.time])}
-    return asking(rng, "time", **{"at time": said(rng, "times", time)}, **slots), replace(picture, time=time)
+    return order_text(rng, "time", **{"at time": fact_phrase(rng, "times", time)}, **slots), replace(picture, time=time)
 
 
 def change_scene(rng, picture):
@@ -150,11 +149,11 @@ def change_scene(rng, picture):
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
     nouns = CAPTIONS["scene nouns"]
     slots = {"scene": some(rng, nouns[scene]), "old": some(rng, nouns[picture.scene])}
-    return asking(rng, "scene", it=it, **{"in scene": scene_words(rng, after)}, **slots), after
+    return order_text(rng, "scene", it=it, **{"in scene": scene_words(rng, after)}, **slots), after
 
 
 def add(rng, picture):
-    """A second thing; what is open about it and where it stands is chosen so that it fits."""
+    """A second thing, with a place where it fits. Its text names some of its facts."""
     if len(picture.things) == 2:
         return None
     first = picture.things[0]
@@ -163,19 +162,19 @@ def add(rng, picture):
         other = replace(other, kind=first.kind, colour=first.colour, size=first.size)
     if first.place == "middle" and not fits((first, other), picture.scene):
         first = replace(first, place=pick(rng, ["left", "right"]))  # makes room
-    named_place = chance(rng, 0.2)
-    places = [replace(other, place=place) for place in ([other.place] if named_place else facts.PLACES)]
-    fitting = [placed for placed in places if fits((first, placed), picture.scene)]
+    names_place = chance(rng, 0.2)
+    placed = [replace(other, place=place) for place in ([other.place] if names_place else facts.PLACES)]
+    fitting = [thing for thing in placed if fits((first, thing), picture.scene)]
     other = pick(rng, fitting) if fitting else None
     if other is None or held_out(other.kind, other.colour, picture.scene):
         return None
-    named = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
-    phrase = thing_phrase(rng, named)
-    if named_place:
-        phrase = f"{phrase} {said(rng, 'places', other.place)}"
-    text = asking(rng, "add", thing=phrase)
-    if (other.kind, other.colour) == (first.kind, first.colour) and not named_place and chance(rng, 0.8):
-        text = asking(rng, "add twin", noun=other.kind)
+    subset = Thing(other.kind, other.colour if chance(rng, 0.65) else None, other.size if chance(rng, 0.2) else None)
+    phrase = thing_phrase(rng, subset)
+    if names_place:
+        phrase = f"{phrase} {fact_phrase(rng, 'places', other.place)}"
+    text = order_text(rng, "add", thing=phrase)
+    if (other.kind, other.colour) == (first.kind, first.colour) and not names_place and chance(rng, 0.8):
+        text = order_text(rng, "add twin", noun=other.kind)
         twin = replace(other, size=first.size)
         other = twin if fits((first, twin), picture.scene) else other
     return text, replace(picture, things=(first, other))
@@ -184,28 +183,28 @@ def add(rng, picture):
 def remove(rng, picture):
     if len(picture.things) == 1:
         return None
-    i, name = target(rng, picture)
+    i, name = choose_thing(rng, picture)
     kind, other = picture.things[i].kind, picture.things[1 - i].kind
     if kind != other and chance(rng, 0.1):
-        text = asking(rng, "leave out", kind=kind, other=other)
+        text = order_text(rng, "leave out", kind=kind, other=other)
     else:
-        text = asking(rng, "remove", it=name)
+        text = order_text(rng, "remove", it=name)
     return text, replace(picture, things=(picture.things[1 - i],))
 
 
 def exchange(rng, picture):
-    """Another kind in the place of a thing."""
-    i, name = target(rng, picture)
+    """A thing of another kind in the place of one that is there."""
+    i, name = choose_thing(rng, picture)
     other = sample_thing(rng, picture.scene)
     if any(other.kind == thing.kind for thing in picture.things):
         return None
-    colour = chance(rng, 0.4)
-    after = changed_thing(picture, i, kind=other.kind, **({"colour": other.colour} if colour else {}))
-    if after is not None:  # what stays comes first: what is left of the old facts then belongs to the new thing
+    new_colour = chance(rng, 0.4)
+    after = change_thing(picture, i, kind=other.kind, **({"colour": other.colour} if new_colour else {}))
+    if after is not None:  # the thing that stays comes first: the old facts behind it then belong to the new thing
         after = replace(after, things=after.things[::-1])
-    phrase = thing_phrase(rng, Thing(other.kind, other.colour if colour else None))
+    phrase = thing_phrase(rng, Thing(other.kind, other.colour if new_colour else None))
     section = "exchange alone" if len(picture.things) == 1 and chance(rng, 0.3) else "exchange"
-    return asking(rng, section, thing=phrase, it=name, kind=picture.things[i].kind), after
+    return order_text(rng, section, thing=phrase, it=name, kind=picture.things[i].kind), after
 
 
 def two_changes(rng, picture):
@@ -213,12 +212,12 @@ def two_changes(rng, picture):
     second = after and pick(rng, [change_time, change_scene, add, add])(rng, after)
     if second is None:
         return None
-    orders = [order.removesuffix("?").removesuffix(" please").removeprefix("and ") for order in (text, second[0])]
-    return asking(rng, "two changes", change1=orders[0], change2=orders[1]), second[1]
+    parts = [part.removesuffix("?").removesuffix(" please").removeprefix("and ") for part in (text, second[0])]
+    return order_text(rng, "two changes", change1=parts[0], change2=parts[1]), second[1]
 
 
 def again(rng, picture):
-    return asking(rng, "again"), picture
+    return order_text(rng, "again"), picture
 
 
 CHANGES = {
@@ -228,11 +227,11 @@ CHANGES = {
 
 
 def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
-    made = None
-    while made is None or made[1] is None:
-        made = pick_weighted(rng, CHANGES)(rng, picture)
+    result = None
+    while result is None or result[1] is None:
+        result = pick_weighted(rng, CHANGES)(rng, picture)
     praise = f"{one_of(rng, PHRASES['praise'])}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
-    return praise + made[0], made[1]
+    return praise + result[0], result[1]
 
 
 # ---- questions and small talk, answered in words
@@ -242,14 +241,14 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
     i = int(rng.integers(len(picture.things)))
     thing, kinds = picture.things[i], [thing.kind for thing in picture.things]
     if len(set(kinds)) < len(kinds) or chance(rng, 0.25):
-        asked = (
+        forms = (
             "what do you see? | what is in the picture? | describe it | describe the picture | what is this? | "
             "what did you draw? | tell me what you see"
         )
-        return one_of(rng, asked), f"i see {describe(picture)}."
-    noun, absent = said(rng, "nouns", thing.kind), pick_other(rng, facts.KINDS, *kinds)
-    *others, (seen, yes) = questions(picture, thing, noun, absent, lambda phrases: choices(phrases)[0])
-    others.append((f"is there a {noun}? | {seen}", yes))
+        return one_of(rng, forms), f"i see {describe(picture)}."
+    noun, absent = fact_phrase(rng, "nouns", thing.kind), pick_other(rng, facts.KINDS, *kinds)
+    *others, (form, yes) = questions(picture, thing, noun, absent, lambda phrases: choices(phrases)[0])
+    others.append((f"is there a {noun}? | {form}", yes))
     return pick(rng, [(form, answer) for forms, answer in others for form in choices(forms)])
 
 
@@ -276,32 +275,33 @@ def bracketed(picture: Picture) -> str:
 
 
 def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -> list[Turn]:
-    """One to five exchanges. A picture is given with the human's turn alone; the assistant's are in parentheses."""
+    """One to five exchanges. Only human turns hold pictures; the assistant's are descriptions in parentheses."""
     turns, picture = [], None
     for _ in range(1 + int(rng.integers(5))):
-        what, shown = rng.random(), None
+        what, pictures = rng.random(), ()
         if what < (0.25 if picture is None else 0.16):
-            asked, answer = small_talk(rng)
+            request, answer = small_talk(rng)
         elif picture is None and what < 0.32:
-            asked, answer = change(rng, cast(rng, split))[0], NO_PICTURE
-            if not asked.startswith(("make", "put", "move", "remove", "paint")):
+            request, answer = change(rng, sample_distinct(rng, split))[0], NO_PICTURE
+            if not request.startswith(("make", "put", "move", "remove", "paint")):
                 continue
         elif what < (0.45 if picture is None else 0.2):
-            shown = picture = from_left(cast(rng, split))
-            asked, answer = some(rng, CAPTIONS["shows"]), some(rng, CAPTIONS["sees"]).format(describe(picture))
+            picture = from_left(sample_distinct(rng, split))
+            pictures, request = (picture,), some(rng, CAPTIONS["shows"])
+            answer = some(rng, CAPTIONS["sees"]).format(describe(picture))
         elif picture is not None and what < 0.32:
-            asked, answer = question(rng, picture)
+            request, answer = question(rng, picture)
         elif picture is not None and what < 0.78:
-            asked, picture = change(rng, picture)
-            asked, answer = padded(rng, asked) if chance(rng, CHATTER / 2) else asked, bracketed(picture)
+            request, picture = change(rng, picture)
+            request, answer = padded(rng, request) if chance(rng, CHATTER / 2) else request, bracketed(picture)
         else:
-            pairs, picture = chance(rng, 0.4), None
-            while picture is None or (pairs and len(picture.things) == 1):
-                asked, picture = wish(rng, split, typos)
-            if turns and facts_in(asked).scene and chance(rng, 0.3):
-                asked = fill(sentence(rng, "anew"), {"wish": asked})
+            wants_two, picture = chance(rng, 0.4), None
+            while picture is None or (wants_two and len(picture.things) == 1):
+                request, picture = wish(rng, split, typos)
+            if turns and facts_in(request).scene and chance(rng, 0.3):
+                request = fill(sentence(rng, "anew"), {"wish": request})
             answer = bracketed(picture)
-        turns += [Turn(plain_words(typed(rng, asked, typos)), (shown,) if shown else ()), Turn(answer)]
+        turns += [Turn(clean_prompt(typed(rng, request, typos)), pictures), Turn(answer)]
     return turns or chat(rng, split, typos)
 
 
@@ -309,19 +309,19 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
 
 
 def noun_words() -> set[str]:
-    """Every name of a thing, and its plural: these are rare in texts."""
+    """Every name of a thing, and its plural. Most of them are rare in the texts of this world."""
     nouns = [noun for kind in words.NOUNS for noun in choices(f"{words.NOUNS[kind]} | {PHRASES['nouns'][kind]}")]
     return {word for noun in nouns for word in words_in(f"{noun} {plural(noun)}")}
 
 
 def known_words(texts: int = 32_000) -> list[str]:
-    """Every word that wishes and chats are made of, but for `unknown_words` and `ordinary_words`."""
-    found = noun_words()
+    """The words of `texts` wishes and chats, without `unknown_words` and `ordinary_words`."""
+    vocabulary = noun_words()
     for i in range(texts):
         rng = facts.random_stream(0, i, WORDS)
         lines = [turn.text for turn in chat(rng, typos=0.0)[::2]] if i % 2 else [wish(rng, typos=0.0)[0]]
-        found.update(word for line in lines for word in words_in(line))
-    return sorted(found - {*unknown_words(), *ordinary_words()})
+        vocabulary.update(word for line in lines for word in words_in(line))
+    return sorted(vocabulary - {*unknown_words(), *ordinary_words()})
 
 
 def unknown_words() -> list[str]:
@@ -331,15 +331,15 @@ def unknown_words() -> list[str]:
 
 
 def ordinary_words(rare: int = 4) -> list[str]:
-    """Everyday words that say nothing of a picture: those of ordinary.txt, and those that are in no phrase, in no plain
-    sentence and in fewer than `rare` of the others."""
+    """Everyday words that say nothing of a picture: those of ordinary.txt, and those that occur in fewer than `rare`
+    sentences, if no phrase and no plain sentence has them."""
     phrases = [text for table in PHRASES.values() for text in (table.values() if isinstance(table, dict) else [table])]
     common, others = noun_words() | {word for text in phrases for word in words_in(text)}, Counter()
     for section, lines in SENTENCES.items():
         for line in lines:
-            found = {*words_in(plain_words(SLOT.sub(" ", line)))}
+            sentence_words = {*words_in(clean_prompt(SLOT.sub(" ", line)))}
             if section.startswith("plain"):
-                common |= found
+                common |= sentence_words
             else:
-                others.update(found)
+                others.update(sentence_words)
     return sorted({*ORDINARY, *(word for word, count in others.items() if count < rare and word not in common)})

@@ -1,8 +1,9 @@
 """What `score.py` measures with: the weights, questions in batches, and the shares of facts that come out right.
 
-Words are decoded greedily by default; prompt i then starts from the same noise whichever way its picture is made.
+Words are decoded greedily by default. Prompt i starts from the same noise whichever way its picture is made.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from common.cli import MINIATURE
 from common.images import to_image, to_tensor
 from common.page import draw_sheet, save_image
 from common.texts import Words, clean_caption
-from evaluation.cases import spoken
+from evaluation.cases import drop_text_after_img
 from generation import Sampling, answer, prompt_ids, split
 from miniature.facts import Picture, random_stream
 from miniature.judge import NOTHING, Judge, load_judge, read, share
@@ -26,16 +27,15 @@ from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
-SHOWN = 10  # prompts of a sheet
-LONGEST = 96  # tokens of an answer
-SIDE = 64  # of the judge's pictures
+SHEET_PROMPTS = 10
+SIDE = 64  # pixels of the judge's pictures, in width and height
 NOISE = 400  # purpose of the random streams
 Figures = dict[str, dict[str, float]]  # {row: {column: figure}}
 
 
 @dataclass
 class Exam:
-    """What is measured, and with how many samples. Judge and model are loaded when they are first asked for."""
+    """What is measured, and with how many samples. Judge and model are loaded at their first use."""
 
     weights: Path
     checkpoint: Path | None  # of the parts that MiniGPT-5 trains
@@ -47,7 +47,7 @@ class Exam:
 
     @cached_property
     def judge(self) -> Judge:
-        """That of the weights, or the miniature's."""
+        """The judge that the weights bring, or else the miniature's."""
         own = self.weights / "judge.safetensors"
         return load_judge(own if own.is_file() else MINIATURE / own.name, self.device)
 
@@ -69,34 +69,38 @@ class Exam:
     def system(self) -> str | None:
         return WORDS_FIRST_SYSTEM if self.sampling.words_first else None
 
+    def chat_source(self, text: str, pictures: tuple = ()) -> str:
+        """The source of a chat's first reply: what somebody typed, with a placeholder for each picture."""
+        return dialog_source([self.user_turn(text, pictures)], 1, self.system)
+
     def generator(self, i: int) -> torch.Generator:
         """The random numbers of prompt i: its noise."""
         return torch.Generator().manual_seed(int(random_stream(self.seed, i, NOISE).integers(1 << 62)))
 
     def sheet(self, name: str, texts: list[str], pictures: list[Image.Image | None]) -> None:
-        """The first prompts below their pictures; a picture that did not come is grey."""
+        """Write the first prompts below their pictures into the folder `sheets`; a missing picture is grey."""
         blank = Image.new("RGB", (SIDE, SIDE), "lightgrey")
-        columns = [(text, [picture or blank]) for text, picture in zip(texts[:SHOWN], pictures, strict=False)]
+        columns = [(text, [picture or blank]) for text, picture in zip(texts[:SHEET_PROMPTS], pictures, strict=False)]
         if self.sheets and columns:
             save_image(draw_sheet(columns), self.sheets / f"{name.replace(' ', '-')}.png")
 
 
-# ---- ways to answers
+# ---- answers
 
 
-def heard(told: list[Turn], jitter: int) -> list[Turn]:
-    """Turns of a story or a dialogue as the language model reads them, their pictures drawn."""
-    return [Turn(text, tuple(draw(facts, jitter, SIDE) for facts in pictures)) for text, pictures in told]
+def draw_turns(turns: list[Turn], jitter: int) -> list[Turn]:
+    """Turns of a story or a dialogue as the language model reads them: with pictures in the place of their facts."""
+    return [Turn(text, tuple(draw(facts, jitter, SIDE) for facts in pictures)) for text, pictures in turns]
 
 
-class Said(NamedTuple):
+class Answer(NamedTuple):
     text: str
-    picture: Image.Image | None  # the first one, if any came
+    picture: Image.Image | None  # the first one of the answer
 
 
 @torch.no_grad()
 def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
-    """Drawn by Stable Diffusion alone; no language model takes part."""
+    """Pictures that Stable Diffusion draws for the prompts alone; no language model takes part."""
     model = StableDiffusion(exam.weights, torch.float32, exam.device).eval()
     pictures = []
     for start in range(0, len(prompts), BATCH):
@@ -106,48 +110,43 @@ def text_to_pictures(exam: Exam, prompts: list[str]) -> list[Image.Image]:
     return pictures
 
 
-def ask(exam: Exam, sources: list[str], pictures: list[tuple[Image.Image, ...]] | None = None, **options) -> list[Said]:
-    """What the model answers to each source, which holds a placeholder for each of its pictures. `options` change the
-    sampling's."""
+def ask(exam: Exam, sources: list[str], pictures: Sequence[tuple] = (), **options) -> list[Answer]:
+    """The model's answer to each source, which holds a placeholder for each of its pictures. `options` replace fields
+    of `exam.sampling`."""
     sampling = Sampling(**vars(exam.sampling) | options)
-    pictures = pictures or [()] * len(sources)
-    said = []
+    pictures, answers = pictures or [()] * len(sources), []
     for start in range(0, len(sources), BATCH):
         part = slice(start, start + BATCH)
         generators = [exam.generator(start + i) for i in range(len(sources[part]))]
         prompts = [prompt_ids(exam.model, source) for source in sources[part]]
         for segments in answer(exam.model, prompts, pictures[part], sampling, generators):
-            words, came = split(spoken(segments))
-            said.append(Said(words, came[0] if came else None))
-    return said
+            text, new_pictures = split(drop_text_after_img(segments))
+            answers.append(Answer(text, new_pictures[0] if new_pictures else None))
+    return answers
 
 
-def chat_source(exam: Exam, text: str, pictures: tuple = ()) -> str:
-    """A chat's first turn, as the model reads it."""
-    return dialog_source([exam.user_turn(text, pictures)], 1, exam.system)
-
-
-def draw_prompts(exam: Exam, texts: list[str]) -> list[Said]:
-    """What sample.py answers to prompts: words first, to a chat's first turn, otherwise to stage 1's bare caption."""
+def draw_prompts(exam: Exam, texts: list[str]) -> list[Answer]:
+    """sample.py's answers to prompts: words first, each is a chat's first turn, otherwise a caption as in stage 1."""
     if exam.sampling.words_first:
-        return ask(exam, [chat_source(exam, text) for text in texts])
-    return ask(exam, [exam.model.tokenizer.plain(clean_caption(text)) for text in texts])
+        return ask(exam, [exam.chat_source(text) for text in texts])
+    return ask(exam, [exam.model.tokenizer.escape(clean_caption(text)) for text in texts])
 
 
-# ---- what came out right
+# ---- facts
 
 
-def look(exam: Exam, pictures: list[Image.Image | None]) -> list[Picture]:
-    """What the judge sees; nothing where there is no picture."""
-    given = [picture for picture in pictures if picture]
-    if not given:
+def picture_facts(exam: Exam, pictures: list[Image.Image | None]) -> list[Picture]:
+    """The facts that the judge reads in each picture; `NOTHING` for None. ValueError where the size is not SIDE."""
+    present = [picture for picture in pictures if picture]
+    if not present:
         return [NOTHING] * len(pictures)
-    if given[0].size != (SIDE, SIDE):
-        raise ValueError(f"the judge reads pictures of {SIDE}x{SIDE}, these are {given[0].width}x{given[0].height}")
-    seen = iter(read(exam.judge, torch.stack([2 * to_tensor(picture) - 1 for picture in given]).to(exam.device)))
-    return [next(seen) if picture else NOTHING for picture in pictures]
+    if present[0].size != (SIDE, SIDE):
+        raise ValueError(f"the judge reads pictures of {SIDE}x{SIDE}, these are {present[0].width}x{present[0].height}")
+    pixels = torch.stack([2 * to_tensor(picture) - 1 for picture in present])
+    facts = iter(read(exam.judge, pixels.to(exam.device)))
+    return [next(facts) if picture else NOTHING for picture in pictures]
 
 
 def means(rows: list[dict[str, bool]]) -> dict[str, float]:
-    """The share that is true, column by column."""
+    """The share of rows that are true, column by column."""
     return {name: share([row[name] for row in rows]) for name in rows[0]}

@@ -10,7 +10,7 @@ from itertools import product
 
 import numpy as np
 
-SCENES = {  # what a scene has room for
+SCENES = {  # the levels that a scene has
     "sea": ("water", "sky"),
     "meadow": ("land", "sky"),
     "snow": ("land", "sky"),
@@ -19,7 +19,7 @@ SCENES = {  # what a scene has room for
     "mountains": ("land", "water", "sky"),  # a lake in front of the shore
 }
 TIMES = ("day", "sunset", "night")
-KINDS = {  # where a kind is at home; the first of these that the scene has
+KINDS = {  # the levels of a kind; it is drawn at the first of them that the scene has
     "ball": ("land", "water"),
     "house": ("land",),
     "tree": ("land",),
@@ -41,7 +41,7 @@ SPLITS = ("train", "held-out")
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing in a picture. In what a text says about a picture, None is a fact that the text leaves out."""
+    """One thing in a picture. Where it holds the facts that a text names, None is a fact that the text leaves out."""
 
     kind: str | None
     colour: str | None = None
@@ -69,19 +69,19 @@ class Picture:
 
 
 def home(kind: str, scene: str) -> str | None:
-    """Where `kind` is drawn in `scene`: "land", "water" or "sky"; None where it does not belong."""
+    """The level of `kind` in `scene`: "land", "water" or "sky"; None where the kind does not belong into the scene."""
     return next((level for level in KINDS[kind] if level in SCENES[scene]), None)
 
 
 def held_out(kind: str, colour: str, scene: str) -> bool:
     """Whether this combination is kept out of training: (kind + 3 colour + 7 scene) mod 10 == 0, by position in the
-    tables above. All three factors are coprime to ten, so a tenth of the colours of every kind in every scene goes,
-    never a whole pair: each kind is still trained in each of its colours and in each of its scenes."""
+    tables above. All three factors are coprime to ten, so that about a tenth of all combinations is held out, and
+    each kind is still trained in each of its colours and in each of its scenes."""
     return (list(KINDS).index(kind) + 3 * COLOURS.index(colour) + 7 * list(SCENES).index(scene)) % 10 == 0
 
 
 def fits(things: tuple[Thing, ...], scene: str) -> bool:
-    """Whether the things can be drawn together: every one at home, none over another."""
+    """Whether the things can be drawn together: each belongs into the scene, and none covers another."""
     if any(home(thing.kind, scene) is None for thing in things):
         return False
     if len(things) == 1:
@@ -98,7 +98,7 @@ KINDS_IN = {scene: [kind for kind in KINDS if home(kind, scene)] for scene in SC
 
 
 def random_stream(seed: int, index: int, purpose: int = 0) -> np.random.Generator:
-    """The generator (PCG64) of sample `index`: the same whatever was drawn before. Seeds are 0 or more."""
+    """The generator (PCG64) of sample `index`, which depends on these numbers alone. Seeds are 0 or more."""
     return np.random.default_rng([seed, index, purpose])
 
 

@@ -28,7 +28,7 @@ SLOTS = [(level, place) for level in ("sky", "ground") for place in facts.PLACES
 VIEWS, WIDTH = 4, 128
 SLOT_SIZES = (len(facts.KINDS) + 1, len(facts.COLOURS), len(facts.SIZES))
 WHOLE_SIZES = (len(facts.SCENES), len(facts.TIMES), 4)
-NOTHING = Picture(None, None, ())  # what is seen where no picture came
+NOTHING = Picture(None, None, ())  # the facts where there is no picture
 ATTRIBUTES = ("scene", "time", "count", "kind", "colour", "size", "place")
 
 
@@ -60,16 +60,16 @@ def load_judge(path: Path = MINIATURE / "judge.safetensors", device: str | torch
     return load(Judge, [Path(path)], dtype=torch.float32, device=device)
 
 
-# ---- what it says
+# ---- its verdict
 
 
 @torch.no_grad()
 def read(judge: Judge, pixels: Tensor) -> list[Picture]:
-    """pixels (B, 3, 64, 64) in [-1, 1] -> the facts seen; things from left to right, in the sky first."""
+    """pixels (B, 3, 64, 64) in [-1, 1] -> the facts of each; its things from left to right, those in the sky first."""
     slots, whole = zip(*(judge(part.clamp(-1, 1)) for part in pixels.split(256)), strict=True)
     kinds, colours, sizes = (s.argmax(-1).tolist() for s in torch.cat(slots).split(SLOT_SIZES, -1))
     scenes, times, numbers = (s.argmax(-1).tolist() for s in torch.cat(whole).split(WHOLE_SIZES, -1))
-    seen = []
+    pictures = []
     for row in range(len(pixels)):
         things = [
             Thing(list(facts.KINDS)[kind - 1], facts.COLOURS[colours[row][i]], facts.SIZES[sizes[row][i]], SLOTS[i][1])
@@ -78,24 +78,24 @@ def read(judge: Judge, pixels: Tensor) -> list[Picture]:
         ]
         if numbers[row] != min(len(things), 3):
             things.append(Thing(None))
-        seen.append(Picture(list(facts.SCENES)[scenes[row]], facts.TIMES[times[row]], tuple(things)))
-    return seen
+        pictures.append(Picture(list(facts.SCENES)[scenes[row]], facts.TIMES[times[row]], tuple(things)))
+    return pictures
 
 
-def right(seen: Picture, wanted: Picture) -> dict[str, bool]:
-    """Which of the wanted facts are seen, and "all". A fact that is None in `wanted` is not asked for.
+def right(picture: Picture, expected: Picture) -> dict[str, bool]:
+    """Which of the expected facts the picture has, and whether it has "all". Any fact is right where None is expected.
 
     The things are matched so that most of their facts agree. Where one is missing, doubled or extra, everything about
     things is wrong.
     """
-    count = len(seen.things) == len(wanted.things)
-    of_things = dict.fromkeys(("kind", "colour", "size", "place"), False)
-    for order in permutations(seen.things) if count else ():
-        pairs = list(zip(order, wanted.things, strict=True))
-        agrees = {n: all(getattr(b, n) in (None, getattr(a, n)) for a, b in pairs) for n in of_things}
-        of_things = max(of_things, agrees, key=lambda agrees: sum(agrees.values()))
-    of_picture = {name: getattr(wanted, name) in (None, getattr(seen, name)) for name in ("scene", "time")}
-    result = of_picture | {"count": count} | of_things
+    same_count = len(picture.things) == len(expected.things)
+    right_in_things = dict.fromkeys(("kind", "colour", "size", "place"), False)
+    for order in permutations(picture.things) if same_count else ():
+        pairs = list(zip(order, expected.things, strict=True))
+        agrees = {n: all(getattr(b, n) in (None, getattr(a, n)) for a, b in pairs) for n in right_in_things}
+        right_in_things = max(right_in_things, agrees, key=lambda agrees: sum(agrees.values()))
+    result = {name: getattr(expected, name) in (None, getattr(picture, name)) for name in ("scene", "time")}
+    result |= {"count": same_count} | right_in_things
     return result | {"all": all(result.values())}
 
 
@@ -103,14 +103,14 @@ def share(values: list[bool]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-def asks_for(wanted: Picture, attribute: str) -> bool:
-    """Whether `wanted` asks for the attribute: a fact that is None is not asked for."""
+def asks_for(expected: Picture, attribute: str) -> bool:
+    """Whether the expected facts include the attribute: a fact that is None is not asked for."""
     if attribute in ("scene", "time"):
-        return getattr(wanted, attribute) is not None
-    return attribute in ("count", "all") or any(getattr(thing, attribute) for thing in wanted.things)
+        return getattr(expected, attribute) is not None
+    return attribute in ("count", "all") or any(getattr(thing, attribute) for thing in expected.things)
 
 
-def right_shares(seen: list[Picture], wanted: list[Picture]) -> dict[str, float]:
-    """Of each attribute the share that is right where it is asked for; "all": all that is asked for."""
-    rows = [(right(a, b), b) for a, b in zip(seen, wanted, strict=True)]
-    return {name: share([row[name] for row, asked in rows if asks_for(asked, name)]) for name in (*ATTRIBUTES, "all")}
+def right_shares(pictures: list[Picture], expected: list[Picture]) -> dict[str, float]:
+    """Of each attribute the share that is right where it is asked for; "all": the share with nothing wrong."""
+    rows = [(right(a, b), b) for a, b in zip(pictures, expected, strict=True)]
+    return {name: share([row[name] for row, b in rows if asks_for(b, name)]) for name in (*ATTRIBUTES, "all")}

@@ -113,7 +113,7 @@ def star(x, y, outer, inner, count=5):
 
 
 def normals(points):
-    """Outward directions at the corners: moving every corner along its own by d moves the edges out by d."""
+    """Outward vectors at the corners: a corner moved by d times its vector moves its edges out by d."""
     before, after = points - np.roll(points, 1, 0), np.roll(points, -1, 0) - points
     area = np.sum(points[:, 0] * np.roll(points[:, 1], -1) - np.roll(points[:, 0], -1) * points[:, 1])
     flip = np.sign(area)
@@ -310,7 +310,7 @@ def put(page: Image.Image, thing: Thing, scene: str, time: str, jitter: int) -> 
 
 
 def ripple(page: Image.Image, x: float, y: float, radius: float, time: str) -> None:
-    """Two light strokes at the waterline of a thing, over it."""
+    """Draw two light strokes over a thing at its waterline."""
     unit, s = page.width / 64, SUPERSAMPLE
     width, height = int(2.6 * radius * unit), int(5 * unit)
     sprite = Image.new("RGBA", (width * s, height * s), (255, 255, 255, 0))
@@ -325,8 +325,8 @@ def ripple(page: Image.Image, x: float, y: float, radius: float, time: str) -> N
 
 
 def draw(picture: Picture, jitter: int, size: int = 64) -> Image.Image:
-    """A picture -> RGB, size x size. The same seed gives the same background and the same shapes, whatever changes
-    among the things: a story is drawn with one seed."""
+    """The picture as RGB, size x size pixels. A story is drawn with one jitter seed: background and shapes stay the
+    same while its things change."""
     page = background(picture.scene, picture.time, jitter % VARIANTS, size).copy()
     depth = {"sky": 0, "land": 1, "water": 2}
     for thing in sorted(picture.things, key=lambda t: (depth[home(t.kind, picture.scene)], t.size)):  # "big" first

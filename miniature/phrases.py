@@ -18,7 +18,7 @@ from miniature.facts import pick
 
 
 def read_sections(name: str) -> dict[str, list[str]]:
-    """{section: its lines} of a file beside this one. "[section]" opens a section or goes on with it."""
+    """{section: its lines} of a file beside this one. A line "[section]" opens a section, or continues one."""
     sections, lines = {}, []
     for line in Path(__file__).with_name(name).read_text("utf-8").splitlines():
         count, _, sentence = line.partition("x ")
@@ -50,7 +50,7 @@ def choices(phrases: str) -> list[str]:
 
 
 def some(rng: np.random.Generator, phrases: str) -> str:
-    """One of "a | b | c": in four cases of ten the first one, otherwise any."""
+    """One of "a | b | c": the first with a chance of 0.4, otherwise any of them, the first included."""
     options = choices(phrases)
     return options[0] if rng.random() < 0.4 else pick(rng, options)
 

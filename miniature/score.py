@@ -12,7 +12,7 @@
 | captions  | pictures that the language model describes                                           |
 | replies   | whether a picture comes when one is asked for, and none when words are               |
 | dialogues | whether what a dialogue draws and says is right                                      |
-| stories   | the next step of a story, with and without its history; its own pictures fed back    |
+| stories   | the next step of a story, with and without its history; steps told one after another |
 
 All samples are held out; in stories and dialogues, a change of colour may lead back to a combination that was trained.
 Figures are shares. "named" is how many prompts name a fact, and the other figures count only these prompts. A prompt
@@ -24,8 +24,8 @@ People's prompts and chats are files of a line each, with the facts that a right
     chats    {"turns": [{"say", "picture": true, "scene", "time", "things"} or {"say", "picture": false}, ...]}
 
 A fact that is null is left open: anything is right. The number of things is never open. Other fields of a line are
-ignored. A turn that calls for words is right if no picture comes. Everything is asked as `sample.py` would with its
-defaults, once with each seed; a chat goes on from what the model said and drew itself.
+ignored. A turn that calls for words is right if no picture comes. All are answered with the defaults of `sample.py`,
+once with each seed; a chat goes on from the words and pictures that the model itself gave.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from common import cli
 from common.files import write_json
 from generation import Sampling
 from miniature.chats import bracketed
-from miniature.exam import LONGEST, Exam, Figures, Said, ask, chat_source, draw_prompts, heard, look, text_to_pictures
+from miniature.exam import Answer, Exam, Figures, ask, draw_prompts, draw_turns, picture_facts, text_to_pictures
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, share
 from miniature.paint import draw
@@ -61,6 +61,7 @@ from published.loading import STORY_FILES, WORDS_FILES, find_checkpoint, shipped
 
 QUESTIONS = 401  # purpose of the random streams
 SAMPLES, STORIES = 500, 300  # of a part, of the part "stories"
+MAX_ANSWER_TOKENS = 96
 COUNTS = {"one thing": 1, "two things": 2}
 
 
@@ -71,21 +72,21 @@ PROMPTS, CHATS = FOLDER / "prompts.jsonl", FOLDER / "chats.jsonl"
 
 
 class Wish(NamedTuple):
-    """What is typed, and what a right picture shows; None: words are called for."""
+    """What somebody types, and the facts of a right picture; None: words are the right answer."""
 
     text: str
-    wanted: Picture | None
+    expected: Picture | None
 
 
 def read_lines(path: Path, read: Callable[[dict], Any]) -> list:
-    """`read` of each object of a JSONL file. ValueError that names the line where it finds something else."""
-    found = []
+    """The value of `read` for each object of a JSONL file. ValueError that names the line if it has another form."""
+    entries = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found += [read(json.loads(line))] if line.strip() else []
+            entries += [read(json.loads(line))] if line.strip() else []
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}, line {number}: not in the form of {FOLDER} ({error!r})") from None
-    return found
+    return entries
 
 
 def wish_of(entry: dict, text_name: str = "say") -> Wish:
@@ -105,8 +106,8 @@ def sampling_of_sample(weights: Path) -> Sampling:
     return Sampling.of(cli.suited_options(weights, "sample"))
 
 
-def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
-    """All chats side by side, turn after turn."""
+def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Answer]]:
+    """The answers in each chat. All chats are held at the same time: their first turns are a batch, and so on."""
     turns, answers = [[] for _ in chats], [[] for _ in chats]
     for number in range(max(map(len, chats), default=0)):
         active = [i for i, chat in enumerate(chats) if number < len(chat)]
@@ -115,46 +116,46 @@ def hold_chats(exam: Exam, chats: list[list[Wish]]) -> list[list[Said]]:
         k = 2 * number + 1
         histories = [chat_history(turns[i], k, exam.sampling.words_first) for i in active]
         sources = [dialog_source(before, k, exam.system) for before in histories]
-        for i, said in zip(active, ask(exam, sources, [pictures_of(before) for before in histories]), strict=True):
-            turns[i].append(model_turn(exam.model.tokenizer, said.text, (said.picture,) if said.picture else ()))
-            answers[i].append(said)
+        for i, answer in zip(active, ask(exam, sources, [pictures_of(before) for before in histories]), strict=True):
+            turns[i].append(model_turn(exam.model.tokenizer, answer.text, (answer.picture,) if answer.picture else ()))
+            answers[i].append(answer)
     return answers
 
 
-def verdicts(exam: Exam, wishes: list[Wish], said: list[Said]) -> list[bool]:
-    """Whether each answer is all right; what is wrong is printed."""
-    found = []
-    for wish, answer, seen in zip(wishes, said, look(exam, [answer.picture for answer in said]), strict=True):
-        if wish.wanted is None:
-            fine, seen_text = answer.picture is None, "a picture came"
+def print_verdicts(exam: Exam, wishes: list[Wish], answers: list[Answer]) -> list[bool]:
+    """Whether each answer is right in everything; prints what is wrong."""
+    verdicts = []
+    for wish, answer, facts in zip(wishes, answers, picture_facts(exam, [a.picture for a in answers]), strict=True):
+        if wish.expected is None:
+            fine, mistake = answer.picture is None, "a picture came"
         else:
-            facts = right(seen, wish.wanted)
-            fine = facts["all"] and answer.picture is not None
-            seen_text = "wrong " + ", ".join(name for name, value in facts.items() if not value and name != "all")
-        found.append(fine)
+            checks = right(facts, wish.expected)
+            fine = checks["all"] and answer.picture is not None
+            mistake = "wrong " + ", ".join(name for name, value in checks.items() if not value and name != "all")
+        verdicts.append(fine)
         if not fine:
-            told = answer.picture.info.get("description", "") if answer.picture else f"no picture: {answer.text}"
-            print(f"  seed {exam.seed}: {wish.text!r}: {seen_text} ({told})")
-    return found
+            content = answer.picture.info.get("description", "") if answer.picture else f"no picture: {answer.text}"
+            print(f"  seed {exam.seed}: {wish.text!r}: {mistake} ({content})")
+    return verdicts
 
 
 def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
-    """Shares that are all right, and of how many. A chat's turn counts like any other, whatever came before it."""
+    """The shares of prompts and of chats' turns that are all right; a row's name ends with their number."""
     exam = replace(exam, sampling=sampling_of_sample(exam.weights))
-    wishes, talks, drawn, turns = read_prompts(prompts), read_chats(chats), [], []
-    flat = [wish for chat in talks for wish in chat]
+    wishes, conversations = read_prompts(prompts), read_chats(chats)
+    turns, prompt_verdicts, turn_verdicts = [wish for chat in conversations for wish in chat], [], []
     for seed in seeds:
         exam = replace(exam, seed=seed)
-        said = draw_prompts(exam, [wish.text for wish in wishes])
-        drawn += zip(wishes, verdicts(exam, wishes, said), strict=True)
-        exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in said])
-        answers = [answer for chat in hold_chats(exam, talks) for answer in chat]
-        turns += zip(flat, verdicts(exam, flat, answers), strict=True)
-    rows = {"prompts": [fine for _, fine in drawn]}
+        answers = draw_prompts(exam, [wish.text for wish in wishes])
+        prompt_verdicts += zip(wishes, print_verdicts(exam, wishes, answers), strict=True)
+        exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in answers])
+        answers = [answer for chat in hold_chats(exam, conversations) for answer in chat]
+        turn_verdicts += zip(turns, print_verdicts(exam, turns, answers), strict=True)
+    rows = {"prompts": [fine for _, fine in prompt_verdicts]}
     for name, things in COUNTS.items():
-        rows[name] = [fine for wish, fine in drawn if wish.wanted and len(wish.wanted.things) == things]
-    rows["chat turns"] = [fine for _, fine in turns]
-    rows["of them pictures"] = [fine for wish, fine in turns if wish.wanted]
+        rows[name] = [fine for wish, fine in prompt_verdicts if wish.expected and len(wish.expected.things) == things]
+    rows["chat turns"] = [fine for _, fine in turn_verdicts]
+    rows["of them pictures"] = [fine for wish, fine in turn_verdicts if wish.expected]
     return {f"{name}, {len(values)}": {"all right": share(values)} for name, values in rows.items() if values}
 
 
@@ -162,17 +163,17 @@ def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
 
 
 def held_out_prompts(exam: Exam, things: int) -> tuple[list[str], list[Picture]]:
-    """Captions of pictures with so many things, and the facts that they name."""
+    """Captions of held-out pictures with this number of things, and the facts that each caption names."""
     captions = [sample_pair(exam.seed, i, "held-out", things)[1] for i in range(exam.n)]
     return captions, [facts_in(caption) for caption in captions]
 
 
-def chat_turns(exam: Exam, told: list[Turn], jitter: int) -> list[Turn]:
-    """Turns of a dialogue as they are read. Words first, the assistant's pictures stand as their descriptions."""
-    turns = heard(told, jitter)
+def chat_turns(exam: Exam, dialogue: list[Turn], jitter: int) -> list[Turn]:
+    """The dialogue as the model reads it. Words first, descriptions stand in the place of the assistant's pictures."""
+    turns = draw_turns(dialogue, jitter)
     if exam.sampling.words_first:
         turns[::2] = [exam.user_turn(text, pictures) for text, pictures in turns[::2]]
-        turns[1::2] = [Turn(" ".join([text, *map(bracketed, pictures)])) for text, pictures in told[1::2]]
+        turns[1::2] = [Turn(" ".join([text, *map(bracketed, pictures)])) for text, pictures in dialogue[1::2]]
     return turns
 
 
@@ -180,23 +181,23 @@ def chat_turns(exam: Exam, told: list[Turn], jitter: int) -> list[Turn]:
 
 
 def prompts(exam: Exam) -> Figures:
-    return drawn_figures(exam, "prompts", lambda texts: text_to_pictures(exam, texts))
+    return caption_figures(exam, "prompts", lambda texts: text_to_pictures(exam, texts))
 
 
 def vokens(exam: Exam) -> Figures:
-    return drawn_figures(exam, "vokens", lambda texts: [said.picture for said in draw_prompts(exam, texts)])
+    return caption_figures(exam, "vokens", lambda texts: [answer.picture for answer in draw_prompts(exam, texts)])
 
 
-def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
+def caption_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Image.Image | None]]) -> Figures:
     figures = {}
     for name, things in COUNTS.items():
-        texts, wanted = held_out_prompts(exam, things)
-        drawn = draw_all(texts)
-        exam.sheet(f"{part} {name}", texts, drawn)
-        named = {fact: share([asks_for(facts, fact) for facts in wanted]) for fact in (*ATTRIBUTES, "all")}
-        figures[f"{name}, named"] = named
-        came = {"drawn": share([picture is not None for picture in drawn])}
-        figures[f"{name}, right"] = came | right_shares(look(exam, drawn), wanted)
+        texts, expected = held_out_prompts(exam, things)
+        pictures = draw_all(texts)
+        exam.sheet(f"{part} {name}", texts, pictures)
+        named_shares = {fact: share([asks_for(facts, fact) for facts in expected]) for fact in (*ATTRIBUTES, "all")}
+        figures[f"{name}, named"] = named_shares
+        drawn_share = share([picture is not None for picture in pictures])
+        figures[f"{name}, right"] = {"drawn": drawn_share} | right_shares(picture_facts(exam, pictures), expected)
     return figures
 
 
@@ -204,94 +205,94 @@ def drawn_figures(exam: Exam, part: str, draw_all: Callable[[list[str]], list[Im
 
 
 def captions(exam: Exam) -> Figures:
-    """Pictures that somebody shows. A fact is right if it is said and true; "no error": nothing that is said is wrong,
-    and no thing is left out."""
+    """The user shows pictures. A fact is right if the answer says it and it is true; "no error": all that the answer
+    says is true, and no thing is missing."""
     samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
-    wanted, pictures = [facts for facts, _, _ in samples], [draw(facts, jitter) for facts, _, jitter in samples]
+    expected, pictures = [facts for facts, _, _ in samples], [draw(facts, jitter) for facts, _, jitter in samples]
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
-    sources = [chat_source(exam, some(rng, CAPTIONS["shows"]), (None,)) for rng in streams]
-    texts = [said.text for said in ask(exam, sources, [(picture,) for picture in pictures])]
-    told = [facts_in(text) for text in texts]
-    return {"described, right": right_shares(told, wanted) | {"no error": right_shares(wanted, told)["all"]}}
+    sources = [exam.chat_source(some(rng, CAPTIONS["shows"]), (None,)) for rng in streams]
+    answers = ask(exam, sources, [(picture,) for picture in pictures])
+    facts = [facts_in(answer.text) for answer in answers]
+    return {"described, right": right_shares(facts, expected) | {"no error": right_shares(expected, facts)["all"]}}
 
 
-class Reply(NamedTuple):
-    """A turn to be said in a dialogue."""
+class Exchange(NamedTuple):
+    """A human's turn in a dialogue and the assistant's reply, which the model is to give."""
 
-    source: str
-    pictures: tuple[Image.Image, ...]  # of the turns before it, as far as they are heard
-    asked: Turn  # the human's turn
-    turn: Turn
+    source: str  # what the model reads
+    pictures: tuple[Image.Image, ...]  # of the source
+    request: Turn
+    reply: Turn
 
 
-def turns_to_answer(exam: Exam) -> dict[bool, list[Reply]]:
-    """n turns of dialogues that have a picture (True) and n that have none."""
-    asked = {True: [], False: []}
+def sample_exchanges(exam: Exam) -> dict[bool, list[Exchange]]:
+    """n exchanges of dialogues whose reply has a picture (True) and n whose reply has none."""
+    exchanges = {True: [], False: []}
     for i in count():
-        told, jitter = sample_dialogue(exam.seed, i, "held-out")
-        turns = chat_turns(exam, told, jitter)
-        for k in range(1, len(told), 2):
-            before = chat_history(turns, k, exam.sampling.words_first)
+        dialogue, jitter = sample_dialogue(exam.seed, i, "held-out")
+        turns = chat_turns(exam, dialogue, jitter)
+        for k in range(1, len(dialogue), 2):
+            before, (request, reply) = chat_history(turns, k, exam.sampling.words_first), dialogue[k - 1 : k + 1]
             source = dialog_source(before, k, exam.system)
-            asked[bool(told[k].pictures)].append(Reply(source, pictures_of(before), *told[k - 1 : k + 1]))
-        if min(map(len, asked.values())) >= exam.n:
-            return {wish: rows[: exam.n] for wish, rows in asked.items()}
+            exchanges[bool(reply.pictures)].append(Exchange(source, pictures_of(before), request, reply))
+        if min(map(len, exchanges.values())) >= exam.n:
+            return {pictured: rows[: exam.n] for pictured, rows in exchanges.items()}
 
 
-def has_picture(reply: Reply) -> bool:
-    """Whether a picture, or the description of one, is heard."""
-    return bool(reply.pictures) or "(" in reply.source
+def has_picture(exchange: Exchange) -> bool:
+    """Whether the source holds a picture, or the description of one."""
+    return bool(exchange.pictures) or "(" in exchange.source
 
 
 def replies(exam: Exam) -> Figures:
     """Requests in stage 1's form, and the human's turns in dialogues."""
     captions = enumerate(held_out_prompts(exam, 1)[0])
     if exam.sampling.words_first:
-        requests = [chat_source(exam, f"{UAS_REQUESTS[i % len(UAS_REQUESTS)]} {caption}") for i, caption in captions]
+        requests = [exam.chat_source(f"{UAS_REQUESTS[i % len(UAS_REQUESTS)]} {caption}") for i, caption in captions]
     else:
         requests = [uas_texts(caption, instruction=i % len(UAS_REQUESTS))[0] for i, caption in captions]
-    turns, figures = turns_to_answer(exam), {}
-    for name, wish, rows in (
+    exchanges, figures = sample_exchanges(exam), {}
+    for name, expected, rows in (
         ("a caption's picture is asked for", True, [(source, ()) for source in requests]),
-        ("a dialogue asks for a picture", True, turns[True]),
-        ("a dialogue asks for words", False, turns[False]),
+        ("a dialogue asks for a picture", True, exchanges[True]),
+        ("a dialogue asks for words", False, exchanges[False]),
     ):
         sources, pictures = [row[0] for row in rows], [row[1] for row in rows]
-        said = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
-        came = [answer.picture is not None for answer in said]
-        figures[name] = {"a picture came": share(came), "right": share([picture == wish for picture in came])}
+        answers = ask(exam, sources, pictures, sampler="ddim", steps=1)  # how the pictures look does not matter
+        pictured = [answer.picture is not None for answer in answers]
+        figures[name] = {"a picture came": share(pictured), "right": share([came == expected for came in pictured])}
     return figures
 
 
 def dialogues(exam: Exam) -> Figures:
-    """A picture is asked for: what the request names counts. It is changed ("make it red."): every fact counts. It is
-    described: all is true, no thing left out. A question is answered: with the facts of the dialogue's own answer."""
-    turns, figures = turns_to_answer(exam), {}
-    new = [r for r in turns[True] if facts_in(r.asked.text).scene]
-    # Where there is no picture, the one to be changed is not heard of any more.
-    changed = [r for r in turns[True] if not facts_in(r.asked.text).scene and has_picture(r)]
-    wanted = {"asked for": [facts_in(r.asked.text) for r in new], "changed": [r.turn.pictures[0] for r in changed]}
-    for name, rows in {"asked for": new, "changed": changed}.items():
-        drawn = [said.picture for _, said in answers(exam, rows)]
-        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(look(exam, drawn), wanted[name])
-    shown = [reply for reply in turns[False] if reply.asked.pictures]
-    about = [r for r in turns[False] if has_picture(r) and not r.asked.pictures and facts_in(r.turn.text) != NOTHING]
-    about = [r for r in about if r.asked.text not in SMALL_TALK]
-    described = [right(*r.asked.pictures, facts_in(said.text))["all"] for r, said in answers(exam, shown)]
-    answered = [same_answer(said.text, r.turn.text) for r, said in answers(exam, about)]
-    for name, fine in {"described": described, "answered": answered}.items():
-        figures[name] = {"samples": len(fine) / exam.n, "right": share(fine)}
+    """Four kinds of exchange. A picture is asked for: the facts that the request names count. It is changed ("make it
+    red."): all its facts count. It is described: all that the answer says must be true, and no thing may be missing.
+    A question about it is answered: the facts must be those of the dialogue's own answer."""
+    exchanges, figures = sample_exchanges(exam), {}
+    new = [e for e in exchanges[True] if facts_in(e.request.text).scene]
+    # Without a picture in the source, the picture to be changed is too far back for the model to read.
+    changes = [e for e in exchanges[True] if not facts_in(e.request.text).scene and has_picture(e)]
+    expected = {"asked for": [facts_in(e.request.text) for e in new], "changed": [e.reply.pictures[0] for e in changes]}
+    for name, rows in {"asked for": new, "changed": changes}.items():
+        facts = picture_facts(exam, [answer.picture for _, answer in with_answers(exam, rows)])
+        figures[f"{name}, right"] = {"samples": len(rows) / exam.n} | right_shares(facts, expected[name])
+    descriptions = [e for e in exchanges[False] if e.request.pictures]
+    others = [e for e in exchanges[False] if has_picture(e) and not e.request.pictures]
+    questions = [e for e in others if facts_in(e.reply.text) != NOTHING and e.request.text not in SMALL_TALK]
+    described = [right(*e.request.pictures, facts_in(a.text))["all"] for e, a in with_answers(exam, descriptions)]
+    answered = [same_answer(answer.text, e.reply.text) for e, answer in with_answers(exam, questions)]
+    for name, verdicts in {"described": described, "answered": answered}.items():
+        figures[name] = {"samples": len(verdicts) / exam.n, "right": share(verdicts)}
     return figures
 
 
-def same_answer(told: str, expected: str) -> bool:
-    """Whether the facts are the same and both say no, or neither does."""
-    return facts_in(told) == facts_in(expected) and told.startswith("no,") == expected.startswith("no,")
+def same_answer(text: str, expected: str) -> bool:
+    """Whether both texts name the same facts, and both or neither begin with "no,"."""
+    return facts_in(text) == facts_in(expected) and text.startswith("no,") == expected.startswith("no,")
 
 
-def answers(exam: Exam, rows: list[Reply]) -> list[tuple[Reply, Said]]:
-    said = ask(exam, [reply.source for reply in rows], [reply.pictures for reply in rows])
-    return list(zip(rows, said, strict=True))
+def with_answers(exam: Exam, rows: list[Exchange]) -> list[tuple[Exchange, Answer]]:
+    return list(zip(rows, ask(exam, [row.source for row in rows], [row.pictures for row in rows]), strict=True))
 
 
 # ---- the command
@@ -300,7 +301,7 @@ PARTS = {part.__name__: part for part in (people, prompts, vokens, captions, rep
 
 
 def tables(figures: Figures) -> str:
-    """Markdown: rows that have the same columns make a table. In per cent."""
+    """The figures in per cent as Markdown tables; neighbouring rows with the same columns share a table."""
     lines = []
     for columns, rows in groupby(figures.items(), key=lambda row: tuple(row[1])):
         lines += [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
@@ -310,16 +311,16 @@ def tables(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def checkpoint_for(part: str, weights: Path, wanted: Path | None, words_first: bool) -> Path | None:
-    """What `--checkpoint` names; without it stage 2's for words first or for stories, if it is there, or stage 1's."""
+def checkpoint_for(part: str, weights: Path, name: Path | None, words_first: bool) -> Path | None:
+    """What `--checkpoint` names, or else what is shipped of stage 2 (words first, stories), or else of stage 1."""
     trained = weights / "minigpt5"
-    if wanted:
-        found = find_checkpoint(wanted) or find_checkpoint(trained / f"{wanted}.safetensors")
+    if name:
+        path = find_checkpoint(name) or find_checkpoint(trained / f"{name}.safetensors")
     else:
-        found = shipped_checkpoint(trained, WORDS_FILES if words_first else STORY_FILES if part == "stories" else ())
-    if found is None and (wanted or part not in ("prompts", "captions")):
-        raise ValueError(f"{wanted or trained}: no checkpoint of MiniGPT-5's trained parts, needed for {part}")
-    return found
+        path = shipped_checkpoint(trained, WORDS_FILES if words_first else STORY_FILES if part == "stories" else ())
+    if path is None and (name or part not in ("prompts", "captions")):
+        raise ValueError(f"{name or trained}: no checkpoint of MiniGPT-5's trained parts, needed for {part}")
+    return path
 
 
 def seeds(text: str) -> list[int]:
@@ -338,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--chats", type=Path, default=CHATS, help="chats of the part people")
     add("--seeds", type=seeds, default=[0, 1, 2], help="of the part people; default: 0,1,2")
     cli.add_sampling_options(parser, Sampling, words_first=True)
-    parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=LONGEST, words_first=True)
+    parser.set_defaults(steps=20, guidance=2.0, sampler="dpm", max_new_tokens=MAX_ANSWER_TOKENS, words_first=True)
     parser.set_defaults(temperature=0.0, repetition_penalty=1.0)  # the likeliest words
     add("--sheets", type=Path, metavar="DIR", help="folder for the first pictures of people, prompts, vokens")
     add("--out", type=Path, metavar="FILE", help="write all figures as JSON, anew after each part")
@@ -349,8 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out:
         cli.make_folder(args.out.parent)
     exam = Exam(args.weights, None, args.device, sampling, SAMPLES, args.seed, sheets)
-    settings = {"seed": args.seed, **asdict(sampling)}
-    record = {"settings": settings, "samples": {}, "checkpoints": {}, "figures": {}}
+    record = {"settings": {"seed": args.seed, **asdict(sampling)}, "samples": {}, "checkpoints": {}, "figures": {}}
     for part in PARTS if "all" in args.parts else args.parts:
         checkpoint = checkpoint_for(part, args.weights, args.checkpoint, args.words_first)
         n = args.n or (STORIES if part == "stories" else SAMPLES)  # people's prompts are as many as their files hold
@@ -358,8 +358,8 @@ def main(argv: list[str] | None = None) -> None:
         record["figures"][part] = figures = PARTS[part](replace(exam, n=n, checkpoint=checkpoint), *options)
         record["checkpoints"][part] = checkpoint and checkpoint.name
         record["samples"] |= {} if part == "people" else {part: n}
-        counted = "" if part == "people" else f", {n} samples"
-        print(f"## {part}{counted}, in per cent\n\n{tables(figures)}", flush=True)
+        samples = "" if part == "people" else f", {n} samples"
+        print(f"## {part}{samples}, in per cent\n\n{tables(figures)}", flush=True)
         if args.out:
             write_json(args.out, record)
 

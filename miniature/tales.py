@@ -3,7 +3,7 @@
 A story has four or five steps, each with its picture, all on one background. The first sentence names everything; later
 ones tell what changes and often no more ("it drifts to the right."), so that only a reader who remembers can draw
 the pictures. In a dialogue, human and assistant take turns: pictures are asked for, changed, shown and asked about, and
-there is talk that calls for no picture.
+some talk calls for no picture.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ NEXT_TIME = {"day": "sunset", "sunset": "night", "night": "day"}
 # ---- changes: each takes (rng, picture) to (sentence without full stop, new picture), or to None where it cannot be
 
 
-def called(rng, picture: Picture, *adjectives: str) -> str:
-    """The hero by name, with true `adjectives` or none; "it" where there is nothing else it could be."""
+def hero_name(rng, picture: Picture, *fact_names: str) -> str:
+    """The hero by its kind, with none, some or all of these facts before it; or "it" if it is the only thing."""
     hero = picture.things[0]
     if len(picture.things) == 1 and rng.random() < 0.5:
         return "it"
-    named = [getattr(hero, name) for name in adjectives if rng.random() < 0.35]
-    return " ".join(["the", *named, hero.kind])
+    adjectives = [getattr(hero, name) for name in fact_names if rng.random() < 0.35]
+    return " ".join(["the", *adjectives, hero.kind])
 
 
 def change_hero(rng, picture: Picture, fact: str) -> tuple[str, Picture | None]:
@@ -46,7 +46,7 @@ def move(rng, picture):
     kind, (place, after) = picture.things[0].kind, change_hero(rng, picture, "place")
     if kind not in CAPTIONS["moves"] or after is None:
         return None
-    who, how = called(rng, picture, "size", "colour"), some(rng, CAPTIONS["moves"][kind])
+    who, how = hero_name(rng, picture, "size", "colour"), some(rng, CAPTIONS["moves"][kind])
     return f"{who} {how} {some(rng, CAPTIONS['towards'][place])}", after
 
 
@@ -55,13 +55,13 @@ def resize(rng, picture):
     if after is None:
         return None
     form = some(rng, CAPTIONS["resizes"][size])
-    return form.format(called(rng, picture, "colour"), some(rng, words.SIZE_WORDS[size])), after
+    return form.format(hero_name(rng, picture, "colour"), some(rng, words.SIZE_WORDS[size])), after
 
 
 def recolour(rng, picture):
     colour, after = change_hero(rng, picture, "colour")
     form = some(rng, CAPTIONS["turns colour"])
-    return form.format(called(rng, picture, "size"), some(rng, words.COLOUR_WORDS[colour])), after
+    return form.format(hero_name(rng, picture, "size"), some(rng, words.COLOUR_WORDS[colour])), after
 
 
 def newcomer(rng, picture) -> Thing | None:
@@ -78,7 +78,7 @@ def meet(rng, picture):
     if other is None:
         return None
     sentence = some(rng, CAPTIONS["meets"]).format(
-        hero=called(rng, picture, "size", "colour"),
+        hero=hero_name(rng, picture, "size", "colour"),
         other=noun_phrase(rng, other),
         place=some(rng, words.PLACE_PHRASES[other.place]),
     )
@@ -104,8 +104,8 @@ def pass_time(rng, picture):
 CHANGES = {move: 0.3, resize: 0.14, recolour: 0.16, meet: 0.16, part: 0.1, pass_time: 0.14}
 
 
-def cast(rng: np.random.Generator, split: str) -> Picture:
-    """A picture whose two things, if two, are of different kinds: "the boat" is then clear."""
+def sample_distinct(rng: np.random.Generator, split: str) -> Picture:
+    """A picture of one thing, or of two of different kinds: "the boat" is then clear."""
     while True:
         picture = sample_picture(rng, split, 1 if rng.random() < 0.75 else 2)
         if len({thing.kind for thing in picture.things}) == len(picture.things):
@@ -113,17 +113,17 @@ def cast(rng: np.random.Generator, split: str) -> Picture:
 
 
 def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
-    """Four or five steps, each one change after the step before it. The first thing is the hero."""
-    picture = cast(rng, split)
+    """Four or five steps; each after the first makes one change. A picture's first thing is the hero."""
+    picture = sample_distinct(rng, split)
     opening = some(rng, "{} | once upon a time there was {} | this is the story of {} | one fine time there was {}")
     turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", (picture,))]
     last, length = None, 4 + int(rng.integers(2))
     while len(turns) < length:
         change = pick_weighted(rng, CHANGES)
-        told = change(rng, picture) if change is not last or change is move else None
-        if told is not None:
-            last, picture = change, told[1]
-            turns.append(Turn(told[0] + ".", (picture,)))
+        result = change(rng, picture) if change is not last or change is move else None
+        if result is not None:
+            last, (sentence, picture) = change, result
+            turns.append(Turn(sentence + ".", (picture,)))
     return turns
 
 
@@ -134,48 +134,48 @@ SMALL_TALK |= {form.format(plural(kind)) for form in choices(CAPTIONS["asks abou
 
 
 def request(rng, split, picture):
-    """Somebody asks for a new picture and gets it."""
-    picture = cast(rng, split)
+    """The human asks for a new picture and gets it."""
+    picture = sample_distinct(rng, split)
     wish = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
     echo = noun_phrase(rng, picture.things[0]) if len(picture.things) == 1 else "your picture"
     return Turn(some(rng, CAPTIONS["asks"]).format(wish)), Turn(some(rng, CAPTIONS["gives"]).format(echo), (picture,))
 
 
 def show(rng, split, picture):
-    """Somebody shows a picture and hears what is in it."""
-    picture = cast(rng, split)
-    seen = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
-    return Turn(some(rng, CAPTIONS["shows"]), (picture,)), Turn(some(rng, CAPTIONS["sees"]).format(seen))
+    """The human shows a picture, and the assistant describes it."""
+    picture = sample_distinct(rng, split)
+    content = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
+    return Turn(some(rng, CAPTIONS["shows"]), (picture,)), Turn(some(rng, CAPTIONS["sees"]).format(content))
 
 
 def alter(rng, split, picture):
-    """The picture is asked for again with one thing changed."""
-    told = None
-    while told is None or told[1] is None:
-        told = pick(rng, (wish_move, wish_size, wish_colour, wish_time, wish_more, wish_less))(rng, picture)
+    """The human asks for the picture with one change."""
+    result = None
+    while result is None or result[1] is None:
+        result = pick(rng, (wish_move, wish_size, wish_colour, wish_time, wish_more, wish_less))(rng, picture)
     form = some(rng, "{} please. | please {}. | can you {}? | now {}. | could you {}?")
-    return Turn(form.format(told[0])), Turn(some(rng, CAPTIONS["more"]), (told[1],))
+    return Turn(form.format(result[0])), Turn(some(rng, CAPTIONS["more"]), (result[1],))
 
 
-def named(picture) -> str:
+def it_or_name(picture) -> str:
     return "it" if len(picture.things) == 1 else f"the {picture.things[0].kind}"
 
 
 def wish_move(rng, picture):
     place, after = change_hero(rng, picture, "place")
-    return f"move {named(picture)} {some(rng, CAPTIONS['towards'][place])}", after
+    return f"move {it_or_name(picture)} {some(rng, CAPTIONS['towards'][place])}", after
 
 
 def wish_size(rng, picture):
     size, after = change_hero(rng, picture, "size")
     word = some(rng, f"{words.SIZE_WORDS[size]} | {'bigger' if size == 'big' else 'smaller'}")
-    return f"make {named(picture)} {word}", after
+    return f"make {it_or_name(picture)} {word}", after
 
 
 def wish_colour(rng, picture):
     colour, after = change_hero(rng, picture, "colour")
     form = some(rng, "make {} {} | paint {} {} | colour {} {}")
-    return form.format(named(picture), some(rng, words.COLOUR_WORDS[colour])), after
+    return form.format(it_or_name(picture), some(rng, words.COLOUR_WORDS[colour])), after
 
 
 def wish_time(rng, picture):
@@ -199,7 +199,7 @@ def wish_less(rng, picture):
 
 
 def questions(picture: Picture, thing: Thing, noun: str, absent: str, phrase: Callable[[str], str]) -> list[tuple]:
-    """(a question about the picture in one or two forms, its answer). `phrase` picks one of several phrases."""
+    """Pairs of a question, in one or two forms, and its answer. `noun` names `thing`; `phrase` picks one of "a | b"."""
     kinds = [thing.kind for thing in picture.things]
     count = "there is one thing, the" if len(kinds) == 1 else "there are two things, the"
     return [

@@ -1,4 +1,4 @@
-"""What people's typing adds to what they ask for: typos, words that sound alike, and words that mean nothing here."""
+"""What typing does to a request: typos, words that sound alike, and words that say nothing of a picture."""
 
 from string import ascii_lowercase
 
@@ -31,7 +31,7 @@ def padded(rng: np.random.Generator, text: str) -> str:
 
 
 def typo(rng: np.random.Generator, word: str) -> str:
-    """A letter swapped with the next, doubled, left out, or another one. The first letter mostly stays."""
+    """The word with one letter swapped with the next, left out, doubled, replaced or added. The first mostly stays."""
     i = int(rng.integers(1 if chance(rng, 0.85) else 0, len(word)))
     how = rng.random()
     if how < 0.3 and i + 1 < len(word):
@@ -44,7 +44,7 @@ def typo(rng: np.random.Generator, word: str) -> str:
 
 
 def typed(rng: np.random.Generator, text: str, typos: float = TYPOS) -> str:
-    """The text with one or two typos or with words that sound like its own, in most cases as it is."""
+    """The text with one or two typos, or with words that sound like its own; in most cases unchanged."""
     parts = text.split()
     if chance(rng, min(typos, SOUND_ALIKE)):
         parts = [PHRASES["sounds like"].get(part, part) for part in parts]

@@ -1,9 +1,9 @@
-"""What is said about a picture: captions in many phrasings, and the reader that gets the facts back out of a text.
+"""Texts about a picture: captions in many phrasings, and the reader that finds the facts in a text.
 
 Captions are written as cleaned CC3M captions are: lower case, no full stops. Every caption names the scene and
-all colours. It names the places of all things or of none (`PLACE_NAMED`), and so the sizes (`SIZE_NAMED`; "a boat that
-is small and red" always does). It names sunset and night always, and day half of the time (`DAY_NAMED`): where no time
-is named, it is day.
+all colours. It names the places of all things or of none (`PLACE_NAMED`), and likewise the sizes (`SIZE_NAMED`; but the
+form "a boat that is small and red" always names them). It always names sunset and night, and day half of the time
+(`DAY_NAMED`): where no time is named, it is day.
 """
 
 import re
@@ -16,7 +16,7 @@ from miniature.facts import COLOURS, PLACES, SIZES, TIMES, Picture, Thing, home,
 from miniature.phrases import CAPTIONS, choices, some, with_article
 
 PLACE_NAMED = 0.7
-SIZE_NAMED = 0.85  # not always, so that a prompt without a size ("a red boat at sea") is nothing new to the models
+SIZE_NAMED = 0.85  # below 1, so that the models learn from captions without sizes, too ("a red boat at sea")
 DAY_NAMED = 0.5
 NOUNS, COLOUR_WORDS, SIZE_WORDS = CAPTIONS["nouns"], CAPTIONS["colours"], CAPTIONS["sizes"]
 PLACE_PHRASES, SCENE_NOUNS = CAPTIONS["places"], CAPTIONS["scene nouns"]
@@ -49,7 +49,7 @@ def noun_phrase(rng, thing: Thing, sized: bool = True) -> str:
 
 
 def home_level(picture: Picture) -> str:
-    """Where all things are, "land", "water" or "sky"; "" if they are not all at one level."""
+    """The level that all things share, "land", "water" or "sky"; "" if they differ."""
     levels = {home(thing.kind, picture.scene) for thing in picture.things}
     return levels.pop() if len(levels) == 1 else ""
 
@@ -135,7 +135,7 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
 
 
 def build_lexicon() -> dict[str, tuple]:
-    """Every word or phrase that names a fact -> (fact, value); kinds: (fact, value, how many)."""
+    """Word or phrase -> the (fact, value) that it names; a noun -> ("kind", kind, number of things)."""
     lexicon = {}
     for name, words in CAPTIONS["signs"].items():
         lexicon |= dict.fromkeys(choices(words), ("time" if name in TIMES else "scene", name))
@@ -157,8 +157,8 @@ def facts_in(text: str) -> Picture:
     """The facts that a text names, in its order; None for what it leaves out.
 
     A place belongs to the thing before it, unless that has one already: then to the next ("on the left is ...").
-    Adjectives belong to the thing after them, or to the last one. Without any thing ("it drifts to the right") they
-    make one of kind None.
+    Adjectives belong to the thing after them, or to the last one if none follows. In a text without any thing ("it
+    drifts to the right") place and adjectives make a thing of kind None.
     """
     scene = time = None
     things: list[dict] = []
@@ -194,10 +194,10 @@ def facts_in(text: str) -> Picture:
 
 
 def agrees(named: Picture, picture: Picture) -> bool:
-    """Whether everything that a text names (`facts_in`) is true of the picture; every named thing is another one."""
-    orders = permutations(picture.things, len(named.things))  # none where more things are named than there are
+    """Whether all facts that a text names (`facts_in`) are true of the picture, each named thing of another thing."""
+    orders = permutations(picture.things, len(named.things))  # empty if the text names more things than there are
     right = named.scene in (None, picture.scene) and named.time in (None, picture.time)
-    return right and any(all(map(Thing.is_true_of, named.things, reals)) for reals in orders)
+    return right and any(all(map(Thing.is_true_of, named.things, things)) for things in orders)
 
 
 # ---- words first
@@ -211,18 +211,18 @@ def describe(picture: Picture) -> str:
     The kind comes before its size and colour, so that the model knows whose colour it writes after "make the star
     blue".
     """
-    named = [f"a {t.kind} that is {t.size} and {t.colour} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
+    parts = [f"a {t.kind} that is {t.size} and {t.colour} {choices(PLACE_PHRASES[t.place])[0]}" for t in picture.things]
     scene = "at sea" if picture.scene == "sea" else f"in the {picture.scene}"
-    return f"{' and '.join(named)} {scene} {'by' if picture.time == 'day' else 'at'} {picture.time}"
+    return f"{' and '.join(parts)} {scene} {'by' if picture.time == 'day' else 'at'} {picture.time}"
 
 
 def as_named(picture: Picture, text: str) -> Picture:
     """The picture with its things in the order in which a caption names them."""
-    named, turned = facts_in(text).things, replace(picture, things=picture.things[::-1])
-    fitting = [p for p in (picture, turned) if len(named) == 2 and all(map(Thing.is_true_of, named, p.things))]
+    named, swapped = facts_in(text).things, replace(picture, things=picture.things[::-1])
+    fitting = [p for p in (picture, swapped) if len(named) == 2 and all(map(Thing.is_true_of, named, p.things))]
     return fitting[0] if fitting else picture
 
 
 def from_left(picture: Picture) -> Picture:
-    """The picture with its things from left to right: the order in which they are seen."""
+    """The picture with its things from left to right, the order for a picture that somebody shows."""
     return replace(picture, things=tuple(sorted(picture.things, key=lambda thing: PLACES.index(thing.place))))

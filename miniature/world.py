@@ -1,4 +1,4 @@
-"""The miniature world: a picture book in which every fact of every picture is known, in as many samples as wanted.
+"""The miniature world: a drawn world of which any number of samples can be made, with every fact of their pictures.
 
     python miniature/world.py pairs --n 100000 --seed 1 --out pairs.tar
     python miniature/world.py stories --n 20000 --seed 1 --out stories.tar
@@ -75,13 +75,13 @@ def turn_members(kind: str, key: str, seed: int, i: int, split: str, size: int) 
     turns, jitter = (sample_story if kind == "story" else sample_dialogue)(seed, i, split)
     names = [f"{key}.{k}.png" if turn.pictures else None for k, turn in enumerate(turns)]
     labels = [turn.pictures[0].label() if turn.pictures else None for turn in turns]
-    told = [{"text": t.text, "image": n, "label": label} for t, n, label in zip(turns, names, labels, strict=True)]
-    yield f"{key}.json", json.dumps({"kind": kind, "jitter": jitter, "turns": told}).encode()
+    entries = [{"text": t.text, "image": n, "label": label} for t, n, label in zip(turns, names, labels, strict=True)]
+    yield f"{key}.json", json.dumps({"kind": kind, "jitter": jitter, "turns": entries}).encode()
     yield from ((name, png(t.pictures[0], jitter, size)) for t, name in zip(turns, names, strict=True) if name)
 
 
 def write(members: Callable, path: Path, n: int, seed: int, split: str = "train", size: int = 64) -> None:
-    """Write `n` samples into a tar; `members` gives the files of one."""
+    """Write `n` samples into the tar `path`; `members` gives the (name, bytes) of one sample's files."""
     keys = (f"{i:09d}" for i in range(n))
     samples = (Sample([*members(key, seed, i, split, size)], {"samples": 1}) for i, key in enumerate(keys))
     write_samples(samples, path, n)

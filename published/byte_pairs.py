@@ -24,8 +24,8 @@ CHAT_FORMS = {"vicuna": str, "chatml": chatml}  # by the name that config.json h
 class BytePairTokenizer(Tokenizer):
     """Byte pairs of a tokenizer.json, read by the package `tokenizers`, with the same tokens added.
 
-    All tokens that the file calls special are special here. Which of them begins every sequence (`bos`) and which ones
-    end an answer (`eos`) is said elsewhere: in the language model's config.json. `in_chat_form`: one of CHAT_FORMS.
+    All tokens that the file calls special are special here. The language model's config.json says which of them
+    begins every sequence (`bos`) and which ones end an answer (`eos`). `in_chat_form`: one of CHAT_FORMS.
     ValueError for another file.
     """
 
@@ -42,8 +42,8 @@ class BytePairTokenizer(Tokenizer):
             raise ValueError(f"{path}: only tokenizers of byte pairs are supported as tokenizer.json")
         self.pieces.no_truncation()
         self.bos_id, self.eos_id, self.in_chat_form = bos, eos[0], in_chat_form
-        known = self.pieces.get_added_tokens_decoder().items()
-        special = {token.content: i for i, token in known if token.special}
+        added = self.pieces.get_added_tokens_decoder().items()
+        special = {token.content: i for i, token in added if token.special}
         self.add_tokens(self.pieces.get_vocab_size(), special, vokens)
         if not all(i in special.values() for i in (bos, *eos)):
             raise ValueError(f"{path}: bos_token_id {bos} and eos_token_id {eos} should be special tokens of it")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from published import parts as loaders
 from published.clip_tokenizer import ClipTokenizer
-from published.fetch import KNOWN, sha256
+from published.fetch import PUBLISHED, sha256
 from published.loading import WeightsError
 
 
@@ -36,24 +36,24 @@ def check(root: Path, hashes: bool = False) -> list[str]:
         raise WeightsError(f"{root}: no such folder")
     problems, loaded = [], {}
     for name, places, read in parts(root):
-        found = []
+        own_problems = []
         try:
             loaded[name] = read()
         except ValueError as error:
-            found += getattr(error, "problems", [str(error)])
+            own_problems += getattr(error, "problems", [str(error)])
         files = [f for place in places for f in ([place] if place.suffix else place.glob("[!.]*.safetensors"))]
         files = sorted(filter(Path.is_file, files))
-        compared = [compare(file, root) for file in files] if hashes else []
-        found += [problem for _, problem in compared if problem]
-        state = "not right" if found else "complete"
-        if compared and all(is_published for is_published, _ in compared):
+        comparisons = [compare(file, root) for file in files] if hashes else []
+        own_problems += [problem for _, problem in comparisons if problem]
+        state = "not right" if own_problems else "complete"
+        if comparisons and all(is_published for is_published, _ in comparisons):
             state += ", same hash as published"
         print(f"{name:16}  {state if files else 'missing'}")
-        problems += found
+        problems += own_problems
     if not any((root / "minigpt5").glob("[!.]*.safetensors")):
         print("minigpt5/ holds no checkpoint: train_uas.py writes one, `published fetch` gets the released ones")
     problems += loaders.size_mismatches(loaded)
-    problems = list(dict.fromkeys(problems))  # a checkpoint tells those of its parts again
+    problems = list(dict.fromkeys(problems))  # a checkpoint repeats those of its parts
     print("\n".join(problems) or "everything is there")
     return problems
 
@@ -62,10 +62,10 @@ def compare(path: Path, root: Path) -> tuple[bool, str]:
     """Whether `path` has the hash of the published file of its name, and a problem if only the size is the same."""
     sd = root / "stable-diffusion"
     name = path.relative_to(sd).as_posix() if path.is_relative_to(sd) else path.name
-    size, known = KNOWN.get(name, (None, ""))
+    size, digest = PUBLISHED.get(name, (None, ""))
     if size != path.stat().st_size:
         return False, ""
-    if sha256(path) == known:
+    if sha256(path) == digest:
         return True, ""
     hint = "; Stable Diffusion 2.0 has the same names and shapes as 2.1" * name.startswith("unet/")
     return False, f"{path}: its size is the published file's, its hash is not{hint}"

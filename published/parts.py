@@ -128,10 +128,10 @@ BLIP2_UNUSED = (  # parts of published files that MiniGPT-4 does not use
 def checked(value: object, default: object, name: str):
     """`value` of a config.json as the type of `default`. ValueError for another type or a size that no model has."""
     if dataclasses.is_dataclass(default):
-        known = {field.name: field.default for field in dataclasses.fields(default)}
-        if not isinstance(value, dict) or not value.keys() <= known.keys():
+        defaults = {field.name: field.default for field in dataclasses.fields(default)}
+        if not isinstance(value, dict) or not value.keys() <= defaults.keys():
             raise ValueError(f"{name} {value!r:.200} is not supported")
-        return type(default)(**{key: checked(entry, known[key], f"{name}.{key}") for key, entry in value.items()})
+        return type(default)(**{key: checked(entry, defaults[key], f"{name}.{key}") for key, entry in value.items()})
     if isinstance(default, tuple):
         values = value if isinstance(value, list) else [value]  # one value stands for all levels
         if not 1 <= len(values) <= 16:
@@ -159,14 +159,14 @@ def read_config(cls, path: Path, *nested: str, supported: dict[str, tuple] | Non
     try:
         for name, allowed in (supported or {}).items():
             if values.get(name) not in allowed:
-                known = " or ".join(repr(value) for value in allowed if value is not None) or "null"
-                raise ValueError(f"{name} {values.get(name)!r:.80} is not supported, only {known}")
+                choices = " or ".join(repr(value) for value in allowed if value is not None) or "null"
+                raise ValueError(f"{name} {values.get(name)!r:.80} is not supported, only {choices}")
         for key in nested:
             values = values.get(key) or {}
             if not isinstance(values, dict):
                 raise ValueError(f"{key} should be an object, found {values!r:.80}")
-        given = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
-        config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in given})
+        fields = [field for field in dataclasses.fields(cls) if values.get(field.name) is not None]
+        config = cls(**{field.name: checked(values[field.name], field.default, field.name) for field in fields})
         if isinstance(config, UNetConfig):
             check_levels(config)
         if hasattr(config, "num_attention_heads"):
@@ -182,8 +182,8 @@ def check_heads(config: LlamaConfig | QFormerConfig | TextConfig | VisionConfig)
     groups = getattr(config, "num_key_value_heads", 0) or heads
     is_odd = isinstance(config, LlamaConfig) and (width or channels // heads) % 2  # a head's channels turn in pairs
     if (not width and channels % heads) or heads % groups or is_odd:
-        found = f"{channels} channels, {heads} attention heads, {groups} key-value heads, head_dim {width}"
-        raise ValueError(f"hidden_size and heads do not go together: {found}")
+        sizes = f"{channels} channels, {heads} attention heads, {groups} key-value heads, head_dim {width}"
+        raise ValueError(f"hidden_size and heads do not go together: {sizes}")
 
 
 def check_levels(config: UNetConfig) -> None:

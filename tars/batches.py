@@ -118,7 +118,7 @@ def describe(bad: dict[str, int]) -> str:
 
 
 class TarData(Dataset):
-    """Tars as one list of items. What these are, a subclass says:
+    """Tars as one list of items. A subclass says what these are:
 
     count_items(index)                         how many items each sample of a tar has, at least one
     choose(bits)                               what is random about the sample at a position; an item that takes the
@@ -147,8 +147,8 @@ class TarData(Dataset):
         return self.sample(i, None)
 
     def identity(self) -> dict[str, str]:
-        """By which a resumed run knows its data: hashes of the samples' keys in their order, and, as other data may
-        have the same keys, of the samples' sizes and of some bytes of each tar."""
+        """Hashes by which a resumed run recognises its data: of the samples' keys in their order and, since other data
+        may have the same keys, of the samples' sizes and of some bytes of each tar."""
         keys, contents = hashlib.sha256(), hashlib.sha256()
         for index in self.indices:
             keys.update(b"".join([*index.keys, b"\n"]))

@@ -70,7 +70,7 @@ def read_file(path: Path, member: Member) -> bytes:
 
 
 def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
-    """For each folder below, once and following links, {key: {member: path}}."""
+    """{key: {member: path}} of `folder`, then of each folder in it. Links are followed; none comes twice."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         stat = os.stat(root)
@@ -79,18 +79,18 @@ def walk(folder: Path) -> Iterator[dict[str, dict[Member, Path]]]:
             continue
         seen.add((stat.st_dev, stat.st_ino))
         folders.sort()
-        found = {}
+        members = {}
         for name in sorted(names, reverse=True):
             key, _, ending = name.rpartition(".")
             if ending.lower() in ENDINGS and not name.startswith("."):
-                found.setdefault(key, {})[ENDINGS[ending.lower()]] = Path(root, name)
-        yield found
+                members.setdefault(key, {})[ENDINGS[ending.lower()]] = Path(root, name)
+        yield members
 
 
-def interleaved(key: str, kind: str, name: str, turns: Turns, may_cut: bool = False) -> Sample:
+def interleaved_sample(key: str, kind: str, name: str, turns: Turns, may_cut: bool = False) -> Sample:
     """The sample of a story or dialogue. Raises Unusable for fewer than two turns, and at a turn that cannot be used;
     where the sample `may_cut`, it ends before that turn, if that leaves two, and its counts say why."""
-    written, pictures, cut = [], [], {}
+    records, pictures, cut = [], [], {}
     try:
         for text, paths in turns:
             if not text.strip():
@@ -100,16 +100,16 @@ def interleaved(key: str, kind: str, name: str, turns: Turns, may_cut: bool = Fa
             added = [read_picture(path) for path in paths]
             names = [f"{key}.{i}.{ending}" for i, (ending, _) in enumerate(added, len(pictures))]
             pictures += [(name, content) for name, (_, content) in zip(names, added, strict=True)]
-            written.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
+            records.append({"text": text, "image": names if len(names) > 1 else names[0] if names else None})
     except Unusable as error:
-        if not may_cut or len(written) < 2:
+        if not may_cut or len(records) < 2:
             raise
         cut = {f"cut short ({error})": 1}
-    if len(written) < 2:
+    if len(records) < 2:
         raise Unusable("fewer than two turns")
-    content = json.dumps({"kind": kind, "id": name, "turns": written}).encode()
+    content = json.dumps({"kind": kind, "id": name, "turns": records}).encode()
     units = {"story": "stories", "dialog": "dialogues"}
-    counts = {units[kind]: 1, "turns": len(written), "pictures": len(pictures), **cut}
+    counts = {units[kind]: 1, "turns": len(records), "pictures": len(pictures), **cut}
     return Sample([(f"{key}.json", content), *pictures], counts)
 
 
@@ -128,8 +128,8 @@ def vist_jobs(file: Path, folders: list[Path]) -> Iterator[Job]:
             stories, fields = {}, ("worker_arranged_photo_order", "text", "photo_flickr_id")
             for annotation in content["annotations"]:
                 stories.setdefault(str(annotation[0]["story_id"]), []).append(annotation[0])
-            found = chain.from_iterable(map(walk, folders))
-            places = {key: m[Member.PICTURE] for members in found for key, m in members.items() if Member.PICTURE in m}
+            samples = chain.from_iterable(members.items() for members in chain.from_iterable(map(walk, folders)))
+            places = {key: members[Member.PICTURE] for key, members in samples if Member.PICTURE in members}
         else:
             stories, fields = content, ("sequence_index", "caption", "image_id")
             mapping = read_json(file.with_name(file.name.replace("cleaned", "image_mapping")))
@@ -143,10 +143,10 @@ def vist_jobs(file: Path, folders: list[Path]) -> Iterator[Job]:
 def vist_sample(key: str, name: str, steps: list, fields: tuple[str, str, str], places: dict[str, Path]) -> Sample:
     """A whole story in the order that its teller gave the pictures. fields: those of a step's order, text and picture.
     Raises Unusable."""
-    told = sorted(([step[field] for field in fields] for step in steps), key=lambda step: step[0])
-    if not len(told) == len({order for order, _, _ in told}) == STEPS:
+    steps = sorted(([step[field] for field in fields] for step in steps), key=lambda step: step[0])
+    if not len(steps) == len({order for order, _, _ in steps}) == STEPS:
         raise Unusable("not five steps in a clear order")
-    return interleaved(key, "story", name, ((text, [places.get(str(picture))]) for _, text, picture in told))
+    return interleaved_sample(key, "story", name, ((text, [places.get(str(picture))]) for _, text, picture in steps))
 
 
 # ---- MMDialog, and your own stories and dialogues
@@ -168,15 +168,15 @@ def mmdialog_sample(key: str, line: bytes, folders: list[Path], max_words: int) 
     """A dialogue up to its first turn that cannot be used."""
     content = json.loads(line)
     turns = (read_turn(turn, folders, max_words) for turn in content["conversation"])
-    return interleaved(key, "dialog", str(content.get("conversation_id", "")), turns, may_cut=True)
+    return interleaved_sample(key, "dialog", str(content.get("conversation_id", "")), turns, may_cut=True)
 
 
 def turns_sample(key: str, line: bytes, folders: list[Path]) -> Sample:
     """A story or dialogue, which counts as a whole. Raises Unusable."""
     content = json.loads(line)
-    told = ((turn["text"], turn.get("images", [])) for turn in content["turns"])
-    turns = ((text, [find_picture(folders, name) for name in names]) for text, names in told)
-    return interleaved(key, content.get("kind", "story"), str(content.get("id", "")), turns)
+    entries = ((turn["text"], turn.get("images", [])) for turn in content["turns"])
+    turns = ((text, [find_picture(folders, name) for name in names]) for text, names in entries)
+    return interleaved_sample(key, content.get("kind", "story"), str(content.get("id", "")), turns)
 
 
 # ---- pictures and captions, your own and CC3M's
@@ -210,10 +210,10 @@ def listed_sample(key: str, line: bytes | dict, folders: list[Path]) -> Sample:
 
 def folder_jobs(folder: Path) -> Iterator[Job]:
     """KEY.jpg with KEY.txt, or with the caption in KEY.json."""
-    for found in walk(folder):
-        for name in sorted(found):
-            source = os.path.relpath(next(iter(found[name].values())).with_name(name), folder)
-            yield partial(folder_sample, members=found[name], source=source)
+    for samples in walk(folder):
+        for name, members in sorted(samples.items()):
+            source = os.path.relpath(next(iter(members.values())).with_name(name), folder)
+            yield partial(folder_sample, members=members, source=source)
 
 
 def folder_sample(key: str, members: dict[Member, Path], source: str) -> Sample:
@@ -278,9 +278,9 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
     return write_samples(make_samples(chain.from_iterable(jobs), workers), out)
 
 
-def packed(kind: str, data: list[str] | None, out: Path) -> list[str]:
-    """What --data names, with a tar OUT-0.tar, OUT-1.tar ... in the place of each folder of pictures and of each list
-    (.csv, .tsv, .jsonl). A tar that is there already is taken as it is, so that a run goes on with the same data."""
+def pack_sources(kind: str, data: list[str] | None, out: Path) -> list[str]:
+    """Pack each folder of pictures and each list (.csv, .tsv, .jsonl) that --data names into a tar OUT-0.tar, OUT-1.tar
+    ..., unless it is there already: a run goes on with the same data. Returns --data with these tars in their place."""
     tars = []
     for number, name in enumerate(data or []):
         path, tar = Path(os.path.expanduser(name)), Path(f"{out}-{number}.tar")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.files import fingerprint, written_whole
+from common.files import atomic_write, fingerprint
 
 HOME = os.path.expanduser("~")  # "~" where there is none
 CACHE = Path(tempfile.gettempdir() if HOME == "~" else HOME, ".cache", "minigpt5", "index")  # where tars lie read-only
@@ -56,13 +56,13 @@ def expand(data: list[str]) -> list[str]:
     for item in data:
         path = Path(os.path.expanduser(item))
         if item and path.is_dir():
-            found = path.glob("[!.]*.tar")  # without macOS's ._x.tar
+            paths = path.glob("[!.]*.tar")  # without macOS's ._x.tar
         else:
-            found = [path] if path.is_file() else map(Path, glob.glob(str(path)))
-        found = sorted(str(tar) for tar in found if tar.is_file() and tar.suffix != ".npz")  # our indices lie beside
-        if not found:
+            paths = [path] if path.is_file() else map(Path, glob.glob(str(path)))
+        paths = sorted(str(tar) for tar in paths if tar.is_file() and tar.suffix != ".npz")  # our indices lie beside
+        if not paths:
             raise ValueError(f"{item or 'empty name'}: no such tar, or no tar in this folder or pattern")
-        tars |= dict.fromkeys(found)
+        tars |= dict.fromkeys(paths)
     return list(tars)
 
 
@@ -71,10 +71,10 @@ def expand(data: list[str]) -> list[str]:
 
 def member_of(name: str) -> tuple[str, int] | None:
     """Member name -> (key, member), None for one that is no part of a sample."""
-    found = NAME.fullmatch(name)
-    if not found or found[3].lower() not in ENDINGS:
+    match = NAME.fullmatch(name)
+    if not match or match[3].lower() not in ENDINGS:
         return None
-    key, number, member = found[1], found[2], ENDINGS[found[3].lower()]
+    key, number, member = match[1], match[2], ENDINGS[match[3].lower()]
     if number and member != Member.PICTURE:
         return f"{key}.{number}", member
     return key, Member.NUMBERED + int(number) if number else member
@@ -148,8 +148,8 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
             for key, member, header in walk(tar):
                 places.setdefault(key, {})[member] = header.offset_data, header.size
                 if member == Member.JSON and header.size <= MAX_BYTES[member]:
-                    found = count_turns(tar.extractfile(header).read())
-                    turns |= {key: found} if found[1] else {}
+                    kind, count = count_turns(tar.extractfile(header).read())
+                    turns |= {key: (kind, count)} if count else {}
     except Exception as error:  # tarfile raises whatever a damaged header leads it to
         raise ValueError(f"{path}: no uncompressed tar, or damaged after {len(places):,} samples ({error})") from None
     for key in [key for key in places if key not in turns]:
@@ -186,7 +186,7 @@ def read_index(path: str) -> TarIndex:
     for cache in caches:
         with suppress(OSError):  # where it cannot be written: try the other place, or go without
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(cache) as temporary, open(temporary, "wb") as file:
+            with atomic_write(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, **index._asdict())
             break
     return index

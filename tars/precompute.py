@@ -86,7 +86,7 @@ class Encoders:
         self.precomputed = Precomputed(made_with, shapes, types, empty_caption=empty_caption)
 
     def stored(self, x: Tensor) -> Tensor:
-        """As it is written. ValueError where 16 bit cannot hold it."""
+        """A tensor as the tar holds it. ValueError where 16 bit cannot hold it."""
         x = x.to("cpu", self.store).contiguous()
         if not x.isfinite().all():
             raise ValueError("a number is too large for 16 bit, or not finite; --store fp32 holds large ones")

@@ -59,8 +59,8 @@ def identity(weights: Path, name: str) -> str:
 def marker_bytes(precomputed: Precomputed) -> bytes:
     empty_caption = precomputed.empty_caption
     tensors = {} if empty_caption is None else {"empty_caption": empty_caption.contiguous()}
-    described = {name: json.dumps(value) for name, value in precomputed._asdict().items() if name != "empty_caption"}
-    return safetensors.torch.save(tensors, described)
+    metadata = {name: json.dumps(value) for name, value in precomputed._asdict().items() if name != "empty_caption"}
+    return safetensors.torch.save(tensors, metadata)
 
 
 def read_marker(path: str) -> Precomputed:
@@ -74,8 +74,8 @@ def read_marker(path: str) -> Precomputed:
         return NOTHING
     try:
         tensors = safetensors.torch.load(content)
-        described = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-        made_with, shapes, types, made_of = (json.loads(described[name]) for name in Precomputed._fields[:4])
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        made_with, shapes, types, made_of = (json.loads(metadata[name]) for name in Precomputed._fields[:4])
         if "moments" not in made_with or made_with.keys() != shapes.keys():
             raise ValueError
         shapes = {name: tuple(shape) for name, shape in shapes.items()}
@@ -86,14 +86,14 @@ def read_marker(path: str) -> Precomputed:
 
 def find_precomputed(tars: list[str], weights: Path) -> Precomputed:
     """What all of the tars hold. ValueError where they differ, and where they were made with other weights."""
-    found = [read_marker(tar) for tar in tars]
-    for tar, precomputed in zip(tars, found, strict=True):
-        if precomputed[:3] != found[0][:3]:  # the rest differs: each tar has a source of its own
+    markers = [read_marker(tar) for tar in tars]
+    for tar, precomputed in zip(tars, markers, strict=True):
+        if precomputed[:3] != markers[0][:3]:  # the rest differs: each tar has a source of its own
             raise ValueError(f"{tars[0]} and {tar}: one is not precomputed, or they differ in weights or options")
-    for name, made_with in found[0].made_with.items():
+    for name, made_with in markers[0].made_with.items():
         if made_with != identity(weights, name):
             raise ValueError(f"{tars[0]}: its {name} were precomputed with other weights or sizes than {weights}")
-    return found[0]
+    return markers[0]
 
 
 def read_tensors(content: bytes | None, precomputed: Precomputed, names: Iterable[str]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from tars.precomputed import NOTHING, Precomputed, read_tensors
 
 def read_turns(content: bytes | None, key: str, escape: Callable[[str], str]) -> tuple[str, list[Turn]]:
     """KEY.json -> (kind, turns), whose texts are cleaned and escaped and whose pictures are members of the tar.
-    escape: `Tokenizer.plain`, or `str` where no language model reads the texts. Raises Unusable."""
+    escape: `Tokenizer.escape`, or `str` where no language model reads the texts. Raises Unusable."""
     try:
         sample = json.loads(content)
         turns = [read_turn(turn, key, escape) for turn in sample["turns"]]
@@ -61,7 +61,7 @@ class StoryData(TarData):
 
     tokenizer: its `plain` escapes what comes from the tar, its `encode` makes token ids. queries: positions that an
     input picture takes. limit: of tokens in a sequence, pictures and <s> counted; the oldest turns are left out whole,
-    the last one before the sample never. to_input, to_output: RGB picture -> (3, H, W). tasks: of a story's steps.
+    but never the last one before the sample. to_input, to_output: RGB picture -> (3, H, W). tasks: of a story's steps.
     precomputed: tensors that take the place of pictures. blind: share of story steps whose history has no pictures.
     words_only: answers have no pictures. system: opens every prompt; None: the released code's sentences.
     """
@@ -104,7 +104,7 @@ class StoryData(TarData):
     def read_item(self, key: str, read: Reader, kind: int, item: int, choice: int) -> dict:
         """{"key", "task", "source", "target", "inputs", "outputs", "ids"}: lists of tensors, and of token ids."""
         k, task = self.turn_and_task(kind, item)
-        kind_now, turns = read_turns(read(Member.JSON), key, self.tokenizer.plain)
+        kind_now, turns = read_turns(read(Member.JSON), key, self.tokenizer.escape)
         if k >= len(turns) or (kind_now == "story") != (kind == STORY):
             raise Unusable("tar and index differ")
         example = self.fit(kind_now, turns[: k + 1], task, choice)

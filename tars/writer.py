@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from common.files import remove_unfinished, written_whole
+from common.files import atomic_write, remove_unfinished
 from tars.batches import describe
 
 
@@ -23,8 +23,8 @@ class Sample(NamedTuple):
 
 
 class Report(NamedTuple):
-    kept: Counter
-    dropped: Counter
+    kept: Counter  # how many of each unit (pairs, pictures ...) the tar holds
+    dropped: Counter  # how many samples are left out, by the reason
 
     def __str__(self) -> str:
         kept = ", ".join(f"{count:,} {what}" for what, count in self.kept.items())
@@ -38,7 +38,7 @@ def write_samples(samples: Iterable[Sample | str], out: Path, total: int | None 
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out {out}: " + ("a folder" if out.is_dir() else f"no folder {out.parent}"))
     remove_unfinished(out.parent, re.escape(out.name))
-    with written_whole(out) as temporary, tarfile.open(temporary, "w") as tar:
+    with atomic_write(out) as temporary, tarfile.open(temporary, "w") as tar:
         for sample in tqdm(samples, total=total, unit=" samples", delay=2, leave=False):
             if isinstance(sample, str):
                 report.dropped[sample] += 1

@@ -11,7 +11,7 @@ from random_weights import write_random_weights
 from safetensors.torch import load_file
 
 from baselines import divter, gill, stable_diffusion, train_sd
-from baselines.stable_diffusion import StableDiffusion, text_of, told
+from baselines.stable_diffusion import StableDiffusion, fitting_text, text_of
 from common.cli import MINIATURE, run
 from common.files import write_json
 from common.images import to_image, to_tensor
@@ -51,16 +51,16 @@ def pictures(folder, keys) -> list[torch.Tensor]:
     return [to_tensor(read_answer(folder, key).segments[-1]) for key in keys]
 
 
-def test_told(weights, tars):
+def test_fitting_text(weights, tars):
     """As many sentences before the last as there is room for, none cut, the nearest first."""
     model = StableDiffusion(weights)
     tokenizer = model.tokenizer
     sentence = "a small red boat sails on the sea at night"
     most = next(n for n in range(1, 30) if len(tokenizer.encode(" ".join([sentence] * (n + 1)))) > tokenizer.length - 2)
     texts = [f"{sentence}" for _ in range(most + 5)]
-    assert told(texts, tokenizer) == " ".join([sentence] * most)
-    assert told(["no room for me " * 30, "one", "two"], tokenizer) == "one two"
-    assert told(["alone " * 100], tokenizer) == "alone " * 100
+    assert fitting_text(texts, tokenizer) == " ".join([sentence] * most)
+    assert fitting_text(["no room for me " * 30, "one", "two"], tokenizer) == "one two"
+    assert fitting_text(["alone " * 100], tokenizer) == "alone " * 100
     case = read_cases([str(tars / "stories.tar")], "image", True)[0][0]
     assert text_of(case, "none", model) == case.turn.text
     assert text_of(case, "texts", model).endswith(f"{case.before[-1].text} {case.turn.text}")
@@ -246,7 +246,7 @@ def test_gill_reads_the_states_of_its_vokens(weights):
     assert not [p for p in model.llama.parameters() if p.requires_grad]
     randomise(model.vokens)
     for text in texts:
-        ids = [1, *model.tokenizer.encode(model.tokenizer.plain(text)), *model.tokenizer.voken_ids]
+        ids = [1, *model.tokenizer.encode(model.tokenizer.escape(text)), *model.tokenizer.voken_ids]
         embeddings = model.vokens.embed(model.llama, torch.tensor([ids]))
         expected.append((model.llama(embeddings) + embeddings)[0, -3:])
     text_loss, conditioning = model.text_loss_and_conditioning(texts)
@@ -305,6 +305,6 @@ def test_errors(monkeypatch, capsys, weights, tars, tmp_path):
     fails(gill, "--no-cfg is not for this baseline", "--no-cfg", "--out", tmp_path / "run")
     fails(gill, "--width must be a multiple of the mapper's 4 heads", "--width", 10, "--out", tmp_path / "run")
     with pytest.raises(ValueError, match="without a label"):
-        divter.in_words([{"text": "look", "image": "1.0.png", "label": None}], "1")
+        divter.describe_pictures([{"text": "look", "image": "1.0.png", "label": None}], "1")
     label = Picture.label(world.sample_pair(0, 0)[0])
-    assert "picture: " in divter.in_words([{"text": "", "image": "1.0.png", "label": label}], "1")[0]["text"]
+    assert "picture: " in divter.describe_pictures([{"text": "", "image": "1.0.png", "label": label}], "1")[0]["text"]

@@ -20,8 +20,8 @@ import generation
 from common.cli import run
 from evaluation import __main__ as evaluate
 from evaluation import cases, metrics, scorers
-from evaluation.cases import generator_of, read_answer, spoken, write_answer
-from evaluation.comparisons import METRICS, Bench, Outcome, attributes, drawn
+from evaluation.cases import drop_text_after_img, generator_of, read_answer, write_answer
+from evaluation.comparisons import METRICS, MetricSetup, Outcome, answer_outputs, attributes
 from miniature import world
 from miniature.judge import NOTHING, Judge
 from miniature.pairing import Pairing
@@ -188,13 +188,13 @@ def test_what_is_compared():
         replied("a", "north", ["between"], [], []),
         replied("b", "north", [0], [NORTH, EAST], [NORTH]),
     ]
-    bench = Bench({"clip": Plane()}, {"clip": -EAST})
-    assert [row.tolist() for row in drawn("clip", bench, outcomes)] == [[0, 1], [1, 0], [0, 1], [-1, 0]]
+    setup = MetricSetup({"clip": Plane()}, {"clip": -EAST})
+    assert [row.tolist() for row in answer_outputs("clip", setup, outcomes)] == [[0, 1], [1, 0], [0, 1], [-1, 0]]
     figures = {"clip-i": 1 / 3, "clip-t": 1 / 3}
     figures["mm-relevance"] = (2 * 1.4 / 7 + 2 / 4) / 2  # means over dialogues
     figures["mm-relevance-mmdialog"] = (2 * 0.6 / 5 + 2 * 0.8 / 2 + 2 / 4) / 3  # and over turns
     for name, value in figures.items():
-        assert METRICS[name].compute(bench, outcomes) == pytest.approx(value), name
+        assert METRICS[name].compute(setup, outcomes) == pytest.approx(value), name
 
 
 def test_two_definitions_of_relevance():
@@ -202,15 +202,15 @@ def test_two_definitions_of_relevance():
     whatever the modality; p = 1.6 / 3, r = 1.6 / 2, F1 = 2 * 1.6 / 5. By modality it is words 0 and picture 0.8."""
     outcomes = [replied("a", "east", [0, "north", 1], [NORTH], [BETWEEN, EAST])]
     for name, value in (("mm-relevance", 2 * 0.8 / 5), ("mm-relevance-mmdialog", 0.64)):
-        assert METRICS[name].compute(Bench({"clip": Plane()}, {}), outcomes) == pytest.approx(value), name
+        assert METRICS[name].compute(MetricSetup({"clip": Plane()}, {}), outcomes) == pytest.approx(value), name
 
 
 def test_pictures_are_not_compared_with_no_words():
     outcomes = [replied("a", "east", [0], [EAST], [EAST]), replied("a", "", [0], [EAST], [EAST])]
-    bench = Bench({"clip": Plane()}, {"clip": -EAST})
-    assert METRICS["clip-t"].compute(bench, outcomes) == pytest.approx(1)
+    setup = MetricSetup({"clip": Plane()}, {"clip": -EAST})
+    assert METRICS["clip-t"].compute(setup, outcomes) == pytest.approx(1)
     with pytest.raises(scorers.Unavailable, match="no words"):
-        METRICS["clip-t"].compute(bench, outcomes[1:])
+        METRICS["clip-t"].compute(setup, outcomes[1:])
 
 
 def test_the_first_picture_is_judged():
@@ -218,7 +218,7 @@ def test_the_first_picture_is_judged():
     case = cases.Case("a", "a", "caption", [], Turn("words", (0,)), facts, None)
     for came, share in (([facts, NOTHING], 1), ([NOTHING, facts], 0)):
         outcome = Outcome(case, [0, 1], [{"facts": facts}], [{"facts": seen} for seen in came])
-        assert attributes(Bench({}, {}), [outcome])["all"] == share
+        assert attributes(MetricSetup({}, {}), [outcome])["all"] == share
 
 
 # ---- the command
@@ -352,7 +352,7 @@ def reader(positions: int) -> SimpleNamespace:
         virtual_tokens=0,
         system=None,
         llama=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions)),
-        tokenizer=SimpleNamespace(plain=str, encode=lambda text, _: list(text), image_id=-1, bos_id="<s>"),
+        tokenizer=SimpleNamespace(escape=str, encode=lambda text, _: list(text), image_id=-1, bos_id="<s>"),
     )
 
 
@@ -454,8 +454,8 @@ def test_data_that_cannot_be_used(monkeypatch, quick, weights, tmp_path):
 
 def test_words_for_a_picture_are_no_text():
     blank = Image.new("RGB", (4, 4))
-    assert spoken(["it drifts. <Img>sea day small", blank, "red</Img>"]) == ["it drifts.", blank]
-    assert spoken(["hello.", blank, "look."]) == ["hello.", blank, "look."]
+    assert drop_text_after_img(["it drifts. <Img>sea day small", blank, "red</Img>"]) == ["it drifts.", blank]
+    assert drop_text_after_img(["hello.", blank, "look."]) == ["hello.", blank, "look."]
 
 
 def test_errors(monkeypatch, capsys, quick, weights, tars, tmp_path):
@@ -566,13 +566,13 @@ def test_clip_features(tmp_path):
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path)
     pictures = [world.draw(world.sample_pair(0, i)[0], 0, 40 + 9 * i) for i in range(3)]
     lines = ["a red boat", "the sea at night " * 60, "two"]
-    seen, told = scorers.look({"clip": clip}, pictures), clip.texts(lines)
+    outputs, text_features = scorers.network_outputs({"clip": clip}, pictures), clip.texts(lines)
     for i in range(3):
         given = processor(text=lines[i], images=pictures[i], return_tensors="pt", truncation=True)
         with torch.no_grad():
             reference = model(**given)
-        assert metrics.cosine(seen[i]["clip"], reference.image_embeds[0]).item() == pytest.approx(1, abs=1e-6)
-        assert metrics.cosine(told[i], reference.text_embeds[0]).item() == pytest.approx(1, abs=1e-6)
+        assert metrics.cosine(outputs[i]["clip"], reference.image_embeds[0]).item() == pytest.approx(1, abs=1e-6)
+        assert metrics.cosine(text_features[i], reference.text_embeds[0]).item() == pytest.approx(1, abs=1e-6)
 
 
 def test_sentence_bert(tmp_path):

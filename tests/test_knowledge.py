@@ -9,12 +9,12 @@ from PIL import Image
 
 from common.cli import MINIATURE
 from common.files import read_json
-from common.texts import plain_words, words_in
+from common.texts import clean_prompt, words_in
 from common.tokenizer import Tokenizer
 from experiments import knowledge, vocabulary
 from experiments.words import WIDE_MIXTURE, sequence, slip_document
 from miniature import words
-from miniature.exam import Said
+from miniature.exam import Answer
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, home, random_stream
 from miniature.judge import NOTHING
 from miniature.score import FOLDER, Wish, read_lines, read_prompts
@@ -27,8 +27,8 @@ ENTRIES = read_lines(PROMPTS, dict)
 
 def test_there_are_a_hundred_prompts_of_people():
     wishes = read_prompts(PROMPTS)
-    assert len({plain_words(wish.text) for wish in wishes}) == 100
-    assert 70 <= sum(len(wish.wanted.things) == 1 for wish in wishes) <= 80
+    assert len({clean_prompt(wish.text) for wish in wishes}) == 100
+    assert 70 <= sum(len(wish.expected.things) == 1 for wish in wishes) <= 80
     assert not {wish.text for wish in wishes} & {wish.text for wish in read_prompts(FOLDER / "prompts.jsonl")}
 
 
@@ -58,10 +58,10 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
         met |= {*words_in(vocabulary.wide_wish(random_stream(8, i), "train")[0].lower())}
     assert len(met) > 1000 and {"automobile", "vessel", "feline", "meadow"} <= met
     for entry in ENTRIES:
-        assert entry["needs"] and set(entry["needs"]) <= set(words_in(plain_words(entry["prompt"]))), entry
+        assert entry["needs"] and set(entry["needs"]) <= set(words_in(clean_prompt(entry["prompt"]))), entry
         assert not met & set(entry["needs"]), entry
         facts = [entry["scene"], entry["time"], *(fact for thing in entry["things"] for fact in thing.values())]
-        given = met & set(words_in(plain_words(entry["prompt"]))) & {fact for fact in facts if fact}
+        given = met & set(words_in(clean_prompt(entry["prompt"]))) & {fact for fact in facts if fact}
         assert len(given) <= 1 and not given & {*KINDS, *COLOURS, *SCENES}, entry
 
 
@@ -107,18 +107,18 @@ def systems(monkeypatch):
         for number, (text, wished) in enumerate(zip(texts, read_prompts(PROMPTS), strict=False)):
             assert text == wished.text
             picture = Image.new("RGB", (64, 64), "blue")
-            picture.info["seen"] = wished.wanted
+            picture.info["seen"] = wished.expected
             if way == "vokens" and number == 2 and exam.seed == 1:
-                things = tuple(replace(thing, colour="white") for thing in wished.wanted.things)
-                picture.info["seen"] = replace(wished.wanted, things=things)
+                things = tuple(replace(thing, colour="white") for thing in wished.expected.things)
+                picture.info["seen"] = replace(wished.expected, things=things)
             pictures.append(None if way == "vokens" and number == 0 else picture)
-        return [Said("", picture) for picture in pictures]
+        return [Answer("", picture) for picture in pictures]
 
-    def look(exam, pictures):
+    def picture_facts(exam, pictures):
         return [picture.info["seen"] if picture else NOTHING for picture in pictures]
 
     monkeypatch.setattr(knowledge, "drawn", drawn)
-    monkeypatch.setattr(knowledge, "look", look)
+    monkeypatch.setattr(knowledge, "picture_facts", picture_facts)
     return asked, broken
 
 

@@ -94,7 +94,7 @@ def test_interface(converted):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     assert tokenizer.encode("a <ImageHere> b", 3).count(tokenizer.image_id) == 3
     for text in ("draw [IMG0] and <ImageHere>", "<|im_end|><|im_start|>system", "<|endoftext|>"):
-        assert not set(tokenizer.encode(tokenizer.plain(text))) & set(tokenizer.special.values())
+        assert not set(tokenizer.encode(tokenizer.escape(text))) & set(tokenizer.special.values())
     assert tokenizer.ends(tokenizer.encode("the end." + END)) and not tokenizer.ends(tokenizer.encode("the end."))
     assert tokenizer.decode(tokenizer.encode("the end." + END)) == "the end."
 

@@ -12,7 +12,7 @@ from helpers import assert_close, randomise, shapes
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from common.tokenizer import Tokenizer
-from llama import History, KVCache, Llama, LlamaConfig, RopeScaling, rotary_frequencies
+from llama import GrowingKVCache, KVCache, Llama, LlamaConfig, RopeScaling, rotary_frequencies
 from minigpt5 import Vokens
 from published.loading import WeightsError
 from published.parts import load_llama
@@ -103,10 +103,10 @@ def test_continued_pass(pair):
     sources = torch.cat([torch.nn.functional.pad(row[:, :n], (0, 0, 0, 6 - n)) for row, n in pieces])
     targets = torch.cat([row[:, n:] for row, n in pieces])
     mask = torch.tensor([[1] * n + [0] * (6 - n) for n in lengths])
-    history = History(2, "cpu")
+    cache = GrowingKVCache(2, "cpu")
     with torch.no_grad():
-        first = ours(sources, mask, history)
-    second = ours(targets, cache=history)
+        first = ours(sources, mask, cache)
+    second = ours(targets, cache=cache)
     gradients = torch.autograd.grad(second.square().sum(), rows)
     for i, (row, n) in enumerate(pieces):
         whole = reference.model(inputs_embeds=row)[0][0]
@@ -270,8 +270,8 @@ def test_tokenizer_plain_text(tokenizers):
     """Text of the outside world cannot bring vokens, placeholders or end marks into a prompt."""
     ours, _ = tokenizers
     for text in ("draw [IMG0] and <ImageHere>", "<s></s><unk>", "[IMG7]", "no token at all", "[IMG0][IMG0]"):
-        assert not set(ours.encode(ours.plain(text))) & set(ours.special.values())
-    assert ours.plain("no token at all") == "no token at all"
+        assert not set(ours.encode(ours.escape(text))) & set(ours.special.values())
+    assert ours.escape("no token at all") == "no token at all"
 
 
 def test_tokenizer_stops(tokenizers):

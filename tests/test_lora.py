@@ -101,7 +101,7 @@ def test_prefix(pair):
     assert_close(values, torch.stack([layer[1][0].transpose(0, 1) for layer in past]), 1e-6, "values")
 
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(3))
-    hidden = ours(x, cache=prefix.history(2, torch.float32))
+    hidden = ours(x, cache=prefix.growing_cache(2, torch.float32))
     both = [tuple(y.expand(2, -1, -1, -1) for y in layer) for layer in past]
     cache = transformers.DynamicCache.from_legacy_cache(both)
     expected = reference.model(inputs_embeds=x, past_key_values=cache, position_ids=torch.arange(5, 14)[None])[0]

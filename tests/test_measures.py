@@ -11,7 +11,7 @@ from helpers import assert_close
 
 from evaluation import __main__ as evaluate
 from evaluation import cases, metrics, wins
-from evaluation.comparisons import METRICS, Bench, Outcome
+from evaluation.comparisons import METRICS, MetricSetup, Outcome
 from evaluation.scorers import Unavailable
 from miniature import world
 from miniature.facts import Picture, Thing
@@ -49,13 +49,13 @@ def test_distance_per_story(width):
             roots = np.sqrt(np.clip(linalg.eigvals(a @ b).real, 0, None)).sum()
             expected.append(np.square(true.mean(0) - drawn.mean(0)).sum() + np.trace(a) + np.trace(b) - 2 * roots)
     random.Random(0).shuffle(outcomes)
-    ours = METRICS["fid-story"].compute(Bench({}, {"inception": blank}), outcomes)
+    ours = METRICS["fid-story"].compute(MetricSetup({}, {"inception": blank}), outcomes)
     print(f"FID, mean over stories: {ours:.6f}, scipy {np.mean(expected):.6f}")
     assert ours == pytest.approx(np.mean(expected), rel=1e-6)
-    whole = METRICS["fid"].compute(Bench({}, {"inception": blank}), outcomes)
+    whole = METRICS["fid"].compute(MetricSetup({}, {"inception": blank}), outcomes)
     assert ours > 1.5 * whole  # of five pictures it is far larger than of all
     with pytest.raises(Unavailable, match="no story"):
-        METRICS["fid-story"].compute(Bench({}, {}), [o for o in outcomes if o.case.group == "story 0"])
+        METRICS["fid-story"].compute(MetricSetup({}, {}), [o for o in outcomes if o.case.group == "story 0"])
 
 
 @pytest.mark.parametrize("splits", [1, 3, 10])
@@ -68,7 +68,7 @@ def test_inception_score_in_parts(splits):
     theirs = np.mean([np.exp(stats.entropy(part, part.mean(0)[None], axis=1).mean()) for part in parts])
     assert metrics.inception_score(torch.from_numpy(p), splits) == pytest.approx(theirs, rel=1e-12)
     outcomes = [outcome("a", [], [{"inception classes": torch.from_numpy(row)} for row in p])]
-    assert METRICS["is"].compute(Bench({}, {}, splits), outcomes) == pytest.approx(theirs, rel=1e-12)
+    assert METRICS["is"].compute(MetricSetup({}, {}, splits), outcomes) == pytest.approx(theirs, rel=1e-12)
     with pytest.raises(ValueError, match="9 pictures for 10 parts"):
         metrics.inception_score(torch.from_numpy(p[:9]), 10)
 
@@ -104,7 +104,7 @@ def test_rouge_of_the_released_package_by_hand():
     assert metrics.rouge_l_released("The boat sails. night", "The boat. sea") == pytest.approx(2 * 2 / 7)
     assert metrics.rouge_l_released("the boat", "The Boat") == metrics.rouge_l_released("", "a") == 0
     outcomes = [outcome("a", [], [], "The boat. sea", ["The boat sails.", "night"]), outcome("b", [], [], "a", [""])]
-    assert METRICS["rouge-l-released"].compute(Bench({}, {}), outcomes) == pytest.approx(2 / 7)
+    assert METRICS["rouge-l-released"].compute(MetricSetup({}, {}), outcomes) == pytest.approx(2 / 7)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -118,9 +118,9 @@ def test_bleu_of_mmdialog(order):
         outcomes.append(outcome(f"dialogue {number // 4}", [], [], " ".join(known), [" ".join(said), *after]))
         expected.append(bleu([known], said, (1 / order,) * order))
     outcomes.append(outcome("silent", [], [], "a red boat", [0]))
-    ours = METRICS[f"bleu-{order}-mmdialog"].compute(Bench({}, {}), outcomes)
+    ours = METRICS[f"bleu-{order}-mmdialog"].compute(MetricSetup({}, {}), outcomes)
     assert ours == pytest.approx(sum(expected) / 41, abs=1e-9)
-    assert abs(ours - METRICS[f"bleu-{order}"].compute(Bench({}, {}), outcomes)) > 0.01
+    assert abs(ours - METRICS[f"bleu-{order}"].compute(MetricSetup({}, {}), outcomes)) > 0.01
 
 
 # ---- who wins
@@ -173,10 +173,10 @@ def test_wins_of_folders(monkeypatch, tmp_path, capsys):
         for case, picture in zip(pairs, pictures, strict=True):
             cases.write_answer(tmp_path / name, case.key, [picture] if picture else ["no"])
 
-    def look(networks: dict, pictures: list) -> list[dict]:
+    def network_outputs(networks: dict, pictures: list) -> list[dict]:
         return [{"facts": known[picture.tobytes()], "pairing": torch.ones(128)} for picture in pictures]
 
-    monkeypatch.setattr(wins, "look", look)
+    monkeypatch.setattr(wins, "network_outputs", network_outputs)
     folders = [str(tmp_path / name) for name in ("next", "true", "silent")]
     monkeypatch.setattr(
         sys, "argv", ["evaluation", "wins", *folders, "--weights", str(tmp_path), "--out", str(tmp_path / "wins.json")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import picture_bytes, write_tar
 
-from common.files import write_json, written_whole
+from common.files import atomic_write, write_json
 from common.images import to_bytes
 from evaluation.cases import file_of, read_answer, write_answer
 from tars import datasets, index, precompute
@@ -180,7 +180,7 @@ def test_a_full_disk_names_the_file(tmp_path, write):
         if write == "converted":
             write_samples((Sample([member], {}) for member in members()), out)
         else:
-            with written_whole(out):
+            with atomic_write(out):
                 list(members())
     assert not list(tmp_path.iterdir())
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from tars.datasets import convert, packed
+from tars.datasets import convert, pack_sources
 from tars.index import DIALOG, STORY, read_index
 
 CAPTIONS = {"a cat.jpg": 'a cat, "small"', "b.png": "ein Häuschen", "c.webp": "a boat"}
@@ -72,9 +72,9 @@ def test_stories_and_dialogues(pictures, tmp_path):
 def test_data_is_packed_once(pictures, tmp_path):
     """A run that goes on has the data that it began with. Tars stay what they are."""
     (pictures / "b.txt").write_text("a house")
-    named = packed("pairs", [str(pictures), "a.tar"], tmp_path / "data")
+    named = pack_sources("pairs", [str(pictures), "a.tar"], tmp_path / "data")
     assert named == [str(tmp_path / "data-0.tar"), "a.tar"]
     before = (tmp_path / "data-0.tar").read_bytes()
     (pictures / "c.txt").write_text("a boat")
-    assert packed("pairs", [str(pictures), "a.tar"], tmp_path / "data") == named
-    assert (tmp_path / "data-0.tar").read_bytes() == before and packed("pairs", None, tmp_path / "x") == []
+    assert pack_sources("pairs", [str(pictures), "a.tar"], tmp_path / "data") == named
+    assert (tmp_path / "data-0.tar").read_bytes() == before and pack_sources("pairs", None, tmp_path / "x") == []

@@ -270,7 +270,7 @@ def test_there_is_no_half_tar(tmp_path, vist, monkeypatch):
     with pytest.raises(ValueError, match=r"nothing to keep, .* 7 missing picture") as error:
         convert("vist", [vist, tmp_path / "empty"], out)
     assert "\n" not in str(error.value)
-    monkeypatch.setattr(datasets, "interleaved", lambda *_: 1 / 0)
+    monkeypatch.setattr(datasets, "interleaved_sample", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert("vist", [vist, tmp_path / "images"], out)
     assert out.read_bytes() == b"earlier" and not list(tmp_path.glob(".*"))

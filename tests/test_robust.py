@@ -27,7 +27,7 @@ import train_mls
 import train_uas
 from miniature.world import write_stories
 from minigpt5 import MiniGPT5
-from published.loading import checkpoint_folders, matched, save_safetensors
+from published.loading import checkpoint_folders, matching_tensors, save_safetensors
 from trainer import run as trainer_run
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.log import read_log
@@ -179,7 +179,7 @@ class Tiny(torch.nn.Module):
 
     @torch.no_grad()
     def load(self, path):
-        for name, tensor in matched(dict(self.named_parameters()), [path]).items():
+        for name, tensor in matching_tensors(dict(self.named_parameters()), [path]).items():
             self.get_parameter(name).copy_(tensor)
 
 

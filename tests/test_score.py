@@ -16,7 +16,7 @@ from experiments.recipes.recipe import Setup
 from generation import Sampling
 from miniature import exam as examining
 from miniature import score, score_stories, world
-from miniature.exam import Exam, Said
+from miniature.exam import Answer, Exam
 from miniature.facts import Picture, Thing, random_stream
 from miniature.judge import NOTHING, asks_for, right, right_shares
 from miniature.words import description, facts_in
@@ -137,12 +137,12 @@ def test_true_of(text, true):
     assert score_stories.true_of(text, SEEN) == true
 
 
-def test_kept():
+def test_kept_facts():
     story = Picture("sea", "day", (BOAT, KITE))
-    assert all(score_stories.kept(SEEN, story, "red").values())
-    assert score_stories.kept(SEEN, story, "blue") == {"scene": True, "kind": True, "colour": False, "all": False}
-    assert not any(score_stories.kept(NOTHING, story, "red").values())
-    assert not score_stories.kept(replace(SEEN, scene="city"), story, "red")["all"]
+    assert all(score_stories.kept_facts(SEEN, story, "red").values())
+    assert score_stories.kept_facts(SEEN, story, "blue") == {"scene": True, "kind": True, "colour": False, "all": False}
+    assert not any(score_stories.kept_facts(NOTHING, story, "red").values())
+    assert not score_stories.kept_facts(replace(SEEN, scene="city"), story, "red")["all"]
 
 
 # ---- the parts, with answers whose worth is known
@@ -157,11 +157,11 @@ def draw(monkeypatch):
         picture.info["facts"] = facts
         return picture
 
-    def look(exam, pictures):
+    def picture_facts(exam, pictures):
         return [picture.info["facts"] if picture else NOTHING for picture in pictures]
 
     for module in (score, score_stories):
-        monkeypatch.setattr(module, "look", look)
+        monkeypatch.setattr(module, "picture_facts", picture_facts)
     for module in (score, examining):
         monkeypatch.setattr(module, "draw", draw)
     return draw
@@ -176,7 +176,7 @@ def test_vokens_beside_the_text_encoder(exam, draw, monkeypatch):
         facts[caption] = picture
 
     def draw_prompts(exam, prompts):
-        return [Said("", draw(facts[prompt]) if i % 2 else None) for i, prompt in enumerate(prompts)]
+        return [Answer("", draw(facts[prompt]) if i % 2 else None) for i, prompt in enumerate(prompts)]
 
     monkeypatch.setattr(score, "text_to_pictures", lambda exam, prompts: [draw(facts[prompt]) for prompt in prompts])
     monkeypatch.setattr(score, "draw_prompts", draw_prompts)
@@ -194,7 +194,7 @@ def test_captions(exam, draw, monkeypatch, shift):
 
     def ask(exam, sources, pictures):
         shown = [picture.info["facts"] for (picture,) in pictures[shift:] + pictures[:shift]]
-        return [Said(description(facts, random_stream(0, i), True, True), None) for i, facts in enumerate(shown)]
+        return [Answer(description(facts, random_stream(0, i), True, True), None) for i, facts in enumerate(shown)]
 
     monkeypatch.setattr(score, "ask", ask)
     figures = score.captions(replace(exam, n=40))["described, right"]
@@ -210,9 +210,9 @@ def test_answers_in_words():
 
 
 def test_replies(exam, draw, monkeypatch):
-    monkeypatch.setattr(score, "ask", lambda exam, sources, *_, **options: [Said("", draw(None)) for _ in sources])
+    monkeypatch.setattr(score, "ask", lambda exam, sources, *_, **options: [Answer("", draw(None)) for _ in sources])
     assert [row["right"] for row in score.replies(exam).values()] == [1.0, 1.0, 0.0]
-    monkeypatch.setattr(score, "ask", lambda exam, sources, *_, **options: [Said("", None) for _ in sources])
+    monkeypatch.setattr(score, "ask", lambda exam, sources, *_, **options: [Answer("", None) for _ in sources])
     assert [row["right"] for row in score.replies(exam).values()] == [0.0, 0.0, 1.0]
 
 
@@ -224,11 +224,11 @@ def test_dialogues(exam, draw, monkeypatch, shift):
     def key(source, pictures):
         return source, tuple(picture.info["facts"] for picture in pictures)
 
-    own = {key(*reply[:2]): reply.turn for rows in score.turns_to_answer(exam).values() for reply in rows}
+    own = {key(*row[:2]): row.reply for rows in score.sample_exchanges(exam).values() for row in rows}
 
     def say(exam, sources, pictures, **options):
         said = [own[key(*pair)] for pair in zip(sources, pictures, strict=True)]
-        return [Said(text, draw(*pictures) if pictures else None) for text, pictures in said[shift:] + said[:shift]]
+        return [Answer(text, draw(*pictures) if pictures else None) for text, pictures in said[shift:] + said[:shift]]
 
     monkeypatch.setattr(score, "ask", say)
     figures = score.dialogues(exam)
@@ -241,7 +241,7 @@ def test_dialogues(exam, draw, monkeypatch, shift):
 @pytest.mark.parametrize("shift, least, most", [(0, 1.0, 1.0), (1, 0.0, 0.5)])
 def test_story_figures(exam, draw, shift, least, most):
     steps = score_stories.story_steps(replace(exam, n=60))
-    said = [Said(step.turn.text, draw(step.wanted)) for step in steps]
+    said = [Answer(step.turn.text, draw(step.expected)) for step in steps]
     said = said[shift:] + said[:shift]
     for figures_of in score_stories.FIGURES.values():
         figures = figures_of(exam, said, steps)
@@ -252,11 +252,11 @@ def test_story_figures(exam, draw, shift, least, most):
 
 def test_repeating_the_last_step_tells_nothing(exam, draw):
     steps = score_stories.story_steps(replace(exam, n=60))
-    said = [Said(step.before[-1].text, draw(step.last)) for step in steps]
+    said = [Answer(step.before[-1].text, draw(step.last)) for step in steps]
     figures = score_stories.mixed_figures(exam, said, steps)
     assert figures["both"] == 1.0
     assert score_stories.text_figures(exam, said, steps)["tells the change"] == 0.0
-    said = [Said(f"{step.turn.text} {step.last.scene}", None) for step in steps]
+    said = [Answer(f"{step.turn.text} {step.last.scene}", None) for step in steps]
     figures = score_stories.text_figures(exam, said, steps)
     assert figures["tells the change"] > 0.9 and figures["goes on"] == 0.0
 
@@ -269,7 +269,7 @@ def test_own_stories(exam, draw, monkeypatch, shift):
 
     def ask(exam, sources, pictures):
         asked.append((sources, pictures))
-        return [Said(tale[len(asked) - 1].text, draw(*tale[len(asked) - 1].pictures)) for tale in tales]
+        return [Answer(tale[len(asked) - 1].text, draw(*tale[len(asked) - 1].pictures)) for tale in tales]
 
     monkeypatch.setattr(score_stories, "ask", ask)
     figures = score_stories.own_story_figures(exam)
@@ -341,29 +341,29 @@ def test_words_for_a_picture_are_no_text(exam, monkeypatch):
     assert [answer.picture is None for answer in said] == [True, False, True]
 
 
-def test_turns_to_answer(exam):
-    turns = score.turns_to_answer(replace(exam, n=40))
+def test_sample_exchanges(exam):
+    turns = score.sample_exchanges(replace(exam, n=40))
     held_out = {turn.text for i in range(100) for turn in world.sample_dialogue(exam.seed, i, "held-out")[0]}
     for wish, rows in turns.items():
         assert len(rows) == 40 and all(row.source.count("<ImageHere>") == len(row.pictures) for row in rows)
         assert all(row.source.endswith("###Assistant:") for row in rows)
-        assert all(row.asked.text in row.source.rpartition("###Human: ")[2] for row in rows)
-        assert all(row.asked.text in held_out for row in rows)
-        assert any("draw" in row.asked.text for row in rows) == wish
-        assert all(bool(row.turn.pictures) == wish for row in rows)
+        assert all(row.request.text in row.source.rpartition("###Human: ")[2] for row in rows)
+        assert all(row.request.text in held_out for row in rows)
+        assert any("draw" in row.request.text for row in rows) == wish
+        assert all(bool(row.reply.pictures) == wish for row in rows)
     assert any(row.pictures for row in turns[False])
 
 
 def test_wrong_picture_size(exam):
     with pytest.raises(ValueError, match="64x64, these are 32x32"):
-        examining.look(exam, [None, Image.new("RGB", (32, 32))])
+        examining.picture_facts(exam, [None, Image.new("RGB", (32, 32))])
 
 
 # ---- the command
 
 
 def test_all_parts(weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(score, "LONGEST", 12)
+    monkeypatch.setattr(score, "MAX_ANSWER_TOKENS", 12)
     out = tmp_path / "scores" / "scores.json"
     words = f"--weights {weights} --n 2 --steps 2 --device cpu --sheets {tmp_path / 'sheets'} --out {out}"
     score.main(words.split())
@@ -399,7 +399,7 @@ def test_settings(tmp_path, monkeypatch):
     score.main(f"prompts --weights {tmp_path} --seed 5 --sampler ddim --steps 3 --guidance 2 --device cpu".split())
     assert exams[0].seed == 5
     assert exams[0].sampling == replace(
-        WORDS, max_new_tokens=score.LONGEST, sampler="ddim", steps=3, guidance=2.0, words_first=True
+        WORDS, max_new_tokens=score.MAX_ANSWER_TOKENS, sampler="ddim", steps=3, guidance=2.0, words_first=True
     )
 
 
@@ -446,12 +446,11 @@ def test_people(exam, draw, monkeypatch, tmp_path, capsys):
             picture = draw(Picture("sea", "day", tuple(things))) if things else None
             if picture:
                 picture.info["description"] = "a thing"
-            said.append(Said("" if picture else "hi", picture))
+            said.append(Answer("" if picture else "hi", picture))
         return said
 
     for module in (examining, score):
         monkeypatch.setattr(module, "ask", ask)
-    monkeypatch.setattr(score, "look", lambda exam, pictures: [p.info["facts"] if p else NOTHING for p in pictures])
     monkeypatch.setattr(score, "sampling_of_sample", lambda weights: Sampling(words_first=True))
     figures = score.people(exam, tmp_path / "prompts", tmp_path / "chats", [0, 1])
     assert {name: row["all right"] for name, row in figures.items()} == pytest.approx(

@@ -63,7 +63,7 @@ def ids(model):
 
 
 def plain_ids(tokenizer):
-    return tokenizer.encode(tokenizer.plain(TEXT))  # which holds names of vokens
+    return tokenizer.encode(tokenizer.escape(TEXT))  # which holds names of vokens
 
 
 def logits_of(llama, ids, *cache):

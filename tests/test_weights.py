@@ -173,10 +173,10 @@ def test_check_finds_sizes_that_do_not_go_together():
 def test_check_finds_another_file_of_the_published_size(folder, command, monkeypatch):
     name = "unet/diffusion_pytorch_model.safetensors"
     size, digest = (folder / UNET).stat().st_size, fetch.sha256(folder / UNET)
-    monkeypatch.setitem(fetch.KNOWN, name, (size, digest))
+    monkeypatch.setitem(fetch.PUBLISHED, name, (size, digest))
     status, out, _ = command("check", folder, "--hash")
     assert status == 0 and "same hash" in out
-    monkeypatch.setitem(fetch.KNOWN, name, (size, "0" * 64))
+    monkeypatch.setitem(fetch.PUBLISHED, name, (size, "0" * 64))
     status, out, _ = command("check", folder, "--hash")
     assert status == 1 and "Stable Diffusion 2.0" in out
 
@@ -383,7 +383,7 @@ def test_convert_records_how_the_prompts_were_worded(tmp_path, command, monkeypa
     one, other = (
         shutil.copyfile(GOLDEN / f"stage{n}.ckpt", tmp_path / f"{name}.ckpt") for n, name in ((1, "a"), (2, "b"))
     )
-    known = {name: digest for name, (_, digest) in fetch.KNOWN.items() if name.endswith(".ckpt")}
+    known = {name: digest for name, (_, digest) in fetch.PUBLISHED.items() if name.endswith(".ckpt")}
     released = {name: convert.FORMS[digest] for name, digest in known.items()}
     assert released == {
         "stage1_cc3m.ckpt": "cc3m-2023", "stage2_vist.ckpt": "vist-2023", "stage2_mmdialog.ckpt": "mmdialog-2024"
@@ -496,7 +496,7 @@ def hub(tmp_path, monkeypatch):
         return str(target.resolve())
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    monkeypatch.setattr(fetch, "KNOWN", {})
+    monkeypatch.setattr(fetch, "PUBLISHED", {})
     return root, calls
 
 
@@ -516,7 +516,7 @@ def test_fetch_refuses_a_wrong_hash_and_goes_on(random_folder, tmp_path, hub, co
     right = sd_repository(random_folder, root, SD2) / "unet" / "diffusion_pytorch_model.safetensors"
     change(wrong, lambda tensors: tensors["conv_in.bias"].add_(1))
     known = (right.stat().st_size, fetch.sha256(right))
-    monkeypatch.setattr(fetch, "KNOWN", {"unet/diffusion_pytorch_model.safetensors": known})
+    monkeypatch.setattr(fetch, "PUBLISHED", {"unet/diffusion_pytorch_model.safetensors": known})
     monkeypatch.chdir(tmp_path)
     out = Path("w")
     status, _, err = command("fetch", out, "--parts", "stable-diffusion")
@@ -531,7 +531,7 @@ def test_fetch_refuses_a_wrong_hash_and_goes_on(random_folder, tmp_path, hub, co
 def test_fetch_stops_where_no_source_works(random_folder, tmp_path, hub, command, monkeypatch):
     root, _ = hub
     sd_repository(random_folder, root, SD2)
-    monkeypatch.setattr(fetch, "KNOWN", {"unet/diffusion_pytorch_model.safetensors": (1, "0" * 64)})
+    monkeypatch.setattr(fetch, "PUBLISHED", {"unet/diffusion_pytorch_model.safetensors": (1, "0" * 64)})
     status, _, err = command("fetch", tmp_path / "w", "--parts", "stable-diffusion")
     assert status == 2 and "none of its sources works" in err and "404" in err
     assert not (tmp_path / "w" / "stable-diffusion").exists()
@@ -592,7 +592,7 @@ def test_fetch_without_the_hub_package(tmp_path, command, monkeypatch):
 
 
 def test_known_files_have_sizes_and_whole_hashes():
-    assert all(size and re.fullmatch("[0-9a-f]{64}", digest) for size, digest in fetch.KNOWN.values())
+    assert all(size and re.fullmatch("[0-9a-f]{64}", digest) for size, digest in fetch.PUBLISHED.values())
 
 
 def test_names_of_transformers_pass_through(random_folder):

@@ -6,7 +6,7 @@ import pytest
 
 from common.cli import MINIATURE
 from common.files import read_json
-from common.texts import Words, plain_words
+from common.texts import Words, clean_prompt
 from common.tokenizer import Tokenizer
 from experiments.recipes.documents import chat_document, described_story_document, wish_document
 from miniature import chats, wishes
@@ -68,7 +68,7 @@ def test_wishes_name_things_of_their_picture(monkeypatch):
     found = set()
     for i in range(4000):
         text, picture = wish(random_stream(3, i), typos=0.0)
-        assert text == plain_words(text)
+        assert text == clean_prompt(text)
         named = {nouns[word] for word in text.split() if word in nouns}
         assert named <= {thing.kind for thing in picture.things}, (text, picture)
         found |= named
@@ -80,12 +80,12 @@ def test_every_sentence_of_a_wish_can_be_filled(section, monkeypatch):
     monkeypatch.setattr(wishes, "SECTIONS", {section: 1})
     for i, sentence in enumerate(SENTENCES[section] + SENTENCES[f"plain {section}"]):
         monkeypatch.setattr(wishes, "sentence", lambda rng, *_, sentence=sentence: sentence)
-        text, picture = wishes.asked_for(random_stream(10, i), "train")
+        text, picture = wishes.wish_from_sentence(random_stream(10, i), "train")
         assert "{" not in text and " a a " not in text, text
         assert fits(picture.things, picture.scene), (text, picture)
         assert len(picture.things) == (1 if section == "one" else 2)
         assert (len({thing.kind for thing in picture.things}) == 1) == (section != "two")
-        first = wishes.asked_for(random_stream(10, i), "held-out")[1]
+        first = wishes.wish_from_sentence(random_stream(10, i), "held-out")[1]
         assert any(held_out(thing.kind, thing.colour, first.scene) for thing in first.things)
 
 
@@ -105,7 +105,7 @@ def test_sentences_say_the_facts_of_their_picture(monkeypatch):
         monkeypatch.setattr(wishes, "PLAIN", 0)
         monkeypatch.setattr(wishes, "sentence", lambda rng, *_, sentence=sentence: sentence)
         for i in range(100):
-            words, picture = wishes.asked_for(random_stream(11, i), "train")
+            words, picture = wishes.wish_from_sentence(random_stream(11, i), "train")
             one, two = picture.things
             if section == "two":
                 expected = f"{one.kind} {one.colour} {two.kind} {two.colour} {two.size} {two.place}"
@@ -196,8 +196,8 @@ def test_typos_change_little():
         ),
     ],
 )
-def test_plain_words(typed_text, read):
-    assert plain_words(typed_text) == read
+def test_clean_prompt(typed_text, read):
+    assert clean_prompt(typed_text) == read
 
 
 def test_what_somebody_types_is_never_a_description():
@@ -273,7 +273,7 @@ def test_copies_of_the_peoples_files_can_be_read(tmp_path):
     from miniature.score import FOLDER, read_chats, read_prompts
 
     wishes, chats = read_prompts(FOLDER / "prompts.jsonl"), read_chats(FOLDER / "chats.jsonl")
-    assert {len(wish.wanted.things) for wish in wishes} == {1, 2} and len(chats) == 6
+    assert {len(wish.expected.things) for wish in wishes} == {1, 2} and len(chats) == 6
     (tmp_path / "x.jsonl").write_text(json.dumps({"scene": None}) + "\n")
     with pytest.raises(ValueError, match=r"x.jsonl, line 1: not in the form of .*'prompt'"):
         read_prompts(tmp_path / "x.jsonl")

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import read_json, remove, written_whole
-from published.loading import WeightsError, checkpoint_folders, matched, save_safetensors
+from common.files import atomic_write, read_json, remove
+from published.loading import WeightsError, checkpoint_folders, matching_tensors, save_safetensors
 from trainer.muon import Muon
 
 Parameters, Optimizers = dict[str, nn.Parameter], list[torch.optim.Optimizer]
-KEPT = 2  # newest checkpoints of a run; older ones are removed
+MAX_CHECKPOINTS = 2  # newest checkpoints of a run; older ones are removed
 
 
 def save_checkpoint(
@@ -40,12 +40,12 @@ def save_checkpoint(
     for name, tensor in (trained | moments).items():
         if not tensor.isfinite().all():
             raise ValueError(f"{folder}: not written: {name} is not finite, training has diverged")
-    with written_whole(folder) as temporary:
+    with atomic_write(folder) as temporary:
         temporary.mkdir()
         save_trained(temporary / "trained.safetensors")
         save_safetensors(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for old in checkpoint_folders(out)[KEPT:]:  # under another name first, so that a kill leaves no half checkpoint
+    for old in checkpoint_folders(out)[MAX_CHECKPOINTS:]:  # renamed first, so that a kill leaves no half checkpoint
         remove(old.replace(old.with_name(f".{old.name}.old.{os.getpid()}.tmp")))
     return folder
 
@@ -108,14 +108,14 @@ def read_state(folder: Path) -> dict:
 def read_moments(path: Path, trained: Parameters, optimizers: Optimizers) -> list[tuple]:
     """(optimiser, parameter, kind, tensor) of every moment. WeightsError where one is missing, of no use or of another
     shape or dtype, for which a fused optimiser would read and write beyond its end."""
-    names, places, wanted = {parameter: name for name, parameter in trained.items()}, {}, {}
+    names, places, expected = {parameter: name for name, parameter in trained.items()}, {}, {}
     stepped = [(optimizer, p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     for optimizer, p in stepped:
         is_muon = isinstance(optimizer, Muon)
-        alike = {"average": p} if is_muon else {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-        wanted |= {f"{kind}.{names[p]}": tensor for kind, tensor in alike.items()}
-        places |= {f"{kind}.{names[p]}": (optimizer, p, kind) for kind in alike}
-    moments = matched(wanted, [path])
+        templates = {"average": p} if is_muon else {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+        expected |= {f"{kind}.{names[p]}": tensor for kind, tensor in templates.items()}
+        places |= {f"{kind}.{names[p]}": (optimizer, p, kind) for kind in templates}
+    moments = matching_tensors(expected, [path])
     for name, tensor in moments.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise WeightsError(f"{path}: {name} is not float32, or not finite")

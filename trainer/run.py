@@ -35,7 +35,7 @@ from common.images import preprocess_output
 from published.loading import checkpoint_folders, load_trained, save_trained
 from published.parts import picture_size
 from tars.batches import Batches, PairData, TarData
-from tars.datasets import packed
+from tars.datasets import pack_sources
 from tars.index import expand
 from tars.precomputed import Precomputed, find_precomputed
 from trainer.checkpoint import Optimizers, load_checkpoint, save_checkpoint, set_aside
@@ -204,8 +204,8 @@ class Run:
         "pairs" or "turns"; write: the writer of drawn data, in miniature.world. Rank 0 packs and draws before the other
         ranks, which then find its files."""
         with self.world.rank_0_first():
-            tars = expand(packed(kind, self.args.data, self.out / "data") or self.draw_data(write))
-            held_out = expand(packed(kind, self.args.val, self.out / "val"))
+            tars = expand(pack_sources(kind, self.args.data, self.out / "data") or self.draw_data(write))
+            held_out = expand(pack_sources(kind, self.args.val, self.out / "val"))
         return tars, held_out, find_precomputed(tars + held_out, self.args.weights)
 
     def draw_data(self, write: Callable[..., None]) -> list[str]:
@@ -242,13 +242,13 @@ class Run:
         args = self.args
         options = {"unit": "step", "initial": self.done, "dynamic_ncols": True, "disable": self.world.rank > 0}
         bar = tqdm(range(self.done, self.total), self.name, self.total, **options)
-        with stop_signals() as received, closing(self.data), bar:
+        with stop_signals() as stop_requests, closing(self.data), bar:
             for step in bar:
                 for group, rate in self.rates:
                     group["lr"] = rate * learning_rate_factor(step, args.warmup, self.total)
                 yield step
                 self.done, is_last = step + 1, step + 1 == self.total
-                stopping = self.world.any(bool(received))
+                stopping = self.world.any(bool(stop_requests))
                 if is_last or self.done % args.log_every == 0:
                     self.write_log(bar)
                     self.stop_if_nonfinite()
@@ -259,7 +259,7 @@ class Run:
                 if is_last or stopping or self.done % args.save_every == 0:
                     self.save()
                 if self.held_out and (is_last or self.done % args.val_every == 0):
-                    self.validate(bar, [] if is_last else received)  # the last losses come even after a stop
+                    self.validate(bar, [] if is_last else stop_requests)  # the last losses come even after a stop
                 if stopping:
                     break
         if self.world.size > 1:  # after the last exchange, but not after an error: NCCL would wait for the others
@@ -372,9 +372,9 @@ class Run:
             save_trained = partial(self.save_trained, self.model, self.trained, stage=self.name)
             save_checkpoint(self.out, state, self.trained, self.optimizers, save_trained)
 
-    def validate(self, bar: tqdm, received: list) -> None:
+    def validate(self, bar: tqdm, stop_requests: list) -> None:
         """Log the held-out losses: means over the first batches of each rank, of one pass at most, with the same random
-        numbers each time. A signal, once `received`, breaks them off."""
+        numbers each time. The first of the `stop_requests` ends them without a line in the log."""
         args, held_out, meter = self.args, self.held_out, Meter()
         start, was_training = held_out.state_dict(), self.model.training
         one_pass = -(-held_out.size // (args.batch_size * self.world.size))
@@ -383,7 +383,7 @@ class Run:
         with closing(held_out), torch.set_grad_enabled(self.compiled):
             for n in range(min(args.val_batches, one_pass)):
                 meter.add(self.losses_of(next(held_out), self.seed_batch(n, self.world.rank)))
-                if stopping := self.world.any(bool(received)):
+                if stopping := self.world.any(bool(stop_requests)):
                     break
         self.model.train(was_training)
         held_out.load_state_dict(start)

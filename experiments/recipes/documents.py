@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import prompts
-from common.texts import plain_words
+from common.texts import clean_prompt
 from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
 from miniature.facts import Picture, pick, pick_weighted, random_stream
@@ -115,7 +115,7 @@ def change_document(rng: np.random.Generator, seed: int, i: int, split: str) -> 
     and this teaches it without the rest of a chat."""
     asked, picture = pair_wish(rng, split)
     text, after = change(rng, picture)
-    before = [Turn(asked), Turn(bracketed(picture)), Turn(plain_words(typed(rng, text)))]
+    before = [Turn(asked), Turn(bracketed(picture)), Turn(clean_prompt(typed(rng, text)))]
     return dialog_example(before, Turn(bracketed(after)), 3, "", prompts.WORDS_FIRST_SYSTEM)
 
 
@@ -134,7 +134,7 @@ def described_story_document(rng: np.random.Generator, seed: int, i: int, split:
     told = sample_story(seed, i, split)[0]
     history, is_typed = rng.random(), rng.random() < 0.4
     k, task = int(rng.integers(len(told))), pick(rng, prompts.TASKS)
-    texts = [plain_words(told[0].text) if is_typed else told[0].text, *(turn.text for turn in told[1:])]
+    texts = [clean_prompt(told[0].text) if is_typed else told[0].text, *(turn.text for turn in told[1:])]
     pictures = [as_named(told[0].pictures[0], told[0].text), *prompts.pictures_of(told[1:])]
     if k == 0:
         task = "image"

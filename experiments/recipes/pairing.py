@@ -54,14 +54,14 @@ class PairingRecipe(Recipe):
         return to_pixels(self.pictures[picked]), self.texts[picked].long()
 
     def losses(self, pairing: Pairing, pixels: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        cosines = pairing.see(pixels) @ pairing.read_ids(ids).T
+        cosines = pairing.embed_pixels(pixels) @ pairing.embed_ids(ids).T
         scores = (pairing.scale.clamp(max=4.6).exp() * cosines).float()
         own = torch.arange(len(scores), device=scores.device)
         return {"loss": (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2}
 
     def measure(self, pairing: Pairing) -> dict[str, float]:
         """The share of held-out pictures whose own caption is the nearest of all tested ones."""
-        nearest = (pairing.see(self.tested) @ pairing.read(self.tested_texts).T).argmax(-1)
+        nearest = (pairing.embed_pixels(self.tested) @ pairing.embed_texts(self.tested_texts).T).argmax(-1)
         own = torch.arange(len(nearest), device=nearest.device)
         return {"own_caption": (nearest == own).float().mean().item()}
 

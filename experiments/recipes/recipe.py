@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.cli import MINIATURE
-from common.files import read_json, write_json, written_whole
+from common.files import atomic_write, read_json, write_json
 from miniature.facts import Picture
 from miniature.paint import draw
 from miniature.world import sample_pair
@@ -39,7 +39,7 @@ def cached(path: Path, length: int, make: Callable[[range], np.ndarray], workers
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"making {length:,} entries of {path}", flush=True)
         pieces = [range(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             first = make(range(1))
             array = np.lib.format.open_memmap(temporary, "w+", first.dtype, (length, *first.shape[1:]))
             with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # starts no process before it has work

@@ -243,7 +243,7 @@ def read_caption(text: str, raw: bytes, as_json: bytes, rng: Random, folder: Pat
     found = PairData([str(folder / "x.tar")], small)[0]
     if isinstance(found, str):
         return "skipped"
-    no_injection([uas_texts(tokenizer().plain(found["caption"]), 8, rng.choice((None, 3)))], 0, 8)
+    no_injection([uas_texts(tokenizer().escape(found["caption"]), 8, rng.choice((None, 3)))], 0, 8)
     ids, mask = clip_tokenizer()([found["caption"]])
     require(ids.shape == mask.shape == (1, 77), f"{ids.shape}")
     found["caption"].encode()

@@ -82,9 +82,9 @@ def live(run: Run, seconds: float = LIMIT, saves: int = 0) -> tuple[int, list[tu
 
 
 def whole_run(stage: str, out: Path, arguments: list[str]) -> Whole:
-    start, kept, checkpoint.KEPT = time.monotonic(), checkpoint.KEPT, 1000
+    start, kept, checkpoint.MAX_CHECKPOINTS = time.monotonic(), checkpoint.MAX_CHECKPOINTS, 1000
     run = Run(stage, out, [*arguments, "--workers", "0"])
-    checkpoint.KEPT = kept
+    checkpoint.MAX_CHECKPOINTS = kept
     status, told = live(run)
     seconds = time.monotonic() - start
     if status:

@@ -19,7 +19,7 @@ import train_mls
 import train_uas
 from evaluation.cases import check_settings, read_answer, write_answer
 from generation import Sampling
-from published.loading import matched, save_safetensors
+from published.loading import matching_tensors, save_safetensors
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.log import cut_log, plot_losses, read_log
 from trainer.muon import Muon
@@ -58,7 +58,7 @@ def step(trained: dict, optimizers: list) -> None:
 
 @torch.no_grad()
 def read_trained(trained: dict, path: Path) -> None:
-    for name, tensor in matched(trained, [path]).items():
+    for name, tensor in matching_tensors(trained, [path]).items():
         trained[name].copy_(tensor)
 
 
