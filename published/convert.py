@@ -56,7 +56,10 @@ def read_tensors(path: Path) -> dict:
     if path.suffix == ".safetensors":
         return tensor_slices(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
+        members = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+        # torch.save makes a zip without compression, which is mapped. A zip that was packed anew is read whole.
+        is_mapped = bool(members) and all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except Exception as error:  # a damaged pickle can raise anything
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"refused, unpickling would run {blocked[1]}" if blocked else "neither safetensors nor a PyTorch file"
@@ -67,14 +70,6 @@ def read_tensors(path: Path) -> dict:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds no state dict")
     return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
-def can_be_mapped(path: Path) -> bool:
-    """Whether a pickle is a zip without compression, as torch.save makes it. One that was packed anew is read whole."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def sha256(path: Path) -> str:
