@@ -92,8 +92,9 @@ def misspelt(rng: np.random.Generator, text: str) -> str:
     return " ".join(words)
 
 
-def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
-    """A wish for one thing, or in a quarter for two; about a third of the facts beside the kinds are named."""
+def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture, Picture]:
+    """A wish for one thing, or in a quarter for two; about a third of the facts beside the kinds are named. Returns the
+    text, a picture, and the same picture with None for the facts that the text leaves open."""
     picture = sample_picture(rng, split, 2 if rng.random() < 0.25 else 1)
     if len(picture.things) == 2 and rng.random() < 0.25:  # two of one kind: alike, or of other colours or sizes
         differing, picture = pick(rng, ["", "", "colour1", "size1"]), None
@@ -104,17 +105,22 @@ def wide_wish(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
         for t in picture.things
     ]
     picture, things = enlarged(rng, picture, replace(picture, things=told)), []
-    for thing in told:
-        text = named(rng, thing.kind, thing.colour, thing.size)
-        things.append(f"{text} {pick(rng, PLACES[thing.place])}" if rng.random() < 0.15 else text)
+    for i, thing in enumerate(told):
+        text, told[i] = named(rng, thing.kind, thing.colour, thing.size), replace(thing, place=None)
+        if rng.random() < 0.15:
+            text, told[i] = f"{text} {pick(rng, PLACES[thing.place])}", thing
+        things.append(text)
     if len({thing.kind for thing in picture.things}) < len(picture.things):
-        things = [of_one_kind(rng, picture)]
+        things, told = [of_one_kind(rng, picture)], picture.things
     parts = [pick(rng, (" and ", " beside ", " next to ", ", ", " above ", " with ")).join(things)]
-    around = [pick(rng, SCENES[picture.scene])] * (rng.random() < 0.5)
-    around += [pick(rng, TIMES[picture.time])] * (rng.random() < 0.35)
+    scene, time = picture.scene if rng.random() < 0.5 else None, picture.time if rng.random() < 0.35 else None
+    around = [pick(rng, SCENES[scene])] if scene else []
+    around += [pick(rng, TIMES[time])] if time else []
     parts = around + parts if rng.random() < 0.15 else parts + around
     text = pick(rng, (" ", " ", ", ")).join(parts)
     before = pick(rng, ("", "", "", "", "draw ", "i would like ", "please paint ", "show me "))
     text = before + text
     text = typed(rng, misspelt(rng, text) if rng.random() < 0.25 else text, TYPOS)
-    return wide_wish(rng, split) if EXAM & {*words_in(text.lower())} else (text, picture)
+    if EXAM & {*words_in(text.lower())}:
+        return wide_wish(rng, split)
+    return text, picture, Picture(scene, time, tuple(told))

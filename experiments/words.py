@@ -12,7 +12,9 @@ are words first, and in the loss only the words of answers and descriptions coun
 """
 
 import argparse
+import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the package is the folder above
@@ -30,18 +32,19 @@ from common.tokenizer import Tokenizer
 from experiments.recipes import documents
 from experiments.vocabulary import EXAM, wide_wish
 from miniature.chats import bracketed
-from miniature.facts import chance, pick_weighted, random_stream
+from miniature.facts import Picture, chance, pick_weighted, random_stream
 from miniature.phrases import PHRASES
 from miniature.score_stories import LEAVES
 from miniature.typos import typo
 from miniature.wishes import wish
-from miniature.words import LEXICON
+from miniature.words import LEXICON, describe
 from prompts import WORDS_FIRST_SYSTEM, Example, Turn, dialog_example, story_example
 from published.loading import STAGE_1, save_trained
 from published.parts import load_minigpt5
 
 RANK, WARMUP = 32, 30
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+OPEN = "~"  # stands before and after what does not count in the loss; `clean_prompt` leaves none in a text
 WORDS, TOKENS, KINDS = 310, 311, 312  # purposes of random streams
 
 
@@ -72,9 +75,28 @@ def blind_chat_document(rng: np.random.Generator, seed: int, i: int, split: str)
 
 
 def wide_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
-    """A wish in the words of vocabulary.json."""
-    text, picture = wide_wish(rng, split)
-    return dialog_example([Turn(clean_prompt(text))], Turn(bracketed(picture)), 1, "", WORDS_FIRST_SYSTEM)
+    """A wish in the words of vocabulary.json. Facts that it leaves open do not count in the loss: they are random, and
+    what the wish does say would drown in them."""
+    text, picture, named = wide_wish(rng, split)
+    return dialog_example([Turn(clean_prompt(text))], Turn(with_open_facts(picture, named)), 1, "", WORDS_FIRST_SYSTEM)
+
+
+def with_open_facts(picture: Picture, named: Picture) -> str:
+    """The description in parentheses, with OPEN before and after each fact that is None in `named`."""
+
+    def mark(fact: str | None, text: str) -> str:
+        return text if fact else f"{OPEN}{text}{OPEN}"
+
+    things = iter(named.things)
+
+    def mark_thing(match: re.Match) -> str:
+        thing = next(things)
+        size, colour, place = map(mark, (thing.size, thing.colour, thing.place), match.groups())
+        return f" that is{size} and{colour}{place}"
+
+    text = re.sub(r" that is( \w+) and( \w+)( \w+ the \w+)", mark_thing, describe(picture))
+    start, scene, time = re.fullmatch(r"(.*)( at sea| in the \w+)( \w+ \w+)", text).groups()
+    return f"({start}{mark(named.scene, scene)}{mark(named.time, time)})"
 
 
 def slip_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Example:
@@ -94,25 +116,40 @@ MIXTURE = {
     told_document: 0.36,
 }
 WIDE_MIXTURE = {
-    wide_document: 0.5,
-    documents.wish_document: 0.15,
-    slip_document: 0.15,
-    blind_chat_document: 0.12,
-    documents.change_document: 0.08,
+    wide_document: 0.62,
+    documents.wish_document: 0.1,
+    slip_document: 0.16,
+    blind_chat_document: 0.08,
+    documents.change_document: 0.04,
 }
 
 
+def counted_tokens(tokenizer: Tokenizer, example: Example, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """(token id, 1 where it counts in the loss, else 0) of a document and its end."""
+    parts = example.target.split(OPEN)  # every second one is an open fact
+    encoded = documents.encode(tokenizer, example._replace(target="".join(parts)), rng)
+    ends = [len(tokenizer.encode("".join(parts[:i]))) for i in range(len(parts) + 1)]
+    is_open = [i % 2 == 1 for i, (start, end) in enumerate(pairwise(ends)) for _ in range(start, end)]
+    is_open = [False] * (len(encoded) - len(is_open)) + is_open
+    counts = [int(weight > 1 and not skip) for (_, weight), skip in zip(encoded, is_open, strict=True)]
+    return [*zip((token for token, _ in encoded), counts, strict=True), (tokenizer.eos_id, 0)]
+
+
 def sequence(tokenizer: Tokenizer, mixture: dict, seed: int, i: int) -> np.ndarray:
-    """int (2, LENGTH): ids of whole documents, the last one cut off, and whether each counts."""
-    tokens, kinds, number = [], random_stream(seed, i, KINDS), documents.LENGTH * i
+    """int (2, LENGTH): ids of whole documents, and whether each counts. Four documents that do not fit are left out
+    before the last one is cut off."""
+    tokens, kinds, number, skipped = [], random_stream(seed, i, KINDS), documents.LENGTH * i, 0
     while len(tokens) < documents.LENGTH:
         rng = random_stream(seed, number, WORDS)
         example = pick_weighted(kinds, mixture)(rng, seed, number, "train")
         number += 1
         if EXAM & {*words_in(example.source.lower())}:
             continue
-        encoded = documents.encode(tokenizer, example, random_stream(seed, number - 1, TOKENS))
-        tokens += [(token, int(weight > 1)) for token, weight in encoded] + [(tokenizer.eos_id, 0)]
+        document = counted_tokens(tokenizer, example, random_stream(seed, number - 1, TOKENS))
+        if len(tokens) + len(document) > documents.LENGTH and skipped < 4:
+            skipped += 1
+        else:
+            tokens += document
     return np.array(tokens[: documents.LENGTH]).T
 
 

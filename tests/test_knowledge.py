@@ -12,7 +12,7 @@ from common.files import read_json
 from common.texts import clean_prompt, words_in
 from common.tokenizer import Tokenizer
 from experiments import knowledge, vocabulary
-from experiments.words import WIDE_MIXTURE, sequence, slip_document
+from experiments.words import WIDE_MIXTURE, counted_tokens, sequence, slip_document, wide_document
 from miniature import words
 from miniature.exam import Answer
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, home, random_stream
@@ -66,7 +66,7 @@ def test_the_words_that_they_need_are_in_no_text_of_the_miniature():
 
 
 def test_documents_with_a_word_of_the_exam_are_left_out(monkeypatch):
-    """Slips of the fingers and the miniature's chats make some. A wish for a boat stands for them here."""
+    """Slips of the fingers and the miniature's chats make some. The word "draw" stands for them here."""
     assert {word for entry in ENTRIES for word in entry["needs"]} == vocabulary.EXAM
     tokenizer = Tokenizer(MINIATURE / "vicuna" / "tokenizer.model")
 
@@ -74,9 +74,27 @@ def test_documents_with_a_word_of_the_exam_are_left_out(monkeypatch):
         texts = [tokenizer.decode(sequence(tokenizer, WIDE_MIXTURE, 3, i)[0].tolist()) for i in range(20)]
         return " ".join(part.partition("Assistant")[0] for text in texts for part in text.split("###Human:")[1:])
 
-    assert "boat" in words_in(sources())
-    monkeypatch.setattr("experiments.words.EXAM", {"boat"})
-    assert "boat" not in words_in(sources())
+    assert "draw" in words_in(sources())
+    monkeypatch.setattr("experiments.words.EXAM", {"draw"})
+    assert "draw" not in words_in(sources())
+
+
+def test_what_a_wish_leaves_open_does_not_count():
+    """The words of a description that count name all facts that the wish names, and none that it leaves open."""
+    tokenizer, open_facts = Tokenizer(MINIATURE / "vicuna" / "tokenizer.model"), 0
+    for i in range(200):
+        _, picture, named = vocabulary.wide_wish(random_stream(6, i), "train")
+        assert words.agrees(named, picture)
+        example = wide_document(random_stream(6, i), 6, i, "train")
+        tokens = counted_tokens(tokenizer, example, random_stream(6, i))
+        assert words.describe(picture) in tokenizer.decode([token for token, _ in tokens])
+        counted = words_in(tokenizer.decode([token for token, count in tokens if count]))
+        for fact in ("scene", "time"):
+            assert (getattr(picture, fact) in counted) == (getattr(named, fact) is not None)
+        facts = [fact for thing in named.things for fact in (thing.kind, thing.size, thing.colour) if fact]
+        assert [word for word in counted if word in (*KINDS, *SIZES, *COLOURS)] == facts
+        open_facts += sum(thing.colour is None for thing in named.things)
+    assert open_facts > 40
 
 
 def test_slips_are_in_words_that_name_facts():
