@@ -71,6 +71,7 @@ def choose_facts(rng: np.random.Generator, picture: Picture, slots: set[str]) ->
     """The facts that a sentence with these slots names, and for each thing those that stand right beside its noun."""
     with_colour, with_size, with_place = chance(rng, 0.7), chance(rng, 0.18), chance(rng, 0.14)
     alone, compared = len(picture.things) == 1, {"bigger1", "bigger2"} & slots
+    placed = {"side", "other side"} & slots or (alone and with_place and {"rest", "list"} & slots)
     things, noun_facts = [], []
     for i, t in enumerate(picture.things):
         number = "" if alone else str(i + 1)
@@ -83,7 +84,7 @@ def choose_facts(rng: np.random.Generator, picture: Picture, slots: set[str]) ->
             t.kind,
             t.colour if slot["colour"] else colour,
             t.size if slot["size"] or compared else size,
-            t.place if slot["place"] or (alone and with_place and {"rest", "list"} & slots) else None,
+            t.place if slot["place"] or placed else None,
         )
         things.append(thing)
     around = {"rest", "list"} & slots
@@ -234,13 +235,13 @@ def wish(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
             picture = spread(rng, picture)
         picture = words.as_named(picture, text)
     else:
-        text, picture = wish_from_sentence(rng, split)
+        text, picture, _ = wish_from_sentence(rng, split)
     text = padded(rng, text) if chance(rng, CHATTER) else text
     return clean_prompt(typed(rng, text, typos)), picture
 
 
-def wish_from_sentence(rng: np.random.Generator, split: str) -> tuple[str, Picture]:
-    """A sentence of sentences.txt with its slots filled, and its picture."""
+def wish_from_sentence(rng: np.random.Generator, split: str) -> tuple[str, Picture, Picture]:
+    """A sentence of sentences.txt with its slots filled, its picture, and the picture's facts that the text names."""
     section, plain = facts.pick_weighted(rng, SECTIONS), chance(rng, PLAIN)
     text, picture = sentence(rng, f"plain {section}" if plain else section), None
     slots = dict.fromkeys(SLOT.findall(text))
@@ -258,10 +259,12 @@ def wish_from_sentence(rng: np.random.Generator, split: str) -> tuple[str, Pictu
             slots[slot] = slot_words(rng, slot, picture, named_facts, picture.things[i], nouns[i])
     first = next((slot for slot in slots if slot[-1] in "12"), "")
     if first.endswith("2"):  # a description begins with the thing that is named first
-        picture = replace(picture, things=picture.things[::-1])
+        picture, named_facts = (replace(p, things=p.things[::-1]) for p in (picture, named_facts))
     text = fill(text, slots)
     if section == "one" and not named_facts.things[0].place and MIDDLE.search(text):
-        picture = replace(picture, things=(replace(picture.things[0], place="middle"),))
+        picture, named_facts = (
+            replace(p, things=(replace(p.things[0], place="middle"),)) for p in (picture, named_facts)
+        )
     if plain and chance(rng, 0.3):
         text = one_of(rng, PHRASES["requests"]).format(text)
-    return text, picture
+    return text, picture, named_facts

@@ -12,13 +12,13 @@ from common.files import read_json
 from common.texts import clean_prompt, words_in
 from common.tokenizer import Tokenizer
 from experiments import knowledge, vocabulary
-from experiments.words import WIDE_MIXTURE, counted_tokens, sequence, slip_document, wide_document
+from experiments.words import WIDE_MIXTURE, counted_tokens, sequence, slip_document, wide_document, with_open_facts
 from miniature import words
 from miniature.exam import Answer
 from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, home, random_stream
 from miniature.judge import NOTHING
 from miniature.score import FOLDER, Wish, read_lines, read_prompts
-from miniature.wishes import wish
+from miniature.wishes import wish, wish_from_sentence
 from miniature.world import sample_pair
 
 PROMPTS = Path(__file__).resolve().parents[1] / "experiments" / "knowledge.jsonl"
@@ -103,7 +103,9 @@ def test_slips_are_in_words_that_name_facts():
         example = slip_document(random_stream(5, i), 5, i, "train")
         assert "(" in example.target and not example.inputs
         known = [word for word in words_in(example.source) if word in words.LEXICON]
-        plain = words_in(wish(random_stream(5, i), "train", typos=0.0)[0])
+        text, picture, named = wish_from_sentence(random_stream(5, i), "train")
+        assert example.target.startswith(with_open_facts(picture, named))
+        plain = words_in(text)
         changed += len(known) < sum(word in words.LEXICON for word in plain)
     assert 120 < changed < 200  # the others name few facts
 

@@ -1,6 +1,7 @@
 """What people type: wishes, chats, descriptions, and the words of the miniature's world."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -20,11 +21,11 @@ from miniature.chats import (
     recolour_both,
     unknown_words,
 )
-from miniature.facts import fits, held_out, pick, random_stream, sample_picture
+from miniature.facts import Picture, fits, held_out, pick, random_stream, sample_picture
 from miniature.phrases import SENTENCES, fill
 from miniature.typos import typed
 from miniature.wishes import wish
-from miniature.words import describe, facts_in
+from miniature.words import agrees, describe, facts_in
 from prompts import Turn, chat_history, description_in, model_turn, user_turn
 
 WORDS = Words.of(MINIATURE)
@@ -80,7 +81,8 @@ def test_every_sentence_of_a_wish_can_be_filled(section, monkeypatch):
     monkeypatch.setattr(wishes, "SECTIONS", {section: 1})
     for i, sentence in enumerate(SENTENCES[section] + SENTENCES[f"plain {section}"]):
         monkeypatch.setattr(wishes, "sentence", lambda rng, *_, sentence=sentence: sentence)
-        text, picture = wishes.wish_from_sentence(random_stream(10, i), "train")
+        text, picture, named_facts = wishes.wish_from_sentence(random_stream(10, i), "train")
+        assert agrees(named_facts, picture)
         assert "{" not in text and " a a " not in text, text
         assert fits(picture.things, picture.scene), (text, picture)
         assert len(picture.things) == (1 if section == "one" else 2)
@@ -105,14 +107,16 @@ def test_sentences_say_the_facts_of_their_picture(monkeypatch):
         monkeypatch.setattr(wishes, "PLAIN", 0)
         monkeypatch.setattr(wishes, "sentence", lambda rng, *_, sentence=sentence: sentence)
         for i in range(100):
-            words, picture = wishes.wish_from_sentence(random_stream(11, i), "train")
+            words, picture, named_facts = wishes.wish_from_sentence(random_stream(11, i), "train")
             one, two = picture.things
             if section == "two":
                 expected = f"{one.kind} {one.colour} {two.kind} {two.colour} {two.size} {two.place}"
                 assert one.size != two.size
+                assert named_facts == Picture(None, None, picture.things)  # a side names both places
             else:
                 expected = f"{one.kind} {one.colour} {one.size} {two.kind} {two.colour} {two.size}"
                 assert one.colour != two.colour and one.size != two.size
+                assert named_facts == Picture(None, None, tuple(replace(t, place=None) for t in picture.things))
             assert words == expected
 
 
