@@ -17,7 +17,7 @@ import numpy as np
 from common.texts import clean_prompt, words_in
 from miniature import facts, words
 from miniature.facts import Picture, Thing, chance, fits, held_out, pick, pick_other, pick_weighted, sample_thing
-from miniature.phrases import CAPTIONS, ORDINARY, PHRASES, SENTENCES, SLOT, choices, fill, one_of, sentence, some
+from miniature.phrases import CAPTIONS, ORDINARY, PHRASES, SENTENCES, SLOT, any_of, choices, fill, sentence, usual
 from miniature.tales import questions, sample_distinct, talk_about
 from miniature.typos import CHATTER, TYPOS, chatter, padded, typed
 from miniature.wishes import fact_phrase, other_size, scene_words, thing_phrase, wish
@@ -61,7 +61,7 @@ def order_text(rng: np.random.Generator, *sections: str, **slots: str) -> str:
     """The text of an order: a sentence of one of the sections, in half of the cases of one of their plain sections."""
     plain = [f"plain {section}" for section in sections if f"plain {section}" in SENTENCES]
     if plain and chance(rng, 0.5):
-        return one_of(rng, PHRASES["orders"]).format(fill(sentence(rng, *plain), slots))
+        return any_of(rng, PHRASES["orders"]).format(fill(sentence(rng, *plain), slots))
     return fill(sentence(rng, *sections), slots)
 
 
@@ -92,7 +92,7 @@ def resize_both(rng, picture):
         return None
     size = pick(rng, facts.SIZES)
     after = replace(picture, things=tuple(replace(thing, size=size) for thing in picture.things))
-    bigger = one_of(rng, PHRASES["compared"][size])
+    bigger = any_of(rng, PHRASES["compared"][size])
     text = order_text(rng, "resize both", size=fact_phrase(rng, "sizes", size), bigger=bigger)
     return text, after if after != picture and fits(after.things, picture.scene) else None
 
@@ -103,7 +103,7 @@ def resize(rng, picture):
     if chance(rng, 0.1):  # "make it big", though it is big already
         return f"make {name} {fact_phrase(rng, 'sizes', old)}", change_thing(picture, i)
     size, alone = other_size(old), len(picture.things) == 1 and chance(rng, 0.5)
-    slots = {"it": name, "size": fact_phrase(rng, "sizes", size), "bigger": one_of(rng, PHRASES["compared"][size])}
+    slots = {"it": name, "size": fact_phrase(rng, "sizes", size), "bigger": any_of(rng, PHRASES["compared"][size])}
     return order_text(rng, "resize alone" if alone else "resize", old=old, **slots), change_thing(picture, i, size=size)
 
 
@@ -114,7 +114,7 @@ def move(rng, picture):
     if after is None and len(picture.things) == 2 and place != "middle":  # the other thing makes room
         other = replace(picture.things[1 - i], place="right" if place == "left" else "left")
         after = change_thing(replace(picture, things=(picture.things[i], other)), 0, place=place)
-    where = fact_phrase(rng, "places", place) if chance(rng, 0.6) else some(rng, CAPTIONS["towards"][place])
+    where = fact_phrase(rng, "places", place) if chance(rng, 0.6) else usual(rng, CAPTIONS["towards"][place])
     alone = len(picture.things) == 1 and chance(rng, 0.5)
     if alone and {place, old} == {"left", "right"} and chance(rng, 0.3):
         return order_text(rng, "other side"), after
@@ -137,7 +137,7 @@ def swap(rng, picture):
 def change_time(rng, picture):
     time = pick_other(rng, facts.TIMES, picture.time)
     nouns = {"day": "day | daytime | morning", "sunset": "evening | sunset", "night": "night"}
-    slots = {"time": one_of(rng, nouns[time]), "old": one_of(rng, nouns[picture.time])}
+    slots = {"time": any_of(rng, nouns[time]), "old": any_of(rng, nouns[picture.time])}
     return order_text(rng, "time", **{"at time": fact_phrase(rng, "times", time)}, **slots), replace(picture, time=time)
 
 
@@ -148,7 +148,7 @@ def change_scene(rng, picture):
         return None
     it = "it" if len(picture.things) == 1 else pick(rng, ["them", "it all", "everything"])
     nouns = CAPTIONS["scene nouns"]
-    slots = {"scene": some(rng, nouns[scene]), "old": some(rng, nouns[picture.scene])}
+    slots = {"scene": usual(rng, nouns[scene]), "old": usual(rng, nouns[picture.scene])}
     return order_text(rng, "scene", it=it, **{"in scene": scene_words(rng, after)}, **slots), after
 
 
@@ -230,7 +230,7 @@ def change(rng: np.random.Generator, picture: Picture) -> tuple[str, Picture]:
     result = None
     while result is None or result[1] is None:
         result = pick_weighted(rng, CHANGES)(rng, picture)
-    praise = f"{one_of(rng, PHRASES['praise'])}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
+    praise = f"{any_of(rng, PHRASES['praise'])}{pick(rng, [', ', '! ', '. '])}" if chance(rng, 0.12) else ""
     return praise + result[0], result[1]
 
 
@@ -245,7 +245,7 @@ def question(rng: np.random.Generator, picture: Picture) -> tuple[str, str]:
             "what do you see? | what is in the picture? | describe it | describe the picture | what is this? | "
             "what did you draw? | tell me what you see"
         )
-        return one_of(rng, forms), f"i see {describe(picture)}."
+        return any_of(rng, forms), f"i see {describe(picture)}."
     noun, absent = fact_phrase(rng, "nouns", thing.kind), pick_other(rng, facts.KINDS, *kinds)
     *others, (form, yes) = questions(picture, thing, noun, absent, lambda phrases: choices(phrases)[0])
     others.append((f"is there a {noun}? | {form}", yes))
@@ -257,11 +257,11 @@ def small_talk(rng: np.random.Generator) -> tuple[str, str]:
     if what < 0.06:
         return talk_about(rng)
     if what < 0.15:
-        start = one_of(rng, f"i | you | what | why |  | my {one_of(rng, PHRASES['strangers'])} | {PHRASES['openers']}")
+        start = any_of(rng, f"i | you | what | why |  | my {any_of(rng, PHRASES['strangers'])} | {PHRASES['openers']}")
         return f"{start} {chatter(rng)} {chatter(rng)}", NO_WISH
     if what < 0.3:
         forms, blanks, answer = sentence(rng, "talk forms").split(" = ")
-        return one_of(rng, forms).format(one_of(rng, blanks)), answer
+        return any_of(rng, forms).format(any_of(rng, blanks)), answer
     if what < 0.8:
         return tuple(choices(sentence(rng, "talk")))
     return pick(rng, list(CAPTIONS["talk" if what < 0.93 else "likes"].items()))
@@ -287,8 +287,8 @@ def chat(rng: np.random.Generator, split: str = "train", typos: float = TYPOS) -
                 continue
         elif what < (0.45 if picture is None else 0.2):
             picture = from_left(sample_distinct(rng, split))
-            pictures, request = (picture,), some(rng, CAPTIONS["shows"])
-            answer = some(rng, CAPTIONS["sees"]).format(describe(picture))
+            pictures, request = (picture,), usual(rng, CAPTIONS["shows"])
+            answer = usual(rng, CAPTIONS["sees"]).format(describe(picture))
         elif picture is not None and what < 0.32:
             request, answer = question(rng, picture)
         elif picture is not None and what < 0.78:

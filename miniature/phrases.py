@@ -49,13 +49,13 @@ def choices(phrases: str) -> list[str]:
     return phrases.split(" | ")
 
 
-def some(rng: np.random.Generator, phrases: str) -> str:
-    """One of "a | b | c": the first with a chance of 0.4, otherwise any of them, the first included."""
+def usual(rng: np.random.Generator, phrases: str) -> str:
+    """One of "a | b | c": the first, the usual one, with a chance of 0.4, otherwise any of them, it included."""
     options = choices(phrases)
     return options[0] if rng.random() < 0.4 else pick(rng, options)
 
 
-def one_of(rng: np.random.Generator, phrases: str) -> str:
+def any_of(rng: np.random.Generator, phrases: str) -> str:
     """Any of "a | b | c"."""
     return pick(rng, choices(phrases))
 

@@ -51,7 +51,7 @@ from miniature.exam import Answer, Exam, Figures, ask, draw_prompts, draw_turns,
 from miniature.facts import Picture, random_stream
 from miniature.judge import ATTRIBUTES, NOTHING, asks_for, right, right_shares, share
 from miniature.paint import draw
-from miniature.phrases import CAPTIONS, some
+from miniature.phrases import CAPTIONS, usual
 from miniature.score_stories import stories
 from miniature.tales import SMALL_TALK
 from miniature.words import facts_in
@@ -210,7 +210,7 @@ def captions(exam: Exam) -> Figures:
     samples = [sample_pair(exam.seed, i, "held-out") for i in range(exam.n)]
     expected, pictures = [facts for facts, _, _ in samples], [draw(facts, jitter) for facts, _, jitter in samples]
     streams = (random_stream(exam.seed, i, QUESTIONS) for i in range(exam.n))
-    sources = [exam.chat_source(some(rng, CAPTIONS["shows"]), (None,)) for rng in streams]
+    sources = [exam.chat_source(usual(rng, CAPTIONS["shows"]), (None,)) for rng in streams]
     answers = ask(exam, sources, [(picture,) for picture in pictures])
     facts = [facts_in(answer.text) for answer in answers]
     return {"described, right": right_shares(facts, expected) | {"no error": right_shares(expected, facts)["all"]}}

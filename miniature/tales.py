@@ -14,7 +14,7 @@ import numpy as np
 
 from miniature import facts, words
 from miniature.facts import KINDS, Picture, Thing, fits, pick, pick_other, pick_weighted, sample_picture, sample_thing
-from miniature.phrases import CAPTIONS, choices, some
+from miniature.phrases import CAPTIONS, choices, usual
 from miniature.words import description, noun_phrase, plural
 from prompts import Turn, pictures_of
 
@@ -46,22 +46,22 @@ def move(rng, picture):
     kind, (place, after) = picture.things[0].kind, change_hero(rng, picture, "place")
     if kind not in CAPTIONS["moves"] or after is None:
         return None
-    who, how = hero_name(rng, picture, "size", "colour"), some(rng, CAPTIONS["moves"][kind])
-    return f"{who} {how} {some(rng, CAPTIONS['towards'][place])}", after
+    who, how = hero_name(rng, picture, "size", "colour"), usual(rng, CAPTIONS["moves"][kind])
+    return f"{who} {how} {usual(rng, CAPTIONS['towards'][place])}", after
 
 
 def resize(rng, picture):
     size, after = change_hero(rng, picture, "size")
     if after is None:
         return None
-    form = some(rng, CAPTIONS["resizes"][size])
-    return form.format(hero_name(rng, picture, "colour"), some(rng, words.SIZE_WORDS[size])), after
+    form = usual(rng, CAPTIONS["resizes"][size])
+    return form.format(hero_name(rng, picture, "colour"), usual(rng, words.SIZE_WORDS[size])), after
 
 
 def recolour(rng, picture):
     colour, after = change_hero(rng, picture, "colour")
-    form = some(rng, CAPTIONS["turns colour"])
-    return form.format(hero_name(rng, picture, "size"), some(rng, words.COLOUR_WORDS[colour])), after
+    form = usual(rng, CAPTIONS["turns colour"])
+    return form.format(hero_name(rng, picture, "size"), usual(rng, words.COLOUR_WORDS[colour])), after
 
 
 def newcomer(rng, picture) -> Thing | None:
@@ -77,10 +77,10 @@ def meet(rng, picture):
     other = newcomer(rng, picture) if len(picture.things) == 1 else None
     if other is None:
         return None
-    sentence = some(rng, CAPTIONS["meets"]).format(
+    sentence = usual(rng, CAPTIONS["meets"]).format(
         hero=hero_name(rng, picture, "size", "colour"),
         other=noun_phrase(rng, other),
-        place=some(rng, words.PLACE_PHRASES[other.place]),
+        place=usual(rng, words.PLACE_PHRASES[other.place]),
     )
     return sentence, replace(picture, things=(*picture.things, other))
 
@@ -88,7 +88,7 @@ def meet(rng, picture):
 def part(rng, picture):
     if len(picture.things) == 1:
         return None
-    sentence = some(rng, CAPTIONS["parts"]).format(picture.things[1].kind)
+    sentence = usual(rng, CAPTIONS["parts"]).format(picture.things[1].kind)
     if rng.random() < 0.4:
         sentence += f" and the {picture.things[0].kind} is alone again"
     return sentence, replace(picture, things=picture.things[:1])
@@ -96,7 +96,7 @@ def part(rng, picture):
 
 def pass_time(rng, picture):
     time = NEXT_TIME[picture.time]
-    after, sentence = replace(picture, time=time), some(rng, CAPTIONS["dawns"][time])
+    after, sentence = replace(picture, time=time), usual(rng, CAPTIONS["dawns"][time])
     moved = move(rng, after) if rng.random() < 0.3 else None
     return (f"{sentence} and {moved[0]}", moved[1]) if moved else (sentence, after)
 
@@ -115,7 +115,7 @@ def sample_distinct(rng: np.random.Generator, split: str) -> Picture:
 def story(rng: np.random.Generator, split: str = "train") -> list[Turn]:
     """Four or five steps; each after the first makes one change. A picture's first thing is the hero."""
     picture = sample_distinct(rng, split)
-    opening = some(rng, "{} | once upon a time there was {} | this is the story of {} | one fine time there was {}")
+    opening = usual(rng, "{} | once upon a time there was {} | this is the story of {} | one fine time there was {}")
     turns = [Turn(opening.format(description(picture, rng, True, True)) + ".", (picture,))]
     last, length = None, 4 + int(rng.integers(2))
     while len(turns) < length:
@@ -138,14 +138,14 @@ def request(rng, split, picture):
     picture = sample_distinct(rng, split)
     wish = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
     echo = noun_phrase(rng, picture.things[0]) if len(picture.things) == 1 else "your picture"
-    return Turn(some(rng, CAPTIONS["asks"]).format(wish)), Turn(some(rng, CAPTIONS["gives"]).format(echo), (picture,))
+    return Turn(usual(rng, CAPTIONS["asks"]).format(wish)), Turn(usual(rng, CAPTIONS["gives"]).format(echo), (picture,))
 
 
 def show(rng, split, picture):
     """The human shows a picture, and the assistant describes it."""
     picture = sample_distinct(rng, split)
     content = description(picture, rng, rng.random() < 0.7, rng.random() < 0.5)
-    return Turn(some(rng, CAPTIONS["shows"]), (picture,)), Turn(some(rng, CAPTIONS["sees"]).format(content))
+    return Turn(usual(rng, CAPTIONS["shows"]), (picture,)), Turn(usual(rng, CAPTIONS["sees"]).format(content))
 
 
 def alter(rng, split, picture):
@@ -153,8 +153,8 @@ def alter(rng, split, picture):
     result = None
     while result is None or result[1] is None:
         result = pick(rng, (wish_move, wish_size, wish_colour, wish_time, wish_more, wish_less))(rng, picture)
-    form = some(rng, "{} please. | please {}. | can you {}? | now {}. | could you {}?")
-    return Turn(form.format(result[0])), Turn(some(rng, CAPTIONS["more"]), (result[1],))
+    form = usual(rng, "{} please. | please {}. | can you {}? | now {}. | could you {}?")
+    return Turn(form.format(result[0])), Turn(usual(rng, CAPTIONS["more"]), (result[1],))
 
 
 def it_or_name(picture) -> str:
@@ -163,32 +163,32 @@ def it_or_name(picture) -> str:
 
 def wish_move(rng, picture):
     place, after = change_hero(rng, picture, "place")
-    return f"move {it_or_name(picture)} {some(rng, CAPTIONS['towards'][place])}", after
+    return f"move {it_or_name(picture)} {usual(rng, CAPTIONS['towards'][place])}", after
 
 
 def wish_size(rng, picture):
     size, after = change_hero(rng, picture, "size")
-    word = some(rng, f"{words.SIZE_WORDS[size]} | {'bigger' if size == 'big' else 'smaller'}")
+    word = usual(rng, f"{words.SIZE_WORDS[size]} | {'bigger' if size == 'big' else 'smaller'}")
     return f"make {it_or_name(picture)} {word}", after
 
 
 def wish_colour(rng, picture):
     colour, after = change_hero(rng, picture, "colour")
-    form = some(rng, "make {} {} | paint {} {} | colour {} {}")
-    return form.format(it_or_name(picture), some(rng, words.COLOUR_WORDS[colour])), after
+    form = usual(rng, "make {} {} | paint {} {} | colour {} {}")
+    return form.format(it_or_name(picture), usual(rng, words.COLOUR_WORDS[colour])), after
 
 
 def wish_time(rng, picture):
     time = pick_other(rng, NEXT_TIME, picture.time)
     word = {"day": "day", "sunset": "evening", "night": "night"}[time]
-    return some(rng, "make it {} | turn it into {} | let it be {}").format(word), replace(picture, time=time)
+    return usual(rng, "make it {} | turn it into {} | let it be {}").format(word), replace(picture, time=time)
 
 
 def wish_more(rng, picture):
     other = newcomer(rng, picture) if len(picture.things) == 1 else None
     if other is None:
         return None
-    wish = f"add {noun_phrase(rng, other)} {some(rng, words.PLACE_PHRASES[other.place])}"
+    wish = f"add {noun_phrase(rng, other)} {usual(rng, words.PLACE_PHRASES[other.place])}"
     return wish, replace(picture, things=(*picture.things, other))
 
 
@@ -217,8 +217,8 @@ def questions(picture: Picture, thing: Thing, noun: str, absent: str, phrase: Ca
 def question(rng, split, picture):
     """A question about the picture, answered in words."""
     thing, kinds = pick(rng, picture.things), [thing.kind for thing in picture.things]
-    noun, absent = some(rng, words.NOUNS[thing.kind]), pick_other(rng, KINDS, *kinds)
-    forms, answer = pick(rng, questions(picture, thing, noun, absent, partial(some, rng)))
+    noun, absent = usual(rng, words.NOUNS[thing.kind]), pick_other(rng, KINDS, *kinds)
+    forms, answer = pick(rng, questions(picture, thing, noun, absent, partial(usual, rng)))
     return Turn(choices(forms)[0]), Turn(answer)
 
 
@@ -233,7 +233,7 @@ def talk(rng, split, picture):
 
 def talk_about(rng) -> tuple[str, str]:
     kind = pick(rng, list(KINDS))
-    return some(rng, CAPTIONS["asks about"]).format(plural(kind)), some(rng, CAPTIONS["about"][kind])
+    return usual(rng, CAPTIONS["asks about"]).format(plural(kind)), usual(rng, CAPTIONS["about"][kind])
 
 
 OPENINGS = {request: 0.5, show: 0.2, talk: 0.3}

@@ -5,7 +5,7 @@ from string import ascii_lowercase
 import numpy as np
 
 from miniature.facts import chance, pick
-from miniature.phrases import ORDINARY, PHRASES, one_of
+from miniature.phrases import ORDINARY, PHRASES, any_of
 from miniature.words import tidy
 
 TYPOS, SOUND_ALIKE = 0.2, 0.05  # shares of texts with typos, and with words that sound like those meant
@@ -21,8 +21,8 @@ def padded(rng: np.random.Generator, text: str) -> str:
     """The text after an opening, before a closing, or with ordinary words before it, behind it and in it."""
     if chance(rng, 0.5):
         opener, closer = pick(rng, [(True, False), (True, False), (False, True), (True, True)])
-        before = one_of(rng, PHRASES["openers"]) if opener else ""
-        return f"{before} {text}{one_of(rng, PHRASES['closers']) if closer else ''}"
+        before = any_of(rng, PHRASES["openers"]) if opener else ""
+        return f"{before} {text}{any_of(rng, PHRASES['closers']) if closer else ''}"
     parts = text.split()
     for _ in range(1 + int(rng.integers(2))):
         at = pick(rng, [0, len(parts), int(rng.integers(len(parts) + 1))])

@@ -17,7 +17,7 @@ import numpy as np
 from common.texts import clean_prompt
 from miniature import facts, words
 from miniature.facts import COLOURS_FOR, KINDS, Picture, Thing, chance, fits, home, pick, pick_other, sample_picture
-from miniature.phrases import CAPTIONS, PHRASES, SLOT, fill, one_of, sentence, some, with_article
+from miniature.phrases import CAPTIONS, PHRASES, SLOT, any_of, fill, sentence, usual, with_article
 from miniature.typos import CHATTER, TYPOS, padded, typed
 from miniature.words import caption, facts_in, plural
 
@@ -98,26 +98,26 @@ def choose_facts(rng: np.random.Generator, picture: Picture, slots: set[str]) ->
 
 def fact_phrase(rng: np.random.Generator, section: str, name: str) -> str:
     """A phrase of the captions, most often the first, or of people's own: `fact_phrase(rng, "colours", "red")`."""
-    return some(rng, CAPTIONS[section][name]) if rng.random() < 0.5 else one_of(rng, PHRASES[section][name])
+    return usual(rng, CAPTIONS[section][name]) if rng.random() < 0.5 else any_of(rng, PHRASES[section][name])
 
 
 def scene_noun(rng: np.random.Generator, scene: str) -> str:
     """ "a snowy landscape", "desert", "the sea"."""
     if chance(rng, 0.3):
-        return some(rng, CAPTIONS["scene nouns"][scene])
-    noun = one_of(rng, PHRASES["settings"][scene])
+        return usual(rng, CAPTIONS["scene nouns"][scene])
+    noun = any_of(rng, PHRASES["settings"][scene])
     return noun if noun in ("downtown", "egypt", "winter") else pick(rng, [noun, f"the {noun}", with_article(noun)])
 
 
 def scene_words(rng: np.random.Generator, picture: Picture) -> str:
     """ "in the snow", "high over the town"."""
     if chance(rng, 0.45):
-        return some(rng, CAPTIONS["scenes"][f"{picture.scene} {words.home_level(picture)}".strip()])
+        return usual(rng, CAPTIONS["scenes"][f"{picture.scene} {words.home_level(picture)}".strip()])
     if chance(rng, 0.55):
-        return one_of(rng, PHRASES["scenes"][picture.scene])
+        return any_of(rng, PHRASES["scenes"][picture.scene])
     sky = all(home(thing.kind, picture.scene) == "sky" for thing in picture.things)
     before = ["over", "above", "in", "high over"] if sky else ["in", "on", "at", "by", "in the middle of"]
-    place = one_of(rng, PHRASES["settings"][picture.scene])
+    place = any_of(rng, PHRASES["settings"][picture.scene])
     return f"{pick(rng, before)} {'' if place in ('downtown', 'egypt', 'winter') else 'the '}{place}"
 
 
@@ -126,11 +126,11 @@ def adjectives_of(rng: np.random.Generator, thing: Thing) -> list[str]:
     if thing.colour:
         adjectives.append(fact_phrase(rng, "colours", thing.colour))
     elif chance(rng, 0.04):
-        adjectives.append(one_of(rng, PHRASES["strange colours"]))
+        adjectives.append(any_of(rng, PHRASES["strange colours"]))
     if len(adjectives) == 2 and chance(rng, 0.12):
         adjectives.reverse()
     if chance(rng, 0.1):
-        adjectives.insert(0, some(rng, PHRASES["fillers"]))
+        adjectives.insert(0, usual(rng, PHRASES["fillers"]))
     return adjectives
 
 
@@ -139,11 +139,11 @@ def thing_phrase(rng: np.random.Generator, thing: Thing, noun: str | None = None
     noun, adjectives = noun or fact_phrase(rng, "nouns", thing.kind), adjectives_of(rng, thing)
     if adjectives and chance(rng, 0.1):
         tail = (" and " if chance(rng, 0.7) else ", ").join(adjectives)
-        phrase = f"{noun} {one_of(rng, PHRASES['sized' if thing.size else 'coloured'])} {tail}"
+        phrase = f"{noun} {any_of(rng, PHRASES['sized' if thing.size else 'coloured'])} {tail}"
     else:
         phrase = " ".join([*adjectives, noun])
     if chance(rng, 0.12):
-        return f"{one_of(rng, PHRASES['articles'])} {phrase}".strip()
+        return f"{any_of(rng, PHRASES['articles'])} {phrase}".strip()
     return with_article(phrase)
 
 
@@ -160,8 +160,8 @@ def bare_list(rng: np.random.Generator, named_facts: Picture) -> str:
             parts[0] = with_article(parts[0])
         parts += [fact_phrase(rng, "places", thing.place)] if thing.place else []
         groups.append(" ".join(parts))
-    around = [some(rng, PHRASES["settings"][named_facts.scene])] if named_facts.scene else []
-    around += [one_of(rng, PHRASES["time nouns"][named_facts.time])] if named_facts.time else []
+    around = [usual(rng, PHRASES["settings"][named_facts.scene])] if named_facts.scene else []
+    around += [any_of(rng, PHRASES["time nouns"][named_facts.time])] if named_facts.time else []
     if comma and len(named_facts.things) == 1 and chance(rng, 0.25):  # "night, city, star, small"
         return ", ".join(rng.permutation([*parts, *around]))
     groups = [*around, *groups] if chance(rng, 0.25) else [*groups, *around]
@@ -172,7 +172,7 @@ def rest_of(rng: np.random.Generator, picture: Picture, named_facts: Picture) ->
     """Phrases for the named scene and time, and for the place of a single thing, mostly in this order."""
     both, thing = PHRASES["scene times"].get(f"{named_facts.scene} {named_facts.time}"), named_facts.things[0]
     if both and chance(rng, 0.12):
-        parts = [one_of(rng, both)]
+        parts = [any_of(rng, both)]
     else:
         parts = [scene_words(rng, picture)] if named_facts.scene else []
         parts += [fact_phrase(rng, "times", named_facts.time)] if named_facts.time else []
@@ -198,27 +198,27 @@ def slot_words(
         "place": lambda: fact_phrase(rng, "places", thing.place),
         "does": lambda: fact_phrase(rng, "verbs", thing.kind).split()[1],
         "doing": lambda: fact_phrase(rng, "verbs", thing.kind).split()[2],
-        "bigger": lambda: one_of(rng, PHRASES["compared"][thing.size]),
+        "bigger": lambda: any_of(rng, PHRASES["compared"][thing.size]),
         "side": lambda: picture.things[0].place,
         "other side": lambda: picture.things[1].place,
         "scene": lambda: scene_noun(rng, scene),
         "in scene": lambda: scene_words(rng, picture),
-        "time": lambda: one_of(rng, PHRASES["time nouns"][time]),
+        "time": lambda: any_of(rng, PHRASES["time nouns"][time]),
         "at time": lambda: fact_phrase(rng, "times", time),
-        "clause": lambda: some(rng, CAPTIONS["clauses"][time]),
+        "clause": lambda: usual(rng, CAPTIONS["clauses"][time]),
         "rest": lambda: rest_of(rng, picture, named_facts),
         "list": lambda: bare_list(rng, named_facts),
-        "up": lambda: one_of(rng, PHRASES["up"]) if home(thing.kind, scene) == "sky" else "",
-        "join": lambda: one_of(rng, relation if relation and chance(rng, 0.4) else PHRASES["joins"]),
+        "up": lambda: any_of(rng, PHRASES["up"]) if home(thing.kind, scene) == "sky" else "",
+        "join": lambda: any_of(rng, relation if relation and chance(rng, 0.4) else PHRASES["joins"]),
         "absent": lambda: pick_other(rng, KINDS, *kinds),
         "absents": lambda: plural(pick_other(rng, KINDS, *kinds)),
-        "stranger": lambda: one_of(rng, PHRASES["strangers"]),
-        "too many": lambda: one_of(rng, PHRASES["too many"]),
-        "other colour": lambda: some(rng, CAPTIONS["colours"][pick_other(rng, facts.COLOURS, thing.colour)]),
+        "stranger": lambda: any_of(rng, PHRASES["strangers"]),
+        "too many": lambda: any_of(rng, PHRASES["too many"]),
+        "other colour": lambda: usual(rng, CAPTIONS["colours"][pick_other(rng, facts.COLOURS, thing.colour)]),
         "other size": lambda: fact_phrase(rng, "sizes", other_size(thing.size)),
         "other place": lambda: fact_phrase(rng, "places", pick_other(rng, facts.PLACES, thing.place)),
         "other scene": lambda: scene_noun(rng, pick_other(rng, facts.SCENES, scene)),
-        "other time": lambda: one_of(rng, PHRASES["time nouns"][pick_other(rng, facts.TIMES, time)]),
+        "other time": lambda: any_of(rng, PHRASES["time nouns"][pick_other(rng, facts.TIMES, time)]),
     }
     return fillers[slot.rstrip("12")]()
 
@@ -266,5 +266,5 @@ def wish_from_sentence(rng: np.random.Generator, split: str) -> tuple[str, Pictu
             replace(p, things=(replace(p.things[0], place="middle"),)) for p in (picture, named_facts)
         )
     if plain and chance(rng, 0.3):
-        text = one_of(rng, PHRASES["requests"]).format(text)
+        text = any_of(rng, PHRASES["requests"]).format(text)
     return text, picture, named_facts

@@ -13,7 +13,7 @@ from itertools import permutations
 import numpy as np
 
 from miniature.facts import COLOURS, PLACES, SIZES, TIMES, Picture, Thing, home, pick_weighted
-from miniature.phrases import CAPTIONS, choices, some, with_article
+from miniature.phrases import CAPTIONS, choices, usual, with_article
 
 PLACE_NAMED = 0.7
 SIZE_NAMED = 0.85  # below 1, so that the models learn from captions without sizes, too ("a red boat at sea")
@@ -35,15 +35,15 @@ def plural(noun: str) -> str:
 
 
 def adjectives(rng, thing: Thing, sized: bool) -> str:
-    colour = some(rng, COLOUR_WORDS[thing.colour])
-    return f"{some(rng, SIZE_WORDS[thing.size])} {colour}" if sized else colour
+    colour = usual(rng, COLOUR_WORDS[thing.colour])
+    return f"{usual(rng, SIZE_WORDS[thing.size])} {colour}" if sized else colour
 
 
 def noun_phrase(rng, thing: Thing, sized: bool = True) -> str:
     """ "a small red boat"; now and then "a boat that is small and red"."""
-    noun = some(rng, NOUNS[thing.kind])
+    noun = usual(rng, NOUNS[thing.kind])
     if rng.random() < 0.06:
-        size, colour = some(rng, SIZE_WORDS[thing.size]), some(rng, COLOUR_WORDS[thing.colour])
+        size, colour = usual(rng, SIZE_WORDS[thing.size]), usual(rng, COLOUR_WORDS[thing.colour])
         return f"{with_article(noun)} that is {size} and {colour}"
     return with_article(f"{adjectives(rng, thing, sized)} {noun}")
 
@@ -56,7 +56,7 @@ def home_level(picture: Picture) -> str:
 
 def scene_phrase(rng, picture: Picture) -> str:
     """ "on the sea", "above the meadow", by where the things are; a fish is in the water, not on it."""
-    phrase = some(rng, CAPTIONS["scenes"][f"{picture.scene} {home_level(picture)}".rstrip()])
+    phrase = usual(rng, CAPTIONS["scenes"][f"{picture.scene} {home_level(picture)}".rstrip()])
     if picture.things and all(thing.kind == "fish" for thing in picture.things):
         phrase = re.sub(r"^on\b", "in", phrase)
     return phrase
@@ -72,16 +72,16 @@ def subject(rng, picture: Picture, placed: bool, sized: bool = True) -> tuple[st
     Two things carry their places inside the phrase; twins are named once and placed one by one.
     """
     things = list(picture.things)
-    places = [some(rng, PLACE_PHRASES[thing.place]) for thing in things]
+    places = [usual(rng, PLACE_PHRASES[thing.place]) for thing in things]
     if len(things) == 1:
         return noun_phrase(rng, things[0], sized), places[0] if placed else ""
     if twins(picture):
-        phrase = f"two {adjectives(rng, things[0], sized)} {plural(some(rng, NOUNS[things[0].kind]))}"
+        phrase = f"two {adjectives(rng, things[0], sized)} {plural(usual(rng, NOUNS[things[0].kind]))}"
         return phrase, f"one {places[0]} and one {places[1]}" if placed else ""
     parts = [f"{noun_phrase(rng, t, sized)} {p * placed}".strip() for t, p in zip(things, places, strict=True)]
     if rng.random() < 0.4:
         parts.reverse()
-    return some(rng, "{} and {} | {} with {} | {} together with {} | {} beside {} | {} and also {}").format(*parts), ""
+    return usual(rng, "{} and {} | {} with {} | {} together with {} | {} beside {} | {} and also {}").format(*parts), ""
 
 
 def tidy(text: str) -> str:
@@ -91,7 +91,7 @@ def tidy(text: str) -> str:
 def description(picture: Picture, rng: np.random.Generator, placed: bool, dated: bool) -> str:
     """The plainest form of a caption: things, places, scene, time."""
     what, where = subject(rng, picture, placed)
-    when = some(rng, TIME_PHRASES[picture.time]) if dated or picture.time != "day" else ""
+    when = usual(rng, TIME_PHRASES[picture.time]) if dated or picture.time != "day" else ""
     return tidy(f"{what} {where} {scene_phrase(rng, picture)} {when}")
 
 
@@ -101,7 +101,7 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
     dated = picture.time != "day" or rng.random() < DAY_NAMED
     what, where = subject(rng, picture, placed, sized)
     scene = scene_phrase(rng, picture)
-    when = some(rng, TIME_PHRASES[picture.time]) if dated else ""
+    when = usual(rng, TIME_PHRASES[picture.time]) if dated else ""
     alone, same = len(picture.things) == 1, twins(picture)
     verbs = CAPTIONS["verbs"][picture.things[0].kind]  # base, third person, participle
     sections = {
@@ -120,13 +120,13 @@ def caption(picture: Picture, rng: np.random.Generator) -> str:
             scene=scene,
             when=when,
             there="there are" if same else "there is",
-            art=with_article(some(rng, CAPTIONS["pictures"])),
-            ground=some(rng, SCENE_NOUNS[picture.scene]),
-            does=some(rng, verbs).split()[1 if alone else 0],
-            doing=some(rng, verbs).split()[2],
-            clause=some(rng, TIME_CLAUSES[picture.time]),
-            inverse=f"{some(rng, PLACE_PHRASES[first.place])} is {noun_phrase(rng, first, sized)} and "
-            f"{some(rng, PLACE_PHRASES[second.place])} is {noun_phrase(rng, second, sized)}",
+            art=with_article(usual(rng, CAPTIONS["pictures"])),
+            ground=usual(rng, SCENE_NOUNS[picture.scene]),
+            does=usual(rng, verbs).split()[1 if alone else 0],
+            doing=usual(rng, verbs).split()[2],
+            clause=usual(rng, TIME_CLAUSES[picture.time]),
+            inverse=f"{usual(rng, PLACE_PHRASES[first.place])} is {noun_phrase(rng, first, sized)} and "
+            f"{usual(rng, PLACE_PHRASES[second.place])} is {noun_phrase(rng, second, sized)}",
         )
     )
 

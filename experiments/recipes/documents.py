@@ -21,7 +21,7 @@ from common.texts import clean_prompt
 from common.tokenizer import Tokenizer
 from miniature.chats import bracketed, change, chat
 from miniature.facts import Picture, pick, pick_weighted, random_stream
-from miniature.phrases import CAPTIONS, some
+from miniature.phrases import CAPTIONS, usual
 from miniature.typos import typed
 from miniature.wishes import wish
 from miniature.words import as_named, describe, description, from_left
@@ -68,7 +68,7 @@ def look_document(rng: np.random.Generator, seed: int, i: int, split: str) -> Ex
     """A picture is shown and described, in stage 2's form or in MiniGPT-4's."""
     picture = sample_pair(seed, i, split)[0]
     told = describe(from_left(picture)) if rng.random() < 0.7 else description(picture, rng, True, True)
-    question, answer = some(rng, CAPTIONS["shows"]), some(rng, CAPTIONS["sees"]).format(told)
+    question, answer = usual(rng, CAPTIONS["shows"]), usual(rng, CAPTIONS["sees"]).format(told)
     if rng.random() < 0.6:
         return dialog_example([Turn(question, (picture,))], Turn(answer), 1, prompts.PICTURE_MARK)
     human, assistant = prompts.SPEAKERS
