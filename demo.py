@@ -139,7 +139,7 @@ def build(first: Session, folder: Path) -> "gr.Blocks":
         yield from stream_answer(history, session, [*turns, ("you", [text, *pictures])], guidance, steps, work)
 
     def go_on(history, session, turns, guidance, steps):
-        if session is None:
+        if session is None or not session.turns:
             raise gr.Error("First choose Story and type its first sentence.", print_exception=False)
         yield from stream_answer(history, session, turns, guidance, steps, session.next_step)
 

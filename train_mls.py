@@ -58,9 +58,9 @@ def arguments() -> argparse.Namespace:
     about = "train LoRA alone, on dialogues that describe their pictures in parentheses; implies --words-only"
     add("--words-first", action="store_true", help=about)
     add("--text-weight", type=number(0.0), default=TEXT_WEIGHT, help="weight of L_text in the loss; L_LDM has weight 1")
-    add("--freeze-mapper", action="store_true", help="freeze the whole mapper; default: its transformer trains")
+    add("--freeze-mapper", action="store_true", help="else its transformer trains; with --no-uas, all of it")
     add("--lr", type=RATE, default=2e-5, help="learning rate of the voken rows and the mapper")
-    add("--muon", type=RATE, metavar="LR", help="Muon for the mapper's matrices, with this rate; default: AdamW")
+    add("--muon", type=RATE, metavar="LR", help="learning rate of Muon for the mapper's matrices; 0 or none: AdamW")
     add("--adapter-lr", type=RATE, help="learning rate of LoRA or the prefix; default: --lr")
     add("--vokens", type=VOKENS, default=8, help="vokens of a picture, where there is no stage 1 to start from")
     add("--start-as", metavar="TEXT", help="with --no-uas: the vokens start as the embeddings of this text")
@@ -90,8 +90,7 @@ def main() -> None:
     print(f"precomputed tensors: {', '.join(precomputed.made_with) or 'none'}")
 
     # ---- model, of which the adapter, the voken rows and the mapper's transformer train
-    is_blind = args.words_first and not (args.weights / "blip2").is_dir()  # SmolLM2's folder has no image encoder
-    reads_pictures = not (is_precomputed or is_blind)
+    reads_pictures = not (is_precomputed or (args.words_first and not (args.weights / "blip2").is_dir()))
     model = load_minigpt5(args.weights, stage_1, args.vokens, DTYPES[args.dtype], run.device, reads_pictures,
                           start_as=args.start_as)  # fmt: skip
     if model.lora or model.prefix:
@@ -102,7 +101,7 @@ def main() -> None:
     model.add_adapters(lora=None if args.prefix else lora, prefix={} if args.prefix else None)
     trains_mapper = not (args.no_ldm or args.freeze_mapper or args.words_only)  # without L_LDM no loss reaches it
     model.mapper.requires_grad_(trains_mapper)
-    if stage_1:  # whose MLP and queries stay as they are; without it they train, too
+    if stage_1:  # its MLP and queries stay as they are; without stage 1 they train, too
         model.mapper.fc.requires_grad_(False)
         model.mapper.t2i_decoder_prompt.requires_grad_(False)
     model.vokens.requires_grad_(not args.words_first)
@@ -112,7 +111,8 @@ def main() -> None:
     trained = {name: p for name, p in model.trained_parameters().items() if p.requires_grad}
     print(f"stage 1: {stage_1 or 'none, vokens and mapper are untrained'}")
     kind = "the prefix" if args.prefix else f"{len(model.lora)} LoRA layers"
-    names = [kind] + ["voken rows"] * (not args.words_first) + ["the mapper's transformer"] * trains_mapper
+    names = [kind, *["voken rows"] * (not args.words_first)]
+    names += ["the mapper's transformer" if stage_1 else "the whole mapper"] * trains_mapper
     count = sum(parameter.numel() for parameter in trained.values())
     print(f"trained: {count:,} parameters in {', '.join(names)}; all else is frozen")
     if args.gradient_checkpointing:
@@ -155,7 +155,7 @@ def main() -> None:
     multiple = -(-args.batch_size // 8)  # when compiled, the pictures of a batch are padded to a multiple of this
 
     def losses_of(samples: dict, generators: list[torch.Generator]) -> dict[str, Tensor]:
-        """The losses of some samples: loss = --text-weight * text_loss + ldm_loss (Eq. 3), this only with pictures."""
+        """The losses of some samples: loss = --text-weight * text_loss, with pictures + ldm_loss (Eq. 3)."""
         batch = collate(model.tokenizer, samples["ids"], model.queries, round_length, round_length, limit=limit)
         noise = posterior = None
         if samples["outputs"] is not None:
