@@ -32,8 +32,8 @@ from scheduler import SAMPLERS, NoiseSchedule
 
 MAX_PICTURES = 8  # an answer has room for the vokens of so many
 Segments = list[str | Image.Image]  # an answer: text and pictures in order
-# Is called with ids= (the first prompt's answer so far) after every token, and after every denoising step with done=
-# (the number of steps so far), steps= (of how many) and latents= (M, C, h, w).
+# A function, called with ids= (the first prompt's answer so far) after every token, and after every denoising step
+# with done= (the number of steps so far), steps= (of how many) and latents= (M, C, h, w).
 Watch = Callable[..., None]
 
 
@@ -152,8 +152,8 @@ def say(
     pixels: all input pictures in order, as `MiniGPT5.embed` takes them. When [IMG0] is sampled, all N vokens are fed at
     once and [IMG0] alone is recorded; text goes on after the last one. An answer ends with </s>, with "###", after
     max_new_tokens sampled tokens, of which [IMG0] is one, or when another N positions do not fit into max_new_tokens +
-    MAX_PICTURES * N or into the model's context. The stop ids stay in it. The repetition penalty is on <s> and the
-    answer's ids, not on the prompt's. ValueError for a prompt that leaves no room.
+    MAX_PICTURES * N or into the model's context. The stop ids stay in the answer. The repetition penalty is on <s> and
+    the answer's ids, not on the prompt's. ValueError for a prompt that leaves no room.
     """
     tokenizer, positions = model.tokenizer, model.llama.config.max_position_embeddings
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, positions))
@@ -178,7 +178,7 @@ def say(
     hidden, picked = read(model, cache, ids, mask, seen, chances[0], sampling, pixels)[1:]
     if sampling.force_image:
         picked = torch.full_like(picked, vokens[0])
-    for position in range(1, sampling.max_new_tokens + 1):
+    for said in range(1, sampling.max_new_tokens + 1):
         seen.scatter_(1, picked[:, None], True)
         next_ids = [[] for _ in prompts]  # what the model reads next: nothing where an answer has ended
         for i, (answer, token) in enumerate(zip(answers, picked.tolist(), strict=True)):  # waits for the device
@@ -190,17 +190,17 @@ def say(
         with_picture = [i for i, ids in enumerate(next_ids) if vokens[0] in ids]  # the answers that begin one now
         if watch:
             watch(ids=answers[0].ids)
-        is_last = position == sampling.max_new_tokens or not any(answer.active for answer in answers)
+        is_last = said == sampling.max_new_tokens or not any(answer.active for answer in answers)
         if is_last and not with_picture:
             break
         if not sampling.compile:
             cache.used = max(answer.length for answer in answers)
         ids, mask = pad_right(next_ids, tokenizer.eos_id, device)
         step = partial(compiled_step, read) if sampling.compile and not with_picture else read
-        states, last, picked = step(model, cache, ids, mask, seen, chances[position % len(chances)], sampling)
+        states, last, picked = step(model, cache, ids, mask, seen, chances[said % len(chances)], sampling)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
             answers[i].features.append(torch.cat([hidden[i : i + 1], states[i, : N - 1]]).float())
-        if is_last:  # this pass was for the features of a picture, not for the token that it picked
+        if is_last:  # this pass was for a picture's features: its token, and the chance reused for it, do not count
             break
         hidden = last
     empty = torch.empty(0, N, model.llama.config.hidden_size, device=device)
@@ -309,7 +309,7 @@ def answer(
     if sum(counts):
         latents = [model.sample_latents(n, generator) for n, generator in zip(counts, generators, strict=True)]
         features, latents = torch.cat([features for _, features in replies]), torch.cat(latents)
-        at_once = 1 if sampling.compile else len(features)  # another number of pictures would be compiled anew
+        at_once = 1 if sampling.compile else len(features)  # another batch size would be recompiled
         for part, noise in zip(features.split(at_once), latents.split(at_once), strict=True):
             outputs += map(to_image, paint(model, part, sampling, noise, watch))
     remaining = iter(outputs)

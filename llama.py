@@ -106,17 +106,17 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.batch = torch.arange(batch, device=self.device)[:, None]
         self.all_positions = torch.arange(slots + 1, device=self.device)
-        self.used = slots + 1  # how many slots attention reads; generation.say sets it to those that are filled
+        self.used = slots + 1  # slots that may be filled; generation.say lowers it to those that are
         self.padding = slots
 
     @property
-    def slots(self) -> int:
+    def slots_read(self) -> int:
         """How many slots attention reads: `used`, rounded up to 64, so that shapes change seldom."""
         return -(-self.used // 64) * 64
 
     @property
     def key_positions(self) -> Tensor:
-        return self.all_positions[: self.slots]  # (S,)
+        return self.all_positions[: self.slots_read]  # (S,)
 
     def reserve(self, attention_mask: Tensor) -> Tensor:
         """Reserve the next slots for the tokens where attention_mask (B, T) is 1; returns the slots of all (B, T)."""
@@ -129,7 +129,7 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]
         keys[self.batch, positions] = key
         values[self.batch, positions] = value
-        return keys[:, : self.slots], values[:, : self.slots]
+        return keys[:, : self.slots_read], values[:, : self.slots_read]
 
 
 class GrowingKVCache:

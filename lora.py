@@ -6,9 +6,9 @@ MLP makes them from P learned embeddings. Both leave llama.py as it is: LoRA wra
 cache.
 
     x -> lora_A -> lora_B, added to the layer's output      (B, T, D) -> (B, T, r) -> (B, T, D')
-    Prefix() -> keys, values of all layers                  (L, P, H, Dh) each
+    Prefix() -> keys, values of all layers                  (L, P, Hk, Dh) each
 
-B batch, T tokens, D width, L layers, P virtual tokens, H heads, Dh head width, r rank.
+B batch, T tokens, D width, L layers, P virtual tokens, Hk key-value heads, Dh head width, r rank.
 """
 
 from collections.abc import Iterator
@@ -86,10 +86,9 @@ class Prefix(nn.Module):
         self.transform = nn.Sequential(nn.Linear(D, hidden), nn.Tanh(), nn.Linear(hidden, 2 * self.layers * D))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, (L, P, H, Dh) each, as they are after the rotary embedding: none is applied to them."""
-        both = self.transform(self.embedding.weight).unflatten(-1, (self.layers, 2, self.heads, -1))  # (P, L, 2, H, Dh)
-        keys, values = both.transpose(0, 1).unbind(2)  # (L, P, H, Dh)
-        return keys, values
+        """Keys and values, (L, P, Hk, Dh) each, as they are after the rotary embedding: none is applied to them."""
+        both = self.transform(self.embedding.weight)  # (P, L * 2 * Hk * Dh)
+        return both.unflatten(-1, (self.layers, 2, self.heads, -1)).transpose(0, 1).unbind(2)
 
     def fill(self, cache: KVCache) -> None:
         """Decoding: put the prefix into the first P slots of every sequence."""
@@ -101,7 +100,7 @@ class Prefix(nn.Module):
 
     def growing_cache(self, batch: int, dtype: torch.dtype) -> GrowingKVCache:
         """Training: a cache that holds the prefix for every sequence of a batch. Gradients reach the prefix."""
-        keys, values = (y.to(dtype)[:, None].expand(-1, batch, -1, -1, -1) for y in self())  # (L, B, P, H, Dh)
+        keys, values = (y.to(dtype)[:, None].expand(-1, batch, -1, -1, -1) for y in self())  # (L, B, P, Hk, Dh)
         P = keys.shape[2]
         cache = GrowingKVCache(batch, keys.device)
         cache.reserve(torch.ones(batch, P, dtype=torch.long, device=keys.device))

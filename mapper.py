@@ -102,7 +102,7 @@ class Transformer(nn.Module):
 
 
 class VokenMapper(nn.Module):
-    """voken features (B, N, D_llm) -> conditioning (B, S, D). Zeros in give the unconditional branch of guidance."""
+    """voken features (B, N, D_llm) -> conditioning (B, S, D). Features of zeros: guidance's unconditional branch."""
 
     def __init__(self, llm_width: int = 4096, width: int = 1024, tokens: int = 77):
         super().__init__()

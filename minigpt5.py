@@ -1,9 +1,9 @@
 """MiniGPT-5 put together (arXiv 2310.02239, section 3): a frozen language model that reads pictures and asks for
 pictures, a frozen diffusion model that makes them, and what trains between the two.
 
-One training sample, from its tokens to the losses; a prompt takes the same way up to the conditioning:
+One training sample, from its tokens to the losses; a prompt follows the same path up to the conditioning:
 
-    token ids, targets               (B, T)          common/collate.py: the source, then [IMG0]..[IMGN-1] ###
+    token ids                        (B, T)          common/collate.py: the source, then [IMG0]..[IMGN-1] ###
     embeddings                       (B, T, D)       MiniGPT5.embed: input pictures stand over their placeholders
     hidden states                    (B, T, D)       MiniGPT5.hidden_states: Vicuna
     voken features                   (M, N, D)       MiniGPT5.voken_features: the states that predict the vokens

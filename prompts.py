@@ -5,7 +5,7 @@
     image        steps before k, "Generate an image ...: text of k"                 vokens ###
     text+image   steps before k, "What should happen then?"                         text of k, vokens ###
     text         steps before k, "Tell me ... by this image:" and k's picture       text of k ###
-    reply        the previous exchange of a dialogue and the turns before turn k    text of k, its vokens if any ###
+    reply        a dialogue's previous exchange, and its current one up to turn k   text of k, its vokens if any ###
 
 A caption is stage 1's (UAS); "image", "text+image" and "text" are stage 2's tasks (MLS) at step k of a story. The marks
 (###Human:, <Img> ...) and each task's first request are the released code's, the other texts are our own.

@@ -7,7 +7,7 @@ model reads in place of a word (MiniGPT-5, section 3.1; BLIP-2, arXiv 2301.12597
                             -> linear to the language model        (B, 32, 4096)    llama_proj
 
 The names are those of Salesforce/blip2-flan-t5-xxl, and llama_proj is MiniGPT-4's. Left out: BLIP-2's own language
-model and its projection, the Q-Former's text half, which the query tokens never pass, and other picture sizes
+model and its projection, the Q-Former's text half, which the query tokens never pass through, and other picture sizes
 (positions are learned for one size).
 
 B batch, T picture tokens (patches and one class token), Q query tokens, D width, H heads, Dh head width.

@@ -76,15 +76,13 @@ def load(
     something is missing.
     """
     weights = Path(weights)
-    sampling = sampling or Sampling.of(suited_options(weights, "sample"))
-    sampling = replace(sampling, **changes) if changes else sampling
+    sampling = replace(sampling or Sampling.of(suited_options(weights, "sample")), **changes)
     files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
     trained = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if trained is None:
         print("no trained checkpoint found: voken rows and mapper are untrained, pictures will be noise")
     torch.manual_seed(seed)  # the mapper starts at random where there is no checkpoint
-    if sampling.words_first:  # its chats can do without an image encoder
-        read_pictures &= (weights / "blip2").is_dir()
+    read_pictures &= not sampling.words_first or (weights / "blip2").is_dir()  # words first can do without them
     device = pick_device(device) if isinstance(device, str) else device
     options = {"dtype": DTYPES[dtype], "device": device, "read_pictures": read_pictures, "int8": int8}
     return Session(load_minigpt5(weights, trained, **options).eval(), sampling, seed, Words.of(weights))

@@ -6,7 +6,7 @@ also assumed where a file does not name one, and PNDM's Runge-Kutta start.
 
     latents, noise (B, C, h, w), t (B,) -> add_noise            noisy latents and target, (B, C, h, w) each
     snr, snr_weight                                             (B,)
-    sampler.timesteps                                           (calls of the UNet,), the order visited
+    sampler.timesteps                                           (n,), one for each call of the UNet, in order
     sampler.step(model_output, index, latents)                  (B, C, h, w)
 
 A sampling loop; nothing in it waits for the GPU, the coefficients are Python floats:

@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=RATE, default=2e-5, help="learning rate of the vokens' embedding rows")
     add("--output-lr", type=RATE, help="learning rate of their output embedding rows; default: --lr")
     add("--mapper-lr", type=RATE, help="learning rate of the mapper; default: ten times --lr")
-    add("--muon", type=RATE, metavar="LR", help="Muon for the mapper's matrices, with this rate; default: AdamW")
+    add("--muon", type=RATE, metavar="LR", help="learning rate of Muon for the mapper's matrices; 0 or none: AdamW")
     add("--vokens", type=VOKENS, default=8, help="vokens of a picture")
     add("--start-as", metavar="TEXT", help="the vokens start as the embeddings of this text; default: the tables' mean")
     add("--no-cap", action="store_true", help="train without L_CAP (an ablation of the paper)")

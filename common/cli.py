@@ -1,5 +1,5 @@
-"""What all commands share: what is printed, one line for an error, options and their defaults, which go with the
-weights, the device, the dtype."""
+"""What all commands share: printing, one-line errors, options (the weights may bring their defaults), device and
+dtype."""
 
 import argparse
 import io
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-# OpenMP's idle threads sleep: by default they spin, and on cores that others use, too, a command then takes 3 to 10
-# times as long. It counts only before torch is loaded, so every script imports this file first.
+# Let OpenMP's idle threads sleep. By default they spin, which on shared cores makes a command 3 to 10 times slower.
+# This takes effect only if it is set before torch is loaded, so every script imports this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -108,9 +108,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, sampling: type, words_
     add_picture_options(parser, sampling, against="voken features of zeros (see --empty-caption)")
     about = "guide against the empty caption, not against zeros; default: as trained"
     add("--empty-caption", action=argparse.BooleanOptionalAction, help=about)
-    add("--temperature", type=float, default=sampling.temperature, help="of the words; 0: always the likeliest")
+    add("--temperature", type=float, default=sampling.temperature, help="for the words; 0: always the likeliest")
     add("--top-p", type=float, default=sampling.top_p, help="sample among the likeliest words of this mass; 1: off")
-    add("--repetition-penalty", type=float, default=sampling.repetition_penalty, help="on words said before; 1: off")
+    add("--repetition-penalty", type=float, default=sampling.repetition_penalty, help="for words said before; 1: off")
     add("--max-new-tokens", type=int, default=sampling.max_new_tokens, help="longest answer, in tokens")
     add("--force-image", action="store_true", help="begin every answer with a picture")
     if words_first:

@@ -3,13 +3,12 @@
 import base64
 import html
 import io
-import json
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import write_file
+from common.files import write_file, write_json
 
 Turn = tuple[str, list[str | Image.Image]]  # who speaks, "you" or "model", and text and pictures in turn
 ACROSS = 8  # pictures beside one another on a storyboard
@@ -55,7 +54,7 @@ def draw_sheet(columns: list[tuple[str, list[Image.Image]]], side: int = 192, ac
         for row, picture in enumerate(pictures):
             square = ImageOps.pad(picture, (side, side), Image.Resampling.LANCZOS, "white")
             sheet.paste(square, (left, top + row * (side + 8) + 4))
-        lines = textwrap.wrap(caption, side // 6)[:3]  # of letters of 6 pixels, as they are on the average
+        lines = textwrap.wrap(caption, side // 6)[:3]  # of letters of 6 pixels, as they are on average
         pen.multiline_text((left, top + height - 50), "\n".join(lines), fill="black", font=font)
     return sheet
 
@@ -82,10 +81,9 @@ def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
         files["storyboard.png"] = png_bytes(draw_sheet(columns, min(max(192, columns[0][1][0].width), 512), ACROSS))
     body = "".join(paragraphs(*turn) for turn in ([] if turns[0][0] == "you" else [("you", [prompt])]) + turns)
     files["index.html"] = PAGE.format(title=html.escape(prompt), style=STYLE, body=body).encode("utf-8", "replace")
-    content = {"segments": records, "seed": seed, "prompt": prompt}
-    files["answer.json"] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
     for name, data in files.items():
         write_file(out / name, data)
+    write_json(out / "answer.json", {"segments": records, "seed": seed, "prompt": prompt})
 
 
 def paragraphs(speaker: str, segments: list[str | Image.Image]) -> str:

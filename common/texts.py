@@ -31,8 +31,8 @@ def words_in(text: str) -> list[str]:
 
 
 class Words:
-    """The words that a small model knows, with which typos are corrected. `unknown`: common words of what it cannot
-    draw. `ordinary`: everyday words that say nothing of a picture. Neither is taken for a typo."""
+    """The words that a small model knows, with which typos are corrected. `unknown`: common words for things it
+    cannot draw. `ordinary`: everyday words that say nothing of a picture. Neither is taken for a typo."""
 
     def __init__(self, known: Iterable[str] = (), unknown: Iterable[str] = (), ordinary: Iterable[str] = ()):
         self.known, self.unknown, self.ordinary = [*known], {*unknown}, {*ordinary}

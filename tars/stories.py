@@ -59,11 +59,11 @@ def read_turn(turn: dict, key: str, escape: Callable[[str], str]) -> Turn:
 class StoryData(TarData):
     """The turns of the stories and dialogues in tars, as samples (see the head of the file).
 
-    tokenizer: its `plain` escapes what comes from the tar, its `encode` makes token ids. queries: positions that an
+    tokenizer: its `escape` escapes what comes from the tar, its `encode` makes token ids. queries: positions that an
     input picture takes. limit: of tokens in a sequence, pictures and <s> counted; the oldest turns are left out whole,
     but never the last one before the sample. to_input, to_output: RGB picture -> (3, H, W). tasks: of a story's steps.
     precomputed: tensors that take the place of pictures. blind: share of story steps whose history has no pictures.
-    words_only: answers have no pictures. system: opens every prompt; None: the released code's sentences.
+    words_only: answers have no pictures. system: opens every prompt; None: those of prompts.py.
     """
 
     tars: list[str]

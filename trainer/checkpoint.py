@@ -5,7 +5,7 @@
         optimizer.safetensors  the optimisers' state under the same names
         state.json             step, position in the data, sums of the next line of the log, the command's arguments
 
-They are written and removed under another name, so that there is no half one.
+They are written and removed under another name, so that none is ever half there.
 """
 
 import json

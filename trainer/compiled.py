@@ -7,7 +7,7 @@ shapes when they are made, and the losses are compiled in three parts, each of w
     text_loss         tokens of the targets, L      collate(round_target=bucket_length)
     picture_losses    pictures of the batch, M      pad_pictures
 
-There are then as many graphs as lengths of each part, not as many as combinations of them.
+The number of graphs is thus the sum of the parts' numbers of lengths, not their product.
 """
 
 from collections.abc import Callable
@@ -68,8 +68,8 @@ def recompute(layer: Callable, *inputs, **options) -> Tensor:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
-    """Keep only each layer's input of the language model and the UNet, and compute the layer again in the backward pass
-    (arXiv 1604.06174): the same gradients, with less memory and more work."""
+    """Keep only the inputs of the language model's and the UNet's layers, and compute each layer again in the backward
+    pass (arXiv 1604.06174): the same gradients, with less memory and more work."""
     for layer in model.modules():
         if isinstance(layer, Block | ResBlock | SpatialTransformer):
             layer.forward = partial(recompute, layer.forward)

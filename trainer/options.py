@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.cli import FROM_0, FROM_1, number, parse
 
-RATE = number(0.0)  # of learning
+RATE = number(0.0)  # a learning rate
 SHARE = number(0.0, 1.0)
 BATCH_SIZE, WORKERS = number(1, 65_536), number(0, 1_024)
 VOKENS = number(1, 128)  # of a picture: in stage 1 they stand behind a caption in a sequence of 256 tokens
@@ -30,7 +30,7 @@ def read_run_options(
     add("--no-ldm", action="store_true", help="train without L_LDM (an ablation of the paper)")
     add("--min-snr-gamma", type=float, default=5.0,
         help="weight L_LDM by min(SNR, gamma) / SNR, as released; 0: no weights, as in the paper")  # fmt: skip
-    add("--seed", type=int, default=0, help="of all random numbers of the run")
+    add("--seed", type=int, default=0, help="seed of all random numbers of the run")
     add("--workers", type=WORKERS, default=4, help="processes that read pictures; 0: none")
     add("--max-bad", type=SHARE, default=0.01,
         help="stop when broken samples exceed this share of those seen, or of 1,000 if fewer are seen")  # fmt: skip

@@ -136,7 +136,7 @@ class Gradients:
         if self.world.size > 1:
             self.flat /= self.world.size
         self.world.exchange(dist.all_reduce, self.flat)
-        # The norm is infinite also where only a square is: AdamW's second moment would never recover from that.
+        # The norm is infinite even if only a gradient's square overflows: AdamW's second moment would never recover.
         finite = torch.linalg.vector_norm(self.flat).isfinite()
         found_inf = 1.0 - finite.float()
         self.flat.masked_fill_(~finite, 0.0)
