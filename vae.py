@@ -16,6 +16,7 @@ B batch, C channels, h w latent height and width, T = h*w tokens.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -92,26 +93,16 @@ def upsampler(channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
 
-class DownBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int, layers: int, groups: int, downsample: bool):
-        super().__init__()
-        widths = [channels_in] + [channels] * (layers - 1)
-        self.resnets = nn.Sequential(*(ResBlock(width, channels, groups) for width in widths))
-        self.downsamplers = nn.Sequential(*([downsampler(channels)] if downsample else []))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.downsamplers(self.resnets(x))
-
-
-class UpBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int, layers: int, groups: int, upsample: bool):
-        super().__init__()
-        widths = [channels_in] + [channels] * (layers - 1)
-        self.resnets = nn.Sequential(*(ResBlock(width, channels, groups) for width in widths))
-        self.upsamplers = nn.Sequential(*([upsampler(channels)] if upsample else []))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.upsamplers(self.resnets(x))
+def levels(channels: tuple[int, ...], layers: int, groups: int, name: str, resampler: Callable) -> nn.Sequential:
+    """For each width in `channels`: `layers` residual blocks and, after all widths but the last, a resampler, which the
+    published files call `name`."""
+    blocks = []
+    for i, (width_in, width) in enumerate(pairwise(channels[:1] + channels), 1):
+        resnets = [ResBlock(width if layer else width_in, width, groups) for layer in range(layers)]
+        resamplers = [resampler(width)] if i < len(channels) else []
+        parts = {"resnets": nn.Sequential(*resnets), name: nn.Sequential(*resamplers)}
+        blocks.append(nn.Sequential(OrderedDict(parts)))
+    return nn.Sequential(*blocks)
 
 
 class MidBlock(nn.Module):
@@ -129,11 +120,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        blocks = (
-            DownBlock(width_in, width, layers, groups, downsample=level < len(channels) - 1)
-            for level, (width_in, width) in enumerate(pairwise(channels[:1] + channels))
-        )
-        self.down_blocks = nn.Sequential(*blocks)
+        self.down_blocks = levels(channels, layers, groups, "downsamplers", downsampler)
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
@@ -149,11 +136,7 @@ class Decoder(nn.Module):
         channels, layers, groups = config.block_out_channels[::-1], config.layers_per_block + 1, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups)
-        blocks = (
-            UpBlock(width_in, width, layers, groups, upsample=level < len(channels) - 1)
-            for level, (width_in, width) in enumerate(pairwise(channels[:1] + channels))
-        )
-        self.up_blocks = nn.Sequential(*blocks)
+        self.up_blocks = levels(channels, layers, groups, "upsamplers", upsampler)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
