@@ -24,6 +24,7 @@ not depend on the number of threads.
 import csv
 import json
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +268,8 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
     for path in sources:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
+        if path.resolve() == out.resolve():
+            raise ValueError(f"--out {out}: is a source")
     readers = {"vist": vist_jobs, "cc3m": list_jobs, "pairs": list_jobs, "turns": partial(line_jobs, turns_sample)}
     readers["mmdialog"] = partial(line_jobs, partial(mmdialog_sample, max_words=max_words))
     if files:
@@ -278,14 +281,16 @@ def convert(kind: str, sources: list[Path], out: Path, max_words: int = 50, work
     return write_samples(make_samples(chain.from_iterable(jobs), workers), out)
 
 
-def pack_sources(kind: str, data: list[str] | None, out: Path) -> list[str]:
-    """Pack each folder of pictures and each list (.csv, .tsv, .jsonl) that --data names into a tar OUT-0.tar, OUT-1.tar
-    ..., unless it is there already: a run goes on with the same data. Returns --data with these tars in their place."""
+def pack_sources(kind: str, data: list[str] | None, out: Path, again: bool) -> list[str]:
+    """Pack each folder of pictures and each list (.csv, .tsv, .jsonl) that --data names into a tar OUT-N.tar; N is a
+    checksum of its path. A tar that is there already stays, so that a resumed run has the same data, unless `again`.
+    Returns --data with these tars in their place."""
     tars = []
-    for number, name in enumerate(data or []):
-        path, tar = Path(os.path.expanduser(name)), Path(f"{out}-{number}.tar")
+    for name in data or []:
+        path = Path(os.path.expanduser(name))
+        tar = Path(f"{out}-{zlib.crc32(os.fsencode(path.resolve()))}.tar")
         if path.suffix in (".csv", ".tsv", ".jsonl") or (path.is_dir() and not any(path.glob("*.tar"))):
-            if not tar.exists():
+            if again or not tar.exists():
                 print(f"packing {path} into {tar}", flush=True)
                 print(convert(kind, [path], tar, workers=min(8, os.cpu_count() or 1)))
             tars.append(str(tar))

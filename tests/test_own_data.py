@@ -2,12 +2,17 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tars.datasets import convert, pack_sources
 from tars.index import DIALOG, STORY, read_index
+from trainer.run import FILES
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CAPTIONS = {"a cat.jpg": 'a cat, "small"', "b.png": "ein Häuschen", "c.webp": "a boat"}
 
@@ -69,12 +74,39 @@ def test_stories_and_dialogues(pictures, tmp_path):
     assert index.kinds.tolist() == [STORY, DIALOG] and index.turns.tolist() == [3, 3]
 
 
-def test_data_is_packed_once(pictures, tmp_path):
-    """A run that goes on has the data that it began with. Tars stay what they are."""
+def test_the_story_in_the_readme_is_one(pictures, tmp_path):
+    """Training takes steps that have a text and a picture."""
+    line = re.search(r"^echo '(.*)' > stories.jsonl$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)[1]
+    for name in re.findall(r'"(\w\.jpg)"', line):
+        Image.new("RGB", (40, 30), "red").save(pictures / name)
+    (pictures / "stories.jsonl").write_text(line)
+    assert convert("turns", [pictures / "stories.jsonl"], tmp_path / "x.tar").kept["stories"] == 1
+    assert all(turn["text"] and turn["images"] for turn in json.loads(line)["turns"])
+
+
+def test_a_source_is_not_written_over(pictures):
+    path = pictures / "list.csv"
+    write_csv(path, CAPTIONS.items())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"list\.csv: is a source"):
+        convert("pairs", [path], pictures / ".." / pictures.name / "list.csv")
+    assert path.read_bytes() == before
+
+
+def test_a_resumed_run_has_its_data_and_a_new_one_what_is_there_now(pictures, tmp_path):
+    """Another source of the same run has a tar of its own. Tars stay what they are."""
+
+    def pack(source, again: bool) -> tuple[str, bytes]:
+        tar, name = pack_sources("pairs", [str(source), "a.tar"], tmp_path / "data", again)
+        assert name == "a.tar" and re.fullmatch(FILES, Path(tar).name)
+        return tar, Path(tar).read_bytes()
+
     (pictures / "b.txt").write_text("a house")
-    named = pack_sources("pairs", [str(pictures), "a.tar"], tmp_path / "data")
-    assert named == [str(tmp_path / "data-0.tar"), "a.tar"]
-    before = (tmp_path / "data-0.tar").read_bytes()
+    first = pack(pictures, again=True)
     (pictures / "c.txt").write_text("a boat")
-    assert pack_sources("pairs", [str(pictures), "a.tar"], tmp_path / "data") == named
-    assert (tmp_path / "data-0.tar").read_bytes() == before and pack_sources("pairs", None, tmp_path / "x") == []
+    assert pack(pictures, again=False) == first
+    later = pack(pictures, again=True)
+    assert later[0] == first[0] and later[1] != first[1]
+    write_csv(pictures / "list.csv", CAPTIONS.items())
+    assert pack(pictures / "list.csv", again=False)[0] != first[0]
+    assert pack(pictures, again=False) == later and pack_sources("pairs", None, tmp_path / "x", True) == []

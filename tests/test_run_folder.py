@@ -52,8 +52,8 @@ def test_names_of_a_run_s_files():
         "step-00000001.old",
         "log.jsonl",
         "samples.png",
-        "drawn-20000-0.tar",
-        "data-0.tar.index.npz",
+        "drawn_pairs-20000-0.tar",
+        "data-1234567890.tar.index.npz",
     ):
         assert re.fullmatch(FILES, name)
     assert not re.fullmatch(FILES, "notes") and not re.fullmatch(FILES, "step-1")
@@ -154,7 +154,7 @@ def test_states_of_other_types(tmp_path, capsys, change):
 def test_log_lines_that_are_not_json(tmp_path):
     path = tmp_path / "log.jsonl"
     good = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1e30}]
-    lines = [json.dumps(good[0]), "{", '{"step": 2, "lo', "[" * 100_000, json.dumps(good[1])]
+    lines = [json.dumps(good[0]), "{", '{"step": 2, "lo', "[" * 100_000, "5", "[1]", json.dumps(good[1])]
     path.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
     assert read_log(path) == good
     plot_losses(read_log(path), tmp_path / "losses.png")

@@ -204,13 +204,14 @@ class Run:
         "pairs" or "turns"; write: the writer of drawn data, in miniature.world. Rank 0 packs and draws before the other
         ranks, which then find its files."""
         with self.world.rank_0_first():
-            tars = expand(pack_sources(kind, self.args.data, self.out / "data") or self.draw_data(write))
-            held_out = expand(pack_sources(kind, self.args.val, self.out / "val"))
+            pack = partial(pack_sources, kind, again=self.world.rank == 0 and not self.args.resume)
+            tars = expand(pack(self.args.data, self.out / "data") or self.draw_data(kind, write))
+            held_out = expand(pack(self.args.val, self.out / "val"))
         return tars, held_out, find_precomputed(tars + held_out, self.args.weights)
 
-    def draw_data(self, write: Callable[..., None]) -> list[str]:
+    def draw_data(self, kind: str, write: Callable[..., None]) -> list[str]:
         """A tar of the miniature's world in the run's folder, which is drawn unless it is there already."""
-        path = self.out / f"drawn-{self.args.drawn}-{self.args.seed}.tar"
+        path = self.out / f"drawn_{kind}-{self.args.drawn}-{self.args.seed}.tar"
         if not path.exists():
             print(f"drawing {self.args.drawn:,} samples into {path}", flush=True)
             write(path, self.args.drawn, self.args.seed, size=self.size)
