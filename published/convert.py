@@ -279,6 +279,8 @@ def pack(checkpoint: Path, out: Path, dtype: torch.dtype) -> None:
     """A checkpoint to be handed on, cast to `dtype`. Where uas.safetensors lies beside `out`, tensors that it holds
     already are left out: the loader takes them from there (loading.py)."""
     opened = loading.open_checkpoint(checkpoint)
+    if out.resolve() == checkpoint.resolve() or (out.name == STAGE_1 and opened.metadata.get("stage") == "mls"):
+        raise WeightsError(f"--out {out}: the source itself, or stage 1's name for a file of stage 2")
     tensors = {name: tensor[:].to(dtype) for name, tensor in opened.tensors.items()}
     stage_1 = out.with_name(STAGE_1)
     if out.name != STAGE_1 and stage_1.is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common.cli import MINIATURE
-from common.files import read_json
+from common.files import atomic_write, read_json
 from published.convert import PUBLISHED, convert, sha256
 from published.loading import WeightsError
 
@@ -96,7 +96,8 @@ def fetch_smollm2(out: Path, dtype: torch.dtype | None = None) -> None:
     convert([path], out, dtype)
     if not (out / "stable-diffusion").exists():
         shutil.copytree(MINIATURE / "smollm2", out / "minigpt5", dirs_exist_ok=True)
-        shutil.copytree(MINIATURE / "stable-diffusion", out / "stable-diffusion")
+        with atomic_write(out / "stable-diffusion") as temporary:
+            shutil.copytree(MINIATURE / "stable-diffusion", temporary)
 
 
 def download(hf_hub_download: Callable, repository: str, files: tuple[str, ...], folder: Path) -> list[Path]:

@@ -138,6 +138,11 @@ def test_packed_goes_over_stage_1(monkeypatch, weights, data, uas, tmp_path, cap
     folder.mkdir(exist_ok=True)
     for source, name in ((checkpoint_folders(uas)[0] / "trained.safetensors", "uas"), (checkpoint, "mls-story")):
         call_weights("pack", source, "--out", folder / f"{name}.safetensors")
+    before = (folder / "uas.safetensors").read_bytes()
+    for source, target in ((checkpoint, folder / "uas.safetensors"), (checkpoint, checkpoint)):
+        with pytest.raises(WeightsError, match="the source itself, or stage 1's name for a file of stage 2"):
+            call_weights("pack", source, "--out", target)
+    assert (folder / "uas.safetensors").read_bytes() == before and load_file(checkpoint)
     held = load_file(folder / "mls-story.safetensors")
     assert set(held) == {name for name in load_file(checkpoint) if "lora_" in name or name.startswith("vokens.")}
     model = load_minigpt5(tmp_path / "w", folder / "mls-story.safetensors")
