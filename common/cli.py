@@ -160,7 +160,7 @@ def parse(
     options = {option.dest: option for option in parser._actions}
     for name, value in suited.items():
         option, is_flag = options.get(name), isinstance(value, bool)
-        takes_one = option and option.nargs in (None, 0) and not isinstance(option, argparse._AppendAction)
+        takes_one = option and option.nargs in (None, 0) and option.type is not Path  # paths are the user's
         if not takes_one or is_flag != (option.nargs == 0) or (option.choices and str(value) not in option.choices):
             raise ValueError(f"{path}: {command} has {name} {value!r:.80}, which is no value for an option")
         option.default = value if is_flag else str(value)  # argparse reads a default that is text as if it were typed

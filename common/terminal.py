@@ -93,7 +93,9 @@ def read_line() -> str:
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. ValueError where it has none."""
-    lines = map(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"  # UTF-16: Windows PowerShell's
+    lines = map(str.strip, content.decode(encoding, "replace").splitlines())
     if not (prompts := [line for line in lines if line]):
         raise ValueError(f"{path}: no prompt in it")
     return prompts

@@ -46,7 +46,7 @@ class Words:
     def correction(self, word: str) -> str | None:
         """The known word that is written like this, perhaps with a typo; an ordinary word itself; else None."""
         stems = {word, *(word.removesuffix(ending) + last for ending in ENDINGS for last in ("", "e"))}
-        if word in self.known or len(word) < 2 or stems & self.ordinary:
+        if word in self.known or not 2 <= len(word) <= 40 or stems & self.ordinary:
             return word
         swaps = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
         near = swaps.intersection(self.known) or get_close_matches(word, self.known, 3, 0.75)

@@ -106,9 +106,11 @@ def read_judges(files: list[Path]) -> tuple[list[str], dict[str, dict]]:
         raise ValueError(f"the study's own study.json should be among the files once, not {len(study_files)} times")
     own_record, judges = records.pop(study_files[0]), {}
     for path, record in sorted(records.items(), key=lambda item: str(item[1].get("saved"))):
-        if record.get("study") != own_record["study"] or not isinstance(record.get("answers"), dict):
+        answers = record.get("answers")
+        is_known = isinstance(answers, dict) and all(isinstance(answer, dict) for answer in answers.values())
+        if record.get("study") != own_record.get("study") or not is_known:
             raise ValueError(f"{path}: no judge's answers to the study of {study_files[0]}")
-        judges[str(record.get("judge"))] = record["answers"]
+        judges[str(record.get("judge"))] = answers
     return own_record["systems"], judges
 
 

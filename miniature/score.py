@@ -84,7 +84,7 @@ def read_lines(path: Path, read: Callable[[dict], Any]) -> list:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entries += [read(json.loads(line))] if line.strip() else []
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not in the form of {FOLDER} ({error!r})") from None
     return entries
 

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import re
 import subprocess
@@ -175,10 +176,11 @@ def test_the_longest_answer_takes_no_memory(weights):
     assert sizes == [model.llama.config.max_position_embeddings]
 
 
-def test_an_option_of_several_values_has_no_default_in_a_config(weights, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["image", "out", "checkpoint"])
+def test_a_config_of_weights_names_no_path(option, tmp_path, monkeypatch, capsys):
     (tmp_path / "minigpt5").mkdir()
-    (tmp_path / "minigpt5" / "config.json").write_text('{"sample": {"image": "x"}}')
-    fails(sample.main, monkeypatch, capsys, "image 'x', which is no value", "--weights", tmp_path, "--prompt", "x")
+    (tmp_path / "minigpt5" / "config.json").write_text(json.dumps({"sample": {option: "x"}}))
+    fails(sample.main, monkeypatch, capsys, f"{option} 'x', which is no value", "--weights", tmp_path, "--prompt", "x")
 
 
 # ---- pictures
@@ -246,3 +248,11 @@ def test_sidecars_and_variants_of_weights(tmp_path):
         tensor_files(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert tensor_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_files_of_prompts_from_windows(tmp_path, encoding):
+    """Its shell writes UTF-16 with a byte order mark, its editors UTF-8 with one."""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "x.txt").write_bytes(f"{mark}a boat by the quay\r\n\r\n ein Häuschen\r\n".encode(encoding))
+    assert terminal.read_prompts(tmp_path / "x.txt") == ["a boat by the quay", "ein Häuschen"]

@@ -279,10 +279,10 @@ def test_tally_of_files(monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "2 judges" in shown and "| | A better | B better | tie |" in shown
     assert "| image quality | 0.00% | 100.00% | 0.00% | 2 | 100.00% | - |" in shown
-    save("other.json", study="2", judge="eve", answers={})
-    assert "other.json: no judge's answers to the study" in fails(
-        monkeypatch, capsys, "tally", *tmp_path.glob("*.json")
-    )
+    for number, wrong in (("2", {}), ("1", ["left"]), ("1", {"a": ["left"]})):
+        save("other.json", study=number, judge="eve", answers=wrong)
+        shown = fails(monkeypatch, capsys, "tally", *tmp_path.glob("*.json"))
+        assert "other.json: no judge's answers to the study" in shown
     assert "study.json should be among the files once" in fails(monkeypatch, capsys, "tally", tmp_path / "bob.json")
     call(monkeypatch, "tally", tmp_path / "study.json")
     assert "0 judges" in capsys.readouterr().out

@@ -261,6 +261,8 @@ def test_unknown_words(text, unknown):
 
 def test_typos_are_mended():
     assert WORDS.read("a bule baot on teh see, a purpel kitee!")[0] == "a blue boat on the see, a purple kite"
+    long = "ab" * 100_000  # the swaps of its letters would take 40 GB
+    assert WORDS.read(f"a bule {long}") == (f"a blue {long}", [])
     assert WORDS.read("a horse and a xylophone")[0] == "a horse and a xylophone"
     mended = total = 0
     for i in range(400):
@@ -283,6 +285,7 @@ def test_copies_of_the_peoples_files_can_be_read(tmp_path):
         read_prompts(tmp_path / "x.jsonl")
     with pytest.raises(ValueError, match=r"x.jsonl, line 1: not in the form of .*'turns'"):
         read_chats(tmp_path / "x.jsonl")
-    (tmp_path / "x.jsonl").write_text("\nno json\n")
-    with pytest.raises(ValueError, match=r"x.jsonl, line 2: not in the form of .*JSON"):
-        read_prompts(tmp_path / "x.jsonl")
+    for text, error in (("\nno json\n", "JSON"), ("\n" + "[" * 100_000, "recursion")):
+        (tmp_path / "x.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=rf"x.jsonl, line 2: not in the form of .*{error}"):
+            read_prompts(tmp_path / "x.jsonl")

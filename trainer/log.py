@@ -58,17 +58,17 @@ def append_log(path: Path, record: dict, board=None) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log, without lines that are not JSON, such as a last one that was cut off."""
+    """The records of a log, without lines that are no JSON objects, such as a last one that was cut off."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        with suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
+        with suppress(ValueError, RecursionError, TypeError):
+            records.append({} | json.loads(line))
     return records
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines after `step`: a resumed run goes through those steps again."""
-    records = [record for record in read_log(path) if record["step"] <= step]
+    records = [record for record in read_log(path) if record.get("step", step) <= step]
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
