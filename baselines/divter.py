@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, metavar="FILE", help=about)
     parser.add_argument("--out", type=Path, required=True, help="tar to write")
     args = parser.parse_args()
+    if args.out.resolve() == Path(args.tar).resolve():
+        parser.error(f"--out {args.out}: is the source")
     write_samples(samples(args.tar, read_captions(args.captions) if args.captions else None), args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
 

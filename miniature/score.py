@@ -145,7 +145,7 @@ def people(exam: Exam, prompts: Path, chats: Path, seeds: list[int]) -> Figures:
     wishes, conversations = read_prompts(prompts), read_chats(chats)
     turns, prompt_verdicts, turn_verdicts = [wish for chat in conversations for wish in chat], [], []
     for seed in seeds:
-        exam = replace(exam, seed=seed)
+        exam.seed = seed
         answers = draw_prompts(exam, [wish.text for wish in wishes])
         prompt_verdicts += zip(wishes, print_verdicts(exam, wishes, answers), strict=True)
         exam.sheet(f"people {seed}", [wish.text for wish in wishes], [answer.picture for answer in answers])

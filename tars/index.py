@@ -148,10 +148,10 @@ def scan_tar(path: str, stamp: np.ndarray) -> TarIndex:
             for key, member, header in walk(tar):
                 places.setdefault(key, {})[member] = header.offset_data, header.size
                 if member == Member.JSON and header.size <= MAX_BYTES[member]:
-                    kind, count = count_turns(tar.extractfile(header).read())
-                    turns |= {key: (kind, count)} if count else {}
+                    turns[key] = count_turns(tar.extractfile(header).read())
     except Exception as error:  # tarfile raises whatever a damaged header leads it to
         raise ValueError(f"{path}: no uncompressed tar, or damaged after {len(places):,} samples ({error})") from None
+    turns = {key: (kind, count) for key, (kind, count) in turns.items() if count}
     for key in [key for key in places if key not in turns]:
         for member in [member for member in places[key] if member >= Member.NUMBERED]:
             places.setdefault(f"{key}.{member - Member.NUMBERED}", {})[Member.PICTURE] = places[key].pop(member)

@@ -1,11 +1,13 @@
 """Data as people have them: keys with dots, links, sidecars, other endings, files replaced by others of their size."""
 
 import errno
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,17 @@ def test_a_story_keeps_its_numbered_pictures(tmp_path):
     found = read_index(str(write_tar(tmp_path / "x.tar", members)))
     assert [found.key(i) for i in range(2)] == ["a.b", "a.b.c.0"] and found.turns.tolist() == [2, 0]
     assert (found.table[0].reshape(-1, 2)[:, 0] >= 0).tolist() == [False, False, True, False, True, True]
+
+
+def test_the_later_of_two_equal_members_counts(tmp_path):
+    story = {"kind": "story", "turns": [{"text": "a", "image": "0.0.png"}] * 2}
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for content in (story, {"source": "a pair"}):
+            for name, data in {"0.json": json.dumps(content).encode(), **pairs("0")}.items():
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    assert read_index(str(tmp_path / "x.tar")).turns.tolist() == [0]
 
 
 @pytest.mark.parametrize("ending", ["gif", "JFIF", "jpe", "bmp", "tif"])
