@@ -91,7 +91,7 @@ def main() -> None:
         ldm_loss = model.ldm_loss(model.encode(texts), latents, noise, args.min_snr_gamma).mean()  # Eq. 3
         return {"loss": ldm_loss, "ldm_loss": ldm_loss}
 
-    # Before a step this sets the learning rates, afterwards it logs, paints samples, saves and validates.
+    # Before a step this sets the learning rates, afterwards it logs and saves.
     for step in run.steps(model, [optimizer], batches, None, losses_of):
         for samples, generators in run.batches(step):  # as many as --accumulate says
             losses = losses_of(samples, generators)

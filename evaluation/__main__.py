@@ -5,7 +5,7 @@
         --out texts.json --weights weights --inception pt_inception.pth --clip clip-vit-large-patch14
     python -m evaluation --data vist-val.tar --task image --last --answers their-answers --out theirs.json
 
-    python -m evaluation wins A/ B/ C/ --out wins.json        # whose pictures are preferred; study, tally: by people
+    python -m evaluation wins A/ B/ C/ --out wins.json        # whose pictures are preferred; study, tally ask people
 
 `--checkpoint` asks the model for the answers that `--answers` (default: a folder beside OUT) does not hold yet, so a
 stopped run goes on. With --answers alone they are only read. OUT gets all figures as JSON, a table is beside it (.md).
@@ -22,7 +22,7 @@ stopped run goes on. With --answers alone they are only read. OUT gets all figur
     bleu-1, bleu-2                n-grams of all answers           too short
     rouge-l, meteor, s-bert       means over answers               0
     rouge-l-released              as the released code's package   0
-    bleu-1-mmdialog, and -2-      means over replies of dialogues  0
+    bleu-1-mmdialog, bleu-2-...   means over replies of dialogues  0
     true                          a fact is said, and none wrong   wrong
     mm-relevance                  words and pictures of dialogues  0, in both definitions
     relevance                     the released code's definition, by the miniature's pairing

@@ -1,7 +1,7 @@
 """Wishes in wider English for SmolLM2's LoRA: the world's facts by other names, comparisons and descriptions.
 
-What it learns here is to answer any such word with what it knows of it. None of them is a word that a prompt of
-`knowledge.jsonl` needs (tests/test_knowledge.py), nor is any that a slip makes of them (`EXAM`).
+The LoRA learns to use what SmolLM2 knows of such words. None of them is a word that a prompt of `knowledge.jsonl` needs
+(tests/test_knowledge.py), and a wish that holds one by a typo is sampled again (`EXAM`).
 """
 
 import re
@@ -27,7 +27,7 @@ COLOUR_NAMES, SIZES, PLACES, SCENES, TIMES = (
 )
 
 NEEDED = read_lines(Path(__file__).with_name("knowledge.jsonl"), itemgetter("needs"))
-EXAM = {word for words in NEEDED for word in words}  # that no text to learn from may hold
+EXAM = {word for words in NEEDED for word in words}  # no text for training may hold them
 TYPOS = 0.25  # share of wishes with typos
 
 SOUNDS = """ph>f ck>k ie>ei ei>ie ou>oo ff>f f>ff mm>m pp>p g>dg ee>e e>ee si>cy c>s o>e u>o c>k k>c ee>ea ea>ee tt>t
@@ -44,11 +44,6 @@ def article(word: str) -> str:
     return f"{'an' if word[0].lower() in 'aeiou' and not word.startswith('one') else 'a'} {word}"
 
 
-def bare(phrase: str) -> str:
-    """a lemon -> lemon"""
-    return re.sub("^(an?|the) ", "", phrase)
-
-
 def named(rng: np.random.Generator, kind: str, colour: str | None, size: str | None) -> str:
     """A thing in other words, with its colour and size, where they are given."""
     name, compared = pick(rng, KINDS[kind]), pick(rng, COLOURS[colour]) if colour else ""
@@ -63,7 +58,7 @@ def named(rng: np.random.Generator, kind: str, colour: str | None, size: str | N
     if how < 0.2:
         name = f"{colour if how < 0.12 else pick(rng, COLOUR_NAMES[colour])} {name}"
     elif how < 0.3:
-        name = f"{bare(compared)} {pick(rng, ('coloured', 'colored', 'coloured'))} {name}"
+        name = f"{re.sub('^(an?|the) ', '', compared)} {pick(rng, ('coloured', 'colored', 'coloured'))} {name}"
     thing = large + name if rng.random() < 0.1 else article(large + name)
     if not colour or how < 0.3:
         return thing

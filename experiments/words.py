@@ -158,7 +158,7 @@ def sequence(tokenizer: Tokenizer, mixture: dict, seed: int, i: int) -> np.ndarr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, default=MINIATURE, help="folder of the miniature's weights")
-    parser.add_argument("--checkpoint", type=Path, help="go on with its LoRA; default: a new one beside stage 1's")
+    parser.add_argument("--checkpoint", type=Path, help="train its LoRA further; default: a new LoRA on stage 1")
     parser.add_argument("--steps", type=int, default=700, help=f"of sequences of {documents.LENGTH} tokens")
     parser.add_argument("--wide", action="store_true", help="the words of vocabulary.json too, and no stories: SmolLM2")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences of a step")

@@ -27,7 +27,7 @@ TOWERS = {
     "back": ((168, 176, 208), (186, 172, 204), (160, 188, 206)),
     "front": ((132, 140, 178), (158, 138, 172), (126, 156, 178), (170, 150, 160)),
 }
-LIGHT_OF = {  # scenes whose ground keeps more of the light
+LIGHT_OF = {  # scenes whose ground has a light of its own
     ("snow", "night"): ((0.50, 0.54, 0.66), (0, 0, 16)),
     ("desert", "night"): ((0.40, 0.38, 0.62), (0, 4, 26)),
     ("meadow", "sunset"): ((0.80, 0.72, 0.60), (32, 10, 24)),

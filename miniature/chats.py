@@ -65,7 +65,7 @@ def order_text(rng: np.random.Generator, *sections: str, **slots: str) -> str:
     return fill(sentence(rng, *sections), slots)
 
 
-# ---- changes: each returns (what is typed, the new picture); where a change cannot be, None for both or the picture
+# ---- changes: each returns (what is typed, new picture); None or (text, None) where it cannot be made
 
 
 def recolour(rng, picture):

@@ -23,7 +23,7 @@ from miniature.facts import Picture, random_stream
 from miniature.judge import NOTHING, Judge, load_judge, read, share
 from miniature.paint import draw
 from minigpt5 import MiniGPT5
-from prompts import WORDS_FIRST_SYSTEM, Turn, dialog_source, user_turn
+from prompts import WORDS_FIRST_SYSTEM, System, Turn, dialog_source, user_turn
 from published.parts import load_minigpt5
 
 BATCH = 50  # prompts at a time
@@ -66,7 +66,7 @@ class Exam:
         return user_turn(self.model.tokenizer, text, pictures)
 
     @property
-    def system(self) -> str | None:
+    def system(self) -> System | None:
         return WORDS_FIRST_SYSTEM if self.sampling.words_first else None
 
     def chat_source(self, text: str, pictures: tuple = ()) -> str:
@@ -74,7 +74,7 @@ class Exam:
         return dialog_source([self.user_turn(text, pictures)], 1, self.system)
 
     def generator(self, i: int) -> torch.Generator:
-        """The random numbers of prompt i: its noise."""
+        """The random numbers of prompt i: of its words, unless the temperature is 0, and of its noise."""
         return torch.Generator().manual_seed(int(random_stream(self.seed, i, NOISE).integers(1 << 62)))
 
     def sheet(self, name: str, texts: list[str], pictures: list[Image.Image | None]) -> None:

@@ -69,7 +69,7 @@ class Picture:
 
 
 def home(kind: str, scene: str) -> str | None:
-    """The level of `kind` in `scene`: "land", "water" or "sky"; None where the kind does not belong into the scene."""
+    """The level of `kind` in `scene`: "land", "water" or "sky"; None where the kind does not belong in the scene."""
     return next((level for level in KINDS[kind] if level in SCENES[scene]), None)
 
 
@@ -81,7 +81,7 @@ def held_out(kind: str, colour: str, scene: str) -> bool:
 
 
 def fits(things: tuple[Thing, ...], scene: str) -> bool:
-    """Whether the things can be drawn together: each belongs into the scene, and none covers another."""
+    """Whether the things can be drawn together: each belongs in the scene, and none covers another."""
     if any(home(thing.kind, scene) is None for thing in things):
         return False
     if len(things) == 1:

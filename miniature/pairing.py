@@ -1,6 +1,6 @@
 """The pairing: pictures and texts of the miniature world in one space, as CLIP has them for photographs.
 
-Two small networks learn by CLIP's loss (Radford et al. 2021), the other pictures and texts of the batch as negatives.
+Two small networks learn by CLIP's loss (Radford et al. 2021), with the others of the batch as negatives.
 Half of the pairs are captions, half are steps of stories and turns of dialogues, of which many ("it drifts to the
 right.") tell little of their picture. It measures what MiniGPT-5 makes and trains no part of it. Unlike the judge it
 learns from no facts, and it cannot tell what is unlike its training data: nonsense gets a cosine too.
@@ -54,7 +54,7 @@ class Pairing(nn.Module):
         return F.normalize(self.picture_projection(views), dim=-1)
 
     def embed_ids(self, ids: Tensor) -> Tensor:
-        """Captions' ids (B, S) -> their features (B, D) of length 1."""
+        """Captions' ids (B, T) -> their features (B, D) of length 1."""
         ends = (ids == END).long().argmax(-1)
         states = self.text(ids)[torch.arange(len(ids), device=ids.device), ends]  # (B, D)
         return F.normalize(self.text_projection(states), dim=-1)

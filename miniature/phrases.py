@@ -1,8 +1,8 @@
 """The phrases and sentences that captions, tales and people's wishes and chats are made of.
 
-`captions.txt` and `phrases.txt`, for what people type, have in each section either alternatives, "a | b", the commonest
-first, or a table of them, "sea = at sea | by the sea". "_" is an empty alternative. The forms of captions have weights,
-"{what} {scene} = 2".
+`captions.txt` (captions and tales) and `phrases.txt` (what people type) have in each section either alternatives,
+"a | b", the commonest first, or a table of them, "sea = at sea | by the sea". "_" is an empty alternative. The forms of
+captions have weights, "{what} {scene} = 2".
 
 `sentences.txt` has in each section whole sentences with slots, "a {noun} that is {colour}", which `wishes.py` and
 `chats.py` fill; "3x " before a sentence makes it three times as frequent. The sections "plain ..." have the commonest

@@ -21,11 +21,11 @@ from prompts import Turn, pictures_of
 NEXT_TIME = {"day": "sunset", "sunset": "night", "night": "day"}
 
 
-# ---- changes: each takes (rng, picture) to (sentence without full stop, new picture), or to None where it cannot be
+# ---- changes: each takes (rng, picture) to (sentence without full stop, new picture), or None where it cannot be made
 
 
 def hero_name(rng, picture: Picture, *fact_names: str) -> str:
-    """The hero by its kind, with none, some or all of these facts before it; or "it" if it is the only thing."""
+    """The hero by its kind, with none, some or all of these facts before it; the only thing is as often "it"."""
     hero = picture.things[0]
     if len(picture.things) == 1 and rng.random() < 0.5:
         return "it"

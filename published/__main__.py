@@ -2,7 +2,7 @@
 
     python -m published fetch weights/                       # download, compare hashes, convert: all that is needed
     python -m published convert eva_vit_g.pth blip2_pretrained_flant5xxl.pth prerained_minigpt4_7b.pth --out weights/
-    python -m published smollm2 smol/                        # the miniature with SmolLM2 of an installed package
+    python -m published smollm2 smol/                        # the miniature with SmolLM2 from an installed package
     python -m published convert TinyLlama/ --out weights/    # or any Llama, in Hugging Face's layout
     python -m published convert vicuna-7b/ stage1_cc3m.ckpt stage2_vist.ckpt --out weights/
     python -m published check weights/ --hash                # what is there, missing or not as published

@@ -283,7 +283,7 @@ def save_trained(model: MiniGPT5, trained: dict[str, nn.Parameter], path: Path, 
 
 @torch.no_grad()
 def load_trained(model: MiniGPT5, path: Path) -> None:
-    """Take a checkpoint's tensors; the model must have the adapters that it has. A released one may bring tables of its
+    """Load a checkpoint's tensors into the model, which must have its adapters. A released one may bring tables of its
     own, whose rows weight decay shrank: the released model runs with those. They replace Vicuna's, and `model.tables`
     keeps them for the next checkpoint."""
     checkpoint, trained = open_checkpoint(path), model.trained_parameters()

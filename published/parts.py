@@ -237,8 +237,8 @@ def tokenizer_file(folder: Path) -> Path:
 
 
 def load_tokenizer(folder: Path, vokens: int = 8) -> Tokenizer:
-    """The language model's tokenizer. Of a tokenizer.json, config.json names the tokens that begin and end a text, and
-    as `chat_form` the marks that the model knows from chats."""
+    """The language model's tokenizer. For a tokenizer.json, config.json names the tokens that begin and end a text, and
+    as `chat_form` the chat template that the model knows."""
     file, path = tokenizer_file(folder), folder / "config.json"
     if file.suffix == ".model":
         return Tokenizer(file, vokens)

@@ -1,4 +1,4 @@
-"""Your own data and the published data sets into tars, and tars into tars of precomputed tensors.
+"""Convert your own data and the published data sets into tars, and tars into tars of precomputed tensors.
 
 `python -m tars COMMAND --help` has the options.
 """
@@ -11,11 +11,11 @@ from common.cli import DTYPES, FROM_0, FROM_1, add_model_options, run
 from tars import datasets, precompute
 
 SOURCES = {
-    "pairs": "folders of KEY.jpg, KEY.txt; or a .csv or .jsonl of file and caption, and folders if elsewhere",
+    "pairs": "folders of KEY.jpg, KEY.txt; or a .csv or .jsonl of file and caption, and the pictures' folders",
     "turns": "a .jsonl of stories or dialogues, and folders of pictures if they lie elsewhere",
     "vist": "X.story-in-sequence.json or X_cleaned.json, and folders of pictures if they lie elsewhere",
     "mmdialog": "JSON lines, and folders of pictures if they lie elsewhere",
-    "cc3m": "tsv of caption and path, and folders the paths start from if elsewhere; or folders of KEY.jpg, KEY.txt",
+    "cc3m": "tsv of caption and path, and folders from which the paths start; or folders of KEY.jpg, KEY.txt",
 }
 
 

@@ -8,7 +8,7 @@
                            and perhaps "encoding" (B, S, Dc): see precomputed.py
     batch["captions"]      B strings, cleaned; batch["keys"] beside them
     batch["instructions"]  B times None or the number of a request phrasing, for `prompts.uas_texts`
-    batch["bad"]           counts of the reasons of broken samples met for the first time
+    batch["bad"]           how many samples are broken, by the reason; counted in the first epoch only
 
 The order is one endless sequence of positions, epoch after epoch, each epoch a permutation of all items; at every step
 the ranks take their blocks off its front. With batch_size 2 and world_size 2, ten items:
@@ -251,8 +251,8 @@ class Batches(Dataset):
         return batch
 
     def __getitem__(self, places: list[tuple[int, int]]) -> dict:
-        """What a worker makes of (position, item) of each sample: the batch with "bad" and "seen", what is counted in
-        the first epoch; or, in place of samples, "error"."""
+        """The batch that a worker makes of these (position, item). "bad" and "seen" are counted in the first epoch
+        only; "error" is there in place of samples where none can be used."""
         data, samples, bad, seen = self.dataset, [], Counter(), 0
         for position, item in places:
             bits, tried = random_bits(SAMPLE, self.seed, position), Counter()

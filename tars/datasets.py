@@ -16,9 +16,9 @@
     a caption and its picture         KEY.jpg, KEY.txt, KEY.json with its source      batches.py
 
 A line of stories.jsonl is {"kind": "story" or "dialog", "turns": [{"text": "...", "images": ["a.jpg"]}, ...]}; in a
-dialogue the human has the first turn, then the assistant. KEY is the sample's number in its source. Every picture is
-decoded once, to see that it can be, then copied byte for byte. Few samples are in memory at a time, and the tar does
-not depend on the number of threads.
+dialogue the human has the first turn, then the assistant. KEY is the sample's number, counted over all sources. Every
+picture is decoded once, to see that it can be, then copied byte for byte. Few samples are in memory at a time, and the
+tar does not depend on the number of threads.
 """
 
 import csv

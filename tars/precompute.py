@@ -1,4 +1,4 @@
-"""What training would compute in every epoch of every picture and caption, computed once and stored in tars.
+"""What training would compute from each picture and caption in every epoch, computed once and stored in tars.
 
     python -m tars precompute cc3m-train-*.tar --weights weights --out precomputed
     python train_uas.py --weights weights --data precomputed --out runs/cc3m
@@ -152,8 +152,8 @@ def is_made(out: Path, precomputed: Precomputed) -> bool:
 
 
 def precompute(sources: list[str], out: Path, batch_size: int, workers: int, **options) -> None:
-    """Each tar that the user named (see `tars.index.expand`) into `out`, of several a folder, with a report of each.
-    `options` are those of `Encoders`."""
+    """Precompute each tar that the user named (see `tars.index.expand`) into `out`, a folder if there are several, and
+    print a report of each. `options` are those of `Encoders`."""
     tars = expand(sources)
     folder = make_folder(out) if len(tars) > 1 or out.is_dir() else None
     if folder and len({Path(tar).name for tar in tars}) < len(tars):

@@ -31,7 +31,7 @@ from prompts import Example, Turn, chat_history, dialog_example, history_start, 
 WORDS = 10  # that stand for a picture
 LENGTH = 256  # tokens of a training sequence
 LONGEST = 800  # characters of a document: with typos they take at most LENGTH tokens
-PICTURE_WEIGHT = 4  # loss weight of the words for an answer's picture: they can be known, half of the others are chance
+PICTURE_WEIGHT = 4  # loss weight of an answer's picture words: they can be predicted, half of the others are random
 ANSWER_WEIGHT = 4  # words first: loss weight of the words of an answer, or of a description in the history
 TOLD_WEIGHT = 3  # loss weight of the words that answer a question about a picture
 ANSWER_LENGTH = 112  # tokens of a question and its answer

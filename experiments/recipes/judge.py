@@ -56,8 +56,8 @@ def labels(picture: Picture) -> np.ndarray:
 
 
 def reading_losses(slots: Tensor, whole: Tensor, known: Tensor) -> dict[str, Tensor]:
-    """Scores of the slots (B, 6, 23) and of the whole picture (B, 13), labels (B, 21) -> a mean loss a fact, and their
-    sum, "loss"."""
+    """Scores of the slots (B, 6, 23) and of the whole picture (B, 13), labels (B, 21) -> each fact's mean loss, and
+    their sum, "loss"."""
     of_slots, of_whole = known[:, :-3].unflatten(1, (len(SLOTS), 3)), known[:, -3:]
     scores = [s.flatten(0, 1) for s in slots.split(SLOT_SIZES, -1)] + list(whole.split(WHOLE_SIZES, -1))
     wanted = [*of_slots.flatten(0, 1).unbind(-1), *of_whole.unbind(-1)]

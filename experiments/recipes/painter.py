@@ -46,7 +46,7 @@ SCHEDULE = ScheduleConfig(prediction_type="v_prediction")
 # ---- autoencoder
 
 KL_WEIGHT = 1e-5  # keeps the latents within bounds, no more
-THING_WEIGHT = 4.0  # a thing's pixel counts one and this: there are few, and they are what a picture is about
+THING_WEIGHT = 4.0  # a thing's pixel counts 1 + this: there are few, and they are what a picture is about
 
 
 def thing_pixels(seed: int, i: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from common.tokenizer import Tokenizer
 from experiments.recipes.documents import WORDS, answer_ids, encode, language_ids, tokenizer_at
 from experiments.recipes.recipe import Recipe, Setup, reset, write_part, write_settings, write_tensors
 from llama import KVCache, Llama
-from miniature.chats import known_words, unknown_words
+from miniature.chats import known_words, ordinary_words, unknown_words
 from miniature.facts import Picture
 from miniature.judge import right_shares
 from miniature.words import facts_in
@@ -106,7 +106,8 @@ class LanguageRecipe(Recipe):
     def export(self, llama: Llama, weights: Path) -> None:
         write_part(weights, "vicuna", "model", llama, asdict(LANGUAGE_SIZES))
         write_file(weights / "vicuna" / "tokenizer.model", TOKENIZER.read_bytes())
-        write_json(weights / "minigpt5" / "words.json", {"known": known_words(), "unknown": unknown_words()})
+        words = {"known": known_words(), "unknown": unknown_words(), "ordinary": ordinary_words()}
+        write_json(weights / "minigpt5" / "words.json", words)
 
 
 # ---- captioner
