@@ -12,10 +12,18 @@ from common.files import read_json
 from common.texts import clean_prompt, words_in
 from common.tokenizer import Tokenizer
 from experiments import knowledge, vocabulary
-from experiments.words import WIDE_MIXTURE, counted_tokens, sequence, slip_document, wide_document, with_open_facts
+from experiments.words import (
+    WIDE_MIXTURE,
+    counted_tokens,
+    plain_wish,
+    sequence,
+    slip_document,
+    wide_document,
+    with_open_facts,
+)
 from miniature import words
 from miniature.exam import Answer
-from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, home, random_stream
+from miniature.facts import COLOURS, KINDS, PLACES, SCENES, SIZES, TIMES, Picture, Thing, chance, home, random_stream
 from miniature.judge import NOTHING
 from miniature.score import FOLDER, Wish, read_lines, read_prompts
 from miniature.wishes import wish, wish_from_sentence
@@ -97,14 +105,21 @@ def test_what_a_wish_leaves_open_does_not_count():
     assert open_facts > 40
 
 
+def test_a_plain_wish_names_the_facts_that_count():
+    for i in range(100):
+        text, picture, named = plain_wish(random_stream(3, i), "train")
+        assert words.agrees(named, picture) and words.facts_in(text) == named
+
+
 def test_slips_are_in_words_that_name_facts():
     changed = 0
     for i in range(200):
         example = slip_document(random_stream(5, i), 5, i, "train")
         assert "(" in example.target and not example.inputs
         known = [word for word in words_in(example.source) if word in words.LEXICON]
-        text, picture, named = wish_from_sentence(random_stream(5, i), "train")
-        assert example.target.startswith(with_open_facts(picture, named))
+        rng = random_stream(5, i)
+        text, picture, named = (plain_wish if chance(rng, 0.6) else wish_from_sentence)(rng, "train")
+        assert words.agrees(named, picture) and example.target.startswith(with_open_facts(picture, named))
         plain = words_in(text)
         changed += len(known) < sum(word in words.LEXICON for word in plain)
     assert 120 < changed < 200  # the others name few facts
