@@ -132,9 +132,9 @@ MIXTURE = {
     told_document: 0.36,
 }
 WIDE_MIXTURE = {
-    wide_document: 0.4,
-    documents.wish_document: 0.06,
-    slip_document: 0.42,
+    wide_document: 0.62,
+    documents.wish_document: 0.1,
+    slip_document: 0.16,
     blind_chat_document: 0.08,
     documents.change_document: 0.04,
 }
