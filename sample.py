@@ -76,7 +76,8 @@ def load(
     something is missing.
     """
     weights = Path(weights)
-    sampling = replace(sampling or Sampling.of(suited_options(weights, "sample")), **changes)
+    sampling = sampling or Sampling.of(suited_options(weights, "sample"))
+    sampling = replace(sampling, **changes) if changes else sampling
     files = WORDS_FILES if sampling.words_first else SHIPPED[purpose]
     trained = given_checkpoint(Path(checkpoint)) if checkpoint else shipped_checkpoint(weights / "minigpt5", files)
     if trained is None:

@@ -3,12 +3,13 @@
 import base64
 import html
 import io
+import json
 import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import write_file, write_json
+from common.files import write_file
 
 Turn = tuple[str, list[str | Image.Image]]  # who speaks, "you" or "model", and text and pictures in turn
 ACROSS = 8  # pictures beside one another on a storyboard
@@ -81,9 +82,10 @@ def write_answer(turns: list[Turn], prompt: str, seed: int, out: Path) -> None:
         files["storyboard.png"] = png_bytes(draw_sheet(columns, min(max(192, columns[0][1][0].width), 512), ACROSS))
     body = "".join(paragraphs(*turn) for turn in ([] if turns[0][0] == "you" else [("you", [prompt])]) + turns)
     files["index.html"] = PAGE.format(title=html.escape(prompt), style=STYLE, body=body).encode("utf-8", "replace")
+    content = {"segments": records, "seed": seed, "prompt": prompt}
+    files["answer.json"] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
     for name, data in files.items():
         write_file(out / name, data)
-    write_json(out / "answer.json", {"segments": records, "seed": seed, "prompt": prompt})
 
 
 def paragraphs(speaker: str, segments: list[str | Image.Image]) -> str:
