@@ -178,7 +178,7 @@ def say(
     hidden, picked = read(model, cache, ids, mask, seen, chances[0], sampling, pixels)[1:]
     if sampling.force_image:
         picked = torch.full_like(picked, vokens[0])
-    for said in range(1, sampling.max_new_tokens + 1):
+    for number in range(1, sampling.max_new_tokens + 1):
         seen.scatter_(1, picked[:, None], True)
         next_ids = [[] for _ in prompts]  # what the model reads next: nothing where an answer has ended
         for i, (answer, token) in enumerate(zip(answers, picked.tolist(), strict=True)):  # waits for the device
@@ -190,14 +190,14 @@ def say(
         with_picture = [i for i, ids in enumerate(next_ids) if vokens[0] in ids]  # the answers that begin one now
         if watch:
             watch(ids=answers[0].ids)
-        is_last = said == sampling.max_new_tokens or not any(answer.active for answer in answers)
+        is_last = number == sampling.max_new_tokens or not any(answer.active for answer in answers)
         if is_last and not with_picture:
             break
         if not sampling.compile:
             cache.used = max(answer.length for answer in answers)
         ids, mask = pad_right(next_ids, tokenizer.eos_id, device)
         step = partial(compiled_step, read) if sampling.compile and not with_picture else read
-        states, last, picked = step(model, cache, ids, mask, seen, chances[said % len(chances)], sampling)
+        states, last, picked = step(model, cache, ids, mask, seen, chances[number % len(chances)], sampling)
         for i in with_picture:  # the state that predicted [IMG0], then those of [IMG0]..[IMGN-2]
             answers[i].features.append(torch.cat([hidden[i : i + 1], states[i, : N - 1]]).float())
         if is_last:  # this pass was for a picture's features: its token, and the chance reused for it, do not count

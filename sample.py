@@ -83,7 +83,7 @@ def load(
     if trained is None:
         print("no trained checkpoint found: voken rows and mapper are untrained, pictures will be noise")
     torch.manual_seed(seed)  # the mapper starts at random where there is no checkpoint
-    read_pictures &= not sampling.words_first or (weights / "blip2").is_dir()  # words first can do without them
+    read_pictures &= not sampling.words_first or (weights / "blip2").is_dir()  # words first needs no image encoder
     device = pick_device(device) if isinstance(device, str) else device
     options = {"dtype": DTYPES[dtype], "device": device, "read_pictures": read_pictures, "int8": int8}
     return Session(load_minigpt5(weights, trained, **options).eval(), sampling, seed, Words.of(weights))

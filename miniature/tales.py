@@ -25,7 +25,7 @@ NEXT_TIME = {"day": "sunset", "sunset": "night", "night": "day"}
 
 
 def hero_name(rng, picture: Picture, *fact_names: str) -> str:
-    """The hero by its kind, with none, some or all of these facts before it; the only thing is as often "it"."""
+    """The hero by its kind, with none, some or all of these facts before it; or, for the only thing, often "it"."""
     hero = picture.things[0]
     if len(picture.things) == 1 and rng.random() < 0.5:
         return "it"
