@@ -31,8 +31,9 @@ def words_in(text: str) -> list[str]:
 
 
 class Words:
-    """The words that a small model knows, with which typos are corrected. `unknown`: common words for things it
-    cannot draw. `ordinary`: everyday words that say nothing of a picture. Neither is taken for a typo."""
+    """The words by which typos are corrected: a word that looks like one of `known` becomes it. `unknown`: common words
+    for things that the model cannot draw; where there are none, it knows other words than these, too. `ordinary`: words
+    that say nothing of a picture, or only look like a known one. Neither is taken for a typo."""
 
     def __init__(self, known: Iterable[str] = (), unknown: Iterable[str] = (), ordinary: Iterable[str] = ()):
         self.known, self.unknown, self.ordinary = [*known], {*unknown}, {*ordinary}
@@ -54,8 +55,8 @@ class Words:
 
     def read(self, text: str) -> tuple[str, list[str]]:
         """What somebody typed, cleaned by `clean_prompt`, with known words in the place of their typos; and its words
-        that are not known, an empty list for a model without a list of words."""
+        that are not known, an empty list for a model that knows other words, too."""
         prompt = clean_prompt(text)
         corrections = {word: self.correction(word) for word in words_in(prompt)}
-        unknown = [word for word, correction in corrections.items() if self.known and correction is None]
+        unknown = [word for word, correction in corrections.items() if self.unknown and correction is None]
         return re.sub(WORD, lambda match: corrections[match[0]] or match[0], prompt) or text, unknown
