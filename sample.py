@@ -158,8 +158,8 @@ class Session:
         return self.continue_with(self.turns, self.turns, lambda b: prompts.story_source(b, request, self.system))
 
     def user_turn(self, text: str, pictures: tuple[Image.Image, ...] = ()) -> Turn:
-        """What somebody typed, its typos corrected where the weights bring a list of words. Words that are not in the
-        list are printed to standard error."""
+        """What somebody typed, its typos corrected where the weights bring a list of words. Words that the model does
+        not know are printed to standard error."""
         text, unknown = self.words.read(text) if self.words else (text, [])
         if unknown:
             print(f"not in the miniature's world: {', '.join(unknown)}", file=sys.stderr)
