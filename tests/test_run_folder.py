@@ -163,12 +163,13 @@ def test_log_lines_that_are_not_json(tmp_path):
 
 
 def test_the_end_of_the_terminal_stops_a_run(monkeypatch):
-    """As SIGTERM does, unless nohup has it ignored."""
+    """As SIGTERM does, unless nohup has it ignored, under which the tests may run, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.01)
     assert received == [signal.SIGHUP] and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stop_signals() as received:
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.01)
