@@ -289,7 +289,7 @@ def test_typos_are_mended():
     assert Words.of(TOKENIZER_FOLDER).read("a bule boat") == ("a bule boat", [])
 
 
-def test_smollm2_is_told_typos_of_facts_alone():
+def test_for_smollm2_only_typos_of_facts_are_corrected():
     """It knows many more words than the miniature. One of them that looks like a fact ("coat") is no typo of it."""
     words, facts = Words(**read_json(MINIATURE / "smollm2" / "words.json")), {*KINDS, *map(plural, KINDS), "mountain"}
     facts |= {*COLOURS, *SIZES, *PLACES, *SCENES, *TIMES}
